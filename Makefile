@@ -1,0 +1,45 @@
+# Two commands are enough: `make demo` and `make test`. Each builds .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: env test lint format demo clean
+
+env: .venv/ready
+
+# torch first and by its exact version: a range would bring several GB of CUDA packages to a machine without a GPU.
+# On a GPU machine: make env TORCH="torch" (or bring your own environment; nothing here insists on .venv).
+TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" numpy
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+test: env
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: env
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
+	$(BIN)/mypy --cache-dir=/dev/null
+
+format: env
+	$(BIN)/ruff check --no-cache --fix .
+	$(BIN)/ruff format --no-cache .
+
+# Tiny base -> data -> NF4 QLoRA over 2 processes -> merged model -> before and after. On the CPU on every machine: two
+# ranks on a machine with one GPU would be refused.
+demo: export CUDA_VISIBLE_DEVICES :=
+demo: export HF_HUB_OFFLINE := 1
+demo: env
+	rm -rf runs/demo build/demo
+	$(BIN)/python launch/demo/make_data.py
+	$(BIN)/python launch/demo/make_base.py
+	$(BIN)/accelerate launch --config_file launch/accelerate/ddp.yaml -m qlora_dist train launch/recipes/demo.yaml
+	$(BIN)/python -m qlora_dist merge runs/demo build/demo/merged --onto dequantized
+	$(BIN)/python launch/demo/report.py
+
+clean:
+	rm -rf .venv build runs/demo *.egg-info

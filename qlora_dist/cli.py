@@ -1,0 +1,269 @@
+"""The command line. Every command imports what it needs when it runs, so that `--help` and `schema` answer at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+
+import click
+
+from . import __version__
+from .errors import RunFailed, UserError
+
+_SET = click.option(
+    "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a config value; may be repeated."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show the traceback of user errors too, and debug logs.")
+def cli(debug: bool) -> None:
+    """Distributed QLoRA fine-tuning: exact over ranks, packed, resumable, measured."""
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("qlora_dist").setLevel(logging.DEBUG if debug else _log_level())
+
+
+def _log_level() -> int:
+    return logging.INFO if _rank() == 0 else logging.WARNING  # rank 0 speaks
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@_SET
+@click.option(
+    "--resume",
+    default="auto",
+    show_default=True,
+    metavar="auto|never|DIR",
+    help="auto: go on from the newest checkpoint of the run directory that verifies. DIR: from this one.",
+)
+def train(config: str, overrides: tuple[str, ...], resume: str) -> None:
+    """Train as CONFIG says.
+
+    \b
+    Example:
+      accelerate launch --config_file launch/accelerate/ddp.yaml -m qlora_dist train launch/recipes/alpaca-7b.yaml
+    """
+    from .config import load_config
+
+    loaded = load_config(config, overrides)
+    from .trainer import train as run_training
+
+    run_training(loaded, resume)
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@_SET
+@click.option("--show", default=3, show_default=True, help="Samples to print, learned tokens apart from context.")
+@click.option("--html", type=click.Path(), help="Write the same as one self-contained page.")
+def data(config: str, overrides: tuple[str, ...], show: int, html: str | None) -> None:
+    """Look at the training data: sources, lengths, packing, masks, warnings. Before a run, without a model.
+
+    \b
+    Example:
+      qlora-dist data launch/recipes/alpaca-7b.yaml --show 5 --html data.html
+    """
+    from .config import load_config
+
+    loaded = load_config(config, overrides)
+    from .audit import run_data_command
+    from .model import load_tokenizer
+
+    run_data_command(loaded, load_tokenizer(loaded.model.name, loaded.model.revision), show, html)
+
+
+@cli.command()
+@click.argument("run_or_adapter", type=click.Path())
+@click.option("--config", type=click.Path(), help="Take the data section of this config instead of the run's.")
+@click.option("--base", help="The base model, when it has moved.")
+@click.option("--micro-rows", default=1, show_default=True, help="Rows in memory at a time.")
+@click.option("--with-base", is_flag=True, help="Evaluate the base without the adapter too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(
+    run_or_adapter: str, config: str | None, base: str | None, micro_rows: int, with_base: bool, as_json: bool
+) -> None:
+    """Held-out loss and perplexity of a run or adapter, by the loss code of training.
+
+    \b
+    Example:
+      qlora-dist evaluate runs/alpaca-7b --with-base
+    """
+    from dataclasses import asdict
+
+    from .metrics import format_evaluation
+    from .trainer.evaluation import evaluate_trained
+
+    results = evaluate_trained(run_or_adapter, config=config, base=base, micro_rows=micro_rows, with_base=with_base)
+    if _rank():
+        return
+    if as_json:
+        click.echo(json.dumps({name: asdict(result) for name, result in results.items()}))
+        return
+    for name, result in results.items():
+        click.echo(f"{name}: {format_evaluation(result.loss, result.perplexity)} ({result.num_labels:,} labels)")
+
+
+@cli.command()
+@click.argument("run_or_adapter", type=click.Path())
+@click.option("--prompt", help="One prompt; the answer is streamed.")
+@click.option("--prompts", type=click.Path(), help="A file: a prompt a line, or jsonl with `prompt` or `messages`.")
+@click.option("--base", help="The base model, when it has moved.")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=DIR", help="Another adapter; the last is active.")
+@click.option(
+    "--weight", "weights", multiple=True, metavar="NAME=W", help="Combine adapters; the run's own is `trained`."
+)
+@click.option("--combination", default="cat", show_default=True, help="PEFT's way to combine: cat, linear, svd, ...")
+@click.option("--template", default="auto", show_default=True, help="auto: as in training. raw: none. Or a name.")
+@click.option("--max-new-tokens", default=256, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--batch-size", default=8, show_default=True, help="Prompts of a file that are answered together.")
+def generate(
+    run_or_adapter: str,
+    prompt: str | None,
+    prompts: str | None,
+    base: str | None,
+    adapters: tuple[str, ...],
+    weights: tuple[str, ...],
+    combination: str,
+    template: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    batch_size: int,
+) -> None:
+    """Answer one prompt, a file of prompts, or a person: without either option it is a chat.
+
+    \b
+    Example:
+      qlora-dist generate runs/guanaco-7b --prompt "Name three rivers in Spain."
+    """
+    from .generate import generate as run_generation
+    from .model import Sampling
+
+    run_generation(
+        run_or_adapter,
+        prompt=prompt,
+        prompts=prompts,
+        base=base,
+        adapters=adapters,
+        weights=weights,
+        how=combination,
+        template=template,
+        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
+        batch_size=batch_size,
+    )
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option(
+    "--onto",
+    type=click.Choice(["base", "dequantized"]),
+    default="base",
+    show_default=True,
+    help="The original weights, or the dequantized 4-bit ones that were trained on.",
+)
+@click.option("--base", help="The base model, when it has moved.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--compare/--no-compare", default=None, help="Measure the other target too (default: small models).")
+@click.option("--max-shard-size", default="5GB", show_default=True)
+def merge(
+    adapter: str, out: str, onto: str, base: str | None, dtype: str, compare: bool | None, max_shard_size: str
+) -> None:
+    """Write the 16-bit model with ADAPTER (a run or an adapter folder) merged in, to the new folder OUT.
+
+    \b
+    Example:
+      qlora-dist merge runs/alpaca-7b merged/alpaca-7b --onto dequantized
+    """
+    import torch
+
+    from .merge import describe
+    from .merge import merge as run_merge
+
+    report = run_merge(
+        adapter,
+        out,
+        onto=onto,  # type: ignore[arg-type]
+        base=base,
+        dtype=getattr(torch, dtype),
+        compare=compare,
+        max_shard_size=max_shard_size,
+    )
+    click.echo(describe(report))
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of the config, for editors.
+
+    \b
+    Example:
+      qlora-dist schema > qlora_dist.schema.json
+    """
+    from .config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@cli.command()
+def doctor() -> None:
+    """Say what this machine has, what is missing, and what to install.
+
+    \b
+    Example:
+      qlora-dist doctor
+    """
+    from .doctor import doctor as examine
+
+    raise click.exceptions.Exit(examine())
+
+
+def invoke(arguments: list[str]) -> int:
+    """Runs a command line and returns its exit code: 2 and one paragraph for the user's mistakes, 1 for a failed run.
+
+    Ranks other than 0 wait a moment before they speak: what all ranks find is said once, by rank 0, whose end makes
+    the launcher end them; what only they found is said by them, with their rank.
+    """
+    try:
+        cli.main(arguments, standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as request:
+        return request.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        return 130
+    except (UserError, RunFailed) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        rank = _rank()
+        if rank:
+            time.sleep(2.0)
+        click.echo(f"{f'rank {rank}: ' if rank else ''}error: {error}", err=True)
+        return error.exit_code
+
+
+def main() -> None:
+    """Entry point."""
+    code = invoke(sys.argv[1:])
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # not sys.exit: threads of a broken process group could keep the process alive

@@ -1,0 +1,399 @@
+"""The run configuration: frozen pydantic models, YAML files, `--set a.b=c` overrides, JSON schema.
+
+Every field states its meaning and unit below its name; that text is also the JSON schema's description
+(`qlora-dist schema`). Unknown keys are errors. Rules that concern one section live in that section, rules between
+sections in `RunConfig`. Below the trainer no function takes these models: they take the values they use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import UserError
+
+# one function each in formats
+DataFormat = Literal[
+    "auto", "alpaca", "alpaca-cleaned", "alpaca-gpt4", "messages", "sharegpt", "oasst", "guanaco", "self-instruct",
+    "chip2", "hh-rlhf", "longform", "dolly", "unnatural-instructions", "input-output", "prompt-completion", "text",
+    "tokens",
+]  # fmt: skip
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+    )
+
+
+class ModelConfig(_Section):
+    name: str
+    """Hub name or local folder of a causal language model with safetensors weights."""
+    revision: str | None = None
+    """Hub branch, tag or commit. None: the default branch."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """Storage of the frozen base. `none` keeps `compute_dtype` (LoRA on a 16-bit or 32-bit base)."""
+    double_quant: bool = True
+    """Quantize the quantization constants too (QLoRA, section 3). 4-bit bases only; saves 0.373 bit a parameter."""
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of activations, of dequantized matrices, and of what is not quantized (norms, embeddings, head)."""
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    """Packed attention: flash-attn, torch's varlen attention, or one SDPA call a document. auto: the first that is
+    there, in this order."""
+    kernels: Literal["auto", "off"] = "auto"
+    """auto: this package's own LoRA forward (adapters cast once to the compute type, no copies of the base output).
+    off: PEFT's layers as they are."""
+
+
+class LoraConfig(_Section):
+    rank: int = Field(64, ge=1)
+    """Rank r of the update W + (alpha / r) * B @ A."""
+    alpha: float = Field(16.0, gt=0)
+    """Numerator of the update's scale."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the input of A. The paper uses 0.1 up to 13B and 0.05 above."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """`all-linear` (every linear layer but the output head), or names: each must match at least one linear layer."""
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """rslora scales by alpha / sqrt(r); dora learns magnitude and direction apart (slower)."""
+    init_from: str | None = None
+    """Folder of a PEFT adapter to start from; its rank and target modules must equal these."""
+
+
+class SourceConfig(_Section):
+    path: str
+    """A file (json, jsonl, csv, tsv, parquet, txt), a folder of such files, or a hub dataset name."""
+    format: DataFormat = "auto"
+    """How a record becomes a conversation or text. auto: decided from the columns, and said."""
+    columns: dict[str, str] = {}
+    """Your columns under a format's names, for example {instruction: question, output: answer}."""
+    split: str | None = None
+    """Split of a hub dataset or folder. null: train; in data.eval validation, else test, where it has them."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    streaming: bool = False
+    """Read a hub dataset record by record instead of downloading it whole."""
+    weight: float = Field(1.0, gt=0)
+    """How often an example comes in an epoch: 2 = twice, 0.5 = a seeded half of the examples once."""
+    max_examples: int | None = Field(None, ge=1)
+    """Keep at most N records: the first, or with `shuffle` a seeded choice."""
+    shuffle: bool = False
+    """Choose the `max_examples` records by the seed instead of taking the first."""
+    hold_out: float | None = Field(None, gt=0)
+    """Records kept out of training, chosen by the seed: a share below 1, or a whole number of them. Where data.eval
+    is empty they are evaluated; a source with its own validation or test split is evaluated on that instead."""
+    part: Literal["all", "train", "held_out"] = "all"
+    """Which side of `hold_out` is read. all: both in data.eval; in data.train never the held-out records."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SourceConfig:
+        if self.part == "held_out" and self.hold_out is None:
+            raise ValueError("part is held_out, but hold_out is not given; it says how many records that are")
+        if self.hold_out is not None and self.hold_out >= 1 and self.hold_out != int(self.hold_out):
+            raise ValueError(f"hold_out is {self.hold_out}; expected a share below 1, or a whole number of records")
+        if self.shuffle and self.max_examples is None:
+            raise ValueError("shuffle chooses the max_examples records, but max_examples is not given")
+        return self
+
+
+class DataConfig(_Section):
+    train: tuple[SourceConfig, ...]
+    """What is learned: one or more sources, one after another."""
+    eval: tuple[SourceConfig, ...] = ()
+    """Held-out sources for `train.eval_every` and `qlora-dist evaluate`."""
+    row_tokens: int = Field(2048, ge=8)
+    """Largest number of tokens in a row, and so in a document."""
+    packing: bool = True
+    """Pack whole documents into rows. False: one document a row."""
+    on_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to a document longer than row_tokens. Always counted; a truncated one keeps no end token."""
+    on_bad: Literal["error", "skip"] = "error"
+    """What happens to a record that cannot be read. `skip` counts it."""
+    learn: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens are labels: every answer, the last answer, or everything. End-of-turn tokens are labels too."""
+    template: str = "auto"
+    """How a conversation becomes text: a named template (chatml, llama2, llama3, mistral, gemma, alpaca, vicuna,
+    zephyr, none), tokenizer, or the path of a .jinja file. auto: the tokenizer's own; without one alpaca for
+    instructions, none for input-output and prompt-completion, vicuna for conversations."""
+    num_workers: int | None = Field(None, ge=1)
+    """Processes that tokenize. null: one for small data, up to eight for large."""
+    cache_dir: str = "~/.cache/qlora_dist"
+    """Where tokenized data are kept, by a fingerprint of all that decides them: one for each node, or a shared one."""
+
+    @field_validator("train")
+    @classmethod
+    def _not_empty(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        if not value:
+            raise ValueError("data.train names no source; give at least one {path: ...}")
+        return value
+
+
+class BatchConfig(_Section):
+    rows_per_step: int = Field(16, ge=1)
+    """Rows of one optimizer update over all ranks. This is the batch size: it does not depend on the hardware."""
+    micro_rows: int = Field(1, ge=1)
+    """Rows that one rank holds in memory at a time. Accumulation follows from it."""
+
+
+class OptimConfig(_Section):
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "paged_adamw_32bit"
+    """adamw is torch's (fused); the others are bitsandbytes'. Paged states move to host memory when the GPU is full."""
+    lr: float = Field(2e-4, gt=0)
+    """Peak learning rate. The paper: 2e-4 up to 13B, 1e-4 above."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up. linear and cosine end at lr * min_lr_ratio."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from lr / warmup_steps to lr."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """End of the linear or cosine schedule as a share of lr."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    max_grad_norm: float | None = Field(0.3, gt=0)
+    """Global L2 norm to which gradients are clipped. null: no clipping."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+
+
+class TrainConfig(_Section):
+    steps: int | None = Field(None, ge=1)
+    """Number of optimizer updates. Give steps or epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training rows; the last step may hold fewer rows."""
+    eval_every: int | None = Field(None, ge=1)
+    """Steps between evaluations of data.eval. null: only at the end."""
+    eval_at_start: bool = True
+    """Evaluate data.eval before the first update, as the figure to compare with."""
+    save_every: int | None = Field(None, ge=1)
+    """Steps between checkpoints. null: only at the end and on a stop signal."""
+    keep: int = Field(3, ge=1)
+    """Checkpoints kept; older ones are deleted after a newer one is complete."""
+
+    @property
+    def length(self) -> dict[str, float | None]:
+        """What decides when a run is finished."""
+        return {"steps": self.steps, "epochs": self.epochs}
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"give exactly one of train.steps and train.epochs, found steps={self.steps}, epochs={self.epochs}"
+            )
+        return self
+
+
+class MemoryConfig(_Section):
+    recompute: Literal["auto", "full", "none"] | int = "auto"
+    """Gradient checkpointing: full = every layer is recomputed in the backward pass, none = no layer, N = the first
+    N layers. auto = full."""
+    offload_activations: bool = False
+    """Keep saved activations in (pinned) host memory between forward and backward."""
+
+    @field_validator("recompute")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"memory.recompute must be auto, full, none or a number of layers >= 0, got {value}")
+        return value
+
+
+class StrategyConfig(_Section):
+    name: Literal["ddp"] = "ddp"
+    """How ranks share the work. ddp: every rank holds the whole base, adapters' gradients are summed."""
+
+
+class LoggingConfig(_Section):
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Accelerate trackers by name: tensorboard, wandb, mlflow, ... metrics.jsonl is always written."""
+    project: str = "qlora_dist"
+    """Project name given to trackers that have one."""
+
+
+class RunConfig(_Section):
+    run_dir: str
+    """Folder of this run: config, metrics, checkpoints, adapter."""
+    seed: int = Field(0, ge=0)
+    """Seed of row order, adapter initialization and dropout."""
+    model: ModelConfig
+    """The frozen base."""
+    lora: LoraConfig | None = Field(default_factory=lambda: LoraConfig())
+    """The adapters. null with model.quantization none: full fine-tuning."""
+    data: DataConfig
+    """What is learned and how it becomes rows."""
+    batch: BatchConfig = BatchConfig()
+    """Rows of a step."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and learning rate."""
+    train: TrainConfig
+    """Length, evaluation, checkpoints."""
+    memory: MemoryConfig = MemoryConfig()
+    """Recomputation and offload."""
+    strategy: StrategyConfig = StrategyConfig()
+    """How ranks share the work."""
+    logging: LoggingConfig = LoggingConfig()
+    """Trackers."""
+
+    @model_validator(mode="after")
+    def _between_sections(self) -> RunConfig:
+        if self.lora is None and self.model.quantization != "none":
+            raise ValueError(
+                f"lora is null (full fine-tuning) but model.quantization is {self.model.quantization}: quantized "
+                "weights cannot be trained; set model.quantization=none, or give a lora section"
+            )
+        if self.model.compute_dtype == "float16":
+            raise ValueError(
+                "model.compute_dtype is float16, which needs loss scaling and overflows in QLoRA runs; "
+                "use bfloat16, or float32 on hardware without it"
+            )
+        has_held_out = self.data.eval or any(source.hold_out is not None for source in self.data.train)
+        if self.train.eval_every is not None and not has_held_out:
+            raise ValueError(
+                f"train.eval_every is {self.train.eval_every} but data.eval is empty and no source has hold_out; name "
+                "held-out data, or set train.eval_every to null"
+            )
+        return self
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Reads a YAML file and applies `a.b=c` overrides in order; values are parsed as YAML.
+
+    Raises UserError with one line per mistake, each with the key, what was found and the nearest right name.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: cannot be read ({error})") from None
+    try:
+        raw = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"config {path}: expected a mapping of sections at the top level, found {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], origin: str = "config") -> RunConfig:
+    """Validates plain data. Raises UserError."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(error, origin)) from None
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved config; `load_config` of this text gives an equal config."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the config file, for editors."""
+    return RunConfig.model_json_schema()
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 2e-4 as a number (YAML 1.1 wants 2.0e-4) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise yaml.YAMLError(
+                    f"key {key!r} stands twice, the second time in line {key_node.start_mark.line + 1}"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override!r}: expected section.key=value, for example --set optim.lr=1e-4")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    node: Any = raw
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(
+                    f"--set {override!r}: {'.'.join(parts[:depth])} is a list of {len(node)}; "
+                    f"expected an index from 0 to {len(node) - 1}, found {part!r}"
+                )
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+        else:
+            raise UserError(f"--set {override!r}: {'.'.join(parts[:depth])} is a value, not a section")
+        if last:
+            node[index] = value
+        else:
+            if isinstance(node, dict) and node.get(index) is None:
+                node[index] = {}
+            node = node[index]
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            siblings = _fields_at(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), siblings, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings)}"
+            lines.append(f"{where}: unknown key; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing; it has no default")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(item["input"], dict | BaseModel) else f" (found {item['input']!r})"
+            lines.append(f"{where}: {message}{found}" if where else message)
+    return f"{origin}: " + "\n".join(dict.fromkeys(lines))
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the section at a location such as ('data', 'train', 0)."""
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        inner = _section_of(model.model_fields[part].annotation)
+        if inner is not None:
+            model = inner
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_of(argument)
+        if found is not None:
+            return found
+    return None

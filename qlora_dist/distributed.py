@@ -1,0 +1,282 @@
+"""World: who this process is among the ranks, and the few things ranks do together.
+
+The only module that imports accelerate and torch.distributed. One implementation serves 1..N processes:
+`world.size > 1` is asked here and nowhere else.
+
+Gradients of the trainable weights live in one flat buffer (`flat.FlatParameters`), summed over ranks in buckets that
+never change. torch's DistributedDataParallel rebuilds its buckets after its first iteration, so that the first step of
+each life of a job sums in another order and a resumed run differs in the last bits at 4 ranks and more; fixed buckets
+keep a resumed run bit-identical, and the reduction still overlaps with the backward pass.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from .errors import RunFailed, UserError
+from .flat import Span
+
+BUCKET_BYTES = 32 * 2**20  # large enough for full link bandwidth, small enough to start before the backward pass ends
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+BUILD_TIMEOUT_SECONDS = 24 * 3600.0  # tokenizing a large corpus takes hours; a dead builder is noticed by its launcher
+
+
+def launched_rank() -> int:
+    """This process's rank as its launcher says it, before any process group exists (0 without a launcher)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class World:
+    """This process among `size` ranks. Made once, by `World.init`."""
+
+    def __init__(self, accelerator: Accelerator, trackers: Sequence[str]) -> None:
+        self._accelerator = accelerator
+        self._trackers = tuple(trackers)
+        self.rank: int = accelerator.process_index
+        self.size: int = accelerator.num_processes
+        self.local_rank: int = accelerator.local_process_index
+        self.device: torch.device = accelerator.device
+        self.is_main: bool = self.rank == 0
+        self._reducer: GradientReducer | None = None
+        self._builds = 0
+
+    @classmethod
+    def init(cls, trackers: Sequence[str] = (), logging_dir: str = ".") -> World:
+        """Joins the process group that the launcher (accelerate, torchrun, srun, none) describes.
+
+        Raises UserError when the launcher's variables contradict the machine.
+        """
+        has_cuda = torch.cuda.is_available()
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if has_cuda and local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{socket.gethostname()}: local rank {local_rank} was started but only {torch.cuda.device_count()} "
+                "GPUs are visible; start one process a GPU (num_processes, --nproc-per-node), or check "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        try:
+            accelerator = Accelerator(
+                cpu=not has_cuda,
+                log_with=list(trackers) or None,
+                project_dir=logging_dir,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+            )
+        except ValueError as error:
+            raise UserError(f"logging.trackers {list(trackers)}: {error}") from None
+        if has_cuda:
+            torch.cuda.set_device(accelerator.device)
+        return cls(accelerator, trackers)
+
+    def close(self) -> None:
+        """Ends trackers and the process group. After a failure it is not called: the launcher ends the others."""
+        if self._trackers:
+            self._accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # --- gradients ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, flat_grads: Sequence[torch.Tensor], spans: Sequence[Sequence[Span]]) -> None:
+        """Takes charge of the flat gradient buffers of the trainable weights, one per parameter group."""
+        self._reducer = GradientReducer(self, flat_grads, spans)
+
+    @contextmanager
+    def accumulate(self, is_last: bool) -> Iterator[None]:
+        """Around each micro-step: gradients add up locally; during the last one they are summed over ranks."""
+        assert self._reducer is not None, "prepare comes first"
+        if is_last and self.size > 1:
+            self._reducer.arm()
+        yield
+        if is_last and self.size > 1:
+            self._reducer.finish()
+
+    def own_gradients_are_finite(self) -> bool:
+        """Whether this rank's part of the last summed gradients was finite; to find the culprit after a failure."""
+        return self._reducer is None or self.size == 1 or bool(self._reducer.own_are_finite)
+
+    def backward(self, nll_sum: torch.Tensor) -> None:
+        """Backward pass of one micro-step's loss sum.
+
+        The division by the global step's number of labels is done once, in fp32, on the summed gradients: a scaled
+        seed would be rounded to the activations' type (up to 0.4 % in bf16, the same way for every gradient).
+        """
+        nll_sum.backward()
+
+    # --- collectives --------------------------------------------------------------------------------------------------
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over ranks; returns a new tensor, equal on all ranks."""
+        values = values.clone()
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, value: float) -> float:
+        """The largest of the ranks' values."""
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks when it is true on one."""
+        return self.max(float(flag)) > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's plain-data value, in rank order, on every rank."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, function: Callable[[], Any]) -> Any:
+        """Runs a function on rank 0 only and gives its plain-data result to all.
+
+        When it raises, every rank raises: UserError and RunFailed with the same text, anything else as RunFailed on
+        the other ranks. Work under it must contain no collective.
+        """
+        outcome: list[Any] = [None, None, None]  # kind of failure, text, result
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                outcome[2] = function()
+            except Exception as error:
+                failure = error
+                outcome = ["user" if isinstance(error, UserError) else "run", str(error) or repr(error), None]
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if failure is not None:
+            raise failure
+        kind, text, result = outcome
+        if kind is not None:
+            raise (UserError if kind == "user" else RunFailed)(text)
+        return result
+
+    def require_equal(self, value: str, what: str) -> None:
+        """Raises RunFailed on all ranks unless the value is the same everywhere, naming the ranks that differ."""
+        values = self.gather((value, socket.gethostname()))
+        odd = [f"rank {rank} ({host})" for rank, (other, host) in enumerate(values) if other != values[0][0]]
+        if odd:
+            raise RunFailed(f"{what} differs between rank 0 and {', '.join(odd)}; all ranks must start from the same")
+
+    @contextmanager
+    def local_main_first(self, what: str) -> Iterator[None]:
+        """The first process of each node runs the block alone, then the others of the node run it.
+
+        The others wait on the store, not in a collective: preparing data can outlast any collective's timeout. When
+        the first one fails, so do they, at once.
+        """
+        if self.size == 1:
+            yield
+            return
+        store = dist.distributed_c10d._get_default_store()
+        self._builds += 1
+        node = self.rank - self.local_rank  # rank of the node's first process
+        key = f"qlora_dist/build/{self._builds}/{node}"
+        if self.local_rank == 0:
+            try:
+                yield
+            except BaseException as error:
+                store.set(key, f"{'user' if isinstance(error, UserError) else 'run'} failed: {error}")
+                # the store lives in rank 0: the others must have read this before it ends
+                others, deadline = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) - 1, time.monotonic() + 10
+                while store.add(f"{key}/seen", 0) < others and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                raise
+            store.set(key, "done")
+            return
+        started = time.monotonic()
+        while not store.check([key]):
+            if time.monotonic() - started > BUILD_TIMEOUT_SECONDS:
+                raise RunFailed(f"{what}: rank {node} has not finished within {BUILD_TIMEOUT_SECONDS / 3600:.0f} hours")
+            time.sleep(0.05)
+        state = store.get(key).decode()
+        store.add(f"{key}/seen", 1)
+        if state != "done":
+            kind, _, text = state.partition(" ")
+            raise (UserError if kind == "user" else RunFailed)(f"{what}: rank {node} of this node {text}")
+        yield
+
+    # --- trackers -----------------------------------------------------------------------------------------------------
+
+    def start_trackers(self, project: str, config: dict[str, Any]) -> None:
+        """Starts accelerate's trackers (wandb, mlflow, ...) on rank 0."""
+        if self._trackers:
+            self._accelerator.init_trackers(project, config=config)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Hands values to accelerate's trackers."""
+        if self._trackers:
+            self._accelerator.log(values, step=step)
+
+
+class GradientReducer:
+    """Sums flat gradient buffers over ranks in fixed buckets, while the backward pass still runs.
+
+    Buckets are filled from the end of the buffers, since the last layer's gradients come first. A bucket is sent when
+    all of its gradients are there and all buckets before it were sent, so every rank sends in the same order
+    whatever order its gradients come in; `finish` sends what is left, so a rank whose rows gave no gradient to some
+    weight takes part in every sum.
+    """
+
+    def __init__(self, world: World, flat_grads: Sequence[torch.Tensor], spans: Sequence[Sequence[Span]]) -> None:
+        self._buckets: list[torch.Tensor] = []
+        self._bucket_of: dict[torch.nn.Parameter, int] = {}
+        self._num_parameters: list[int] = []
+        for flat, group in zip(flat_grads, spans, strict=True):
+            limit = BUCKET_BYTES // flat.element_size()
+            stop = flat.numel()
+            members: list[torch.nn.Parameter] = []
+            for span in reversed(group):
+                members.append(span.parameter)
+                if stop - span.start >= limit or span is group[0]:
+                    start = 0 if span is group[0] else span.start
+                    self._bucket_of.update(dict.fromkeys(members, len(self._buckets)))
+                    self._num_parameters.append(len(members))
+                    self._buckets.append(flat[start:stop])
+                    stop, members = start, []
+        self._missing: list[int] = []
+        self._works: list[dist.Work] = []
+        self.own_are_finite = torch.ones((), dtype=torch.bool)  # this rank's gradients, before the last sum
+        if world.size > 1:
+            for parameter in self._bucket_of:
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def arm(self) -> None:
+        """Before the last micro-step's backward pass: from now on full buckets are sent."""
+        self._missing = list(self._num_parameters)
+        self._works = []
+        self.own_are_finite = torch.ones((), dtype=torch.bool, device=self._buckets[0].device)
+
+    def _on_gradient(self, parameter: torch.nn.Parameter) -> None:
+        if not self._missing:
+            return
+        self._missing[self._bucket_of[parameter]] -= 1
+        while len(self._works) < len(self._buckets) and self._missing[len(self._works)] == 0:
+            self._send()
+
+    def _send(self) -> None:
+        bucket = self._buckets[len(self._works)]
+        self.own_are_finite &= bucket.isfinite().all()  # afterwards nobody can tell whose gradient it was
+        work = dist.all_reduce(bucket, async_op=True)
+        assert work is not None
+        self._works.append(work)
+
+    def finish(self) -> None:
+        """After the last micro-step: all buckets are summed when it returns (on CUDA: in stream order)."""
+        while len(self._works) < len(self._buckets):
+            self._send()
+        for work in self._works:
+            work.wait()
+        self._missing = []

@@ -1,0 +1,49 @@
+"""One process builds, the others wait: a file lock that the system lets go of when its holder dies."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.2
+_SAY_EVERY_SECONDS = 60.0
+
+
+@contextmanager
+def build_lock(folder: Path, timeout_seconds: float = 6 * 3600) -> Iterator[None]:
+    """Holds the lock of a store's folder; says every minute that it waits, and gives up after hours."""
+    with (folder.parent / f".{folder.name}.lock").open("a+") as file:
+        started, said = time.monotonic(), -_SAY_EVERY_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waited = time.monotonic() - started
+            except OSError as error:  # a file system without locks: the atomic rename alone keeps the store whole
+                logger.warning("no file locks in %s (%s): several processes may tokenize the same data", folder, error)
+                break
+            if waited - said >= _SAY_EVERY_SECONDS:
+                file.seek(0)
+                holder = file.read() or "another process"
+                logger.warning("waiting for %s, which is tokenizing the same data (%.0f s so far)", holder, waited)
+                said = waited
+            if waited > timeout_seconds:
+                raise UserError(
+                    f"waited {waited / 3600:.1f} hours for another process to tokenize into {folder}; if none does, "
+                    f"remove {file.name} and start again"
+                )
+            time.sleep(_POLL_SECONDS)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield

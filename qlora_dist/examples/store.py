@@ -1,0 +1,199 @@
+"""Tokenized documents on disk: written once, memory-mapped by every rank. Only numbers per document live in memory.
+
+A folder per data set, named by its fingerprint: input_ids.bin (int32), is_label.bin (one byte a token), one .npy per
+number that a document has, stats.json and, last, manifest.json with the size and hash of the others. It is written
+aside and renamed, so that a folder of the final name is whole; the manifest finds what went wrong later.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from ..packing import Example
+from .encode import Encoded
+
+# part of every fingerprint: raise it when the same inputs give other tokens or another file layout
+STORE_VERSION = 3
+
+# hashed again on each start; larger files are checked by size (the rename already says that they were whole)
+_HASH_LIMIT = 64 * 2**20
+
+
+@dataclasses.dataclass
+class SourceStats:
+    """What became of the records of one source. `examples`, `tokens`, `labels` are of what is used."""
+
+    path: str
+    format: str = ""
+    why: str = ""  # how the format was decided
+    template: str = ""
+    records: int = 0  # read
+    examples: int = 0
+    bad: int = 0  # records that could not be used, skipped
+    truncated: int = 0  # conversations cut to row_tokens: they end without EOS
+    split: int = 0  # texts cut into several examples; nothing of them is lost
+    dropped: int = 0  # examples that were too long or had no label left
+    duplicates: int = 0  # examples with the tokens of an earlier one, of any source
+    empty_answers: int = 0
+    replacement_characters: int = 0  # examples with U+FFFD: text that was once decoded wrongly
+    control_tokens: int = 0  # conversations whose own text spells a special token
+    tokens: int = 0
+    labels: int = 0
+    lost_tokens: int = 0  # of truncated and dropped examples
+    first_bad: str = ""  # message
+
+
+@dataclasses.dataclass
+class DataStats:
+    """All sources of a data set."""
+
+    sources: list[SourceStats]
+
+    def total(self, name: str) -> int:
+        return sum(getattr(source, name) for source in self.sources)
+
+
+class Store:
+    """One folder of tokenized documents, as it was written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lengths = np.load(folder / "lengths.npy")  # (D,) int32
+        self.num_labels = np.load(folder / "num_labels.npy")  # (D,) int32
+        self.source_of = np.load(folder / "source_of.npy")  # (D,) int32, index into stats
+        self.record_of = np.load(folder / "record_of.npy")  # (D,) int32, record of its source
+        self.hashes = np.load(folder / "hashes.npy")  # (D,) uint64, of the tokens: equal documents, equal hashes
+        self.stats = [SourceStats(**source) for source in json.loads((folder / "stats.json").read_text())]
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        tokens = [files[name]["sha256"] for name in ("input_ids.bin", "is_label.bin", "lengths.npy")]
+        self.content_digest = "".join(tokens).encode()
+        self._ends = np.cumsum(self.lengths, dtype=np.int64)
+        self._input_ids = np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r")
+        self._is_label = np.memmap(folder / "is_label.bin", dtype=np.bool_, mode="r")
+
+    def __getitem__(self, index: int) -> Example:
+        end = int(self._ends[index])
+        begin = end - int(self.lengths[index])
+        return Example(np.array(self._input_ids[begin:end]), np.array(self._is_label[begin:end]))
+
+
+class Documents:
+    """The documents of a run: a store seen through a selection (weights, caps, held-out records)."""
+
+    def __init__(self, store: Store, chosen: np.ndarray, fingerprint: str) -> None:
+        """`chosen`: (D,) documents of the store; one that stands twice is used twice in an epoch."""
+        self._store = store
+        self._chosen = chosen
+        self.fingerprint = fingerprint
+        self.lengths = store.lengths[chosen]  # (D,) int32
+        self.num_labels = store.num_labels[chosen]  # (D,) int32
+        self.source_of = store.source_of[chosen]  # (D,) int32, index into stats.sources
+        self.hashes = store.hashes[chosen]  # (D,) uint64
+        self.stats = DataStats([dataclasses.replace(source) for source in store.stats])
+        for i, source in enumerate(self.stats.sources):
+            of_source = self.source_of == i
+            source.examples = int(of_source.sum())
+            source.tokens = int(self.lengths[of_source].sum())
+            source.labels = int(self.num_labels[of_source].sum())
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._store[int(self._chosen[index])]
+
+
+class StoreWriter:
+    """Writes a store aside; `finish` gives it its name. Leaving the context without that removes what was written."""
+
+    def __init__(self, cache_dir: Path, fingerprint: str) -> None:
+        self._final = cache_dir / fingerprint
+        for left in cache_dir.glob(f".{fingerprint}.*.tmp"):  # of a killed builder: the caller holds the lock
+            shutil.rmtree(left, ignore_errors=True)
+        self.aside = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", suffix=".tmp", dir=cache_dir))
+        self._columns = {
+            "lengths": array.array("i"),
+            "num_labels": array.array("i"),
+            "source_of": array.array("i"),
+            "record_of": array.array("i"),
+            "hashes": array.array("Q"),
+        }
+
+    def __enter__(self) -> StoreWriter:
+        self._ids = (self.aside / "input_ids.bin").open("wb")
+        self._labels = (self.aside / "is_label.bin").open("wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ids.close()
+        self._labels.close()
+        shutil.rmtree(self.aside, ignore_errors=True)
+
+    def add(self, encoded: Encoded, source: int, record: int) -> None:
+        ids = encoded.input_ids.tobytes()
+        self._ids.write(ids)
+        self._labels.write(encoded.is_label.tobytes())
+        digest = hashlib.blake2b(ids, digest_size=8).digest()
+        values = (len(encoded.input_ids), int(encoded.is_label.sum()), source, record, int.from_bytes(digest, "little"))
+        for column, value in zip(self._columns.values(), values):
+            column.append(value)
+
+    def finish(self, stats: list[SourceStats]) -> None:
+        for file in (self._ids, self._labels):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        columns = {name: np.array(values) for name, values in self._columns.items()}
+        _count_duplicates(stats, columns["hashes"], columns["source_of"])
+        for name, values in columns.items():
+            np.save(self.aside / f"{name}.npy", values)
+        (self.aside / "stats.json").write_text(json.dumps([dataclasses.asdict(source) for source in stats]))
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            for file in sorted(self.aside.iterdir())
+            if file.is_file()
+        }
+        (self.aside / "manifest.json").write_text(json.dumps({"version": STORE_VERSION, "files": files}))
+        if self._final.exists():  # not whole, or it would have been read
+            shutil.rmtree(self._final)
+        self.aside.rename(self._final)
+
+
+def _count_duplicates(stats: list[SourceStats], hashes: np.ndarray, source_of: np.ndarray) -> None:
+    first = np.unique(hashes, return_index=True)[1]
+    is_repeated = np.ones(len(hashes), dtype=np.bool_)
+    is_repeated[first] = False
+    for i, source in enumerate(stats):
+        source.duplicates = int(is_repeated[source_of == i].sum())
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a store of this name exists and is what was written."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["version"] != STORE_VERSION:
+            return False
+        for name, entry in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            if size != entry["bytes"] or (size <= _HASH_LIMIT and sha256(folder / name) != entry["sha256"]):
+                return False
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""All trainable weights in one storage, all of their gradients in another.
+
+Adapters are hundreds of small tensors. As one tensor they cost one optimizer kernel, one norm, one zeroing and few
+collectives a step, and bitsandbytes' optimizers, which synchronize the device once per tensor and page only tensors
+of 100,000 elements and more, synchronize once and page everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+ALIGNMENT = 256  # elements: bitsandbytes quantizes optimizer states in blocks of 256, which then never span two weights
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one weight's gradient lies in the flat buffer, elements."""
+
+    parameter: torch.nn.Parameter
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one weight lies in its group's storage, elements."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+
+
+class FlatGroup:
+    """Weights of one optimizer group. `weight` is the parameter that the optimizer sees; `weight.grad` its gradient."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decays: bool) -> None:
+        self.decays = decays
+        self.parameters = parameters
+        self.placements: list[Placement] = []
+        size = 0
+        for name, parameter in parameters.items():
+            assert parameter.dtype == torch.float32, (
+                f"{name}: trainable weights are fp32 masters, not {parameter.dtype}"
+            )
+            self.placements.append(Placement(name, size, tuple(parameter.shape)))
+            size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        device = next(iter(parameters.values())).device
+        self.weight = torch.nn.Parameter(torch.zeros(size, device=device))
+        self.weight.grad = torch.zeros(size, device=device)
+        for placement, parameter in zip(self.placements, parameters.values()):
+            view = self.view(self.weight.data, placement)
+            view.copy_(parameter.data)
+            parameter.data = view
+            parameter.grad = self.view(self.weight.grad, placement)  # autograd then accumulates in place
+
+    def spans(self) -> list[Span]:
+        """Where each weight's gradient lies, in storage order."""
+        return [
+            Span(parameter, placement.start, placement.start + parameter.numel())
+            for placement, parameter in zip(self.placements, self.parameters.values())
+        ]
+
+    @staticmethod
+    def view(storage: torch.Tensor, placement: Placement) -> torch.Tensor:
+        """The part of a flat tensor that belongs to one weight, in its shape."""
+        stop = placement.start + torch.Size(placement.shape).numel()
+        return storage[placement.start : stop].view(placement.shape)
+
+
+class FlatParameters:
+    """The trainable weights: at most two groups, with and without weight decay; none is empty.
+
+    Moves the weights' data into flat storages: call it after the model is on its device, and do not move it after.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decays: Callable[[torch.nn.Parameter], bool]) -> None:
+        split: dict[bool, dict[str, torch.nn.Parameter]] = {True: {}, False: {}}
+        for name, parameter in parameters.items():
+            split[decays(parameter)][name] = parameter
+        self.groups = [FlatGroup(members, decay) for decay, members in split.items() if members]
+
+    @property
+    def grads(self) -> list[torch.Tensor]:
+        """Flat gradient of each group."""
+        return [group.weight.grad for group in self.groups if group.weight.grad is not None]
+
+    def zero_grad(self) -> None:
+        """Zeroes in place: the weights' `.grad` stay views."""
+        for grad in self.grads:
+            grad.zero_()
+
+    def grad_norm(self) -> torch.Tensor:
+        """() fp32, global L2 norm of all gradients, on the device."""
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in self.grads]))
+
+    def scale_grads(self, factor: float) -> None:
+        """Multiplies all gradients."""
+        for grad in self.grads:
+            grad.mul_(factor)
+
+    def digest(self) -> str:
+        """SHA-256 of all weights."""
+        digest = hashlib.sha256()
+        for group in self.groups:
+            digest.update(group.weight.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def layout(self) -> list[list[list[object]]]:
+        """Plain data that two runs must share to exchange optimizer states: name, start, shape of each weight."""
+        return [[[p.name, p.start, list(p.shape)] for p in group.placements] for group in self.groups]

@@ -1,0 +1,59 @@
+"""The tokenizer and the frozen base: read, quantize, verify, run on packed batches.
+
+    check_config   config.json alone: can this model be trained as asked? Before any weight is read.
+    load_base      safetensors -> 4-bit, 8-bit or plain base on one device, every parameter frozen
+    check_head     on the loaded model: head and packing give the model's own logits
+    hidden_states  Batch -> (T, H), what the loss is computed from
+
+This folder is the home of transformers and bitsandbytes.nn. Inside it, imports go loading <- running <- preflight
+and generation.
+The base is never changed after loading; `base_fingerprint` proves it.
+"""
+
+from .generation import Sampling, generate_ids, quantized_and_back
+from .loading import INFERENCE, Quantization, load_base, load_config, load_tokenizer
+from .preflight import ModelFacts, check_config, resolve_targets
+from .running import (
+    base_fingerprint,
+    base_weights,
+    check_head,
+    decoder_layers,
+    evaluation_mode,
+    hidden_states,
+    is_4bit,
+    is_conv1d,
+    linear_layers,
+    output_head,
+    plain_name,
+    set_recompute,
+    strip_wrappers,
+    unwrap,
+)
+
+__all__ = [
+    "INFERENCE",
+    "ModelFacts",
+    "Quantization",
+    "Sampling",
+    "base_fingerprint",
+    "base_weights",
+    "check_config",
+    "check_head",
+    "decoder_layers",
+    "evaluation_mode",
+    "generate_ids",
+    "hidden_states",
+    "is_4bit",
+    "is_conv1d",
+    "linear_layers",
+    "load_base",
+    "load_config",
+    "load_tokenizer",
+    "output_head",
+    "plain_name",
+    "quantized_and_back",
+    "resolve_targets",
+    "set_recompute",
+    "strip_wrappers",
+    "unwrap",
+]

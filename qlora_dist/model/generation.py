@@ -1,0 +1,110 @@
+"""Token ids in, token ids out: batched, streamed, deterministic. And a weight as its quantized form computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .loading import BLOCK, Quantization, bitsandbytes
+from .running import unwrap
+
+from transformers import PreTrainedTokenizerBase, TextStreamer  # isort: skip
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy: the same prompt always gives the same text."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    stop_ids: Sequence[int] = (),
+    stop_texts: Sequence[str] = (),
+    on_text: Callable[[str], None] | None = None,
+) -> list[list[int]]:
+    """New tokens for each prompt, prompt left out, cut before the first stop token.
+
+    Prompts of unequal length are padded on the left and masked: neighbours in a batch do not see each other.
+    `on_text` gets the text piece by piece while it is made (one prompt only).
+    """
+    assert on_text is None or len(prompts) == 1
+    base = unwrap(model)
+    device = next(base.parameters()).device
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop_ids[0] if stop_ids else 0)
+    ids = torch.tensor([[pad] * (longest - len(one)) + list(one) for one in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
+    chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.temperature > 0:
+        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    if stop_texts:
+        chosen |= {"stop_strings": list(stop_texts), "tokenizer": tokenizer}
+    if on_text is not None:
+        chosen["streamer"] = _Streamer(tokenizer, on_text)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        torch.manual_seed(sampling.seed)
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=list(stop_ids) or None,
+            use_cache=True,
+            **chosen,
+        )
+    return [_until_stop(row, set(stop_ids)) for row in out[:, longest:].tolist()]
+
+
+def _until_stop(ids: list[int], stop_ids: set[int]) -> list[int]:
+    for index, token in enumerate(ids):
+        if token in stop_ids:
+            return ids[:index]
+    return ids
+
+
+class _Streamer(TextStreamer):
+    """Hands text on as soon as no later token can change it."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)
+
+
+def quantized_and_back(
+    weight: Tensor, quantization: Quantization, double_quant: bool, compute_dtype: torch.dtype
+) -> Tensor:
+    """(O, I) fp32: the weight that a base quantized by `load_base` computes with.
+
+    `weight` is the original in its stored type. Raises nothing: shapes were checked when the run was trained.
+    """
+    functional = bitsandbytes.functional
+    rounded = weight.to(compute_dtype).contiguous()  # load_base rounds to the compute type first
+    if quantization == "none":
+        return rounded.float()
+    if quantization == "int8":
+        codes, scales, _ = functional.int8_vectorwise_quant(rounded.half())
+        return functional.int8_vectorwise_dequant(codes, scales).float()
+    packed, state = functional.quantize_4bit(
+        rounded, blocksize=BLOCK, compress_statistics=double_quant, quant_type=quantization
+    )
+    return functional.dequantize_4bit(packed, state).float()

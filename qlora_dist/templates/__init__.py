@@ -1,0 +1,16 @@
+"""Chat templates: conversation -> text with exact learned spans."""
+
+from .named import CONTROL_TOKENS, NAMED
+from .render import BadRecord, Rendered, Template, adds_bos, own_template, render, resolve_template
+
+__all__ = [
+    "CONTROL_TOKENS",
+    "NAMED",
+    "BadRecord",
+    "Rendered",
+    "Template",
+    "adds_bos",
+    "own_template",
+    "render",
+    "resolve_template",
+]

@@ -1,0 +1,81 @@
+"""Config -> data -> rows -> model -> steps -> checkpoints. Read this file first: `train` is the table of contents.
+
+trainer.stages               what happens once: the parts of a run, made from the config
+trainer.keeping              checkpoints, resume, results
+trainer.step                 what happens again and again: one optimizer update
+examples, packing, loader    sources -> documents -> rows -> this rank's micro-batches
+model, attention, adapters   4-bit base -> packed attention -> LoRA in fp32
+flat, optim, distributed     all trained weights in one storage -> AdamW -> gradients summed over ranks
+checkpoint, metrics, verify  what is kept, what is said, what is checked
+"""
+
+from __future__ import annotations
+
+import time
+
+from ..config import RunConfig
+from ..metrics import Metrics
+from ..preempt import StopSignal
+from ..state import TrainState
+from ..verify import check_first_update
+from . import keeping, stages
+from .step import train_step
+
+
+def train(config: RunConfig, resume: str = "auto") -> TrainState:
+    """Trains until the config's last step or a stop signal. `resume`: auto, never, or a checkpoint folder.
+
+    Raises UserError (what the user gave) before the model is read wherever that can be known, RunFailed (what went
+    wrong while running) on all ranks together.
+    """
+    with StopSignal() as stop, stages.join(config) as world:
+        run = stages.open_run(config, world, resume)
+        if (done := world.from_main(lambda: run.completed_steps(config.train.length))) is not None:
+            return stages.say_completed(run, world, done)
+        stages.check(config, world)
+
+        # data: sources -> documents -> rows -> who trains what at which step
+        data = stages.build_data(config, world)
+        num_steps = stages.count_steps(config, data)
+        with Metrics(run, world.is_main, num_steps, "tensorboard" in config.logging.trackers) as metrics:
+            metrics.say(stages.describe(config, world, data, num_steps))
+
+            # model: 4-bit base -> adapters -> one flat storage of all that is trained
+            learner = stages.build_learner(config, world)
+            state = keeping.resume(config, run, world, learner, data, metrics, resume)
+            metrics.start(state.step)
+            world.start_trackers(config.logging.project, config.model_dump(mode="json"))
+            before = stages.evaluate_start(config, run, world, learner, data, state, metrics)
+
+            waited_since = time.perf_counter()
+            for rows in data.loader.iterate(state.step, num_steps, pin_memory=world.device.type == "cuda"):
+                started = time.perf_counter()
+                stats = train_step(
+                    world,
+                    learner,
+                    rows,
+                    step=state.step,
+                    seed=config.seed,
+                    lr=(lr := stages.scheduled_lr(config, state.step, num_steps)),
+                    max_grad_norm=config.optim.max_grad_norm,
+                    stop_requested=stop.requested,
+                )
+                if state.step == 0:
+                    check_first_update(learner.model)
+                state = state.after(stats)
+                values = stages.step_values(
+                    world, state, stats, rows, lr, time.perf_counter() - started, started - waited_since
+                )
+                is_last = state.step == num_steps or stats.stop_requested
+                if is_last or stages.is_due(state.step, config.train.eval_every):
+                    values |= stages.evaluate_held_out(config, world, learner, data)
+                metrics.step(values)
+                world.log(values, state.step)
+                if is_last or stages.is_due(state.step, config.train.save_every):
+                    keeping.save(config, run, world, learner, data, state)
+                if is_last:
+                    break
+                waited_since = time.perf_counter()
+            if state.step < num_steps:
+                return keeping.say_stopped(run, world, state, stop.name)
+            return keeping.finish(config, run, world, learner, data, state, before, metrics)

@@ -1,0 +1,290 @@
+"""The parts of a run that happen once: each takes the config and makes one thing of it. `train` calls them in order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, adapters
+from .. import model as base_model
+from ..config import DataConfig, RunConfig, SourceConfig, dump_yaml
+from ..distributed import World
+from ..errors import UserError
+from ..evaluate import EvalResult, evaluate
+from ..examples import Documents, build_documents, split_sources
+from ..flat import FlatParameters
+from ..loader import Loader, StepRows, derive_accumulation, eval_batches
+from ..metrics import Metrics, format_evaluation, peak_bytes
+from ..optim import build_optimizer, decays, lr_at
+from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
+from ..state import RunDir, StepStats, TrainState, write_json
+from .step import Learner
+
+
+@dataclass
+class Data:
+    """What is learned and what is held out."""
+
+    documents: Documents
+    rows: Rows
+    loader: Loader
+    held_out: list[Batch]  # this rank's
+
+
+@contextmanager
+def join(config: RunConfig) -> Iterator[World]:
+    """This process's place among the ranks; left in order at the end, and left to the launcher after a failure."""
+    others = [name for name in config.logging.trackers if name != "tensorboard"]
+    world = World.init(others, config.run_dir)
+    yield world
+    world.close()
+
+
+def open_run(config: RunConfig, world: World, resume: str) -> RunDir:
+    """The run directory with its resolved config. Refuses another run's, and `--resume never` where there is a run."""
+    run = RunDir(Path(config.run_dir))
+
+    def open_on_main() -> None:
+        run.open(dump_yaml(config), free_fields(config))
+        if resume == "never" and run.checkpoints.is_dir() and any(run.checkpoints.glob("step-*")):
+            raise UserError(
+                f"--resume never, but {run.checkpoints} holds checkpoints; remove {run.path}, choose another "
+                "run_dir, or use --resume auto to go on"
+            )
+
+    world.from_main(open_on_main)
+    return run
+
+
+def free_fields(config: RunConfig) -> tuple[str, ...]:
+    """What may change between two starts of this run, besides state.FREE_FIELDS."""
+    # with a constant rate the length of a run changes nothing in its steps: it may be extended
+    return ("train.steps", "train.epochs") if config.optim.schedule == "constant" else ()
+
+
+def say_completed(run: RunDir, world: World, steps: int) -> TrainState:
+    """A finished run that is started again says so and does nothing."""
+    if world.is_main:
+        print(f"{run.path}: this run is finished ({steps} steps, see {run.summary}); nothing to do")
+    return TrainState(step=steps)
+
+
+def check(config: RunConfig, world: World) -> None:
+    """What can be known before data or weights are read: same config on all ranks, batch, model kind, targets."""
+    world.require_equal(dump_yaml(config), "the resolved config")
+    world.require_equal(f"{__version__} {torch.__version__}", "the version of qlora_dist or torch")
+    derive_accumulation(config.batch.rows_per_step, config.batch.micro_rows, world.size)
+    base_model.check_config(
+        config.model.name,
+        revision=config.model.revision,
+        quantization=config.model.quantization,
+        target_modules="all-linear" if config.lora is None else config.lora.target_modules,
+        row_tokens=config.data.row_tokens,
+        device_type=world.device.type,
+    )
+
+
+def build_data(config: RunConfig, world: World) -> Data:
+    """Sources -> documents -> rows -> loader. The first rank of each node tokenizes; the others read its cache."""
+    tokenizer = base_model.load_tokenizer(config.model.name, config.model.revision)
+    train_sources, eval_sources = split_sources(config.data.train, config.data.eval)
+    documents = build_source_documents(config.data, train_sources, tokenizer, world, "data.train", config.seed)
+    rows = build_rows(config.data, documents, config.seed)
+    loader = Loader(
+        documents,
+        rows,
+        rows_per_step=config.batch.rows_per_step,
+        micro_rows=config.batch.micro_rows,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        total_rows=None if config.train.epochs is None else max(1, round(config.train.epochs * len(rows))),
+    )
+    held_out = []
+    if eval_sources:
+        unseen = build_source_documents(config.data, eval_sources, tokenizer, world, "data.eval", config.seed)
+        unseen_rows = build_rows(config.data, unseen, config.seed)
+        held_out = eval_batches(unseen, unseen_rows, config.batch.micro_rows, world.rank, world.size)
+    return Data(documents, rows, loader, held_out)
+
+
+def build_source_documents(
+    data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, world: World, what: str, seed: int
+) -> Documents:
+    """Tokenized documents, the same on every rank. The store's lock also keeps other jobs from building them twice."""
+    with world.local_main_first(f"preparing {what}"):
+        documents = build_documents(
+            sources,
+            tokenizer,
+            row_tokens=data.row_tokens,
+            on_long=data.on_long,
+            on_bad=data.on_bad,
+            learn=data.learn,
+            template=data.template,
+            cache_dir=data.cache_dir,
+            seed=seed,
+            num_workers=data.num_workers,
+        )
+    world.require_equal(documents.fingerprint, what)
+    return documents
+
+
+def build_rows(data: DataConfig, documents: Documents, seed: int) -> Rows:
+    """Documents -> rows, packed or one document each."""
+    if data.packing:
+        return pack_best_fit(documents.lengths, data.row_tokens, seed)
+    return one_document_per_row(documents.lengths, data.row_tokens)
+
+
+def count_steps(config: RunConfig, data: Data) -> int:
+    """Number of optimizer updates of the whole run."""
+    steps = config.train.steps if config.train.steps is not None else data.loader.num_steps
+    assert steps is not None
+    return steps
+
+
+def describe(config: RunConfig, world: World, data: Data, num_steps: int) -> str:
+    """What is about to run, in one paragraph."""
+    batch, stats = config.batch, data.documents.stats
+    accumulation = derive_accumulation(batch.rows_per_step, batch.micro_rows, world.size)
+    return (
+        f"{len(data.documents):,} documents in {len(data.rows):,} rows of up to {config.data.row_tokens:,} tokens "
+        f"({data.rows.efficiency:.1%} full; truncated {stats.total('truncated'):,}, dropped {stats.total('dropped'):,}"
+        f", bad {stats.total('bad'):,})\n"
+        f"{num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps x "
+        f"{batch.micro_rows} rows; strategy {config.strategy.name} on {world.device.type}: every rank "
+        "holds the whole base"
+    )
+
+
+# --- the learner ------------------------------------------------------------------------------------------------------
+
+
+def build_learner(config: RunConfig, world: World) -> Learner:
+    """Base -> adapters -> flat storage -> optimizer."""
+    settings = config.model
+    compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
+    is_full = config.lora is None
+    model: torch.nn.Module = base_model.load_base(
+        settings.name,
+        revision=settings.revision,
+        quantization=settings.quantization,
+        double_quant=settings.double_quant,
+        # full fine-tuning keeps fp32 masters and computes under autocast
+        compute_dtype=torch.float32 if is_full else compute_dtype,
+        attention=settings.attention,
+        attention_dtype=compute_dtype,
+        device=world.device,
+    )
+    base_model.check_head(model)
+    if config.lora is None:
+        model.requires_grad_(True)
+    else:
+        model = adapters.attach_lora(
+            model,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            target_modules=config.lora.target_modules,
+            variant=config.lora.variant,
+            seed=config.seed,
+            init_from=config.lora.init_from,
+            kernels=settings.kernels,
+        )
+    num_base, num_trainable = adapters.count_parameters(model)
+    recompute = config.memory.recompute
+    base_model.set_recompute(model, "full" if recompute == "auto" else recompute)
+    model.train()
+    flat = FlatParameters(adapters.trainable_parameters(model), decays)
+    world.prepare(flat.grads, [group.spans() for group in flat.groups])
+    world.require_equal(flat.digest(), "the initial trainable weights")
+    optim = config.optim
+    optimizer = build_optimizer(
+        flat, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
+    )
+
+    @contextmanager
+    def computing() -> Iterator[None]:
+        with ExitStack() as stack:
+            if is_full and compute_dtype != torch.float32:
+                stack.enter_context(torch.autocast(world.device.type, compute_dtype))
+            if config.memory.offload_activations:
+                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=world.device.type == "cuda"))
+            yield
+
+    head = base_model.output_head(model)
+    return Learner(model, head, flat, optimizer, compute_dtype, computing, num_base, num_trainable)
+
+
+def scheduled_lr(config: RunConfig, step: int, num_steps: int) -> float:
+    """Learning rate of 0-based update `step`."""
+    optim = config.optim
+    return lr_at(
+        step,
+        lr=optim.lr,
+        schedule=optim.schedule,
+        warmup_steps=optim.warmup_steps,
+        num_steps=num_steps,
+        min_lr_ratio=optim.min_lr_ratio,
+    )
+
+
+def step_values(
+    world: World, state: TrainState, stats: StepStats, rows: StepRows, lr: float, seconds: float, data_seconds: float
+) -> dict[str, Any]:
+    """The line of metrics.jsonl for one update."""
+    return {
+        "step": state.step,
+        "epoch": rows.epoch,
+        "loss": stats.loss,
+        "lr": lr,
+        "grad_norm": stats.grad_norm,
+        "num_labels": stats.num_labels,
+        "tokens": stats.num_tokens,
+        "step_seconds": seconds,
+        "data_seconds": data_seconds,
+        "tokens_per_second": stats.num_tokens / (seconds + data_seconds),
+        "peak_bytes": peak_bytes(world.device),
+        "imbalance": rows.imbalance,
+    }
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether something that happens every N steps happens after this one."""
+    return every is not None and step % every == 0
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluate_held_out(config: RunConfig, world: World, learner: Learner, data: Data) -> dict[str, float]:
+    """Held-out values for a line of metrics.jsonl; nothing without data.eval."""
+    if not data.held_out:
+        return {}
+    result: EvalResult = evaluate(learner.model, data.held_out, learner.nll_sum, world)
+    return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_seconds": result.seconds}
+
+
+def evaluate_start(
+    config: RunConfig,
+    run: RunDir,
+    world: World,
+    learner: Learner,
+    data: Data,
+    state: TrainState,
+    metrics: Metrics,
+) -> dict[str, float]:
+    """Held-out values before the first update, kept for the summary also over a resume."""
+    kept = run.path / "eval_start.json"
+    if state.step > 0 or not data.held_out or not config.train.eval_at_start:
+        return world.from_main(lambda: json.loads(kept.read_text()) if kept.exists() else {})
+    values = evaluate_held_out(config, world, learner, data)
+    world.from_main(lambda: write_json(kept, values))
+    metrics.say(f"before training: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
+    return values

@@ -1,0 +1,111 @@
+"""One optimizer update."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..distributed import World
+from ..errors import RunFailed
+from ..flat import FlatParameters
+from ..loader import StepRows
+from ..loss import OutputHead, nll_sum
+from ..model import hidden_states
+from ..optim import step_optimizer
+from ..packing import Batch
+from ..state import StepStats
+
+
+@dataclass
+class Learner:
+    """The model and what trains it, on this rank."""
+
+    model: torch.nn.Module
+    head: OutputHead
+    flat: FlatParameters
+    optimizer: torch.optim.Optimizer
+    compute_dtype: torch.dtype
+    computing: Callable[[], AbstractContextManager[object]]  # around every forward pass: autocast, offload, or nothing
+    num_base_parameters: int
+    num_trainable_parameters: int
+
+    def nll_sum(self, batch: Batch) -> torch.Tensor:
+        """() sum of the batch's label NLL."""
+        with self.computing():
+            hidden = hidden_states(self.model, batch)
+            return nll_sum(hidden.to(self.compute_dtype), self.head, batch.label_positions, batch.labels)
+
+
+def train_step(
+    world: World,
+    learner: Learner,
+    rows: StepRows,
+    *,
+    step: int,  # 0-based
+    seed: int,
+    lr: float,
+    max_grad_norm: float | None,
+    stop_requested: bool,
+) -> StepStats:
+    """One update. Loss = (sum of label NLL) / (number of labels), both over the whole global step.
+
+    A mean of micro-batch means would weight tokens unequally and depend on the number of ranks. Raises RunFailed on all
+    ranks, before the update, when a loss or gradient of any rank is not finite.
+    """
+    learner.flat.zero_grad()
+    losses: list[torch.Tensor] = []
+    for index, batch in enumerate(rows.microbatches):
+        torch.manual_seed(_dropout_seed(seed, step, batch.row_indices[0]))
+        with world.accumulate(is_last=index == len(rows.microbatches) - 1):
+            nll = learner.nll_sum(batch.to(world.device))
+            world.backward(nll)
+        losses.append(nll.detach().double())
+
+    local = torch.stack([torch.stack(losses).sum(), torch.tensor(float(stop_requested)).to(losses[0])])
+    total = world.sum(local)
+    num_labels = max(rows.num_labels, 1)
+    # the one host sync of a step: the summed gradients are equal on all ranks, so all decide alike
+    nll_total, stops, grad_norm = torch.cat([total, learner.flat.grad_norm().double()[None]]).tolist()
+    grad_norm /= num_labels
+    if not (math.isfinite(nll_total) and math.isfinite(grad_norm)):
+        raise RunFailed(_explain_non_finite(world, rows, losses, step, nll_total / num_labels, grad_norm))
+
+    clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (grad_norm + 1e-6))
+    learner.flat.scale_grads(clip / num_labels)
+    step_optimizer(learner.optimizer, lr)
+    return StepStats(nll_total / num_labels, grad_norm, rows.num_labels, rows.num_tokens, stops > 0)
+
+
+def _dropout_seed(seed: int, step: int, row: int) -> int:
+    """Dropout depends on what is trained, not on who trains it: resumed, or on other ranks, a run drops the same."""
+    return int(np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _explain_non_finite(
+    world: World, rows: StepRows, losses: list[torch.Tensor], step: int, loss: float, grad_norm: float
+) -> str:
+    """Says on all ranks which rank's rows gave the bad value. Called by all ranks together."""
+    bad = [row for batch, value in zip(rows.microbatches, losses) if not value.isfinite() for row in batch.row_indices]
+    if bad:
+        own = f"loss of rows {bad}"
+    elif not world.own_gradients_are_finite():
+        own = f"gradient of rows {[row for batch in rows.microbatches for row in batch.row_indices]}"
+    else:
+        own = None
+    found = [
+        f"rank {rank} ({host}): {what}"
+        for rank, (host, what) in enumerate(world.gather((socket.gethostname(), own)))
+        if what is not None
+    ]
+    where = "; ".join(found) if found else f"the sum over ranks, of rows {list(rows.row_indices)}"
+    return (
+        f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: not finite in {where}. All ranks stopped before the "
+        "update; earlier checkpoints are good. Look at these rows (qlora-dist data CONFIG), lower optim.lr, or resume "
+        "from an earlier checkpoint"
+    )

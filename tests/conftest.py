@@ -1,0 +1,17 @@
+"""Shared by all tests: nothing is fetched, nothing is written outside the test's own folder."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))
+# the fork server of helpers.ranks reads it: without it its preload finds nothing, and says nothing
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+sys.dont_write_bytecode = True
+
+import torch  # noqa: E402  (after the environment is set)
+
+torch.set_num_threads(1)  # tiny tensors: a thread pool costs more than it gives

@@ -1,0 +1,147 @@
+"""Run a function on several real processes over gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what a launcher around the tests may have set."""
+    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "COVERAGE_PROCESS")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+
+
+def run_python(
+    code: str, *arguments: str, timeout: float = 120, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter. With `check`, a failure shows the child's output."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+    if check and done.returncode:
+        raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = 120) -> list[Any]:
+    """Calls a module-level function on `num_ranks` real processes joined over gloo; returns each rank's result.
+
+    The processes are forked from a server that has the heavy imports done, so a call takes about a second. When a
+    rank raises, AssertionError shows every traceback; when one hangs, all are killed after `timeout` seconds.
+    A result that is an exception instance is the caller's to look at (see `outcome`).
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.warm"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
+    processes = [
+        context.Process(target=_rank_main, args=(rank, num_ranks, port, pipe[1], function, arguments), daemon=True)
+        for rank, pipe in enumerate(pipes)
+    ]
+    for process, (_, sender) in zip(processes, pipes):
+        process.start()
+        sender.close()
+    deadline = time.monotonic() + timeout
+    results: list[Any] = []
+    failures = []
+    for rank, (receiver, _) in enumerate(pipes):
+        if not receiver.poll(max(0.0, deadline - time.monotonic())):
+            failures.append(f"rank {rank}: nothing after {timeout} s")
+            continue
+        try:
+            ok, value = receiver.recv()
+        except EOFError:
+            processes[rank].join(5)
+            failures.append(f"rank {rank}: died with exit code {processes[rank].exitcode}")
+            continue
+        if ok:
+            results.append(value)
+        else:
+            failures.append(f"rank {rank}:\n{value}")
+            deadline = min(deadline, time.monotonic() + 5)  # the others may now wait for it for ever
+    for process in processes:
+        process.join(0.1 if failures else 10)
+        if process.is_alive():
+            process.kill()
+    if failures:
+        raise AssertionError("\n".join(failures))
+    return results
+
+
+def _rank_main(
+    rank: int, num_ranks: int, port: int, sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        sender.send((True, function(*arguments)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+    sender.close()
+    sys.stdout.flush()
+    os._exit(0)  # a broken process group must not keep the process alive
+
+
+def outcome(function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
+    """(class name, text) of what a call raises, or ("", ""): what `on_ranks` can carry back."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def torchrun(num_ranks: int) -> list[str]:
+    """Start of a torchrun command line on this machine, at a free port."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+
+
+def run_command(command: list[str], timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the clean environment, output captured; its children end with it."""
+    with subprocess.Popen(
+        command,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            out, err = process.communicate()
+            raise AssertionError(f"not finished after {timeout} s\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

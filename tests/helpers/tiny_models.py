@@ -1,0 +1,139 @@
+"""Tiny random models of many families, and folders of them with a tokenizer. Seeded, offline, milliseconds each.
+
+Hidden sizes are multiples of 64, as the 4-bit block needs on a CPU. Weights are drawn larger than usual, so that
+attention is far from uniform and a leak between documents is seen.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from qlora_dist.attention import PACKED
+from qlora_dist.packing import Batch, Example, collate
+
+torch.set_num_threads(1)  # tiny products: threads that wait for each other cost more than they save
+
+VOCABULARY = 128
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 16}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**_GROUPED},
+    "mistral": {**_GROUPED, "sliding_window": 4},
+    "qwen2": {**_COMMON, "num_key_value_heads": 2},
+    "qwen3": {**_GROUPED},
+    "gemma": {**_GROUPED},
+    "gemma2": {**_GROUPED, "sliding_window": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {
+        **_GROUPED,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gpt2": {
+        "vocab_size": VOCABULARY,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gpt_neox": {**_COMMON},
+    "phi": {**_COMMON},
+    "cohere": {**_GROUPED, "logit_scale": 0.25},
+    "granite": {**_GROUPED, "logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    "olmo2": {**_COMMON},
+}
+
+
+def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
+    return AutoConfig.for_model(family, **{**FAMILIES.get(family, _COMMON), **changes})
+
+
+def tiny_model(family: str = "llama", attention: str | None = PACKED, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random fp32 model in eval mode. Attention PACKED runs packed batches with the sdpa backend."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), attn_implementation=attention)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                scale = 2.0 * parameter.shape[-1] ** -0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            elif name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.tie_weights()
+    model.packed_backend = "sdpa"
+    return model.eval()
+
+
+def random_batch(lengths: tuple[int, ...], seed: int = 0, vocabulary: int = VOCABULARY) -> Batch:
+    """Packed documents of these lengths; every token but the first of each document is a label."""
+    generator = np.random.default_rng(seed)
+    examples = []
+    for length in lengths:
+        is_label = np.ones(length, dtype=bool)
+        is_label[0] = False
+        examples.append(Example(generator.integers(3, vocabulary, length).astype(np.int32), is_label))
+    return collate(examples, (0,))
+
+
+def alone(batch: Batch) -> list[Batch]:
+    """Each document of a batch as a batch of its own."""
+    parts = batch.input_ids[0].split(list(batch.lengths))
+    return [
+        collate([Example(part.numpy().astype(np.int32), np.arange(len(part)) > 0)], (index,))
+        for index, part in enumerate(parts)
+    ]
+
+
+def save_model(folder: Path, model: PreTrainedModel | None = None, *, tokenizer: bool = True) -> Path:
+    """A folder that load_base reads: config, safetensors, and a word-level tokenizer with a chat template."""
+    (model if model is not None else tiny_model(attention=None)).save_pretrained(folder)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer() -> Any:
+    """Words w3..w127 plus <pad> <s> </s>; unknown words become w3. Renders a chat as `w4 user-text w5 answer </s>`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    core = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w3"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w4 ' if m.role == 'user' else 'w5 ' }}{{ m.content }}"
+        "{{ ' ' if m.role == 'user' else ' </s> ' }}{% endfor %}{% if add_generation_prompt %}w5 {% endif %}"
+    )
+    return tokenizer
+
+
+def shared_model(name: str) -> Path:
+    """A small pretrained model from the shared data folder; skips the test when it is not there."""
+    root = Path(os.environ.get("QLORA_DIST_SHARED", Path(__file__).parents[2].parent / "shared"))
+    folder = root / "data" / "models" / name
+    if not folder.is_dir():
+        pytest.skip(f"pretrained model {name} is not in {folder.parent} (set QLORA_DIST_SHARED)")
+    return folder

@@ -1,0 +1,12 @@
+"""What every rank of a test imports anyway; the fork server imports it once."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets  # noqa: F401
+import tensorboard  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
+
+import qlora_dist.trainer  # noqa: F401
