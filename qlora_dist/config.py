@@ -44,8 +44,7 @@ class ModelConfig(_Section):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of activations, of dequantized matrices, and of what is not quantized (norms, embeddings, head)."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    """Packed attention: flash-attn, torch's varlen attention, or one SDPA call a document. auto: the first that is
-    there, in this order."""
+    """Packed attention: flash-attn, torch's varlen, or one SDPA call a document. auto: the first that can be used."""
     kernels: Literal["auto", "off"] = "auto"
     """auto: this package's own LoRA forward (adapters cast once to the compute type, no copies of the base output).
     off: PEFT's layers as they are."""
@@ -123,6 +122,8 @@ class DataConfig(_Section):
     """How a conversation becomes text: a named template (chatml, llama2, llama3, mistral, gemma, alpaca, vicuna,
     zephyr, none), tokenizer, or the path of a .jinja file. auto: the tokenizer's own; without one alpaca for
     instructions, none for input-output and prompt-completion, vicuna for conversations."""
+    require_eos: bool = True
+    """Refuse data whose answers never end in a special token: the model would not learn to stop. Texts are exempt."""
     num_workers: int | None = Field(None, ge=1)
     """Processes that tokenize. null: one for small data, up to eight for large."""
     cache_dir: str = "~/.cache/qlora_dist"
@@ -194,8 +195,7 @@ class TrainConfig(_Section):
 
 class MemoryConfig(_Section):
     recompute: Literal["auto", "full", "none"] | int = "auto"
-    """Gradient checkpointing: full = every layer is recomputed in the backward pass, none = no layer, N = the first
-    N layers. auto = full."""
+    """Gradient checkpointing, layers recomputed in the backward pass: full, none, or the first N. auto = full."""
     offload_activations: bool = False
     """Keep saved activations in (pinned) host memory between forward and backward."""
 
@@ -210,6 +210,8 @@ class MemoryConfig(_Section):
 class StrategyConfig(_Section):
     name: Literal["ddp"] = "ddp"
     """How ranks share the work. ddp: every rank holds the whole base, adapters' gradients are summed."""
+    mixed_devices: bool = False
+    """Allow GPUs of different kinds or memory in one run: every step then waits for the slowest of them."""
 
 
 class LoggingConfig(_Section):
@@ -339,7 +341,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node: Any = raw
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise UserError(
@@ -351,7 +352,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             index = part
         else:
             raise UserError(f"--set {override!r}: {'.'.join(parts[:depth])} is a value, not a section")
-        if last:
+        if depth == len(parts) - 1:
             node[index] = value
         else:
             if isinstance(node, dict) and node.get(index) is None:

@@ -54,6 +54,7 @@ FREE_FIELDS = (
     "train.keep",
     "data.num_workers",
     "data.cache_dir",
+    "data.require_eos",
 )
 
 

@@ -32,7 +32,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
         run = stages.open_run(config, world, resume)
         if (done := world.from_main(lambda: run.completed_steps(config.train.length))) is not None:
             return stages.say_completed(run, world, done)
-        stages.check(config, world)
+        stages.check(config, world, run)
 
         # data: sources -> documents -> rows -> who trains what at which step
         data = stages.build_data(config, world)
@@ -42,6 +42,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
 
             # model: 4-bit base -> adapters -> one flat storage of all that is trained
             learner = stages.build_learner(config, world)
+            metrics.say(stages.check_base(config, world, learner))
             state = keeping.resume(config, run, world, learner, data, metrics, resume)
             metrics.start(state.step)
             world.start_trackers(config.logging.project, config.model_dump(mode="json"))

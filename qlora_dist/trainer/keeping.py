@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..metrics import GIB, Metrics, median_tokens_per_second, peak_bytes
 from ..optim import load_optimizer_state, optimizer_state
 from ..provenance import commit, device_name, versions
 from ..state import RunDir, TrainState, config_changes, read_metrics, write_json
+from ..verify import base_checksum, check_base_unchanged
 from .stages import Data, free_fields
 from .step import Learner
 from .weights import export_trained, load_trained, save_trained, verify_trained
@@ -78,14 +80,25 @@ def _choose_checkpoint(config: RunConfig, run: RunDir, data: Data, choice: str) 
 
 
 def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: Data, state: TrainState) -> None:
-    """A checkpoint of this state, written and verified by rank 0; a failure ends all ranks."""
+    """A checkpoint of this state, written and verified by rank 0; a failure ends all ranks.
+
+    Weights are read back and compared before the checkpoint gets its name and before an older one is deleted. No rank's
+    base may have changed since it was loaded.
+    """
+    if learner.base_checksum is not None:
+        is_changed = base_checksum(learner.model) != learner.base_checksum
+        check_base_unchanged(world.gather((socket.gethostname(), is_changed)), f"after step {state.step}")
+
+    def write_weights(folder: Path) -> None:
+        save_trained(learner.model, folder, config.model.name, config.lora is None)
+        verify_trained(learner.model, folder, config.lora is None)
 
     def save_on_main() -> None:
         tensors, numbers = optimizer_state(learner.optimizer)
-        path = checkpoint.save_checkpoint(
+        checkpoint.save_checkpoint(
             run.checkpoints,
             state.step,
-            write_weights=lambda folder: save_trained(learner.model, folder, config.model.name, config.lora is None),
+            write_weights=write_weights,
             optimizer_tensors=tensors,
             state={
                 **asdict(state),
@@ -99,7 +112,6 @@ def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: D
             },
             keep=config.train.keep,
         )
-        verify_trained(learner.model, path, config.lora is None)
 
     world.from_main(save_on_main)
 

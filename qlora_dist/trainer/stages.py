@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, adapters
+from .. import adapters
 from .. import model as base_model
 from ..config import DataConfig, RunConfig, SourceConfig, dump_yaml
 from ..distributed import World
@@ -20,10 +21,20 @@ from ..evaluate import EvalResult, evaluate
 from ..examples import Documents, build_documents, split_sources
 from ..flat import FlatParameters
 from ..loader import Loader, StepRows, derive_accumulation, eval_batches
-from ..metrics import Metrics, format_evaluation, peak_bytes
+from ..metrics import GIB, Metrics, format_evaluation, peak_bytes
 from ..optim import build_optimizer, decays, lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..state import RunDir, StepStats, TrainState, write_json
+from ..verify import (
+    base_checksum,
+    check_base_bytes,
+    check_ends_are_learned,
+    check_every_step_has_labels,
+    check_source_bits,
+    held_base_bytes,
+    promised_base_bytes,
+)
+from . import preflight
 from .step import Learner
 
 
@@ -75,12 +86,12 @@ def say_completed(run: RunDir, world: World, steps: int) -> TrainState:
     return TrainState(step=steps)
 
 
-def check(config: RunConfig, world: World) -> None:
-    """What can be known before data or weights are read: same config on all ranks, batch, model kind, targets."""
+def check(config: RunConfig, world: World, run: RunDir) -> None:
+    """What can be known before data or weights are read: same config and code on all ranks, batch, model kind, targets,
+    devices, network, disk. Rank 0 says where the run starts."""
     world.require_equal(dump_yaml(config), "the resolved config")
-    world.require_equal(f"{__version__} {torch.__version__}", "the version of qlora_dist or torch")
     derive_accumulation(config.batch.rows_per_step, config.batch.micro_rows, world.size)
-    base_model.check_config(
+    facts = base_model.check_config(
         config.model.name,
         revision=config.model.revision,
         quantization=config.model.quantization,
@@ -88,6 +99,25 @@ def check(config: RunConfig, world: World) -> None:
         row_tokens=config.data.row_tokens,
         device_type=world.device.type,
     )
+    started = preflight.check_start(
+        world,
+        run.path,
+        checkpoint_bytes=preflight.checkpoint_bytes(_count_trainable(config, facts), config.optim.name),
+        keep=config.train.keep,
+        allow_mixed=config.strategy.mixed_devices,
+    )
+    if world.is_main:
+        print(started, flush=True)
+
+
+def _count_trainable(config: RunConfig, facts: base_model.ModelFacts) -> int:
+    lora = config.lora
+    if lora is None:
+        return facts.num_parameters
+    targets = base_model.resolve_targets(facts.linear_names, lora.target_modules)
+    shapes = [facts.linear_shapes[name] for name in targets]
+    has_magnitudes = lora.variant == "dora"
+    return sum(lora.rank * (outputs + inputs) + has_magnitudes * outputs for outputs, inputs in shapes)
 
 
 def build_data(config: RunConfig, world: World) -> Data:
@@ -95,6 +125,8 @@ def build_data(config: RunConfig, world: World) -> Data:
     tokenizer = base_model.load_tokenizer(config.model.name, config.model.revision)
     train_sources, eval_sources = split_sources(config.data.train, config.data.eval)
     documents = build_source_documents(config.data, train_sources, tokenizer, world, "data.train", config.seed)
+    if config.data.require_eos:
+        check_ends_are_learned(documents, tokenizer, config.seed)
     rows = build_rows(config.data, documents, config.seed)
     loader = Loader(
         documents,
@@ -146,6 +178,7 @@ def count_steps(config: RunConfig, data: Data) -> int:
     """Number of optimizer updates of the whole run."""
     steps = config.train.steps if config.train.steps is not None else data.loader.num_steps
     assert steps is not None
+    check_every_step_has_labels(data.documents, data.rows, data.loader.rows_of_step, steps)
     return steps
 
 
@@ -220,6 +253,32 @@ def build_learner(config: RunConfig, world: World) -> Learner:
 
     head = base_model.output_head(model)
     return Learner(model, head, flat, optimizer, compute_dtype, computing, num_base, num_trainable)
+
+
+def check_base(config: RunConfig, world: World, learner: Learner) -> str:
+    """The base as it lies in memory, before the first step: bytes by rank, bits of one layer. Notes its checksum.
+
+    Says what was compared. Full fine-tuning has no frozen base.
+    """
+    if config.lora is None:
+        return "no frozen base: all weights are trained"
+    settings = config.model
+    dtype: torch.dtype = getattr(torch, settings.compute_dtype)
+    promised = promised_base_bytes(
+        settings.name,
+        revision=settings.revision,
+        quantization=settings.quantization,
+        double_quant=settings.double_quant,
+        dtype=dtype,
+    )
+    expected = promised.on_each_rank(num_shards=1)  # ddp replicates the base
+    held = world.gather((socket.gethostname(), held_base_bytes(learner.model)))
+    check_base_bytes(held, expected, config.strategy.name)
+    compared = check_source_bits(
+        learner.model, settings.name, revision=settings.revision, compute_dtype=dtype, seed=config.seed
+    )
+    learner.base_checksum = base_checksum(learner.model)
+    return f"base: {expected / GIB:.2f} GiB on each rank, as {config.strategy.name} promises; {compared}"
 
 
 def scheduled_lr(config: RunConfig, step: int, num_steps: int) -> float:
