@@ -240,8 +240,8 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
 # --- several adapters -------------------------------------------------------------------------------------------------
 
 
-def load_adapters(model: nn.Module, folders: dict[str, Path]) -> PeftModel:
-    """Puts saved adapters on a base for generation, each under its name; the first is active."""
+def load_adapters(model: nn.Module, folders: dict[str, Path], *, lean: bool = True) -> PeftModel:
+    """Puts saved adapters on a base for generation, each by its name; the first is active. lean False: stock PEFT."""
     adapted: PeftModel | None = None
     for name, folder in folders.items():
         # a clear error before PEFT's, which would take pickled weights, or look for them on the hub
@@ -254,7 +254,8 @@ def load_adapters(model: nn.Module, folders: dict[str, Path]) -> PeftModel:
                 adapted.load_adapter(str(folder), adapter_name=name, is_trainable=False)
     if adapted is None:
         raise UserError("no adapter was given; expected at least one name=folder")
-    use_lean_forward(adapted)  # what was trained is what answers
+    if lean:
+        use_lean_forward(adapted)  # what was trained is what answers
     return adapted.eval()
 
 

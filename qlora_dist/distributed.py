@@ -36,6 +36,13 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def child_environment(hide_gpus: bool) -> dict[str, str]:
+    """This process's environment for a launcher that it starts itself: without what a launcher around it has set."""
+    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    return {**kept, "CUDA_VISIBLE_DEVICES": ""} if hide_gpus else kept
+
+
 class World:
     """This process among `size` ranks. Made once, by `World.init`."""
 

@@ -12,7 +12,7 @@ LEVELS = {
     1: ["distributed", "packing", "loss", "optim", "memory", "metrics", "preempt", "templates"],
     2: ["formats", "examples", "loader", "attention", "model", "adapters", "kernels"],
     3: ["checkpoint", "verify", "evaluate", "generate", "merge", "audit", "doctor"],
-    4: ["trainer"],
+    4: ["trainer", "proofs"],
     5: ["cli", "__main__", "__init__"],
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
@@ -29,7 +29,7 @@ HOMES = {
     "transformers": {"model", "attention"},
     "peft": {"adapters"},
     "triton": {"kernels"},
-    "safetensors": {"checkpoint", "adapters", "trainer", "merge", "model"},
+    "safetensors": {"checkpoint", "adapters", "trainer", "proofs", "merge", "model"},
     "bitsandbytes": {"optim", "model"},
     "click": {"cli"},
 }

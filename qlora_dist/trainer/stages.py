@@ -91,14 +91,7 @@ def check(config: RunConfig, world: World, run: RunDir) -> None:
     devices, network, disk. Rank 0 says where the run starts."""
     world.require_equal(dump_yaml(config), "the resolved config")
     derive_accumulation(config.batch.rows_per_step, config.batch.micro_rows, world.size)
-    facts = base_model.check_config(
-        config.model.name,
-        revision=config.model.revision,
-        quantization=config.model.quantization,
-        target_modules="all-linear" if config.lora is None else config.lora.target_modules,
-        row_tokens=config.data.row_tokens,
-        device_type=world.device.type,
-    )
+    facts = check_model(config, world)
     started = preflight.check_start(
         world,
         run.path,
@@ -108,6 +101,18 @@ def check(config: RunConfig, world: World, run: RunDir) -> None:
     )
     if world.is_main:
         print(started, flush=True)
+
+
+def check_model(config: RunConfig, world: World) -> base_model.ModelFacts:
+    """What config.json alone says about the model. Raises UserError when it cannot be trained as asked."""
+    return base_model.check_config(
+        config.model.name,
+        revision=config.model.revision,
+        quantization=config.model.quantization,
+        target_modules="all-linear" if config.lora is None else config.lora.target_modules,
+        row_tokens=config.data.row_tokens,
+        device_type=world.device.type,
+    )
 
 
 def _count_trainable(config: RunConfig, facts: base_model.ModelFacts) -> int:

@@ -77,7 +77,7 @@ def train_step(
     if trained != rows.num_labels or not trained:
         raise RunFailed(
             f"step {step + 1}: {trained:.0f} labels were computed over all ranks, its rows have {rows.num_labels:,}: "
-            "rows were lost, doubled or have no label. All ranks stopped before the update; earlier checkpoints are good"
+            "rows were lost, doubled or have no label. Stopped before the update; earlier checkpoints are good"
         )
     grad_norm /= num_labels
     if not (math.isfinite(nll_total) and math.isfinite(grad_norm)):
