@@ -21,10 +21,10 @@ class Tolerances:
     steps: float  # losses and gradient norms of a few updates
 
 
-# fp32: sums in another order give about 1e-6 after the layers of a model; 1e-4 leaves room for 100 layers and few labels.
+# fp32: sums in another order give about 1e-6 after the layers of a model; 1e-4 leaves room for a hundred layers.
 # bf16: one rounding is up to 2**-9 = 0.2 %; about ten a layer add up like random steps, 1 % for a single label. Over
-# ranks every row is computed in the same way, and only fp32 sums change: what remains are adapters that round to another
-# bf16 number now and then.
+# ranks every row is computed in the same way, and only fp32 sums change: what remains are adapters that round to
+# another bf16 number now and then.
 TOLERANCES = {
     "float32": Tolerances(labels=1e-4, loss=1e-5, gradient=1e-4, steps=1e-4),
     "bfloat16": Tolerances(labels=3e-2, loss=5e-3, gradient=3e-2, steps=1e-2),

@@ -164,8 +164,8 @@ def base_checksum(model: nn.Module) -> str:
     """A number of this rank's whole base that any changed bit changes; far cheaper than `model.base_fingerprint`.
 
     Each tensor's bytes are read as 64-bit words, wrapped in rows of 128 and summed by column modulo 2**64 on the
-    device; only these sums are hashed. Reads the base once: memory bandwidth is the cost. A permutation within a column,
-    which nothing here makes, would go unseen; `base_fingerprint` sees that too.
+    device; only these sums are hashed. Reads the base once: memory bandwidth is the cost. A permutation within a
+    column, which nothing here makes, would go unseen; `base_fingerprint` sees that too.
     """
     digest = hashlib.sha256()
     sums: dict[torch.device, list[Tensor]] = {}
