@@ -267,10 +267,8 @@ def invoke(arguments: list[str]) -> int:
     the launcher end them; what only they found is said by them, with their rank.
     """
     try:
-        cli.main(arguments, standalone_mode=False)
-        return 0
-    except click.exceptions.Exit as request:
-        return request.exit_code
+        code = cli.main(arguments, standalone_mode=False)  # click turns an Exit into its code, which it returns
+        return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()
         return 2

@@ -363,7 +363,7 @@ COLLECTIVES = {"sum", "max", "any", "gather", "from_main", "require_equal", "loc
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_what_only_rank_0_does_contains_no_collective(path):
-    """Functions given to `from_main`, and those of the same file that they call: nothing on `world` but plain values."""
+    """Functions given to `from_main`, and those of the same file that they call: plain values of `world` only."""
     tree = ast.parse(path.read_text())
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     todo: list[ast.AST] = []

@@ -63,7 +63,7 @@ def _prove(plan: Plan, world: World) -> list[Proof]:
         is_same = base_model.base_fingerprint(learner.model) == before
         proofs.append(Proof(UNCHANGED, 0.0 if is_same else 1.0, 0.0, "SHA-256 of the whole base"))
         proofs.append(prove_reloaded(learner, folder, config.model.name))
-    with torch.no_grad():
+    with torch.no_grad(), base_model.evaluation_mode(learner.model):
         ours = label_nll(learner, packed), learner.nll_sum(packed).item() / packed.num_labels
     computing = learner.computing
     del learner  # two bases at once may not fit
