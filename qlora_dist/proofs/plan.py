@@ -63,8 +63,9 @@ class Plan:
         raw["logging"]["trackers"] = []
         if raw["lora"] is not None and self.config.batch.micro_rows > 1:
             raw["lora"]["dropout"] = 0.0
-        if strategy is not None:
-            raw["strategy"] = {**raw["strategy"], "name": strategy}
+        if strategy is not None and strategy != self.config.strategy.name:
+            # the user's options of another strategy would not be ddp's
+            raw["strategy"] = {"name": strategy, "mixed_devices": self.config.strategy.mixed_devices}
         if on_cpu:
             raw["model"]["attention"] = "auto"
         return parse_config(raw, f"verify's variant {name!r}")
