@@ -169,9 +169,9 @@ def test_with_heavy_tails_no_other_deal_would_be_much_better(world_size, row_tok
             sums = np.array([work[share].sum() for share in deal])
             found.append(sums.max() / sums.mean() - 1)
     assert np.median(over_bound) < 0.01 and max(over_bound) < 0.10
-    # where no single row outweighs a share, the ranks' attention is even
-    assert not spread or np.median(spread) < 0.05
-    assert rows_per_rank < 8 or len(spread) >= 2, "with eight rows a rank there are steps that can be shared evenly"
+    # where no row weighs as much as a share and a rank has rows to choose from, the ranks' attention is even
+    if rows_per_rank == 8:
+        assert len(spread) >= 2 and np.median(spread) < 0.05
     assert np.median(lost_dealt) > 0.01 and np.median(lost) < 0.4 * np.median(lost_dealt)
 
 
