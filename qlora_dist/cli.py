@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -101,9 +102,10 @@ def verify(config: str, overrides: tuple[str, ...], steps: int, ranks: int, as_j
     from .config import load_config
 
     loaded = load_config(config, overrides)
-    from .proofs import prove
+    with contextlib.redirect_stdout(sys.stderr):  # deepspeed greets on stdout when it is imported
+        from .proofs import prove
 
-    report = prove(loaded, steps=steps, ranks=ranks)
+        report = prove(loaded, steps=steps, ranks=ranks)
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else f"{report.table()}\n{report.sentence()}")
     if report.failures:
         raise click.exceptions.Exit(1)

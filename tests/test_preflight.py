@@ -97,42 +97,41 @@ def test_the_start_line_names_ranks_nodes_devices_time_and_disk():
 # --- on real ranks ----------------------------------------------------------------------------------------------------
 
 
-def _train(raw, fault):
-    rank = preflight_rank()
-    if fault == "config" and rank == 1:
-        raw = changed(raw, optim__lr=0.5)
-    if fault == "code":
-        preflight.code_digest = lambda: f"digest{rank}"
-    if fault == "sum":
-        from qlora_dist.distributed import World
-
-        original = World.sum
-        World.sum = lambda self, values: original(self, values) + (0.5 if self.rank == 1 else 0.0)
-    if fault == "disk":
-        usage = shutil.disk_usage("/")
-        shutil.disk_usage = lambda _: usage._replace(free=2**20)
-    return outcome(train, config_of(raw))
+FAULTS = {
+    "config": ("RunFailed", "the resolved config differs between rank 0 and rank 1 ("),
+    "code": ("RunFailed", "has code digest0, torch"),
+    "sum": ("RunFailed", "a sum over the 2 ranks should be 3, but rank 1 ("),
+    "disk": ("UserError", "0.00 GiB are free"),
+}
 
 
-def preflight_rank():
-    import os
+def _train_with_each_fault(raw):
+    from qlora_dist.distributed import World
 
-    return int(os.environ["RANK"])
+    rank = World.init().rank
+    sound_sum, usage = World.sum, shutil.disk_usage("/")
+    faults = {
+        "config": lambda patch: None,
+        "code": lambda patch: patch.setattr(preflight, "code_digest", lambda: f"digest{rank}"),
+        "sum": lambda patch: patch.setattr(
+            World, "sum", lambda self, values: sound_sum(self, values) + (0.5 if self.rank == 1 else 0.0)
+        ),
+        "disk": lambda patch: patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20)),
+    }
+    found = {}
+    for name, inject in faults.items():
+        with pytest.MonkeyPatch.context() as patch:
+            inject(patch)
+            lr = 0.5 if name == "config" and rank == 1 else 0.01
+            found[name] = outcome(train, config_of(raw, optim__lr=lr))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind", "message"),
-    [
-        ("config", "RunFailed", "the resolved config differs between rank 0 and rank 1 ("),
-        ("code", "RunFailed", "has code digest0, torch"),
-        ("sum", "RunFailed", "a sum over the 2 ranks should be 3, but rank 1 ("),
-        ("disk", "UserError", "0.00 GiB are free"),
-    ],
-)
-def test_what_is_wrong_on_one_rank_stops_all_before_the_model_is_read(raw, fault, kind, message):
-    results = on_ranks(_train, 2, raw, fault)
-    for name, text in results:
-        assert name == kind and message in text, (name, text)
+def test_what_is_wrong_on_one_rank_stops_all_before_the_model_is_read(raw):
+    for found in on_ranks(_train_with_each_fault, 2, raw):
+        assert found.keys() == FAULTS.keys()
+        for fault, (kind, message) in FAULTS.items():
+            assert found[fault][0] == kind and message in found[fault][1], (fault, found[fault])
     assert not (Path(raw["run_dir"]) / "metrics.jsonl").exists()
 
 

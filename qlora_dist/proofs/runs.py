@@ -86,6 +86,7 @@ def run(plan: Plan, config: RunConfig, place: Place) -> RunDir:
     """Trains a variant to its end on this machine. Raises RunDied."""
     log.info("verify: run %s, strategy %s, %s", Path(config.run_dir).name, config.strategy.name, place)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={place.num_ranks}"]
+    launcher.append(f"--log-dir={plan.folder / 'torchrun'}")  # else it leaves a folder behind
     command = [
         sys.executable,
         *(launcher if place.num_ranks > 1 else []),
