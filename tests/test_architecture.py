@@ -11,7 +11,7 @@ LEVELS = {
     0: ["errors", "config", "state", "flat", "provenance"],
     1: ["distributed", "packing", "loss", "optim", "memory", "metrics", "preempt", "templates"],
     2: ["formats", "examples", "loader", "attention", "model", "adapters", "kernels"],
-    3: ["checkpoint", "verify", "evaluate", "generate", "merge", "audit", "doctor"],
+    3: ["checkpoint", "verify", "evaluate", "generate", "merge", "audit", "doctor", "planning"],
     4: ["trainer"],
     5: ["cli", "__main__", "__init__"],
 }

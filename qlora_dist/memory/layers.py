@@ -116,12 +116,16 @@ class LayerTape:
         x32 = tape.op([x], wide) if is_cast else x
         centered = x32
         if self.shapes.norm == "fp32_layer":
-            centered = tape.op([x32], wide, back_work=wide)
+            # x - mean, once for the variance and once for the result
+            centered = tape.op([x32], wide)
         # pow saves its input, and its backward pass makes two more tensors of that size
         squared = tape.op([centered], wide, saves=[centered], back_work=2 * wide)
         mean = tape.op([squared], one)
         tape.drop(squared)
         scale = tape.op([mean], one, saves_output=True)
+        if centered is not x32:
+            tape.drop(centered)
+            centered = tape.op([x32], wide)
         normed = tape.op([centered, scale], wide, saves=[centered, scale], back_work=wide)
         tape.drop(mean, scale)
         if is_cast:
@@ -150,15 +154,15 @@ class LayerTape:
         """`adapters.lean_forward` after the base layer."""
         settings, tape = self.settings, self.tape
         size, tokens, rank = settings.compute_size, settings.tokens, settings.rank
-        copies = []
-        if size != 4:  # else the fp32 masters themselves are used
-            copies = [
-                tape.weight_copy(rank * width * size, rank * width * 4) for width in (linear.inputs, linear.outputs)
-            ]
+        sizes = (rank * linear.inputs, rank * linear.outputs)
+        if size == 4:  # the fp32 masters themselves
+            a, b = (tape.parameter(4 * weights) for weights in sizes)
+        else:
+            a, b = (tape.weight_copy(weights * size, weights * 4) for weights in sizes)
         dropped = self._dropout(x)
-        low = tape.op([dropped, *copies[:1]], tokens * rank * size, saves=[dropped, *copies[:1]])
-        out = tape.op([y, low, *copies[1:]], y.size, saves=[low, *copies[1:]], shares=[y])
-        tape.drop(y, low, *copies)
+        low = tape.op([dropped, a], tokens * rank * size, saves=[dropped, a])
+        out = tape.op([y, low, b], y.size, saves=[low, b], shares=[y])
+        tape.drop(y, low, a, b)
         if dropped is not x:
             tape.drop(dropped)
         return out
@@ -171,8 +175,9 @@ class LayerTape:
         tape.drop(y)
         x32 = x if settings.compute_size == 4 else tape.op([x], 4 * tokens * linear.inputs)
         dropped = self._dropout(x32)
-        low = tape.op([dropped], 4 * tokens * rank, saves=[dropped], back_weights=4 * rank * linear.inputs)
-        grown = tape.op([low], 4 * tokens * linear.outputs, saves=[low], back_weights=4 * rank * linear.outputs)
+        a, b = (tape.parameter(4 * rank * width) for width in (linear.inputs, linear.outputs))
+        low = tape.op([dropped, a], 4 * tokens * rank, saves=[dropped])
+        grown = tape.op([low, b], 4 * tokens * linear.outputs, saves=[low])
         tape.drop(low, *([] if dropped is x32 else [dropped]), *([] if x32 is x else [x32]))
         scaled = tape.op([grown], grown.size)
         tape.drop(grown)
@@ -244,8 +249,13 @@ class LayerTape:
         grouped = 2 * queries if shapes.num_kv_heads != heads else 0
         lse = tape.extra(4 * tokens * heads)
         out = tape.op(inputs, queries, saves=[*inputs, lse], saves_output=True, back_work=summed + grouped)
-        if settings.attention == "flash":
+        if settings.attention == "flash" and not shapes.splits_rotary:
             return out
+        if settings.attention == "flash":
+            # rotated and passed-over parts are joined head by head, and so is the output: its rows are copied together
+            turned = tape.op([out], queries)
+            tape.drop(out)
+            return turned
         joined = tape.op([out], queries, shares=[out])  # documents one after another
         tape.drop(out)
         turned = tape.op([joined], queries)  # (T, heads, width), contiguous
@@ -260,13 +270,22 @@ class LayerTape:
         square = heads * longest * longest * size
         spread = tape.op(inputs, 2 * queries) if shapes.num_kv_heads != heads else None  # keys and values repeated
         operands = [*inputs, *([spread] if spread else [])]
-        scores = tape.op(operands, square, saves=operands, work=square)
-        capped = tape.op([scores], square, saves_output=True, work=square)
-        tape.drop(scores)
-        weights = tape.op([capped], 2 * square, saves_output=True, work=square)
+        product = tape.op(operands, square, saves=operands)
+        scores = tape.op([product], square)
+        tape.drop(product)
+        scaled = tape.op([scores], square)
+        tanh = tape.op([scaled], square, saves_output=True)
+        tape.drop(scaled)
+        capped = tape.op([tanh], square)
+        tape.drop(scores, tanh)
+        masked = tape.op([capped], square)
+        tape.drop(capped)
+        wide = tape.op([masked], square * 4 // size)
+        weights = tape.op([wide], square * 4 // size, saves_output=True)
         narrow = tape.op([weights], square)
+        tape.drop(wide, weights)
         out = tape.op([narrow, *operands], queries, saves=[narrow, *operands])
-        tape.drop(capped, weights, narrow, *([spread] if spread else []))
+        tape.drop(masked, narrow, *([spread] if spread else []))
         turned = tape.op([out], queries)
         tape.drop(out)
         return turned
@@ -294,11 +313,23 @@ class LayerTape:
         return out
 
     def _activation(self, x: Value) -> Value:
+        tape, size = self.tape, x.size
         if self.shapes.activation == "one":
-            return self.tape.op([x], x.size, saves=[x])
-        # gelu_new is written out in eight kernels: x, tanh, x / 2 and 1 + tanh are saved
-        rest = self.tape.extra(3 * x.size)
-        return self.tape.op([x], x.size, saves=[x, rest], work=2 * x.size, back_work=3 * x.size)
+            return tape.op([x], size, saves=[x])
+        # gelu_new is written out: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3)))
+        half = tape.op([x], size)
+        inner = tape.op([x], size, saves=[x], back_work=2 * size)
+        for _ in range(3):  # times a constant, plus x, times a constant
+            new = tape.op([inner], size)
+            tape.drop(inner)
+            inner = new
+        tanh = tape.op([inner], size, saves_output=True)
+        tape.drop(inner)
+        opened = tape.op([tanh], size, shares=[tanh])
+        tape.drop(tanh)
+        out = tape.op([half, opened], size, saves=[half, opened])
+        tape.drop(half, opened)
+        return out
 
 
 def dequantized_bytes(linear: Linear, quantization: str, double_quant: bool, compute_size: int) -> int:
@@ -331,7 +362,7 @@ def head_bytes(shapes: ModelShapes, tokens: int, compute_size: int, chunk_bytes:
     settings = LayerSettings(tokens, compute_size)
     writer = LayerTape(shapes, settings)
     hidden = writer._norm(writer.start)
-    normed = writer.tape.saved.total - hidden.size
+    normed = writer.tape.saved.total - hidden.size + (row if writer.start.refs > 1 else 0)
     chunk = min(tokens, max(1, chunk_bytes // (4 * shapes.vocabulary)))
     logits = 4 * chunk * shapes.vocabulary
     # logsumexp makes one copy of the logits; a cap on them keeps its slope as well

@@ -53,6 +53,7 @@ class ModelShapes:
     is_gated: bool = True
     activation: Literal["one", "composed"] = "one"  # one kernel, or gelu_new, which is written out
     rotary_dim: int = 0  # of each head; 0: positions are learned
+    splits_rotary: bool = False  # the rotated part of a head and the rest are joined by a copy
     has_softcap: bool = False  # capped attention scores
     caps_logits: bool = False
     scales_logits: bool = False
@@ -243,6 +244,7 @@ def _two_matrix(
         norm="layer",
         is_gated=False,
         rotary_dim=0 if rotary_share is None else int(rotary_share * head_dim),
+        splits_rotary=rotary_share is not None,
         **differences,
     )
 
