@@ -17,7 +17,6 @@ from .tape import Live, Tape, Value
 
 BLOCK = 64  # weights that share one quantization constant
 NESTED_BLOCK = 256  # constants that share one constant of the second quantization
-CHUNK_BYTES = 512 * 2**20  # loss.CHUNK_BYTES["cuda"]
 
 Attention = Literal["flash", "sdpa"]
 
@@ -73,6 +72,8 @@ class LayerTape:
 
     def _layer(self, x: Value) -> Value:
         shapes, tape = self.shapes, self.tape
+        if not shapes.is_exact:
+            return self._unknown_layer(x)
         if shapes.is_parallel:
             normed = self._norm(x)
             attended = self._attention(normed)
@@ -88,6 +89,27 @@ class LayerTape:
         out = self._half(middle, self._mlp)
         tape.drop(middle)
         return out
+
+    def _unknown_layer(self, x: Value) -> Value:
+        """A family that is not listed: norms like Llama's, and every linear layer's input and output saved once."""
+        tape = self.tape
+        normed = self._norm(x)
+        held = []
+        for linear in self.shapes.linears:
+            source = (
+                normed if linear.inputs == self.shapes.hidden else tape.op([normed], self._tokens_of(linear.inputs))
+            )
+            held += [source] if source is not normed else []
+            y = self._linear(source, linear)
+            held.append(tape.op([y], y.size, saves=[y]))
+            tape.drop(y)
+        last = self._norm(x)
+        out = tape.op([*held, last, x], self.row, shares=[x])
+        tape.drop(normed, last, *held)
+        return out
+
+    def _tokens_of(self, width: int) -> int:
+        return self.settings.tokens * width * self.settings.compute_size
 
     def _half(self, x: Value, inner: object) -> Value:
         """x + inner(norm(x)), with the norm before, after, or on both sides."""
@@ -302,6 +324,14 @@ class LayerTape:
             out = self._linear(grown, down)
             tape.drop(grown)
             return out
+        if joined := shapes.named("gate_up_proj"):
+            both = self._linear(x, joined[0])  # its halves are views
+            half = tape.op([both], both.size // 2, saves=[both])
+            product = tape.op([half, both], half.size, saves=[half, both])
+            tape.drop(both, half)
+            out = self._linear(product, down)
+            tape.drop(product)
+            return out
         gate = self._linear(x, shapes.named("gate_proj")[0])
         opened = self._activation(gate)
         tape.drop(gate)
@@ -345,27 +375,3 @@ def dequantized_bytes(linear: Linear, quantization: str, double_quant: bool, com
 def layer_bytes(shapes: ModelShapes, settings: LayerSettings, has_grad_input: bool = True) -> LayerBytes:
     """Bytes of one decoder layer."""
     return LayerTape(shapes, settings, has_grad_input).measure()
-
-
-@dataclass(frozen=True)
-class HeadBytes:
-    """What stands between the last layer and the loss."""
-
-    saved: int  # the last norm's tensors and the gradient of the hidden states, from the loss on
-    peak: int  # during the loss, with what is saved
-    logits: int  # of them: one chunk of fp32 logits and what is made of it
-
-
-def head_bytes(shapes: ModelShapes, tokens: int, compute_size: int, chunk_bytes: int = CHUNK_BYTES) -> HeadBytes:
-    """The last norm, then `loss.nll_sum` with every token a label (a row may hold nothing else)."""
-    row = tokens * shapes.hidden * compute_size
-    settings = LayerSettings(tokens, compute_size)
-    writer = LayerTape(shapes, settings)
-    hidden = writer._norm(writer.start)
-    normed = writer.tape.saved.total - hidden.size + (row if writer.start.refs > 1 else 0)
-    chunk = min(tokens, max(1, chunk_bytes // (4 * shapes.vocabulary)))
-    logits = 4 * chunk * shapes.vocabulary
-    # logsumexp makes one copy of the logits; a cap on them keeps its slope as well
-    extra = logits * (3 if shapes.caps_logits else 2)
-    # hidden states, those with a label, and their gradient
-    return HeadBytes(normed + row, normed + 3 * row + extra, extra)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from ..config import RunConfig
 from .constants import Item
+from .head import HeadBytes, head_bytes
 from .items import compute_size
-from .layers import HeadBytes, LayerBytes, LayerSettings, head_bytes, layer_bytes
+from .layers import LayerBytes, LayerSettings, layer_bytes
 from .shapes import ModelShapes, adapted_linears
 
 
