@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -139,8 +139,9 @@ class DataConfig(_Section):
 class BatchConfig(_Section):
     rows_per_step: int = Field(16, ge=1)
     """Rows of one optimizer update over all ranks. This is the batch size: it does not depend on the hardware."""
-    micro_rows: int = Field(1, ge=1)
-    """Rows that one rank holds in memory at a time. Accumulation follows from it."""
+    micro_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Rows that one rank holds in memory at a time. Accumulation follows from it. auto: the most that the memory plan
+    says fit, and that divide a rank's share of rows_per_step; 1 where the memory is not known (CPU)."""
 
 
 class OptimConfig(_Section):
@@ -171,6 +172,9 @@ class TrainConfig(_Section):
     """Passes over the training rows; the last step may hold fewer rows."""
     eval_every: int | None = Field(None, ge=1)
     """Steps between evaluations of data.eval. null: only at the end."""
+    longest_first: bool | None = None
+    """Run the longest micro-batch of the whole run once before the first step, without an update, so that a run that
+    does not fit ends at once. It changes no result. null: on a GPU only."""
     eval_at_start: bool = True
     """Evaluate data.eval before the first update, as the figure to compare with."""
     save_every: int | None = Field(None, ge=1)
@@ -195,9 +199,10 @@ class TrainConfig(_Section):
 class MemoryConfig(_Section):
     recompute: Literal["auto", "full", "none"] | int = "auto"
     """Gradient checkpointing: full = every layer is recomputed in the backward pass, none = no layer, N = the first
-    N layers. auto = full."""
+    N layers. auto: as few layers as the memory plan allows on this GPU; full where the memory is not known (CPU). Every
+    choice gives the same gradients, bit for bit."""
     offload_activations: bool = False
-    """Keep saved activations in (pinned) host memory between forward and backward."""
+    """Keep saved activations in (pinned) host memory between forward and backward, copied while the GPU computes."""
 
     @field_validator("recompute")
     @classmethod

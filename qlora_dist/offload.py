@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MIN_BYTES = 2**20  # smaller tensors cost more to handle than they hold
+MIN_BYTES = {"cuda": 2**20, "cpu": 1}  # smaller tensors cost more to handle than they hold
 IN_FLIGHT = 2  # copies to the host that may keep their source alive
 AHEAD_BYTES = 256 * 2**20  # copied back before they are asked for
 
@@ -29,10 +29,10 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
     One instance serves a whole run. `host_bytes` is the (pinned) host memory that it holds.
     """
 
-    def __init__(self, device: torch.device, min_bytes: int = MIN_BYTES) -> None:
+    def __init__(self, device: torch.device, min_bytes: int | None = None) -> None:
         super().__init__(self._pack, self._unpack)
         self._device = device
-        self._min_bytes = min_bytes
+        self._min_bytes = MIN_BYTES.get(device.type, 1) if min_bytes is None else min_bytes
         self._buffers = _Buffers(is_pinned=device.type == "cuda")
         self._leaving: deque[_Offloaded] = deque()  # copies to the host that may still run, oldest first
         self._saved: list[weakref.ref[_Offloaded]] = []  # of this forward pass, in its order
@@ -61,6 +61,7 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
             return tensor
         for pending in self._leaving:  # saved a moment ago by another operator
             if pending.holds(tensor):
+                pending.num_uses += 1
                 return pending
         self.num_offloaded += 1
         offloaded = _Offloaded(tensor, len(self._saved), self._buffers)
@@ -104,10 +105,12 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
         if isinstance(packed, Tensor):
             return packed
         self._bring_back(packed)
-        tensor, packed.returned = packed.returned, None
+        tensor = packed.returned
         assert tensor is not None
-        if packed.arrived is not None:
-            torch.cuda.current_stream(self._device).wait_event(packed.arrived)
+        packed.wait_until_back()
+        packed.num_uses -= 1
+        if packed.num_uses <= 0:
+            packed.returned = None
         self._bring_back_ahead(packed.index)
         return tensor
 
@@ -147,6 +150,7 @@ class _Offloaded:
     def __init__(self, tensor: Tensor, index: int, buffers: _Buffers) -> None:
         self.source: Tensor | None = tensor
         self.index = index
+        self.num_uses = 1  # operators that saved it and have not asked for it yet
         self.buffer = buffers.take(tensor.nbytes)
         self._buffers = buffers
         flat = self.buffer.memory[: tensor.nbytes].view(tensor.dtype)
@@ -170,7 +174,13 @@ class _Offloaded:
             and self._version == tensor._version
         )
 
+    def wait_until_back(self) -> None:
+        """The compute stream waits for the copy to the device."""
+        if self.arrived is not None and self.returned is not None:
+            torch.cuda.current_stream(self.returned.device).wait_event(self.arrived)
+
     def __del__(self) -> None:
+        self.wait_until_back()  # brought back and never asked for: the compute stream frees it
         self._buffers.give_back(self.buffer)
 
 
@@ -189,15 +199,15 @@ class _Buffers:
         self.num_bytes = 0
 
     def take(self, num_bytes: int) -> _Buffer:
-        fitting = [buffer for buffer in self._free if buffer.memory.nbytes >= num_bytes]
+        sizes = {buffer.memory.nbytes: buffer for buffer in self._free}
+        fitting = [size for size in sizes if num_bytes <= size <= 2 * num_bytes]
         if fitting:
-            best = min(fitting, key=lambda buffer: buffer.memory.nbytes)
-            self._free.remove(best)
+            self._free.remove(best := sizes[min(fitting)])
             return best
-        if self._free:  # rows get longer: the largest free one makes room
-            largest = max(self._free, key=lambda buffer: buffer.memory.nbytes)
-            self._free.remove(largest)
-            self.num_bytes -= largest.memory.nbytes
+        smaller = [size for size in sizes if size < num_bytes]
+        if smaller:  # rows get longer: the largest of those that are too small makes room
+            self._free.remove(sizes[max(smaller)])
+            self.num_bytes -= max(smaller)
         self.num_bytes += num_bytes
         return _Buffer(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_pinned))
 

@@ -52,6 +52,7 @@ FREE_FIELDS = (
     "train.save_every",
     "train.eval_every",
     "train.keep",
+    "train.longest_first",
     "data.num_workers",
     "data.cache_dir",
 )

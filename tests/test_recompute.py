@@ -12,8 +12,10 @@ from helpers.tiny_models import random_batch, save_model, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_dist.adapters import attach_lora, trainable_parameters
-from qlora_dist.model import hidden_states, load_base, set_recompute
+from qlora_dist.model import decoder_layers, hidden_states, load_base, set_recompute
+from qlora_dist.offload import ActivationOffload
 
+CPU = torch.device("cpu")
 NUM_LAYERS = 3
 LEVELS: tuple[Any, ...] = ("none", 1, 2, "full")
 
@@ -32,7 +34,7 @@ def nf4_lora(folder: Path, *, dropout: float = 0.0, dtype: torch.dtype = torch.b
         double_quant=True,
         compute_dtype=dtype,
         attention="auto",
-        device=torch.device("cpu"),
+        device=CPU,
     )
     model = attach_lora(base, rank=4, alpha=8, dropout=dropout, kernels=kernels)
     generator = torch.Generator().manual_seed(1)
@@ -121,7 +123,7 @@ def test_on_other_bases_the_levels_agree_too(family: str, quantization: Any, tmp
         double_quant=False,
         compute_dtype=torch.bfloat16,
         attention="auto",
-        device=torch.device("cpu"),
+        device=CPU,
     )
     model = attach_lora(base, rank=4, alpha=8, dropout=0.2).train()
     found = []
@@ -129,3 +131,81 @@ def test_on_other_bases_the_levels_agree_too(family: str, quantization: Any, tmp
         set_recompute(model, level)
         found.append(forward_backward(model)[1])
     require_equal_bits(*found)
+
+
+# --- offload ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_offloaded_activations_give_the_same_bits_at_every_level(folder: Path, level: Any) -> None:
+    model = nf4_lora(folder, dropout=0.3)
+    set_recompute(model, level)
+    _, expected = forward_backward(model)
+    offload = ActivationOffload(CPU)
+    for _ in range(2):  # the second time with buffers that are used again
+        model.zero_grad()
+        torch.manual_seed(5)
+        with offload:
+            loss = hidden_states(model, random_batch((9, 5))).float().square().mean()
+        loss.backward()
+        require_equal_bits(expected, {name: p.grad for name, p in trainable_parameters(model).items()})
+    assert offload.num_offloaded > NUM_LAYERS
+
+
+def test_with_recomputed_layers_only_their_inputs_move_and_buffers_are_used_again(folder: Path) -> None:
+    model = nf4_lora(folder)
+    set_recompute(model, "full")
+    offload = ActivationOffload(CPU)
+    held = []
+    for lengths in ((9, 5), (9, 5), (5, 4), (9, 5)):
+        _through_the_layers(model, random_batch(lengths), offload)
+        held.append(offload.host_bytes)
+    inputs = NUM_LAYERS * 14 * 64 * 2  # layers x tokens x hidden x bytes of bfloat16
+    # shorter rows fit in the buffers of longer ones
+    assert held == [inputs] * 4
+    assert offload.num_offloaded == 4 * NUM_LAYERS
+
+
+def _through_the_layers(model: Any, batch: Any, offload: ActivationOffload) -> None:
+    """Forward and backward of the decoder layers alone, by the keywords that the model gives them."""
+    layers = decoder_layers(model)
+    calls: list[Any] = []
+    hook = layers[0].register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        hidden_states(model, batch)
+    hook.remove()
+    ((states,), keywords) = calls[0]
+    with offload:
+        for layer in layers:
+            states = layer(states, **keywords)
+    states.float().sum().backward()
+
+
+def test_weights_and_their_views_never_move() -> None:
+    offload = ActivationOffload(CPU)
+    weight = torch.nn.Parameter(torch.randn(64, 64), requires_grad=False)
+    scale = torch.nn.Parameter(torch.randn(64))
+    x = torch.randn(8, 64, requires_grad=True)
+    with offload:
+        y = torch.nn.functional.linear(x, weight) @ weight.t()  # saves the weight and a view of it
+        assert (offload.num_offloaded, offload.num_kept > 0) == (0, True)
+        z = y * scale  # saves y, and the weight
+        assert offload.num_offloaded == 1
+    z.sum().backward()
+    assert offload.host_bytes == y.nbytes
+    assert x.grad is not None and scale.grad is not None
+    torch.testing.assert_close(scale.grad, y.detach().sum(0))
+
+
+def test_a_tensor_that_several_operators_save_is_copied_once_and_small_ones_stay() -> None:
+    offload = ActivationOffload(CPU, min_bytes=1024)
+    x = torch.randn(16, 64, requires_grad=True)
+    small = torch.randn(4, requires_grad=True)
+    with offload:
+        loss = (x * x).sum() + (x.exp() * x).sum() + (small * small).sum()
+    assert offload.num_offloaded == 2  # x, and exp(x)
+    loss.backward()
+    assert x.grad is not None and small.grad is not None
+    expected = torch.autograd.grad((x * x).sum() + (x.exp() * x).sum(), x)[0]
+    assert torch.equal(x.grad, expected)
+    assert torch.equal(small.grad, 2 * small.detach())

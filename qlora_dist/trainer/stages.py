@@ -21,6 +21,7 @@ from ..examples import Documents, build_documents, split_sources
 from ..flat import FlatParameters
 from ..loader import Loader, StepRows, derive_accumulation, eval_batches
 from ..metrics import Metrics, format_evaluation, peak_bytes
+from ..offload import ActivationOffload
 from ..optim import build_optimizer, decays, lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..state import RunDir, StepStats, TrainState, write_json
@@ -208,14 +209,15 @@ def build_learner(config: RunConfig, world: World) -> Learner:
     optimizer = build_optimizer(
         flat, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
     )
+    offload = ActivationOffload(world.device) if config.memory.offload_activations else None
 
     @contextmanager
     def computing() -> Iterator[None]:
         with ExitStack() as stack:
             if is_full and compute_dtype != torch.float32:
                 stack.enter_context(torch.autocast(world.device.type, compute_dtype))
-            if config.memory.offload_activations:
-                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=world.device.type == "cuda"))
+            if offload is not None:
+                stack.enter_context(offload)
             yield
 
     head = base_model.output_head(model)
