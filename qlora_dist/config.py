@@ -18,8 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import UserError
 
-# one function each in formats
-DataFormat = Literal[
+DataFormat = Literal[  # one function each in formats
     "auto", "alpaca", "alpaca-cleaned", "alpaca-gpt4", "messages", "sharegpt", "oasst", "guanaco", "self-instruct",
     "chip2", "hh-rlhf", "longform", "dolly", "unnatural-instructions", "input-output", "prompt-completion", "text",
     "tokens",
@@ -140,8 +139,7 @@ class BatchConfig(_Section):
     rows_per_step: int = Field(16, ge=1)
     """Rows of one optimizer update over all ranks. This is the batch size: it does not depend on the hardware."""
     micro_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
-    """Rows that one rank holds in memory at a time. Accumulation follows from it. auto: the most that the memory plan
-    says fit, and that divide a rank's share of rows_per_step; 1 where the memory is not known (CPU)."""
+    """Rows that one rank holds in memory at a time. auto: the most that fit by the memory plan (on a CPU 1)."""
 
 
 class OptimConfig(_Section):
@@ -173,8 +171,7 @@ class TrainConfig(_Section):
     eval_every: int | None = Field(None, ge=1)
     """Steps between evaluations of data.eval. null: only at the end."""
     longest_first: bool | None = None
-    """Run the longest micro-batch of the whole run once before the first step, without an update, so that a run that
-    does not fit ends at once. It changes no result. null: on a GPU only."""
+    """Run the longest micro-batch once before the first step: what does not fit ends at once. null: on a GPU only."""
     eval_at_start: bool = True
     """Evaluate data.eval before the first update, as the figure to compare with."""
     save_every: int | None = Field(None, ge=1)
@@ -199,10 +196,9 @@ class TrainConfig(_Section):
 class MemoryConfig(_Section):
     recompute: Literal["auto", "full", "none"] | int = "auto"
     """Gradient checkpointing: full = every layer is recomputed in the backward pass, none = no layer, N = the first
-    N layers. auto: as few layers as the memory plan allows on this GPU; full where the memory is not known (CPU). Every
-    choice gives the same gradients, bit for bit."""
+    N layers. auto: as few layers as fit by the memory plan (on a CPU all). All give the same gradients, bit for bit."""
     offload_activations: bool = False
-    """Keep saved activations in (pinned) host memory between forward and backward, copied while the GPU computes."""
+    """Keep saved activations in (pinned) host memory between forward and backward."""
 
     @field_validator("recompute")
     @classmethod
