@@ -64,7 +64,7 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
                 pending.num_uses += 1
                 return pending
         self.num_offloaded += 1
-        offloaded = _Offloaded(tensor, len(self._saved), self._buffers)
+        offloaded = _Offloaded(tensor, len(self._saved), self._buffers, self._buffers.take(tensor.nbytes))
         self._saved.append(weakref.ref(offloaded))
         if self._streams is None:
             offloaded.host.copy_(tensor)
@@ -121,7 +121,7 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
         ahead = 0
         for place in range(min(index, len(self._saved)) - 1, -1, -1):
             earlier = self._saved[place]()
-            if earlier is not None:
+            if earlier is not None and earlier.num_uses > 0:
                 ahead += earlier.host.nbytes
                 if ahead > AHEAD_BYTES and earlier.host.nbytes != ahead:
                     return
@@ -147,20 +147,20 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
 class _Offloaded:
     """One saved tensor in host memory. Its buffer goes back when autograd lets go of it."""
 
-    def __init__(self, tensor: Tensor, index: int, buffers: _Buffers) -> None:
+    def __init__(self, tensor: Tensor, index: int, buffers: _Buffers, buffer: _Buffer) -> None:
         self.source: Tensor | None = tensor
         self.index = index
         self.num_uses = 1  # operators that saved it and have not asked for it yet
-        self.buffer = buffers.take(tensor.nbytes)
+        self.buffer = buffer
+        self.copied: torch.cuda.Event | None = None
+        self.returned: Tensor | None = None
+        self.arrived: torch.cuda.Event | None = None
         self._buffers = buffers
+        self._version = tensor._version
         flat = self.buffer.memory[: tensor.nbytes].view(tensor.dtype)
         # the same strides, where the tensor is dense: another layout could choose another kernel in the backward pass
         stride = torch.empty_like(tensor, device="meta").stride()
         self.host = flat.as_strided(tensor.shape, stride)
-        self._version = tensor._version
-        self.copied: torch.cuda.Event | None = None
-        self.returned: Tensor | None = None
-        self.arrived: torch.cuda.Event | None = None
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether this is the same, unchanged tensor."""

@@ -82,6 +82,21 @@ def train_step(
     return StepStats(nll_total / num_labels, grad_norm, rows.num_labels, rows.num_tokens, stops > 0)
 
 
+def try_batch(world: World, learner: Learner, batch: Batch, later_bytes: int) -> None:
+    """Forward and backward of one micro-batch whose gradients are thrown away. Changes nothing that a step depends on.
+
+    All ranks call it together. `later_bytes` of device memory are held meanwhile: what the first update will add
+    (optimizer states). Raises torch.OutOfMemoryError where it does not fit.
+    """
+    devices = [world.device.index or 0] if world.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        held = torch.empty(later_bytes if devices else 0, dtype=torch.uint8, device=world.device)
+        with world.accumulate(is_last=False):
+            world.backward(learner.nll_sum(batch.to(world.device)))
+        del held
+    learner.flat.zero_grad()
+
+
 def _dropout_seed(seed: int, step: int, row: int) -> int:
     """Dropout depends on what is trained, not on who trains it: resumed, or on other ranks, a run drops the same."""
     return int(np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)[0] >> 1)
