@@ -26,6 +26,8 @@ CONTEXT_BYTES = 500 * MIB
 """CUDA context with the kernels of torch and bitsandbytes: 400 to 550 MiB on Ampere to Hopper, outside of PyTorch."""
 NCCL_BYTES = 350 * MIB
 """A communicator's channel buffers (up to 32 channels of 10 MiB over NVLink), outside of PyTorch."""
+OFFLOAD_AHEAD_BYTES = 256 * MIB
+"""offload.AHEAD_BYTES: of the activations in host memory, what is on the device for a moment."""
 WORKSPACE_BYTES = 32 * MIB
 """cuBLAS workspace of Hopper (:4096:8, 8 MiB before); PyTorch allocates it once a stream."""
 RESERVE_SHARE = 0.02
@@ -330,14 +332,15 @@ def _largest_moment(config: RunConfig, shapes: ModelShapes, rows: int, recompute
             5 * 8 * tokens + 2 * tokens * shapes.rotary_dim * size, "token ids, positions, labels, rotary tables"
         )
     }
-    moments = [_loss_moment(head, all_saved, steady)]
+    limit = OFFLOAD_AHEAD_BYTES if config.memory.offload_activations else all_saved
+    moments = [_loss_moment(head, min(limit, all_saved), steady)]
     below = all_saved
     for index in reversed(range(len(layers))):
         layer, is_recomputed = layers[index], index < recompute
         below -= keeps[index]
         if index in (len(layers) - 1, recompute - 1):
             moments += _layer_moments(
-                layer, below, row if is_recomputed else layer.kept_input, row, is_recomputed, steady
+                layer, min(limit, below), row if is_recomputed else layer.kept_input, row, is_recomputed, steady
             )
     largest = max(moments, key=lambda moment: moment.size)
     return replace(largest, saved_bytes=all_saved)
@@ -386,7 +389,7 @@ def _layer_moments(
     """One layer's forward (or recomputation) and backward, over what the layers before it keep."""
     kept = {"saved activations": Item(below + own_input, "of the layers before it, and its input")}
     for name, live, extra in (
-        ("a layer's forward pass", layer.forward_peak, row),
+        ("a layer's forward pass", layer.recompute_peak if is_recomputed else layer.forward_peak, row),
         ("a layer's backward pass", layer.backward_peak, 0),
     ):
         again = "recomputed and " if is_recomputed else ""
