@@ -209,8 +209,11 @@ class MemoryConfig(_Section):
 
 
 class StrategyConfig(_Section):
-    name: Literal["ddp"] = "ddp"
-    """How ranks share the work. ddp: every rank holds the whole base, adapters' gradients are summed."""
+    name: Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3"] = "ddp"
+    """How ranks share the work. ddp: each holds all. DeepSpeed shards optimizer states (zero1), gradients too (zero2),
+    in host memory (zero2_offload), the base too (zero3, not quantized)."""
+    ds_config: str | None = None
+    """DeepSpeed config of a zero strategy. null: the one that is shipped under the strategy's name (ds_configs/)."""
 
 
 class LoggingConfig(_Section):

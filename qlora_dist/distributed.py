@@ -36,6 +36,29 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def require_own_strategy(name: str) -> None:
+    """The run config names the strategy; a launcher that asks for another one is refused, the same one is ignored.
+
+    accelerate's launcher says in variables that it wants DeepSpeed or FSDP. `Accelerator` would then make a plugin of
+    its own, with values that the run config does not know, and transformers would load the model through it.
+    """
+    asked = {
+        kind: os.environ.pop(variable)
+        for kind, variable in (("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP"))
+        if os.environ.get(variable, "false").lower() == "true"
+    }
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    for kind in asked:
+        fits = name.startswith(f"zero{stage or ''}") if kind == "DEEPSPEED" else name == "fsdp"
+        if not fits:
+            what = f"DEEPSPEED with ZeRO stage {stage}" if kind == "DEEPSPEED" and stage else kind
+            raise UserError(
+                f"the launcher's config asks for distributed_type {what}, the run config for strategy.name={name}; the "
+                "run config decides: launch with launch/accelerate/ddp.yaml (it fits every strategy) and set "
+                "strategy.name"
+            )
+
+
 class World:
     """This process among `size` ranks. Made once, by `World.init`."""
 
@@ -139,6 +162,21 @@ class World:
             values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
+
+    def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """Every rank's tensor, all of one shape, in rank order, in host memory of rank 0; None on the others."""
+        if self.size == 1:
+            return [tensor.cpu()]
+        mine = tensor.to(self.device).contiguous()  # NCCL moves device memory only
+        parts = [torch.empty_like(mine) for _ in range(self.size)] if self.is_main else None
+        dist.gather(mine, parts)
+        return None if parts is None else [part.cpu() for part in parts]
+
+    def require_group(self) -> None:
+        """Makes a process group of one where there is no launcher: DeepSpeed wants a group in any case."""
+        if not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
     def from_main(self, function: Callable[[], Any]) -> Any:
         """Runs a function on rank 0 only and gives its plain-data result to all.

@@ -5,7 +5,8 @@ trainer.keeping              checkpoints, resume, results
 trainer.step                 what happens again and again: one optimizer update
 examples, packing, loader    sources -> documents -> rows -> this rank's micro-batches
 model, attention, adapters   4-bit base -> packed attention -> LoRA in fp32
-flat, optim, distributed     all trained weights in one storage -> AdamW -> gradients summed over ranks
+update, flat, optim          gradients -> AdamW, the same under every strategy
+distributed                  ranks, and what they do together
 checkpoint, metrics, verify  what is kept, what is said, what is checked
 """
 
@@ -40,7 +41,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
         with Metrics(run, world.is_main, num_steps, "tensorboard" in config.logging.trackers) as metrics:
             metrics.say(stages.describe(config, world, data, num_steps))
 
-            # model: 4-bit base -> adapters -> one flat storage of all that is trained
+            # model: 4-bit base -> adapters -> what updates them
             learner = stages.build_learner(config, world)
             state = keeping.resume(config, run, world, learner, data, metrics, resume)
             metrics.start(state.step)
@@ -57,7 +58,6 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                     step=state.step,
                     seed=config.seed,
                     lr=(lr := stages.scheduled_lr(config, state.step, num_steps)),
-                    max_grad_norm=config.optim.max_grad_norm,
                     stop_requested=stop.requested,
                 )
                 if state.step == 0:

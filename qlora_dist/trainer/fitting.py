@@ -138,17 +138,10 @@ def held_bytes(learner: Learner) -> dict[str, int]:
     base = [] if not any("lora_" in name for name, _ in learner.model.named_parameters()) else [
         tensor for _, tensor in base_model.base_weights(learner.model)
     ]  # fmt: skip
-    states = [
-        value
-        for state in learner.optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and not getattr(value, "is_paged", False)
-    ]
     return {
         "base": sum(_local(tensor).nbytes for tensor in base),
         "adapters": sum(parameter.nbytes for parameter in trained),
         "gradients": sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None),
-        "optimizer": sum(state.nbytes for state in states),
     }
 
 
@@ -162,7 +155,6 @@ PLAN_KINDS = {
     "base": ("base", "quantization constants", "embeddings, head, norms"),
     "adapters": ("adapters", "weights"),
     "gradients": ("gradients",),
-    "optimizer": ("optimizer",),
 }
 
 
@@ -175,7 +167,7 @@ def explain(fit: Fit, place: str, held: dict[str, int], peak: int, world_size: i
     planned = {
         kind: sum(plan.items[name].size for name in names if name in plan.items) for kind, names in PLAN_KINDS.items()
     }
-    rest = "activations and work space"
+    rest = "activations and the rest"  # optimizer states that are not paged, work space
     planned[rest] = max(0, plan.tensor_bytes - sum(planned.values()))
     found = dict(held)
     if held:

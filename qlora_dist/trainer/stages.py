@@ -14,17 +14,17 @@ import torch
 from .. import __version__, adapters
 from .. import model as base_model
 from ..config import DataConfig, RunConfig, SourceConfig, dump_yaml
-from ..distributed import World
+from ..distributed import World, require_own_strategy
 from ..errors import UserError
 from ..evaluate import EvalResult, evaluate
 from ..examples import Documents, build_documents, split_sources
-from ..flat import FlatParameters
 from ..loader import Loader, StepRows, derive_accumulation, eval_batches
 from ..metrics import Metrics, format_evaluation, peak_bytes
 from ..offload import ActivationOffload
-from ..optim import build_optimizer, decays, lr_at
+from ..optim import lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..state import RunDir, StepStats, TrainState, write_json
+from .update import build_update, check_update, describe_strategy
 from .step import Learner
 
 
@@ -42,6 +42,7 @@ class Data:
 def join(config: RunConfig) -> Iterator[World]:
     """This process's place among the ranks; left in order at the end, and left to the launcher after a failure."""
     others = [name for name in config.logging.trackers if name != "tensorboard"]
+    require_own_strategy(config.strategy.name)
     world = World.init(others, config.run_dir)
     yield world
     world.close()
@@ -81,6 +82,7 @@ def check(config: RunConfig, world: World) -> None:
     world.require_equal(dump_yaml(config), "the resolved config")
     world.require_equal(f"{__version__} {torch.__version__}", "the version of qlora_dist or torch")
     derive_accumulation(config.batch.rows_per_step, config.batch.micro_rows, world.size)
+    check_update(config, world)
     base_model.check_config(
         config.model.name,
         revision=config.model.revision,
@@ -159,8 +161,7 @@ def describe(config: RunConfig, world: World, data: Data, num_steps: int) -> str
         f"({data.rows.efficiency:.1%} full; truncated {stats.total('truncated'):,}, dropped {stats.total('dropped'):,}"
         f", bad {stats.total('bad'):,})\n"
         f"{num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps x "
-        f"{batch.micro_rows} rows; strategy {config.strategy.name} on {world.device.type}: every rank "
-        "holds the whole base"
+        f"{batch.micro_rows} rows; strategy {config.strategy.name} on {world.device.type}: {describe_strategy(config)}"
     )
 
 
@@ -168,7 +169,7 @@ def describe(config: RunConfig, world: World, data: Data, num_steps: int) -> str
 
 
 def build_learner(config: RunConfig, world: World) -> Learner:
-    """Base -> adapters -> flat storage -> optimizer."""
+    """Base -> adapters -> what updates them."""
     settings = config.model
     compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
     is_full = config.lora is None
@@ -202,13 +203,8 @@ def build_learner(config: RunConfig, world: World) -> Learner:
     recompute = config.memory.recompute
     base_model.set_recompute(model, "full" if recompute == "auto" else recompute)
     model.train()
-    flat = FlatParameters(adapters.trainable_parameters(model), decays)
-    world.prepare(flat.grads, [group.spans() for group in flat.groups])
-    world.require_equal(flat.digest(), "the initial trainable weights")
-    optim = config.optim
-    optimizer = build_optimizer(
-        flat, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
-    )
+    update = build_update(config, world, model)
+    world.require_equal(update.digest(), "the initial trainable weights")
     offload = ActivationOffload(world.device) if config.memory.offload_activations else None
 
     @contextmanager
@@ -221,7 +217,7 @@ def build_learner(config: RunConfig, world: World) -> Learner:
             yield
 
     head = base_model.output_head(model)
-    return Learner(model, head, flat, optimizer, compute_dtype, computing, num_base, num_trainable)
+    return Learner(model, head, update, compute_dtype, computing, num_base, num_trainable)
 
 
 def scheduled_lr(config: RunConfig, step: int, num_steps: int) -> float:

@@ -1,0 +1,57 @@
+"""ddp: every rank holds all trained weights in one flat storage, with all gradients and optimizer states."""
+
+from __future__ import annotations
+
+import torch
+
+from ..distributed import World
+from ..flat import FlatParameters
+from ..optim import load_optimizer_state, optimizer_state, step_optimizer
+from . import States
+
+
+class ReplicatedUpdate:
+    """Gradients are summed over ranks in fixed buckets (`distributed.GradientReducer`), then every rank updates all."""
+
+    def __init__(
+        self,
+        world: World,
+        flat: FlatParameters,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None,
+    ) -> None:
+        self._world = world
+        self._flat = flat
+        self._optimizer = optimizer
+        self._max_grad_norm = max_grad_norm
+        world.prepare(flat.grads, [group.spans() for group in flat.groups])
+
+    def zero_grad(self) -> None:
+        self._flat.zero_grad()
+
+    def backward(self, nll_sum: torch.Tensor, is_last: bool) -> None:
+        with self._world.accumulate(is_last):
+            self._world.backward(nll_sum)
+
+    def grad_norm(self) -> torch.Tensor:
+        return self._flat.grad_norm()
+
+    def own_gradients_are_finite(self) -> bool:
+        return self._world.own_gradients_are_finite()
+
+    def step(self, lr: float, num_labels: int, grad_norm: float) -> None:
+        clip = 1.0 if self._max_grad_norm is None else min(1.0, self._max_grad_norm / (grad_norm + 1e-6))
+        self._flat.scale_grads(clip / num_labels)
+        step_optimizer(self._optimizer, lr)
+
+    def layout(self) -> list[list[list[object]]]:
+        return self._flat.layout()
+
+    def digest(self) -> str:
+        return self._flat.digest()
+
+    def state(self) -> States:
+        return optimizer_state(self._optimizer) if self._world.is_main else ({}, {})
+
+    def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
+        load_optimizer_state(self._optimizer, tensors, numbers)
