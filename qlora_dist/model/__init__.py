@@ -10,8 +10,9 @@ and generation.
 The base is never changed after loading; `base_fingerprint` proves it.
 """
 
+from .base import load_base
 from .generation import Sampling, generate_ids, quantized_and_back
-from .loading import INFERENCE, Quantization, load_base, load_config, load_tokenizer
+from .loading import INFERENCE, Quantization, load_config, load_tokenizer
 from .preflight import ModelFacts, check_config, resolve_targets
 from .running import (
     base_fingerprint,
