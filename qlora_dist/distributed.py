@@ -68,6 +68,7 @@ class World:
         self.rank: int = accelerator.process_index
         self.size: int = accelerator.num_processes
         self.local_rank: int = accelerator.local_process_index
+        self.local_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))  # ranks on this node
         self.device: torch.device = accelerator.device
         self.is_main: bool = self.rank == 0
         self._reducer: GradientReducer | None = None
@@ -228,7 +229,7 @@ class World:
             except BaseException as error:
                 store.set(key, f"{'user' if isinstance(error, UserError) else 'run'} failed: {error}")
                 # the store lives in rank 0: the others must have read this before it ends
-                others, deadline = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) - 1, time.monotonic() + 10
+                others, deadline = self.local_size - 1, time.monotonic() + 10
                 while store.add(f"{key}/seen", 0) < others and time.monotonic() < deadline:
                     time.sleep(0.05)
                 raise

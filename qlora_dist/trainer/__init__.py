@@ -1,6 +1,7 @@
 """Config -> data -> rows -> model -> steps -> checkpoints. Read this file first: `train` is the table of contents.
 
 trainer.stages               what happens once: the parts of a run, made from the config
+trainer.fitting              what fits in memory, and what it means when it does not
 trainer.keeping              checkpoints, resume, results
 trainer.step                 what happens again and again: one optimizer update
 examples, packing, loader    sources -> documents -> rows -> this rank's micro-batches
@@ -19,7 +20,7 @@ from ..metrics import Metrics
 from ..preempt import StopSignal
 from ..state import TrainState
 from ..verify import check_first_update
-from . import keeping, stages
+from . import fitting, keeping, stages
 from .step import train_step
 
 
@@ -33,24 +34,31 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
         run = stages.open_run(config, world, resume)
         if (done := world.from_main(lambda: run.completed_steps(config.train.length))) is not None:
             return stages.say_completed(run, world, done)
+        fit = fitting.settle(config, world)
+        config = fit.config  # from here on no `auto` in what decides memory
         stages.check(config, world)
 
         # data: sources -> documents -> rows -> who trains what at which step
         data = stages.build_data(config, world)
         num_steps = stages.count_steps(config, data)
-        with Metrics(run, world.is_main, num_steps, "tensorboard" in config.logging.trackers) as metrics:
-            metrics.say(stages.describe(config, world, data, num_steps))
+        with (
+            Metrics(run, world.is_main, num_steps, "tensorboard" in config.logging.trackers) as metrics,
+            fitting.explaining_out_of_memory(fit, world) as progress,
+        ):
+            metrics.say(stages.describe(config, world, data, num_steps) + fit.said)
 
             # model: 4-bit base -> adapters -> what updates them
-            learner = stages.build_learner(config, world)
+            progress.learner = learner = stages.build_learner(config, world)
             state = keeping.resume(config, run, world, learner, data, metrics, resume)
             metrics.start(state.step)
             world.start_trackers(config.logging.project, config.model_dump(mode="json"))
+            fitting.try_longest(config, world, learner, data, state, num_steps, progress, metrics)
             before = stages.evaluate_start(config, run, world, learner, data, state, metrics)
 
             waited_since = time.perf_counter()
             for rows in data.loader.iterate(state.step, num_steps, pin_memory=world.device.type == "cuda"):
                 started = time.perf_counter()
+                progress.place = f"step {state.step + 1}"
                 stats = train_step(
                     world,
                     learner,

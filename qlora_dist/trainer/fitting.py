@@ -15,7 +15,8 @@ from .. import model as base_model
 from ..config import RunConfig
 from ..distributed import World
 from ..errors import RunFailed
-from ..memory import CONTEXT_BYTES, MemoryPlan, ModelShapes, choose, plan_memory
+from ..memory import MemoryPlan, ModelShapes, choose, plan_memory, shapes_from_config
+from ..memory.plan import CONTEXT_BYTES
 from ..metrics import GIB, Metrics, peak_bytes
 from ..state import TrainState
 from .stages import Data
@@ -23,6 +24,7 @@ from .step import Learner, try_batch
 
 NOTICEABLE = 64 * 2**20  # bytes by which an item must exceed its plan to be named
 NUM_ADVICE = 3
+QUARTER = 2**28
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,13 @@ class Fit:
     said: str
 
 
-def settle(config: RunConfig, shapes: ModelShapes, world: World) -> Fit:
+def settle(config: RunConfig, world: World) -> Fit:
     """Replaces `auto` in memory.recompute and batch.micro_rows by what the memory plan says fits on the smallest GPU.
 
     All ranks come to the same: the plan is a pure function of the config and of the least memory that any rank has.
     """
     sizes: dict[str, Any] = {"world_size": world.size, "local_world_size": world.local_size}
+    shapes = _read_shapes(config)
     device_bytes = usable_bytes(world)
     if device_bytes is None:
         plan = plan_memory(config, shapes, **sizes, device_bytes=None)
@@ -63,7 +66,13 @@ def settle(config: RunConfig, shapes: ModelShapes, world: World) -> Fit:
             "batch": config.batch.model_copy(update={"micro_rows": plan.micro_rows}),
         }
     )
-    return Fit(settled, shapes, plan, "\n".join(said))
+    return Fit(settled, shapes, plan, "".join(f"\n{line}" for line in said))
+
+
+def _read_shapes(config: RunConfig) -> ModelShapes:
+    shapes = shapes_from_config(base_model.load_config(config.model.name, config.model.revision).to_dict())
+    assert shapes is not None
+    return shapes
 
 
 def _layers(plan: MemoryPlan) -> int | str:
@@ -79,20 +88,37 @@ def usable_bytes(world: World) -> int | None:
         own = min(total, free + torch.cuda.memory_reserved(world.device) + CONTEXT_BYTES)
         own = min(own, total * torch.cuda.get_per_process_memory_fraction(world.device) + CONTEXT_BYTES)
     least = -world.max(-own)
-    return None if least == float("inf") else int(least)
+    # whole quarters of a GiB: a few MiB more or less at another start must not choose another micro-batch
+    return None if least == float("inf") else int(least // QUARTER * QUARTER)
+
+
+@dataclass
+class Progress:
+    """Where the run is, for the message."""
+
+    place: str = "loading the model"
+    learner: Learner | None = None
 
 
 # --- the longest micro-batch first ------------------------------------------------------------------------------------
 
 
 def try_longest(
-    config: RunConfig, world: World, learner: Learner, data: Data, state: TrainState, num_steps: int, metrics: Metrics
+    config: RunConfig,
+    world: World,
+    learner: Learner,
+    data: Data,
+    state: TrainState,
+    num_steps: int,
+    progress: Progress,
+    metrics: Metrics,
 ) -> None:
     """Runs the longest micro-batch that is left, without an update: what does not fit ends now, not after a night."""
     wanted = config.train.longest_first
     if not (world.device.type == "cuda" if wanted is None else wanted) or state.step >= num_steps:
         return
     batch = data.loader.longest_batch(state.step, num_steps)
+    progress.place = f"the longest micro-batch ({batch.num_tokens:,} tokens), before step {state.step + 1}"
     try_batch(world, learner, batch, 0 if state.step else states_to_come(config, learner))
     metrics.say(
         f"the longest micro-batch of the run fits: {batch.num_tokens:,} tokens, peak "
@@ -107,14 +133,6 @@ def states_to_come(config: RunConfig, learner: Learner) -> int:
 
 
 # --- out of memory ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Progress:
-    """Where the run is, for the message."""
-
-    place: str = "loading the model"
-    learner: Learner | None = None
 
 
 @contextmanager

@@ -174,6 +174,8 @@ def _summary(
         "total_labels": state.num_labels,
         "world_size": world.size,
         "strategy": config.strategy.name,
+        "micro_rows": config.batch.micro_rows,
+        "recompute": config.memory.recompute,
         "device": device_name(world.device),
         "packing_efficiency": data.rows.efficiency,
         "examples": len(data.documents),

@@ -200,8 +200,8 @@ def build_learner(config: RunConfig, world: World) -> Learner:
             kernels=settings.kernels,
         )
     num_base, num_trainable = adapters.count_parameters(model)
-    recompute = config.memory.recompute
-    base_model.set_recompute(model, "full" if recompute == "auto" else recompute)
+    assert config.memory.recompute != "auto", "fitting.settle comes first"
+    base_model.set_recompute(model, config.memory.recompute)
     model.train()
     update = build_update(config, world, model)
     world.require_equal(update.digest(), "the initial trainable weights")
