@@ -2,15 +2,17 @@
 
     check_config   config.json alone: can this model be trained as asked? Before any weight is read.
     load_base      safetensors -> 4-bit, 8-bit or plain base on one device, every parameter frozen
+    quantize_model safetensors -> 4-bit safetensors, without the model in memory
     check_head     on the loaded model: head and packing give the model's own logits
     hidden_states  Batch -> (T, H), what the loss is computed from
 
 This folder is the home of transformers and bitsandbytes.nn. Inside it, imports go loading <- running <- preflight
-and generation.
+and generation, and loading, files <- quantize, sources <- streaming <- base, four_bit_files.
 The base is never changed after loading; `base_fingerprint` proves it.
 """
 
 from .base import load_base
+from .four_bit_files import cached_4bit, quantize_model
 from .generation import Sampling, generate_ids, quantized_and_back
 from .loading import INFERENCE, Quantization, load_config, load_tokenizer
 from .preflight import ModelFacts, check_config, resolve_targets
@@ -38,6 +40,7 @@ __all__ = [
     "Sampling",
     "base_fingerprint",
     "base_weights",
+    "cached_4bit",
     "check_config",
     "check_head",
     "decoder_layers",
@@ -52,6 +55,7 @@ __all__ = [
     "load_tokenizer",
     "output_head",
     "plain_name",
+    "quantize_model",
     "quantized_and_back",
     "resolve_targets",
     "set_recompute",

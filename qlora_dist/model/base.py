@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from .. import attention as packed_attention
 from ..attention import PACKED
@@ -130,7 +130,7 @@ def _from_pretrained(
 
 
 def _settle(
-    model: PreTrainedModel, backend: str, is_packed: bool, compute_dtype: torch.dtype, device: torch.device
+    model: Any, backend: str, is_packed: bool, compute_dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """What holds for every base, however it was loaded."""
     model.requires_grad_(False)
@@ -148,13 +148,9 @@ def _settle(
 
 def _set_generation(model: PreTrainedModel, name: str, revision: str | None) -> None:
     """generation_config.json where there is one; else what config.json says, as the model was built with."""
-    model.config.name_or_path = model.name_or_path = expanded(name)
-    try:
-        found = GenerationConfig.from_pretrained(
-            expanded(name),
-            **{key: value for key, value in where_to_read(name, revision).items() if key != "trust_remote_code"},
-        )
-    except OSError:
-        return
-    if isinstance(model, nn.Module) and model.can_generate():
-        model.generation_config = found
+    model.name_or_path = expanded(name)
+    model.config.name_or_path = expanded(name)
+    source = where_to_read(name, revision)
+    source.pop("trust_remote_code")
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(expanded(name), **source)

@@ -46,7 +46,7 @@ class FileSource:
     """Weights of safetensors files under the model's names."""
 
     def __init__(self, files: WeightFiles, key_of: dict[str, str], transposed: frozenset[str]) -> None:
-        """`key_of`: the model's name -> the files' key. `transposed`: stored (inputs, outputs), wanted the other way."""
+        """`key_of`: the model's name -> the files' key. `transposed`: stored (inputs, outputs)."""
         self._files = files
         self._key_of = key_of
         self._transposed = transposed
@@ -148,14 +148,17 @@ def weight_paths(name: str, revision: str | None = None) -> list[Path]:
     options = {"revision": source["revision"], "local_files_only": source["local_files_only"]}
     quiet = {"_raise_exceptions_for_missing_entries": False}
     where = expanded(name)
-    index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, **options, **quiet)
-    if index is not None:
-        paths, _ = get_checkpoint_shard_files(where, index, **options)
-        return [Path(path) for path in paths]
     single = cached_file(where, SAFE_WEIGHTS_NAME, **options, **quiet)
-    if single is None:
+    if single is not None:
+        return [Path(single)]
+    index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, **options, **quiet)
+    if index is None:
         raise OSError(f"there is no *.safetensors file under the names {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}")
-    return [Path(single)]
+    try:
+        paths, _ = get_checkpoint_shard_files(where, index, **options)
+    except (KeyError, ValueError) as error:
+        raise BadFile(f"{index} is no index of safetensors files: {error!r}") from None
+    return [Path(path) for path in paths]
 
 
 def match_names(model: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str], str | None]:

@@ -75,11 +75,11 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         original(module, name, parameter)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore
     try:
         yield
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        nn.Module.register_parameter = original  # type: ignore
 
 
 def match_files(skeleton: Skeleton, files: Any) -> tuple[FileSource | None, str | None]:
@@ -189,10 +189,10 @@ def fill(skeleton: Skeleton, source: WeightSource, tied: set[str], device: torch
     """Puts every weight into its place on the device, and moves the buffers there."""
     model = skeleton.model
     weights = list(each_weight(model, tied))
-    progress = Progress("loading the base", sum(_size(module, attribute) for _, module, attribute in weights))
+    progress = Progress("loading the base", sum(weight_size(module, attribute) for _, module, attribute in weights))
     for name, module, attribute in weights:
         place(skeleton, source, name, module, attribute, device)
-        progress.add(_size(module, attribute))
+        progress.add(weight_size(module, attribute))
     finish(skeleton, source, tied, device)
     progress.close()
     return model
@@ -239,7 +239,8 @@ def finish(skeleton: Skeleton, source: WeightSource, tied: set[str], device: tor
     model.eval()
 
 
-def _size(module: nn.Module, attribute: str) -> int:
+def weight_size(module: nn.Module, attribute: str) -> int:
+    """Elements of a parameter; 0 where there is none."""
     parameter = module._parameters[attribute]
     return 0 if parameter is None else parameter.numel()
 
