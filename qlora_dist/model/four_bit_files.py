@@ -42,6 +42,7 @@ from .streaming import (
     match_files,
     read_4bit,
     read_plain,
+    room_for,
     settle_ties,
     weight_size,
 )
@@ -140,13 +141,15 @@ def _tensors(
     for name, module, attribute in weights:
         parameter = module._parameters[attribute]
         assert parameter is not None
-        if is_4bit_weight(module, attribute):
-            codes, state = read_4bit(source, name, module, skeleton, device)
+        is_packed = is_4bit_weight(module, attribute)
+        room = room_for(skeleton, module, attribute, device if is_packed else torch.device("cpu"))
+        if is_packed:
+            state = read_4bit(room, source, name, module, skeleton)
             constants = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
-            yield {key: value.cpu().contiguous() for key, value in {name: codes, **constants}.items()}
+            yield {key: value.cpu().contiguous() for key, value in {name: room, **constants}.items()}
         else:
-            values = read_plain(source, name, Range(0, parameter.numel()), skeleton.dtype, torch.device("cpu"))
-            yield {name: values.view(parameter.shape)}
+            read_plain(room.view(-1), source, name, Range(0, room.numel()))
+            yield {name: room}
         progress.add(parameter.numel())
     progress.close()
 

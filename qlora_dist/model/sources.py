@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -185,13 +184,11 @@ def match_names(model: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str]
     return found, None
 
 
-def same_in_source(source: WeightSource, left: str, right: str, piece: int, read: Callable[..., Tensor]) -> bool:
+def same_in_source(source: WeightSource, left: str, right: str, piece: int) -> bool:
     """Whether two weights of a source are equal, compared piece by piece."""
     shape = source.shape(left)
     if shape != source.shape(right):
         return False
     total = torch.Size(shape).numel()
-    return all(
-        torch.equal(read(left, start, min(total, start + piece)), read(right, start, min(total, start + piece)))
-        for start in range(0, total, piece)
-    )
+    ends = [(start, min(total, start + piece)) for start in range(0, total, piece)]
+    return all(torch.equal(source.read(left, *end), source.read(right, *end)) for end in ends)

@@ -184,8 +184,11 @@ def build_learner(config: RunConfig, world: World) -> Learner:
         device=world.device,
         weights=settings.weights,
         seed=config.seed,
+        shards=world.shard_group() if config.strategy.name == "fsdp" else None,
+        offload=config.strategy.offload,
     )
     base_model.check_head(model)
+    base_model.check_gathered_layer(model)
     if config.lora is None:
         model.requires_grad_(True)
     else:

@@ -16,7 +16,7 @@ from ..errors import RunFailed
 from ..flat import FlatParameters
 from ..loader import StepRows
 from ..loss import OutputHead, nll_sum
-from ..model import hidden_states
+from ..model import gathered_head, hidden_states
 from ..optim import step_optimizer
 from ..packing import Batch
 from ..state import StepStats
@@ -39,7 +39,7 @@ class Learner:
         """() sum of the batch's label NLL."""
         with self.computing():
             hidden = hidden_states(self.model, batch)
-            return nll_sum(hidden.to(self.compute_dtype), self.head, batch.label_positions, batch.labels)
+            return nll_sum(hidden.to(self.compute_dtype), gathered_head(self.head), batch.label_positions, batch.labels)
 
 
 def train_step(
