@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .errors import RunFailed, UserError
 from .lowrank import lowrank_forward
-from .model import linear_layers, plain_name, resolve_targets, strip_wrappers, unwrap
+from .model import linear_layers, num_weights, plain_name, resolve_targets, strip_wrappers, unwrap
 
 from peft import LoraConfig, PeftModel, get_peft_model  # isort: skip  (after .model)
 from peft.tuners.lora import LoraLayer  # isort: skip
@@ -136,8 +136,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(weights of the base, trainable weights). A 4-bit weight counts as one, not as half a byte; tied ones once."""
     base = trainable = 0
     for name, parameter in model.named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        size = parameter.numel() if state is None else torch.Size(state.shape).numel()
+        size = num_weights(parameter)
         base += 0 if "lora_" in name else size
         trainable += size if parameter.requires_grad else 0
     return base, trainable

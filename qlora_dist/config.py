@@ -40,6 +40,10 @@ class ModelConfig(_Section):
     """Storage of the frozen base. `none` keeps `compute_dtype` (LoRA on a 16-bit or 32-bit base)."""
     double_quant: bool = True
     """Quantize the quantization constants too (QLoRA, section 3). 4-bit bases only; saves 0.373 bit a parameter."""
+    weights: Literal["files", "random"] = "files"
+    """random: drawn by `seed` in the real shapes from config.json alone, for benchmarks and dry runs of any size."""
+    cache_4bit: str | None = None
+    """Folder for the base's 4-bit copy: the first start on a node makes it, later ones read it. null: none."""
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of activations, of dequantized matrices, and of what is not quantized (norms, embeddings, head)."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
@@ -209,11 +213,14 @@ class MemoryConfig(_Section):
 
 
 class StrategyConfig(_Section):
-    name: Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3"] = "ddp"
+    name: Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp"] = "ddp"
     """How ranks share the work. ddp: each holds all. DeepSpeed shards optimizer states (zero1), gradients too (zero2),
-    in host memory (zero2_offload), the base too (zero3, not quantized)."""
+    in host memory (zero2_offload), the base too (zero3, not quantized). fsdp: as ddp, but a rank holds its share of the
+    base; a layer is gathered, bit-exactly, when it runs."""
     ds_config: str | None = None
     """DeepSpeed config of a zero strategy. null: the one that is shipped under the strategy's name (ds_configs/)."""
+    offload: bool = False
+    """fsdp: keep each rank's share of the base in (pinned) host memory between uses."""
 
 
 class LoggingConfig(_Section):
@@ -387,17 +394,11 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         if isinstance(part, int) or part not in model.model_fields:
             continue
-        inner = _section_of(model.model_fields[part].annotation)
-        if inner is not None:
-            model = inner
+        model = _section_of(model.model_fields[part].annotation) or model
     return list(model.model_fields)
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _section_of(argument)
-        if found is not None:
-            return found
-    return None
+    return next(filter(None, map(_section_of, getattr(annotation, "__args__", ()))), None)

@@ -17,11 +17,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
+from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import RunFailed, UserError
 from .flat import Span
@@ -57,6 +59,32 @@ def require_own_strategy(name: str) -> None:
                 "run config decides: launch with launch/accelerate/ddp.yaml (it fits every strategy) and set "
                 "strategy.name"
             )
+
+
+@dataclass(frozen=True)
+class ShardGroup:
+    """The ranks that share one base, each holding a part. Its collectives do not mix with those of `World`."""
+
+    mesh: DeviceMesh
+    rank: int
+    size: int
+    device: torch.device
+
+    def gather(self, own: torch.Tensor, total: int) -> torch.Tensor:
+        """(total,) all ranks' parts of a 1-D tensor, one after another; each is ceil(total / size) long or the rest."""
+        per_rank = -(-total // self.size)
+        padded = own.new_zeros(per_rank)
+        padded[: len(own)] = own
+        whole = own.new_empty(per_rank * self.size)
+        parts = list(whole.split(per_rank))
+        dist.all_gather(parts, padded, group=self.mesh.get_group())
+        return whole[:total]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's plain-data value, in rank order."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.mesh.get_group())
+        return values
 
 
 class World:
@@ -246,6 +274,18 @@ class World:
             kind, _, text = state.partition(" ")
             raise (UserError if kind == "user" else RunFailed)(f"{what}: rank {node} of this node {text}")
         yield
+
+    def shard_group(self) -> ShardGroup | None:
+        """All ranks as the sharers of one base; None where there is nobody to share it with. Called by all ranks.
+
+        With a group of its own: layers are gathered while gradients are summed, and on one group the order of the two
+        would have to be the same on every rank.
+        """
+        if self.size == 1:
+            return None
+        group = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
+        mesh = DeviceMesh.from_group(group, self.device.type)
+        return ShardGroup(mesh, self.rank, self.size, self.device)
 
     # --- trackers -----------------------------------------------------------------------------------------------------
 

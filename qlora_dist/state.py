@@ -49,6 +49,7 @@ FREE_FIELDS = (
     "logging",
     "model.attention",
     "model.kernels",
+    "model.cache_4bit",
     "train.save_every",
     "train.eval_every",
     "train.keep",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from .. import attention as packed_attention
 from ..attention import PACKED
+from ..distributed import ShardGroup
 from ..errors import UserError
-from . import streaming
+from . import sharding, streaming
 from .loading import (
     INFERENCE,
     Quantization,
@@ -47,12 +48,15 @@ def load_base(
     attention_dtype: torch.dtype | None = None,
     weights: Weights = "files",
     seed: int = 0,
+    shards: ShardGroup | None = None,
+    offload: bool = False,
 ) -> PreTrainedModel:
     """The base on one device: quantized while it is read, in `compute_dtype` elsewhere, frozen, dropout off.
 
     `attention_dtype` is the type that queries arrive in when it is not `compute_dtype` (fp32 weights under autocast).
     `attention` is auto, flash, varlen or sdpa (packed batches, see `hidden_states`), or INFERENCE (generation).
     `weights` random needs config.json only and draws them by `seed`.
+    With `shards` this rank holds its part only (see `sharding`), with `offload` in host memory.
     Norms, embeddings and head keep `compute_dtype`: an upcast to fp32 costs gigabytes and changes nothing measurable.
     Raises UserError when weights are missing, pickled or of a kind that cannot be quantized here.
     """
@@ -73,10 +77,18 @@ def load_base(
         if source is not None:
             tied = streaming.settle_ties(skeleton.model, source)
             streaming.check_complete(name, skeleton.model, source, tied)
-            model = streaming.fill(skeleton, source, tied, device)
+            if shards is None:
+                model = streaming.fill(skeleton, source, tied, device)
+            else:
+                model = sharding.load_shared(skeleton, source, tied, shards, offload)
             _set_generation(model, name, revision)
     elif weights == "random":
         raise UserError("model.weights is random, which int8 cannot be made from; use nf4, fp4 or none")
+    if model is None and shards is not None:
+        raise UserError(
+            f"model.name {name}: strategy fsdp reads each rank's part of the files, which does not work for int8, nor "
+            "for families whose files transformers must convert; use strategy ddp"
+        )
     if model is None:
         model = _from_pretrained(name, revision, settings, compute_dtype, implementation, device)
     return _settle(model, backend, is_packed, compute_dtype, device)
@@ -130,7 +142,7 @@ def _from_pretrained(
 
 
 def _settle(
-    model: PreTrainedModel, backend: str, is_packed: bool, compute_dtype: torch.dtype, device: torch.device
+    model: Any, backend: str, is_packed: bool, compute_dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """What holds for every base, however it was loaded."""
     model.requires_grad_(False)
@@ -148,13 +160,9 @@ def _settle(
 
 def _set_generation(model: PreTrainedModel, name: str, revision: str | None) -> None:
     """generation_config.json where there is one; else what config.json says, as the model was built with."""
-    model.config.name_or_path = model.name_or_path = expanded(name)
-    try:
-        found = GenerationConfig.from_pretrained(
-            expanded(name),
-            **{key: value for key, value in where_to_read(name, revision).items() if key != "trust_remote_code"},
-        )
-    except OSError:
-        return
-    if isinstance(model, nn.Module) and model.can_generate():
-        model.generation_config = found
+    model.name_or_path = expanded(name)
+    model.config.name_or_path = expanded(name)
+    source = where_to_read(name, revision)
+    source.pop("trust_remote_code")
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(expanded(name), **source)

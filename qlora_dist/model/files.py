@@ -71,7 +71,7 @@ class WeightFiles:
         if buffer.numel():
             with open(entry.path, "rb", buffering=0) as file:
                 file.seek(entry.start + start * size)
-                _read_into(file, memoryview(buffer.numpy()), entry.path)
+                _read_into(file, buffer.numpy().data, entry.path)
         return buffer.view(entry.dtype)
 
 

@@ -38,15 +38,12 @@ def block_share(numel: int, rank: int, size: int) -> Range:
     return Range(min(numel, start * BLOCK), min(numel, stop * BLOCK))
 
 
-def quantize_range(
-    read: Read, part: Range, quant_type: str, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Packed codes (weights / 2, 1) uint8 and first-level constants (blocks,) fp32 of a part, both on the device.
+def quantize_range(codes: Tensor, read: Read, part: Range, quant_type: str, dtype: torch.dtype) -> Tensor:
+    """Writes the packed codes of a part into `codes` (weights / 2, 1) uint8; returns its constants (blocks,) fp32.
 
     Weights are rounded to `dtype` first, as a loader that casts and then quantizes does.
     """
-    size = part.stop - part.start
-    codes = torch.empty(((size + 1) // 2, 1), dtype=torch.uint8, device=device)
+    size, device = part.stop - part.start, codes.device
     absmax = torch.empty(-(-size // BLOCK), dtype=torch.float32, device=device)
     for start in range(0, size, PIECE):
         stop = min(size, start + PIECE)
@@ -54,7 +51,7 @@ def quantize_range(
         packed, state = bitsandbytes.functional.quantize_4bit(weights, blocksize=BLOCK, quant_type=quant_type)
         codes[start // 2 : (stop + 1) // 2] = packed
         absmax[start // BLOCK : -(-stop // BLOCK)] = state.absmax
-    return codes, absmax
+    return absmax
 
 
 def make_state(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -46,7 +45,7 @@ class FileSource:
     """Weights of safetensors files under the model's names."""
 
     def __init__(self, files: WeightFiles, key_of: dict[str, str], transposed: frozenset[str]) -> None:
-        """`key_of`: the model's name -> the files' key. `transposed`: stored (inputs, outputs), wanted the other way."""
+        """`key_of`: the model's name -> the files' key. `transposed`: stored (inputs, outputs)."""
         self._files = files
         self._key_of = key_of
         self._transposed = transposed
@@ -148,14 +147,17 @@ def weight_paths(name: str, revision: str | None = None) -> list[Path]:
     options = {"revision": source["revision"], "local_files_only": source["local_files_only"]}
     quiet = {"_raise_exceptions_for_missing_entries": False}
     where = expanded(name)
-    index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, **options, **quiet)
-    if index is not None:
-        paths, _ = get_checkpoint_shard_files(where, index, **options)
-        return [Path(path) for path in paths]
     single = cached_file(where, SAFE_WEIGHTS_NAME, **options, **quiet)
-    if single is None:
+    if single is not None:
+        return [Path(single)]
+    index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, **options, **quiet)
+    if index is None:
         raise OSError(f"there is no *.safetensors file under the names {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}")
-    return [Path(single)]
+    try:
+        paths, _ = get_checkpoint_shard_files(where, index, **options)
+    except (KeyError, ValueError) as error:
+        raise BadFile(f"{index} is no index of safetensors files: {error!r}") from None
+    return [Path(path) for path in paths]
 
 
 def match_names(model: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str], str | None]:
@@ -182,13 +184,11 @@ def match_names(model: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str]
     return found, None
 
 
-def same_in_source(source: WeightSource, left: str, right: str, piece: int, read: Callable[..., Tensor]) -> bool:
+def same_in_source(source: WeightSource, left: str, right: str, piece: int) -> bool:
     """Whether two weights of a source are equal, compared piece by piece."""
     shape = source.shape(left)
     if shape != source.shape(right):
         return False
     total = torch.Size(shape).numel()
-    return all(
-        torch.equal(read(left, start, min(total, start + piece)), read(right, start, min(total, start + piece)))
-        for start in range(0, total, piece)
-    )
+    ends = [(start, min(total, start + piece)) for start in range(0, total, piece)]
+    return all(torch.equal(source.read(left, *end), source.read(right, *end)) for end in ends)

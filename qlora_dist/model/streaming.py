@@ -75,11 +75,11 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         original(module, name, parameter)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore
     try:
         yield
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        nn.Module.register_parameter = original  # type: ignore
 
 
 def match_files(skeleton: Skeleton, files: Any) -> tuple[FileSource | None, str | None]:
@@ -90,6 +90,9 @@ def match_files(skeleton: Skeleton, files: Any) -> tuple[FileSource | None, str 
     key_of, reason = match_names(model, list(files.entries))
     if reason is not None:
         return None, reason
+    for target, origin in model.all_tied_weights_keys.items():
+        if target in key_of and origin not in key_of:  # stored under the other of two names of one weight
+            key_of[origin] = key_of.pop(target)
     transposed = frozenset(
         f"{name}.weight" for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D
     )
@@ -104,12 +107,11 @@ def settle_ties(model: PreTrainedModel, source: WeightSource) -> set[str]:
     ties: dict[str, str] = model.all_tied_weights_keys
     without: set[str] = set()
     for target, origin in list(ties.items()):
-        has = (target in source.names, origin in source.names)
-        if all(has) and not same_in_source(source, target, origin, PIECE, source.read):
+        if target in source.names and not same_in_source(source, target, origin, PIECE):
             log.warning("%s and %s are tied by the config but differ in the files: they stay apart", target, origin)
             ties.pop(target)
-        elif any(has):
-            without.add(origin if has == (True, False) else target)
+        elif origin in source.names:
+            without.add(target)
     return without
 
 
@@ -136,36 +138,38 @@ def incomplete(name: str, lacking: list[str]) -> UserError:
 # --- one weight -------------------------------------------------------------------------------------------------------
 
 
-def read_plain(source: WeightSource, name: str, part: Range, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(stop - start,) elements of a weight in `dtype` on the device, read in pieces."""
-    out = torch.empty(part.stop - part.start, dtype=dtype, device=device)
+def read_plain(out: Tensor, source: WeightSource, name: str, part: Range) -> None:
+    """Reads elements of a weight into `out` (stop - start,), in pieces, rounded to its type."""
     for start in range(part.start, part.stop, PIECE):
         stop = min(part.stop, start + PIECE)
-        out[start - part.start : stop - part.start] = source.read(name, start, stop).to(device)
-    return out
+        out[start - part.start : stop - part.start] = source.read(name, start, stop).to(out.device)
 
 
-def read_4bit(
-    source: WeightSource, name: str, layer: Any, skeleton: Skeleton, device: torch.device
-) -> tuple[Tensor, Any]:
-    """Packed codes (weights / 2, 1) and quantization state of a linear layer's weight: read, or quantized here."""
+def read_4bit(codes: Tensor, source: WeightSource, name: str, layer: Any, skeleton: Skeleton) -> Any:
+    """Puts a linear layer's weight into `codes` (weights / 2, 1), read or quantized here; returns its state."""
     shape = (layer.out_features, layer.in_features)
-    numel = torch.Size(shape).numel()
     constants = source.packed(name)
     if constants is not None:
-        codes = read_plain(source, name, Range(0, (numel + 1) // 2), torch.uint8, device)
-        return codes.view(-1, 1), bitsandbytes.functional.QuantState.from_dict(constants, device)
+        read_plain(codes.view(-1), source, name, Range(0, codes.numel()))
+        return bitsandbytes.functional.QuantState.from_dict(constants, codes.device)
     settings = skeleton.four_bit
     assert settings is not None
-    codes, absmax = quantize_range(
+    absmax = quantize_range(
+        codes,
         lambda start, stop: source.read(name, start, stop),
-        Range(0, numel),
+        Range(0, torch.Size(shape).numel()),
         settings.bnb_4bit_quant_type,
         skeleton.dtype,
-        device,
     )
-    state = make_state(absmax, shape, settings.bnb_4bit_quant_type, skeleton.dtype, settings.bnb_4bit_use_double_quant)
-    return codes, state
+    return make_state(absmax, shape, settings.bnb_4bit_quant_type, skeleton.dtype, settings.bnb_4bit_use_double_quant)
+
+
+def room_for(skeleton: Skeleton, module: Any, attribute: str, device: torch.device) -> Tensor:
+    """Uninitialized storage for a weight: packed codes (weights / 2, 1) of a 4-bit layer, else in its shape."""
+    if is_4bit_weight(module, attribute):
+        numel = module.out_features * module.in_features
+        return torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8, device=device)
+    return torch.empty(module._parameters[attribute].shape, dtype=skeleton.dtype, device=device)
 
 
 def is_4bit_weight(module: nn.Module, attribute: str) -> bool:
@@ -189,23 +193,23 @@ def fill(skeleton: Skeleton, source: WeightSource, tied: set[str], device: torch
     """Puts every weight into its place on the device, and moves the buffers there."""
     model = skeleton.model
     weights = list(each_weight(model, tied))
-    progress = Progress("loading the base", sum(_size(module, attribute) for _, module, attribute in weights))
-    for name, module, attribute in weights:
-        place(skeleton, source, name, module, attribute, device)
-        progress.add(_size(module, attribute))
+    progress = Progress("loading the base", sum(weight_size(module, attribute) for _, module, attribute in weights))
+    # all of it first: what stays and what passes, allocated in turn, would leave a hole after each weight
+    rooms = [room_for(skeleton, module, attribute, device) for _, module, attribute in weights]
+    for room, (name, module, attribute) in zip(rooms, weights):
+        place(room, skeleton, source, name, module, attribute)
+        progress.add(weight_size(module, attribute))
     finish(skeleton, source, tied, device)
     progress.close()
     return model
 
 
-def place(
-    skeleton: Skeleton, source: WeightSource, name: str, module: Any, attribute: str, device: torch.device
-) -> None:
-    """One weight into its place."""
+def place(room: Tensor, skeleton: Skeleton, source: WeightSource, name: str, module: Any, attribute: str) -> None:
+    """One weight into its place in the model."""
     if is_4bit_weight(module, attribute):
-        codes, state = read_4bit(source, name, module, skeleton, device)
+        state = read_4bit(room, source, name, module, skeleton)
         module.weight = bitsandbytes.nn.Params4bit(
-            codes,
+            room,
             requires_grad=False,
             quant_state=state,
             blocksize=state.blocksize,
@@ -217,9 +221,8 @@ def place(
         )
         module.quant_state = state
         return
-    shape = module._parameters[attribute].shape
-    values = read_plain(source, name, Range(0, shape.numel()), skeleton.dtype, device)
-    module._parameters[attribute] = nn.Parameter(values.view(shape), requires_grad=False)
+    read_plain(room.view(-1), source, name, Range(0, room.numel()))
+    module._parameters[attribute] = nn.Parameter(room, requires_grad=False)
 
 
 def finish(skeleton: Skeleton, source: WeightSource, tied: set[str], device: torch.device) -> None:
@@ -239,7 +242,8 @@ def finish(skeleton: Skeleton, source: WeightSource, tied: set[str], device: tor
     model.eval()
 
 
-def _size(module: nn.Module, attribute: str) -> int:
+def weight_size(module: nn.Module, attribute: str) -> int:
+    """Elements of a parameter; 0 where there is none."""
     parameter = module._parameters[attribute]
     return 0 if parameter is None else parameter.numel()
 

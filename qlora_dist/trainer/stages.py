@@ -90,6 +90,7 @@ def check(config: RunConfig, world: World) -> None:
         target_modules="all-linear" if config.lora is None else config.lora.target_modules,
         row_tokens=config.data.row_tokens,
         device_type=world.device.type,
+        weights=config.model.weights,
     )
 
 
@@ -174,7 +175,7 @@ def build_learner(config: RunConfig, world: World) -> Learner:
     compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
     is_full = config.lora is None
     model: torch.nn.Module = base_model.load_base(
-        settings.name,
+        _base_files(config, world),
         revision=settings.revision,
         quantization=settings.quantization,
         double_quant=settings.double_quant,
@@ -183,8 +184,13 @@ def build_learner(config: RunConfig, world: World) -> Learner:
         attention=settings.attention,
         attention_dtype=compute_dtype,
         device=world.device,
+        weights=settings.weights,
+        seed=config.seed,
+        shards=world.shard_group() if config.strategy.name == "fsdp" else None,
+        offload=config.strategy.offload,
     )
     base_model.check_head(model)
+    base_model.check_gathered_layer(model)
     if config.lora is None:
         model.requires_grad_(True)
     else:
@@ -218,6 +224,23 @@ def build_learner(config: RunConfig, world: World) -> Learner:
 
     head = base_model.output_head(model)
     return Learner(model, head, update, compute_dtype, computing, num_base, num_trainable)
+
+
+def _base_files(config: RunConfig, world: World) -> str:
+    """What the base is read from: the model, or its 4-bit copy on this node, which the node's first rank makes."""
+    settings = config.model
+    if settings.cache_4bit is None or settings.weights != "files":
+        return settings.name
+    with world.local_main_first("making the 4-bit copy of the base"):
+        return base_model.cached_4bit(
+            settings.cache_4bit,
+            settings.name,
+            revision=settings.revision,
+            quantization=settings.quantization,
+            double_quant=settings.double_quant,
+            compute_dtype=getattr(torch, settings.compute_dtype),
+            device=world.device,
+        )
 
 
 def scheduled_lr(config: RunConfig, step: int, num_steps: int) -> float:

@@ -15,7 +15,7 @@ from ..distributed import World
 from ..errors import RunFailed
 from ..loader import StepRows
 from ..loss import OutputHead, nll_sum
-from ..model import hidden_states
+from ..model import gathered_head, hidden_states
 from ..packing import Batch
 from ..state import StepStats
 from ..update import Update
@@ -37,7 +37,7 @@ class Learner:
         """() sum of the batch's label NLL."""
         with self.computing():
             hidden = hidden_states(self.model, batch)
-            return nll_sum(hidden.to(self.compute_dtype), self.head, batch.label_positions, batch.labels)
+            return nll_sum(hidden.to(self.compute_dtype), gathered_head(self.head), batch.label_positions, batch.labels)
 
 
 def train_step(

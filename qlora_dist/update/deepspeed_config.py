@@ -21,6 +21,7 @@ REPLICATES = {
     "zero2_offload": "every rank holds the whole base and adapters; gradients and optimizer states are sharded and kept "
     "in host memory, where the update is computed",
     "zero3": "every rank holds a part of base, adapters, gradients and optimizer states; layers are gathered when they run",
+    "fsdp": "every rank holds a part of the base and all of the rest; a layer is gathered when it runs",
 }
 
 # values that would change the mathematics, or that this package's own bookkeeping cannot follow
