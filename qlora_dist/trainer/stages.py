@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,6 @@ def build_learner(config: RunConfig, world: World) -> Learner:
         attention_dtype=compute_dtype,
         device=world.device,
     )
-    base_model.check_head(model)
     if config.lora is None:
         model.requires_grad_(True)
     else:
@@ -202,7 +202,9 @@ def build_learner(config: RunConfig, world: World) -> Learner:
     recompute = config.memory.recompute
     base_model.set_recompute(model, "full" if recompute == "auto" else recompute)
     model.train()
-    update = build_update(config, world, model)
+    head = base_model.output_head(model)
+    update = build_update(config, world, model, head.weight)
+    update.run(lambda: base_model.check_head(model))
     world.require_equal(update.digest(), "the initial trainable weights")
 
     @contextmanager
@@ -214,7 +216,6 @@ def build_learner(config: RunConfig, world: World) -> Learner:
                 stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=world.device.type == "cuda"))
             yield
 
-    head = base_model.output_head(model)
     return Learner(model, head, update, compute_dtype, computing, num_base, num_trainable)
 
 
@@ -263,7 +264,9 @@ def evaluate_held_out(config: RunConfig, world: World, learner: Learner, data: D
     """Held-out values for a line of metrics.jsonl; nothing without data.eval."""
     if not data.held_out:
         return {}
-    result: EvalResult = evaluate(learner.model, data.held_out, learner.nll_sum, world)
+    result: EvalResult = evaluate(
+        learner.model, data.held_out, lambda batch: learner.update.run(partial(learner.nll_sum, batch)), world
+    )
     return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_seconds": result.seconds}
 
 
