@@ -69,7 +69,8 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                     stop_requested=stop.requested,
                 )
                 if state.step == 0:
-                    check_first_update(learner.model)
+                    with learner.update.whole_weights():
+                        check_first_update(learner.model)
                 state = state.after(stats)
                 values = stages.step_values(
                     world, state, stats, rows, lr, time.perf_counter() - started, started - waited_since

@@ -34,11 +34,12 @@ def resume(
     state = loaded.state
     if state["layout"] != learner.update.layout():
         raise UserError(f"checkpoint {path}: its trained weights have other names or shapes than this config gives")
-    load_trained(learner.model, Path(path), config.lora is None)
+    with learner.update.whole_weights():
+        load_trained(learner.model, Path(path), config.lora is None)
     try:
         learner.update.load_state(loaded.optimizer_tensors, state["optimizer_numbers"])
     except ValueError as error:
-        raise UserError(f"checkpoint {path}: {error}; optim.name must be the one it was trained with") from None
+        raise UserError(f"checkpoint {path}: {error}; use the optim.name it was trained with") from None
     return TrainState(state["step"], state["num_tokens"], state["num_labels"])
 
 
@@ -101,7 +102,8 @@ def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: D
         )
         verify_trained(learner.model, path, config.lora is None)
 
-    world.from_main(save_on_main)
+    with learner.update.whole_weights():
+        world.from_main(save_on_main)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -135,7 +137,8 @@ def finish(
         write_json(run.summary, _summary(config, run, world, learner, data, state, before, int(peak)))
         run.mark_completed(state.step, config.train.length)
 
-    world.from_main(finish_on_main)
+    with learner.update.whole_weights():
+        world.from_main(finish_on_main)
     metrics.say(f"finished: {state.step} steps, peak {peak / GIB:.2f} GiB; {_exported(config, run)}, {run.summary}")
     return state
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,6 @@ def build_learner(config: RunConfig, world: World) -> Learner:
         shards=world.shard_group() if config.strategy.name == "fsdp" else None,
         offload=config.strategy.offload,
     )
-    base_model.check_head(model)
-    base_model.check_gathered_layer(model)
     if config.lora is None:
         model.requires_grad_(True)
     else:
@@ -209,7 +208,10 @@ def build_learner(config: RunConfig, world: World) -> Learner:
     assert config.memory.recompute != "auto", "fitting.settle comes first"
     base_model.set_recompute(model, config.memory.recompute)
     model.train()
-    update = build_update(config, world, model)
+    head = base_model.output_head(model)
+    update = build_update(config, world, model, head.weight)
+    update.run(lambda: base_model.check_head(model))
+    base_model.check_gathered_layer(model)
     world.require_equal(update.digest(), "the initial trainable weights")
     offload = ActivationOffload(world.device) if config.memory.offload_activations else None
 
@@ -222,7 +224,6 @@ def build_learner(config: RunConfig, world: World) -> Learner:
                 stack.enter_context(offload)
             yield
 
-    head = base_model.output_head(model)
     return Learner(model, head, update, compute_dtype, computing, num_base, num_trainable)
 
 
@@ -288,7 +289,9 @@ def evaluate_held_out(config: RunConfig, world: World, learner: Learner, data: D
     """Held-out values for a line of metrics.jsonl; nothing without data.eval."""
     if not data.held_out:
         return {}
-    result: EvalResult = evaluate(learner.model, data.held_out, learner.nll_sum, world)
+    result: EvalResult = evaluate(
+        learner.model, data.held_out, lambda batch: learner.update.run(partial(learner.nll_sum, batch)), world
+    )
     return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_seconds": result.seconds}
 
 

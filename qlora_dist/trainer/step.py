@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,9 +60,9 @@ def train_step(
     losses: list[torch.Tensor] = []
     for index, batch in enumerate(rows.microbatches):
         torch.manual_seed(_dropout_seed(seed, step, batch.row_indices[0]))
-        nll = learner.nll_sum(batch.to(world.device))
-        learner.update.backward(nll, is_last=index == len(rows.microbatches) - 1)
-        losses.append(nll.detach().double())
+        is_last = index == len(rows.microbatches) - 1
+        nll = learner.update.accumulate(partial(learner.nll_sum, batch.to(world.device)), is_last)
+        losses.append(nll.double())
 
     local = torch.stack([torch.stack(losses).sum(), torch.tensor(float(stop_requested)).to(losses[0])])
     total = world.sum(local)

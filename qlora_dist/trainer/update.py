@@ -17,6 +17,7 @@ from ..update import Update
 from ..update.deepspeed_config import REPLICATES, STAGES, check_pairs, fill_ds_config, find_ds_config
 from ..update.replicated import ReplicatedUpdate
 from ..update.zero import ZeroUpdate, require_deepspeed
+from ..update.zero3 import Zero3Update
 
 
 def describe_strategy(config: RunConfig) -> str:
@@ -40,7 +41,7 @@ def check_update(config: RunConfig, world: World) -> None:
         )
 
 
-def build_update(config: RunConfig, world: World, model: torch.nn.Module) -> Update:
+def build_update(config: RunConfig, world: World, model: torch.nn.Module, head_weight: torch.Tensor) -> Update:
     """Takes charge of the model's trainable weights, which are on their device and stay there."""
     parameters = trainable_parameters(model)
     is_zero = config.strategy.name in STAGES
@@ -51,7 +52,10 @@ def build_update(config: RunConfig, world: World, model: torch.nn.Module) -> Upd
     )
     if isinstance(groups, FlatParameters):
         return ReplicatedUpdate(world, groups, optimizer, optim.max_grad_norm)
-    return ZeroUpdate(world, groups, optimizer, _ds_config(config, world))
+    ds_config = _ds_config(config, world)
+    if STAGES[config.strategy.name] == 3:
+        return Zero3Update(world, groups, optimizer, ds_config, model, head_weight)
+    return ZeroUpdate(world, groups, optimizer, ds_config)
 
 
 def _ds_config(config: RunConfig, world: World) -> dict[str, Any]:

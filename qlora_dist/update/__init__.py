@@ -11,9 +11,13 @@ enter in one layout (`flat.Layout`), so a checkpoint of one strategy and number 
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 States = tuple[dict[str, torch.Tensor], dict[str, float]]  # host tensors and plain numbers, named `group.key`
 
@@ -24,8 +28,14 @@ class Update(Protocol):
     def zero_grad(self) -> None:
         """Before the first micro-step."""
 
-    def backward(self, nll_sum: torch.Tensor, is_last: bool) -> None:
-        """Adds the gradients of one micro-step's loss sum. After the last one they are summed over ranks."""
+    def run(self, function: Callable[[], T]) -> T:
+        """Runs what needs the model's layers: forward passes, with or without gradients."""
+
+    def accumulate(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
+        """Runs one micro-step and adds the gradients of its loss sum, which it returns, detached.
+
+        After the last micro-step gradients are summed over ranks.
+        """
 
     def grad_norm(self) -> torch.Tensor:
         """() fp32: global L2 norm of the summed gradients, not yet divided by labels; equal on all ranks."""
@@ -35,6 +45,9 @@ class Update(Protocol):
 
     def step(self, lr: float, num_labels: int, grad_norm: float) -> None:
         """One update by gradients / num_labels, clipped; `grad_norm` is their norm after that division."""
+
+    def whole_weights(self) -> AbstractContextManager[object]:
+        """Inside, the trained weights are whole on every rank: to read them, or to copy the same values in everywhere."""
 
     def layout(self) -> list[list[list[object]]]:
         """Plain data that two runs must share to exchange states: name, start, shape of each weight, by group."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from ..distributed import World
 from ..flat import FlatParameters
 from ..optim import load_optimizer_state, optimizer_state, step_optimizer
-from . import States
+from . import States, T
 
 
 class ReplicatedUpdate:
@@ -29,9 +32,14 @@ class ReplicatedUpdate:
     def zero_grad(self) -> None:
         self._flat.zero_grad()
 
-    def backward(self, nll_sum: torch.Tensor, is_last: bool) -> None:
+    def run(self, function: Callable[[], T]) -> T:
+        return function()
+
+    def accumulate(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
         with self._world.accumulate(is_last):
-            self._world.backward(nll_sum)
+            loss = loss_sum()
+            self._world.backward(loss)
+        return loss.detach()
 
     def grad_norm(self) -> torch.Tensor:
         return self._flat.grad_norm()
@@ -43,6 +51,9 @@ class ReplicatedUpdate:
         clip = 1.0 if self._max_grad_norm is None else min(1.0, self._max_grad_norm / (grad_norm + 1e-6))
         self._flat.scale_grads(clip / num_labels)
         step_optimizer(self._optimizer, lr)
+
+    def whole_weights(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def layout(self) -> list[list[list[object]]]:
         return self._flat.layout()

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,18 +27,18 @@ from ..distributed import World
 from ..errors import UserError
 from ..flat import ALIGNMENT, ParameterGroup, ParameterGroups
 from ..optim import load_optimizer_state, optimizer_state, quiet_paging
-from . import States
+from . import States, T
 
 
 class _Trained(torch.nn.Module):
-    """The trained weights as a module; its forward pass takes the loss that was computed with them and returns it."""
+    """The trained weights as a module; its forward pass is whatever computes a loss with them."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         super().__init__()
         self.weights = torch.nn.ParameterList(parameters)
 
-    def forward(self, loss: torch.Tensor) -> torch.Tensor:
-        return loss.view_as(loss)
+    def forward(self, loss_sum: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return loss_sum()
 
 
 class ZeroUpdate:
@@ -48,33 +50,44 @@ class ZeroUpdate:
         groups: ParameterGroups,
         optimizer: torch.optim.Optimizer,
         ds_config: dict[str, Any],  # filled, see fill_ds_config
+        module: torch.nn.Module | None = None,  # given to DeepSpeed; None: the trained weights
     ) -> None:
         self._world = world
         self._groups = groups
-        parameters = [parameter for group in groups.groups for parameter in group.parameters.values()]
+        self._parameters = [parameter for group in groups.groups for parameter in group.parameters.values()]
         self._own_norms: list[torch.Tensor] = []
-        for parameter in parameters:  # before DeepSpeed's hook, which sums the gradient over ranks and drops it
+        for parameter in self._parameters:  # before DeepSpeed's hook, which sums the gradient over ranks and drops it
             parameter.register_post_accumulate_grad_hook(self._note_gradient)
         world.require_group()
-        self._engine = _initialize(_Trained(parameters), optimizer, ds_config)
+        self._engine = _initialize(module or _Trained(self._parameters), optimizer, ds_config)
         self._zero = self._engine.optimizer
         if "8bit" in type(optimizer).__name__:
             self._require_whole_blocks(type(optimizer).__name__)
 
     def _note_gradient(self, parameter: torch.nn.Parameter) -> None:
         assert parameter.grad is not None
-        self._own_norms.append(torch.linalg.vector_norm(parameter.grad))  # one kernel, no sync; looked at after a failure
+        # one kernel and no sync; looked at after a failure
+        self._own_norms.append(torch.linalg.vector_norm(parameter.grad))
 
     def zero_grad(self) -> None:
         self._own_norms = []
         self._zero.zero_grad()
 
-    def backward(self, nll_sum: torch.Tensor, is_last: bool) -> None:
+    def run(self, function: Callable[[], T]) -> T:
+        return function()
+
+    def accumulate(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
         self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(self._engine(nll_sum), scale_wrt_gas=False)
+        loss = self._engine(loss_sum)
+        self._engine.backward(loss, scale_wrt_gas=False)
+        return loss.detach()
+
+    def _averaged_norm(self) -> torch.Tensor:
+        norm: torch.Tensor = self._zero.scaled_global_norm()
+        return norm
 
     def grad_norm(self) -> torch.Tensor:
-        norm: torch.Tensor = self._zero.scaled_global_norm() * self._world.size  # of the average
+        norm = self._averaged_norm() * self._world.size
         return torch.where(norm >= 0, norm, torch.nan).to(self._world.device)  # DeepSpeed marks what is not finite by -1
 
     def own_gradients_are_finite(self) -> bool:
@@ -91,36 +104,48 @@ class ZeroUpdate:
         self._zero.custom_loss_scaler = False  # or the next backward pass would scale the loss
         assert not self._zero.overflow, "a norm that is not finite never comes here"
 
+    def whole_weights(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
     def layout(self) -> list[list[list[object]]]:
         return self._groups.layout()
 
     def digest(self) -> str:
-        return self._groups.digest()
+        with self.whole_weights():
+            return self._groups.digest()
 
     # --- states: partitions of DeepSpeed's flat groups <-> one flat tensor a group ------------------------------------
 
     def state(self) -> States:
-        partitions, numbers = optimizer_state(self._zero.optimizer)
+        with self._attached() as optimizer:
+            partitions, numbers = optimizer_state(optimizer)
         tensors = {}
         for name, own in partitions.items():
             index, kind = self._group_and_kind(name, own)
             parts = [own] if kind == "replicated" else self._world.gather_tensor(own)
             if parts is not None:
-                whole = torch.cat(parts) if kind != "replicated" else own
-                tensors[name] = self._to_layout(index, whole) if kind == "elements" else whole
+                tensors[name] = self._to_layout(index, parts) if kind == "elements" else torch.cat(parts) if kind == "blocks" else own
         return (tensors, numbers) if self._world.is_main else ({}, {})
 
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
+        self._refresh_masters()
+        with self._attached() as optimizer:
+            had_grad = [partition.grad is not None for partition in self._partitions]  # offload keeps them
+            for partition in self._partitions:
+                partition.grad = torch.zeros_like(partition)
+            own = {name: self._own_part(name, value) for name, value in tensors.items()}
+            load_optimizer_state(optimizer, own, numbers)
+            for partition, keeps in zip(self._partitions, had_grad):
+                if not keeps:
+                    partition.grad = None
+
+    def _refresh_masters(self) -> None:
         self._zero.refresh_fp32_params()  # its masters are copies: take the weights that were loaded
-        had_grad = [partition.grad is not None for partition in self._partitions]  # offload keeps them
-        for partition in self._partitions:
-            partition.grad = torch.zeros_like(partition)
-        load_optimizer_state(
-            self._zero.optimizer, {name: self._own_part(name, value) for name, value in tensors.items()}, numbers
-        )
-        for partition, keeps in zip(self._partitions, had_grad):
-            if not keeps:
-                partition.grad = None
+
+    @contextmanager
+    def _attached(self) -> Iterator[torch.optim.Optimizer]:
+        """The inner optimizer, whose groups hold this rank's partitions."""
+        yield self._zero.optimizer
 
     @property
     def _partitions(self) -> list[torch.nn.Parameter]:
@@ -149,7 +174,8 @@ class ZeroUpdate:
             for placement, parameter in zip(group.placements, group.parameters.values(), strict=True)
         }
 
-    def _to_layout(self, index: int, whole: torch.Tensor) -> torch.Tensor:
+    def _to_layout(self, index: int, parts: list[torch.Tensor]) -> torch.Tensor:
+        whole = torch.cat(parts)
         result = torch.zeros(self._groups.groups[index].size, dtype=whole.dtype)
         for start, their_start, size in self._starts(index).values():
             result[start : start + size] = whole[their_start : their_start + size]
@@ -161,11 +187,15 @@ class ZeroUpdate:
             return value
         size = self._partitions[index].numel()
         if kind == "elements":
-            whole = torch.zeros(size * self._world.size, dtype=value.dtype)
-            for start, their_start, count in self._starts(index).values():
-                whole[their_start : their_start + count] = value[start : start + count]
-        else:
-            size, whole = size // ALIGNMENT, value
+            return self._from_layout(index, value)
+        size //= ALIGNMENT
+        return value[size * self._world.rank : size * (self._world.rank + 1)]
+
+    def _from_layout(self, index: int, value: torch.Tensor) -> torch.Tensor:
+        size = self._partitions[index].numel()
+        whole = torch.zeros(size * self._world.size, dtype=value.dtype)
+        for start, their_start, count in self._starts(index).values():
+            whole[their_start : their_start + count] = value[start : start + count]
         return whole[size * self._world.rank : size * (self._world.rank + 1)]
 
     def _require_whole_blocks(self, name: str) -> None:
