@@ -90,7 +90,7 @@ def try_batch(world: World, learner: Learner, batch: Batch, later_bytes: int) ->
     with torch.random.fork_rng(devices):
         held = torch.empty(later_bytes if devices else 0, dtype=torch.uint8, device=world.device)
         # not `backward`: no weight's gradient is written, so no strategy's hook sees this pass
-        torch.autograd.grad(learner.nll_sum(batch.to(world.device)), first)
+        learner.update.run(lambda: torch.autograd.grad(learner.nll_sum(batch.to(world.device)), first))
         del held
 
 
