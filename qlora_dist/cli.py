@@ -228,6 +228,38 @@ def merge(
 
 
 @cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path())
+@click.option("--quantization", type=click.Choice(["nf4", "fp4"]), default="nf4", show_default=True)
+@click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the constants too.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--revision", help="Hub branch, tag or commit.")
+def quantize(model: str, out: str, quantization: str, double_quant: bool, dtype: str, revision: str | None) -> None:
+    """Write the 4-bit form of the 16-bit MODEL to the new folder OUT, weight by weight.
+
+    Memory is bounded by one file's tensors, not by the model. transformers loads OUT as it is.
+
+    \b
+    Example:
+      qlora-dist quantize meta-llama/Llama-2-7b-hf models/llama-2-7b-nf4
+    """
+    import torch
+
+    from .model import quantize_model
+
+    size = quantize_model(
+        model,
+        out,
+        revision=revision,
+        quantization=quantization,  # type: ignore[arg-type]
+        double_quant=double_quant,
+        compute_dtype=getattr(torch, dtype),
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    click.echo(f"{out}: {size / 2**30:.2f} GiB of {quantization}, double_quant={double_quant}")
+
+
+@cli.command()
 def schema() -> None:
     """Print the JSON schema of the config, for editors.
 

@@ -169,6 +169,9 @@ def _changes(config: RunConfig, plan: MemoryPlan, world_size: int) -> Iterator[t
         yield "memory.recompute=full", config, plan.micro_rows
     if plan.micro_rows > 1:
         yield "batch.micro_rows=1 and memory.recompute=full (the same result)", config, 1
+    if not config.memory.offload_activations:
+        offloaded = changed_config(config, memory={"offload_activations": True})
+        yield "memory.offload_activations=true (the same result)", offloaded, plan.micro_rows
     if not config.model.double_quant and config.model.quantization in ("nf4", "fp4"):
         yield "model.double_quant=true", changed_config(config, model={"double_quant": True}), plan.micro_rows
     if config.model.attention == "sdpa":

@@ -11,6 +11,8 @@ CONTEXT_BYTES = 500 * MIB
 """CUDA context with the kernels of torch and bitsandbytes: 400 to 550 MiB on Ampere to Hopper, outside of PyTorch."""
 NCCL_BYTES = 350 * MIB
 """A communicator's channel buffers (up to 32 channels of 10 MiB over NVLink), outside of PyTorch."""
+OFFLOAD_AHEAD_BYTES = 256 * MIB
+"""offload.AHEAD_BYTES: of the activations in host memory, what is on the device for a moment."""
 WORKSPACE_BYTES = 32 * MIB
 """cuBLAS workspace of Hopper (:4096:8, 8 MiB before); PyTorch allocates it once a stream."""
 RESERVE_SHARE = 0.02

@@ -1,8 +1,8 @@
 """A decoder layer and the loss as tapes: what transformers' layers, our attention, LoRA and loss save and need.
 
 The layer is written for the QLoRA case: a frozen base, adapters that are cast to the compute type, RMS norms that
-compute in fp32. Line by line it follows transformers' `modeling_llama` (and its relatives), `adapters.lean_forward`,
-`attention` and `loss`; `plan --simulate` runs these themselves, and a test compares the two.
+compute in fp32. Line by line it follows transformers' `modeling_llama` (and its relatives), `lowrank`, `attention` and
+`loss`; `plan --simulate` runs these themselves, and a test compares the two.
 
 Legend: T tokens, H hidden, F inner width, e bytes of the compute type.
 """
@@ -44,6 +44,7 @@ class LayerBytes:
     saved: Live  # between forward and backward, without its input
     kept_input: int  # bytes of its input, where an operation saves that as it is; else 0
     forward_peak: Live  # during its forward pass, without its input
+    recompute_peak: Live  # during its forward pass in the backward pass, which stops before its last product
     backward_peak: Live  # during its backward pass, with all that was saved
 
 
@@ -55,6 +56,8 @@ class LayerTape:
         self.tape = Tape()
         self.row = settings.tokens * shapes.hidden * settings.compute_size  # a (T, H) tensor
         self.start = self.tape.input(self.row, needs_grad=has_grad_input)
+        self.masters = self.tape.input(0)  # adapters have gradients also where the input of the layer has none
+        self.before_last: Live | None = None  # peak up to the last product, where recomputation can stop there
 
     def measure(self) -> LayerBytes:
         """Forward, then backward."""
@@ -66,7 +69,7 @@ class LayerTape:
         tape.live.activations -= output.size
         saved = tape.saved
         kept_input = self.row if self.start.refs > 1 else 0
-        return LayerBytes(saved, kept_input, forward, tape.backward(output))
+        return LayerBytes(saved, kept_input, forward, self.before_last or forward, tape.backward(output))
 
     # --- the layer ----------------------------------------------------------------------------------------------------
 
@@ -167,26 +170,39 @@ class LayerTape:
         settings, tape = self.settings, self.tape
         size, tokens = settings.compute_size, settings.tokens
         weights = dequantized_bytes(linear, settings.quantization, settings.double_quant, size)
+        is_adapted = linear.name in settings.adapted
+        update = self._update(x, linear) if is_adapted and settings.is_lean else None
+        if update is not None and linear is self.shapes.linears[-1]:
+            self.before_last = tape.peak.copy()
         y = tape.op([x], tokens * linear.outputs * size, weights=weights)
-        if linear.name not in settings.adapted:
-            return y
-        return self._lean(x, y, linear) if settings.is_lean else self._peft(x, y, linear)
+        if update is not None:
+            return self._add(y, update)
+        return self._peft(x, y, linear) if is_adapted else y
 
-    def _lean(self, x: Value, y: Value, linear: Linear) -> Value:
-        """`adapters.lean_forward` after the base layer."""
+    def _update(self, x: Value, linear: Linear) -> Value:
+        """`lowrank._Update`: before the base's product. The masters are cast for a moment, forward and backward."""
         settings, tape = self.settings, self.tape
-        size, tokens, rank = settings.compute_size, settings.tokens, settings.rank
-        sizes = (rank * linear.inputs, rank * linear.outputs)
-        if size == 4:  # the fp32 masters themselves
-            a, b = (tape.parameter(4 * weights) for weights in sizes)
-        else:
-            a, b = (tape.weight_copy(weights * size, weights * 4) for weights in sizes)
+        size, rank = settings.compute_size, settings.rank
+        both = linear.inputs + linear.outputs
         dropped = self._dropout(x)
-        low = tape.op([dropped, a], tokens * rank * size, saves=[dropped, a])
-        out = tape.op([y, low, b], y.size, saves=[low, b], shares=[y])
-        tape.drop(y, low, a, b)
+        low = tape.op(
+            [dropped, self.masters],
+            settings.tokens * rank * size,
+            saves=[dropped],
+            saves_output=True,
+            weights=0 if size == 4 else rank * linear.inputs * size,
+            back_weights=rank * both * (4 if size == 4 else 4 + size),
+            back_work=settings.tokens * rank * size,
+        )
         if dropped is not x:
             tape.drop(dropped)
+        return low
+
+    def _add(self, y: Value, update: Value) -> Value:
+        """`lowrank._Add`: in place of the base's output; the gradient is handed on as it is."""
+        out = self.tape.op([y, update], 0, shares=[y, update])
+        out.size, y.size = y.size, 0
+        self.tape.drop(y, update)
         return out
 
     def _peft(self, x: Value, y: Value, linear: Linear) -> Value:
@@ -197,9 +213,12 @@ class LayerTape:
         tape.drop(y)
         x32 = x if settings.compute_size == 4 else tape.op([x], 4 * tokens * linear.inputs)
         dropped = self._dropout(x32)
-        a, b = (tape.parameter(4 * rank * width) for width in (linear.inputs, linear.outputs))
-        low = tape.op([dropped, a], 4 * tokens * rank, saves=[dropped])
-        grown = tape.op([low, b], 4 * tokens * linear.outputs, saves=[low])
+        low = tape.op(
+            [dropped, self.masters], 4 * tokens * rank, saves=[dropped], back_weights=4 * rank * linear.inputs
+        )
+        grown = tape.op(
+            [low, self.masters], 4 * tokens * linear.outputs, saves=[low], back_weights=4 * rank * linear.outputs
+        )
         tape.drop(low, *([] if dropped is x32 else [dropped]), *([] if x32 is x else [x32]))
         scaled = tape.op([grown], grown.size)
         tape.drop(grown)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..config import RunConfig
-from .constants import Item
+from .constants import OFFLOAD_AHEAD_BYTES, Item
 from .head import HeadBytes, head_bytes
 from .items import compute_size
 from .layers import LayerBytes, LayerSettings, layer_bytes
@@ -41,14 +41,15 @@ def largest_moment(config: RunConfig, shapes: ModelShapes, rows: int, recompute:
             5 * 8 * tokens + 2 * tokens * shapes.rotary_dim * size, "token ids, positions, labels, rotary tables"
         )
     }
-    moments = [_loss_moment(head, all_saved, steady)]
+    limit = OFFLOAD_AHEAD_BYTES if config.memory.offload_activations else all_saved
+    moments = [_loss_moment(head, min(limit, all_saved), steady)]
     below = all_saved
     for index in reversed(range(len(layers))):
         layer, is_recomputed = layers[index], index < recompute
         below -= keeps[index]
         if index in (len(layers) - 1, recompute - 1):
             moments += _layer_moments(
-                layer, below, row if is_recomputed else layer.kept_input, row, is_recomputed, steady
+                layer, min(limit, below), row if is_recomputed else layer.kept_input, row, is_recomputed, steady
             )
     largest = max(moments, key=lambda moment: moment.size)
     return replace(largest, saved_bytes=all_saved)
@@ -97,7 +98,7 @@ def _layer_moments(
     """One layer's forward (or recomputation) and backward, over what the layers before it keep."""
     kept = {"saved activations": Item(below + own_input, "of the layers before it, and its input")}
     for name, live, extra in (
-        ("a layer's forward pass", layer.forward_peak, row),
+        ("a layer's forward pass", layer.recompute_peak if is_recomputed else layer.forward_peak, row),
         ("a layer's backward pass", layer.backward_peak, 0),
     ):
         again = "recomputed and " if is_recomputed else ""

@@ -17,7 +17,6 @@ class Value:
     """A tensor of the forward pass."""
 
     size: int  # bytes
-    is_weight: bool = False  # a copy of a weight, not an activation
     is_ours: bool = True  # False: it belongs to the caller (the input of the layer) and is counted there
     needs_grad: bool = True
     refs: int = 1
@@ -70,17 +69,6 @@ class Tape:
     def input(self, size: int, needs_grad: bool = True) -> Value:
         """What the caller holds."""
         return Value(size, is_ours=False, needs_grad=needs_grad)
-
-    def parameter(self, size: int) -> Value:
-        """A trained weight, which somebody else holds; its gradient has `size` bytes and is added up elsewhere."""
-        return Value(size, is_weight=True, is_ours=False)
-
-    def weight_copy(self, size: int, grad_size: int) -> Value:
-        """A weight cast to the type of the activations; its gradient is cast back to `grad_size` bytes."""
-        value = Value(size, is_weight=True)
-        self._allocate(value)
-        self.operations.append(Operation(value, (), (), (), grad_size, 0))
-        return value
 
     def extra(self, size: int) -> Value:
         """Something that an operation saves besides its inputs and output: a dropout mask, a log-sum-exp."""
@@ -179,17 +167,11 @@ class Tape:
     # --- counting -----------------------------------------------------------------------------------------------------
 
     def _allocate(self, value: Value) -> None:
-        if value.is_weight:
-            self.live.weights += value.size
-        else:
-            self.live.activations += value.size
+        self.live.activations += value.size
         self._note()
 
     def _free(self, value: Value) -> None:
-        if value.is_weight:
-            self.live.weights -= value.size
-        else:
-            self.live.activations -= value.size
+        self.live.activations -= value.size
 
     def _note(self, weights: int = 0, activations: int = 0, gradients: int = 0) -> None:
         if self.live.total + weights + activations + gradients > self.peak.total:

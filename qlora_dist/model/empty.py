@@ -13,7 +13,7 @@ from torch import nn
 
 from ..attention import PACKED
 from ..errors import UserError
-from .loading import BLOCK, Quantization, _switch_dropout_off, bitsandbytes
+from .loading import BLOCK, Quantization, bitsandbytes, switch_dropout_off
 from .running import linear_layers
 
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel  # isort: skip
@@ -51,7 +51,7 @@ def empty_base(
             model.is_loaded_in_4bit = True  # PEFT asks
     model.config.use_cache = False
     model.packed_backend = backend
-    _switch_dropout_off(model)
+    switch_dropout_off(model)
     return model
 
 

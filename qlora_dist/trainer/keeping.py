@@ -14,7 +14,6 @@ from ..config import RunConfig, dump_yaml
 from ..distributed import World
 from ..errors import UserError
 from ..metrics import GIB, Metrics, median_tokens_per_second, peak_bytes
-from ..optim import load_optimizer_state, optimizer_state
 from ..provenance import commit, device_name, versions
 from ..state import RunDir, TrainState, config_changes, read_metrics, write_json
 from .stages import Data, free_fields
@@ -33,13 +32,14 @@ def resume(
         return TrainState()
     loaded = checkpoint.load_checkpoint(Path(path))
     state = loaded.state
-    if state["layout"] != learner.flat.layout():
+    if state["layout"] != learner.update.layout():
         raise UserError(f"checkpoint {path}: its trained weights have other names or shapes than this config gives")
-    load_trained(learner.model, Path(path), config.lora is None)
+    with learner.update.whole_weights():
+        load_trained(learner.model, Path(path), config.lora is None)
     try:
-        load_optimizer_state(learner.optimizer, loaded.optimizer_tensors, state["optimizer_numbers"])
+        learner.update.load_state(loaded.optimizer_tensors, state["optimizer_numbers"])
     except ValueError as error:
-        raise UserError(f"checkpoint {path}: {error}; optim.name must be the one it was trained with") from None
+        raise UserError(f"checkpoint {path}: {error}; use the optim.name it was trained with") from None
     return TrainState(state["step"], state["num_tokens"], state["num_labels"])
 
 
@@ -80,8 +80,9 @@ def _choose_checkpoint(config: RunConfig, run: RunDir, data: Data, choice: str) 
 def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: Data, state: TrainState) -> None:
     """A checkpoint of this state, written and verified by rank 0; a failure ends all ranks."""
 
+    tensors, numbers = learner.update.state()  # of all ranks, on rank 0
+
     def save_on_main() -> None:
-        tensors, numbers = optimizer_state(learner.optimizer)
         path = checkpoint.save_checkpoint(
             run.checkpoints,
             state.step,
@@ -91,7 +92,7 @@ def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: D
                 **asdict(state),
                 "config": dump_yaml(config),
                 "data_fingerprint": data.documents.fingerprint,
-                "layout": learner.flat.layout(),
+                "layout": learner.update.layout(),
                 "optimizer_numbers": numbers,
                 "random": "none stored: order, dropout and learning rate are functions of (seed, step, row)",
                 "world_size": world.size,
@@ -101,7 +102,8 @@ def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: D
         )
         verify_trained(learner.model, path, config.lora is None)
 
-    world.from_main(save_on_main)
+    with learner.update.whole_weights():
+        world.from_main(save_on_main)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -135,7 +137,8 @@ def finish(
         write_json(run.summary, _summary(config, run, world, learner, data, state, before, int(peak)))
         run.mark_completed(state.step, config.train.length)
 
-    world.from_main(finish_on_main)
+    with learner.update.whole_weights():
+        world.from_main(finish_on_main)
     metrics.say(f"finished: {state.step} steps, peak {peak / GIB:.2f} GiB; {_exported(config, run)}, {run.summary}")
     return state
 
@@ -174,6 +177,8 @@ def _summary(
         "total_labels": state.num_labels,
         "world_size": world.size,
         "strategy": config.strategy.name,
+        "micro_rows": config.batch.micro_rows,
+        "recompute": config.memory.recompute,
         "device": device_name(world.device),
         "packing_efficiency": data.rows.efficiency,
         "examples": len(data.documents),
