@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config import RunConfig
-from .plan import GIB, MemoryPlan, plan_memory, planned_micro_rows
+from .constants import GIB
+from .plan import MemoryPlan, plan_memory, planned_micro_rows
 from .shapes import ModelShapes
 from .strategies import STRATEGIES
 
