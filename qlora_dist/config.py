@@ -145,6 +145,12 @@ class BatchConfig(_Section):
     micro_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Rows that one rank holds in memory at a time. auto: the most that fit by the memory plan (on a CPU 1)."""
 
+    @property
+    def settled_rows(self) -> int:
+        """`micro_rows` as a number: the trainer replaces auto before it uses it."""
+        assert self.micro_rows != "auto", "trainer.fitting.settle comes first"
+        return self.micro_rows
+
 
 class OptimConfig(_Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "paged_adamw_32bit"

@@ -57,11 +57,8 @@ class _Update(torch.autograd.Function):
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
         dtype = x.dtype
         grad = grads[0].reshape(-1, b.shape[0])  # (T, O)
-        grad_b = grad_low = None
-        if needs_b:
-            grad_b = (torch.mm(grad.t(), low.reshape(-1, low.shape[-1])) * ctx.scale).to(b.dtype)
-        if needs_a or needs_x:
-            grad_low = torch.mm(grad, b.to(dtype)) * ctx.scale  # (T, r)
+        grad_b = (torch.mm(grad.t(), low.reshape(-1, low.shape[-1])) * ctx.scale).to(b.dtype) if needs_b else None
+        grad_low = torch.mm(grad, b.to(dtype)) * ctx.scale  # (T, r)
         grad_a = torch.mm(grad_low.t(), x.reshape(-1, x.shape[-1])).to(a.dtype) if needs_a else None
         grad_x = torch.mm(grad_low, a.to(dtype)).view(x.shape) if needs_x else None
         return grad_x, grad_a, grad_b, None

@@ -56,7 +56,6 @@ class LayerTape:
         self.tape = Tape()
         self.row = settings.tokens * shapes.hidden * settings.compute_size  # a (T, H) tensor
         self.start = self.tape.input(self.row, needs_grad=has_grad_input)
-        self.masters = self.tape.input(0)  # adapters have gradients also where the input of the layer has none
         self.before_last: Live | None = None  # peak up to the last product, where recomputation can stop there
 
     def measure(self) -> LayerBytes:
@@ -183,15 +182,15 @@ class LayerTape:
         """`lowrank._Update`: before the base's product. The masters are cast for a moment, forward and backward."""
         settings, tape = self.settings, self.tape
         size, rank = settings.compute_size, settings.rank
-        both = linear.inputs + linear.outputs
+        sizes = (rank * linear.inputs, rank * linear.outputs)
         dropped = self._dropout(x)
         low = tape.op(
-            [dropped, self.masters],
+            [dropped, *(tape.parameter(4 * weights) for weights in sizes)],
             settings.tokens * rank * size,
             saves=[dropped],
             saves_output=True,
-            weights=0 if size == 4 else rank * linear.inputs * size,
-            back_weights=rank * both * (4 if size == 4 else 4 + size),
+            weights=0 if size == 4 else sizes[0] * size,
+            back_weights=0 if size == 4 else sum(sizes) * size,
             back_work=settings.tokens * rank * size,
         )
         if dropped is not x:
@@ -213,12 +212,9 @@ class LayerTape:
         tape.drop(y)
         x32 = x if settings.compute_size == 4 else tape.op([x], 4 * tokens * linear.inputs)
         dropped = self._dropout(x32)
-        low = tape.op(
-            [dropped, self.masters], 4 * tokens * rank, saves=[dropped], back_weights=4 * rank * linear.inputs
-        )
-        grown = tape.op(
-            [low, self.masters], 4 * tokens * linear.outputs, saves=[low], back_weights=4 * rank * linear.outputs
-        )
+        a, b = (tape.parameter(4 * rank * width) for width in (linear.inputs, linear.outputs))
+        low = tape.op([dropped, a], 4 * tokens * rank, saves=[dropped])
+        grown = tape.op([low, b], 4 * tokens * linear.outputs, saves=[low])
         tape.drop(low, *([] if dropped is x32 else [dropped]), *([] if x32 is x else [x32]))
         scaled = tape.op([grown], grown.size)
         tape.drop(grown)

@@ -17,6 +17,7 @@ class Value:
     """A tensor of the forward pass."""
 
     size: int  # bytes
+    is_weight: bool = False  # a copy of a weight, not an activation
     is_ours: bool = True  # False: it belongs to the caller (the input of the layer) and is counted there
     needs_grad: bool = True
     refs: int = 1
@@ -69,6 +70,10 @@ class Tape:
     def input(self, size: int, needs_grad: bool = True) -> Value:
         """What the caller holds."""
         return Value(size, is_ours=False, needs_grad=needs_grad)
+
+    def parameter(self, size: int) -> Value:
+        """A trained weight, which somebody else holds; its gradient has `size` bytes and is added up elsewhere."""
+        return Value(size, is_weight=True, is_ours=False)
 
     def extra(self, size: int) -> Value:
         """Something that an operation saves besides its inputs and output: a dropout mask, a log-sum-exp."""
@@ -167,11 +172,17 @@ class Tape:
     # --- counting -----------------------------------------------------------------------------------------------------
 
     def _allocate(self, value: Value) -> None:
-        self.live.activations += value.size
+        if value.is_weight:
+            self.live.weights += value.size
+        else:
+            self.live.activations += value.size
         self._note()
 
     def _free(self, value: Value) -> None:
-        self.live.activations -= value.size
+        if value.is_weight:
+            self.live.weights -= value.size
+        else:
+            self.live.activations -= value.size
 
     def _note(self, weights: int = 0, activations: int = 0, gradients: int = 0) -> None:
         if self.live.total + weights + activations + gradients > self.peak.total:

@@ -15,9 +15,10 @@ from .. import model as base_model
 from ..config import RunConfig
 from ..distributed import World
 from ..errors import RunFailed
-from ..memory import MemoryPlan, ModelShapes, choose, plan_memory, shapes_from_config
+from ..memory import MemoryPlan, ModelShapes, choose, plan_memory
 from ..memory.constants import CONTEXT_BYTES
 from ..metrics import GIB, Metrics, peak_bytes
+from ..planning.source import read_shapes
 from ..state import TrainState
 from .stages import Data
 from .step import Learner, try_batch
@@ -43,7 +44,7 @@ def settle(config: RunConfig, world: World) -> Fit:
     All ranks come to the same: the plan is a pure function of the config and of the least memory that any rank has.
     """
     sizes: dict[str, Any] = {"world_size": world.size, "local_world_size": world.local_size}
-    shapes = _read_shapes(config)
+    shapes = read_shapes(config.model.name, config.model.revision)
     device_bytes = usable_bytes(world)
     if device_bytes is None:
         plan = plan_memory(config, shapes, **sizes, device_bytes=None)
@@ -67,12 +68,6 @@ def settle(config: RunConfig, world: World) -> Fit:
         }
     )
     return Fit(settled, shapes, plan, "".join(f"\n{line}" for line in said))
-
-
-def _read_shapes(config: RunConfig) -> ModelShapes:
-    shapes = shapes_from_config(base_model.load_config(config.model.name, config.model.revision).to_dict())
-    assert shapes is not None
-    return shapes
 
 
 def _layers(plan: MemoryPlan) -> int | str:
