@@ -107,8 +107,9 @@ def test_what_the_user_gave_is_not_touched(settle_7b):
 
 
 def test_where_nothing_fits_the_plan_says_what_would(settle_7b):
-    fit = settle_7b(5 * GIB, memory__recompute="auto")
+    fit = settle_7b(6 * GIB, memory__recompute="auto")
     assert fit.plan.fits is False and fit.config.memory.recompute == "full"
+    assert "memory.recompute=full (the least memory)" in fit.said
     assert "by the memory plan this run does not fit; what would: " in fit.said and "lora.rank=16" in fit.said
 
 

@@ -18,7 +18,7 @@ from ..errors import RunFailed
 from ..memory import MemoryPlan, ModelShapes, choose, plan_memory
 from ..memory.constants import CONTEXT_BYTES
 from ..metrics import GIB, Metrics, peak_bytes
-from ..planning.source import read_shapes
+from ..planning import read_shapes
 from ..state import TrainState
 from .stages import Data
 from .step import Learner, try_batch
@@ -51,7 +51,7 @@ def settle(config: RunConfig, world: World) -> Fit:
         why = f"the memory of a {world.device.type} is not planned"
     else:
         plan = choose(config, shapes, **sizes, device_bytes=device_bytes)
-        why = f"of the settings that fit in {device_bytes / GIB:.2f} GiB the fastest"
+        why = f"of the settings that fit in {device_bytes / GIB:.2f} GiB the fastest" if plan.fits else "the least memory"
     is_free = {
         "memory.recompute": config.memory.recompute == "auto",
         "batch.micro_rows": config.batch.micro_rows == "auto",
