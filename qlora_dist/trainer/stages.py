@@ -25,8 +25,8 @@ from ..offload import ActivationOffload
 from ..optim import lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..state import RunDir, StepStats, TrainState, write_json
-from .update import build_update, check_update, describe_strategy
 from .step import Learner
+from .update import build_update, check_update, describe_strategy
 
 
 @dataclass
