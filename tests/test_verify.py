@@ -83,7 +83,7 @@ def test_the_bytes_in_memory_are_those_that_the_shapes_promise(family, quantizat
         str(tmp_path), quantization=quantization, double_quant=double_quant, dtype=torch.float32
     )
     assert held_base_bytes(model) == promised.on_each_rank()  # exactly: storages of one rank, nothing is estimated
-    assert promised.layers > 0 and promised.on_each_rank(2) == -(-promised.layers // 2) + promised.others
+    assert promised.matrices > 0 and promised.on_each_rank(2) == -(-promised.matrices // 2) + promised.others
 
 
 def test_a_base_that_is_not_quantized_or_not_sharded_is_named_with_rank_and_host(folder):

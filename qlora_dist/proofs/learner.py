@@ -21,7 +21,7 @@ from ..distributed import World
 from ..errors import RunFailed
 from ..loader import StepRows
 from ..packing import Batch, Example, collate
-from ..trainer import stages
+from ..trainer import fitting, stages
 from ..trainer.step import Learner, train_step
 from .plan import Plan
 from .report import Proof, failed, not_checked, relative_difference
@@ -47,7 +47,7 @@ def prove_learner(plan: Plan, world: World) -> list[Proof]:
 
 
 def _prove(plan: Plan, world: World) -> list[Proof]:
-    config, tolerances = plan.single, plan.tolerances
+    config, tolerances = fitting.settle(plan.single, world).config, plan.tolerances
     data = stages.build_data(config, world)
     learner = stages.build_learner(config, world)
     has_adapter = config.lora is not None
@@ -162,13 +162,18 @@ def prove_accumulation(learner: Learner, rows: StepRows, world: World, tolerance
             num_tokens=sum(len(document) for document in documents),
         )
         with base_model.evaluation_mode(learner.model):
-            stats = train_step(world, learner, step, step=0, seed=0, lr=0.0, max_grad_norm=None, stop_requested=False)
+            stats = train_step(world, learner, step, step=0, seed=0, lr=0.0, stop_requested=False)
         losses[name] = stats.loss
-        gradients[name] = torch.cat([grad.detach().double().cpu() for grad in learner.flat.grads])
-    learner.flat.zero_grad()
+        gradients[name] = torch.cat([gradient.detach().double().cpu().flatten() for gradient in _gradients(learner)])
+    learner.update.zero_grad()
     difference = relative_difference(gradients["accumulated"], gradients["one"])
     loss_difference = abs(losses["accumulated"] - losses["one"]) / abs(losses["one"])
     return Proof(ACCUMULATED, max(difference, loss_difference), tolerance, "gradient of all trained weights, and loss")
+
+
+def _gradients(learner: Learner) -> list[torch.Tensor]:
+    parameters = adapters.trainable_parameters(learner.model).values()
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def documents_of(batch: Batch) -> list[Example]:
@@ -183,7 +188,7 @@ def documents_of(batch: Batch) -> list[Example]:
 def prove_reloaded(learner: Learner, folder: Path, base_name: str) -> Proof:
     """The adapter written, its live weights overwritten, read back: the same bits in the file and in memory."""
     adapters.save_adapter(learner.model, folder, base_name)
-    kept = learner.flat.digest()
+    kept = learner.update.digest()
     with torch.no_grad():
         for parameter in adapters.trainable_parameters(learner.model).values():
             parameter.fill_(0.5)
@@ -192,7 +197,7 @@ def prove_reloaded(learner: Learner, folder: Path, base_name: str) -> Proof:
         adapters.verify_adapter_file(learner.model, folder, must_be_trained=True)
     except (RunFailed, ValueError) as error:
         return failed(RELOADED, str(error))
-    return Proof(RELOADED, 0.0 if learner.flat.digest() == kept else 1.0, 0.0, "every bit of the trained weights")
+    return Proof(RELOADED, 0.0 if learner.update.digest() == kept else 1.0, 0.0, "every bit of the trained weights")
 
 
 def _prove_reference(

@@ -33,12 +33,20 @@ class Plan:
     @property
     def rows_per_step(self) -> int:
         """Two micro-steps on every rank, so that accumulation and reduction both take part."""
-        return 2 * self.config.batch.micro_rows * self.ranks
+        return 2 * self.micro_rows * self.ranks
+
+    @property
+    def micro_rows(self) -> int:
+        """The user's, or 1 for auto: these steps are small."""
+        rows = self.config.batch.micro_rows
+        return 1 if rows == "auto" else rows
 
     @cached_property
     def single(self) -> RunConfig:
         """For the proofs on one process: strategy ddp, whatever the user's is."""
-        return self.variant("single", strategy="ddp")
+        config = self.variant("single", strategy="ddp")
+        # gradients are compared: clipping would scale them alike
+        return config.model_copy(update={"optim": config.optim.model_copy(update={"max_grad_norm": None})})
 
     def variant(self, name: str, *, strategy: str | None = None, on_cpu: bool = False) -> RunConfig:
         """The user's config with its run directory in the temporary folder, cut down.
@@ -52,7 +60,7 @@ class Plan:
             "eval": [],
             "cache_dir": str(self.folder / "data"),
         }
-        raw["batch"]["rows_per_step"] = self.rows_per_step
+        raw["batch"] |= {"rows_per_step": self.rows_per_step, "micro_rows": self.micro_rows}
         raw["train"] |= {
             "steps": self.steps,
             "epochs": None,
@@ -61,7 +69,7 @@ class Plan:
             "keep": 2 + self.steps // self.half,
         }
         raw["logging"]["trackers"] = []
-        if raw["lora"] is not None and self.config.batch.micro_rows > 1:
+        if raw["lora"] is not None and self.micro_rows > 1:
             raw["lora"]["dropout"] = 0.0
         if strategy is not None and strategy != self.config.strategy.name:
             # the user's options of another strategy would not be ddp's

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import RunFailed
 from ..model import base_weights, is_4bit, linear_layers, load_config, plain_name, unwrap
+from ..model.original import has_quantized_files, read_source_weight, same_as_quantized
 from ..model.preflight import build_on_meta
-from ..model.source import has_quantized_files, read_source_weight, same_as_quantized
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a constant; constants that share one of the second level
 COLUMNS = 128  # of the checksum
@@ -29,12 +29,12 @@ COLUMNS = 128  # of the checksum
 class BaseBytes:
     """Bytes of the base, from config.json alone."""
 
-    layers: int  # linear layers but the head: what is quantized, and what a sharding strategy shards
-    others: int  # embeddings, norms, head
+    matrices: int  # codes with their first constants, embedding, head: what strategy fsdp cuts
+    others: int  # norms, biases, second-level constants: whole on every rank
 
     def on_each_rank(self, num_shards: int = 1) -> int:
         """What one of `num_shards` ranks holds; 1: every rank holds all of it (ddp, ZeRO)."""
-        return -(-self.layers // num_shards) + self.others
+        return -(-self.matrices // num_shards) + self.others
 
 
 def promised_base_bytes(
@@ -44,34 +44,29 @@ def promised_base_bytes(
     config = load_config(name, revision)
     skipped = tuple((getattr(config, "quantization_config", None) or {}).get("llm_int8_skip_modules") or ())
     model = build_on_meta(name, config)
-    layers_of: dict[str, Any] = linear_layers(model)
+    layers: dict[str, Any] = linear_layers(model)
     quantized = {  # -> outputs
         id(layer.weight): getattr(layer, "out_features", None) or layer.nf
-        for key, layer in layers_of.items()
+        for key, layer in layers.items()
         if quantization != "none" and not any(part in key for part in skipped)
     }
-    linear = {id(layer.weight) for layer in layers_of.values()}
-    layers = others = 0
+    matrices = others = 0
     for parameter in model.parameters():  # tied weights come once
-        size = (
-            _quantized_bytes(parameter.numel(), quantized[id(parameter)], quantization, double_quant)
-            if id(parameter) in quantized
-            else parameter.numel() * dtype.itemsize
-        )
-        if id(parameter) in linear:
-            layers += size
+        num_weights = parameter.numel()
+        num_constants = -(-num_weights // BLOCK)
+        if id(parameter) not in quantized:
+            if parameter.ndim > 1:
+                matrices += num_weights * dtype.itemsize
+            else:
+                others += num_weights * dtype.itemsize
+        elif quantization == "int8":
+            matrices += num_weights + 4 * quantized[id(parameter)]  # one fp32 scale a row
+        elif double_quant:
+            matrices += num_weights // 2 + num_constants
+            others += 4 * -(-num_constants // NESTED_BLOCK)
         else:
-            others += size
-    return BaseBytes(layers, others)
-
-
-def _quantized_bytes(num_weights: int, num_outputs: int, quantization: str, double_quant: bool) -> int:
-    if quantization == "int8":
-        return num_weights + 4 * num_outputs  # one fp32 scale a row
-    num_constants = -(-num_weights // BLOCK)
-    if not double_quant:
-        return num_weights // 2 + 4 * num_constants
-    return num_weights // 2 + num_constants + 4 * -(-num_constants // NESTED_BLOCK)
+            matrices += num_weights // 2 + 4 * num_constants
+    return BaseBytes(matrices, others)
 
 
 def held_base_bytes(model: nn.Module) -> int:
@@ -98,6 +93,9 @@ def _held(model: nn.Module) -> Iterator[Tensor]:
             if state.nested:
                 yield local_part(state.state2.absmax)
     for module in base.modules():
+        nested = getattr(module, "nested_absmax", None)  # of a shared 4-bit layer
+        if nested is not None:
+            yield nested
         scales = getattr(getattr(module, "state", None), "SCB", None)
         scales = scales if scales is not None else getattr(getattr(module, "weight", None), "SCB", None)
         if scales is not None:  # 8-bit layers

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .loading import BLOCK, _expanded, _source, bitsandbytes, load_config
+from .loading import BLOCK, bitsandbytes, expanded, load_config, where_to_read
 from .running import is_4bit
 
 from transformers.pytorch_utils import Conv1D  # isort: skip
@@ -78,12 +78,12 @@ def _same_bytes(left: Tensor, right: Tensor) -> bool:
 
 
 def _file(name: str, revision: str | None, file: str) -> str | None:
-    source = _source(name, revision)
+    where = where_to_read(name, revision)
     return cached_file(
-        _expanded(name),
+        expanded(name),
         file,
-        revision=source["revision"],
-        local_files_only=source["local_files_only"],
+        revision=where["revision"],
+        local_files_only=where["local_files_only"],
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
