@@ -9,10 +9,13 @@ PACKAGE = Path(__file__).parents[1] / "qlora_dist"
 
 LEVELS = {
     0: ["errors", "config", "state", "flat", "provenance"],
-    1: ["distributed", "packing", "loss", "optim", "memory", "metrics", "preempt", "templates"],
+    1: [
+        "distributed", "packing", "loss", "lowrank", "offload", "optim", "update", "memory", "metrics", "preempt",
+        "templates",
+    ],
     2: ["formats", "examples", "loader", "attention", "model", "adapters", "kernels"],
-    3: ["checkpoint", "verify", "evaluate", "mmlu", "generate", "merge", "audit", "doctor"],
-    4: ["trainer"],
+    3: ["checkpoint", "verify", "evaluate", "mmlu", "generate", "merge", "audit", "doctor", "planning"],
+    4: ["trainer", "proofs"],
     5: ["cli", "__main__", "__init__"],
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
@@ -22,14 +25,14 @@ HOMES = {
     "pydantic": {"config"},
     "yaml": {"config", "state"},
     "accelerate": {"distributed"},
-    "deepspeed": {"distributed"},
+    "deepspeed": {"update"},
     "tensorboard": {"metrics"},
     "datasets": {"formats", "examples"},
     "flash_attn": {"attention"},
     "transformers": {"model", "attention"},
     "peft": {"adapters"},
     "triton": {"kernels"},
-    "safetensors": {"checkpoint", "adapters", "trainer", "merge", "model"},
+    "safetensors": {"checkpoint", "adapters", "trainer", "proofs", "merge", "model"},
     "bitsandbytes": {"optim", "model"},
     "click": {"cli"},
 }

@@ -1,0 +1,190 @@
+"""Bytes that one rank holds at its peak, item by item, from the config and the shapes of the model.
+
+    persistent      base, constants, adapters, gradients, optimizer, buffers of the strategy
+  + at the peak     saved activations, one layer's working set, or the loss's, whichever moment is the largest
+  + not tensors     CUDA context, NCCL, what the allocator holds and cannot give
+
+`MemoryPlan.tensor_bytes` is what torch.cuda.max_memory_allocated reports; `peak_bytes` is what the GPU must have.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..config import RunConfig
+from .constants import CONTEXT_BYTES, NCCL_BYTES, RESERVE_SHARE, WORKSPACE_BYTES, Item
+from .items import adapter_sizes, aligned_size, base_bytes, host, persistent
+from .moments import largest_moment
+from .shapes import ModelShapes
+from .strategies import sharing
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one rank needs. `advice` is filled by `choose`."""
+
+    items: dict[str, Item]  # on the device, at the peak
+    host_items: dict[str, Item]
+    peak_at: str  # the moment of the peak, in words
+    device_bytes: int | None
+    recompute: int  # decoder layers whose activations are recomputed
+    num_layers: int
+    micro_rows: int
+    row_tokens: int
+    base_parameters: int
+    trainable_parameters: int
+    strategy: str
+    world_size: int
+    advice: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = field(default=())  # what this plan assumes
+
+    @property
+    def peak_bytes(self) -> int:
+        """On the device, with everything."""
+        return sum(item.size for item in self.items.values())
+
+    @property
+    def pageable_bytes(self) -> int:
+        return sum(item.size for item in self.items.values() if item.is_pageable)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """What torch.cuda.max_memory_allocated will say."""
+        return sum(item.size for item in self.items.values() if item.is_tensor)
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """Resident host memory of one rank; the page cache is not counted."""
+        return sum(item.size for item in self.host_items.values())
+
+    @property
+    def paged_out_bytes(self) -> int:
+        """Pageable bytes that have no room on the device."""
+        if self.device_bytes is None:
+            return 0
+        return max(0, min(self.pageable_bytes, self.peak_bytes - self.device_bytes))
+
+    @property
+    def headroom_bytes(self) -> int | None:
+        """Free on the device at the peak, before anything is paged out; negative: missing even with all of it."""
+        if self.device_bytes is None:
+            return None
+        return self.device_bytes - self.peak_bytes + self.paged_out_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """None without a device to fit."""
+        return None if self.headroom_bytes is None else self.headroom_bytes >= 0
+
+    @property
+    def is_hopeless(self) -> bool:
+        """It does not fit, and would not without the allocator's reserve either."""
+        return self.headroom_bytes is not None and self.headroom_bytes + self.items["allocator reserve"].size < 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "base_parameters": self.base_parameters,
+            "trainable_parameters": self.trainable_parameters,
+            "items": {name: item.size for name, item in self.items.items()},
+            "notes": {name: item.note for name, item in self.items.items()},
+            "host_items": {name: item.size for name, item in self.host_items.items()},
+            "peak_bytes": self.peak_bytes,
+            "peak_at": self.peak_at,
+            "tensor_bytes": self.tensor_bytes,
+            "pageable_bytes": self.pageable_bytes,
+            "paged_out_bytes": self.paged_out_bytes,
+            "host_peak_bytes": self.host_peak_bytes,
+            "device_bytes": self.device_bytes,
+            "fits": self.fits,
+            "headroom_bytes": self.headroom_bytes,
+            "recompute": self.recompute,
+            "num_layers": self.num_layers,
+            "micro_rows": self.micro_rows,
+            "row_tokens": self.row_tokens,
+            "strategy": self.strategy,
+            "world_size": self.world_size,
+            "advice": list(self.advice),
+            "remarks": list(self.remarks),
+        }
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_json())
+
+    def with_advice(self, advice: tuple[str, ...]) -> MemoryPlan:
+        return replace(self, advice=advice)
+
+
+def plan_memory(
+    config: RunConfig,
+    shapes: ModelShapes,
+    *,
+    world_size: int,
+    local_world_size: int,
+    device_bytes: int | None,
+    recompute: int | None = None,  # layers; None: as the config says, auto = all
+    micro_rows: int | None = None,  # None: as the config says, auto = 1
+) -> MemoryPlan:
+    """The plan of one rank on a GPU of `device_bytes`. Raises UserError for target modules that match nothing."""
+    count = planned_recompute(config, shapes) if recompute is None else recompute
+    rows = planned_micro_rows(config) if micro_rows is None else micro_rows
+    shared = sharing(config.strategy.name, world_size)
+    lora = config.lora
+    if lora is None:
+        trainable = aligned = shapes.base_parameters
+    else:
+        sizes = adapter_sizes(lora.rank, lora.target_modules, shapes, lora.variant == "dora")
+        trainable, aligned = sum(sizes), sum(aligned_size(size) for size in sizes)
+    moment = largest_moment(config, shapes, rows, count)
+    layer = base_bytes(config, shapes)[0] // shapes.num_layers
+    items = persistent(config, shapes, aligned, shared) | moment.items | shared.buffers(4 * aligned, layer)
+    items["cuBLAS workspace"] = Item(WORKSPACE_BYTES, "allocated once by PyTorch; 32 MiB on Hopper, 8 MiB before")
+    tensors = sum(item.size for item in items.values() if item.is_tensor)
+    items["CUDA context"] = Item(CONTEXT_BYTES, "kernels and stacks of the driver, outside of PyTorch", is_tensor=False)
+    if world_size > 1:
+        items["NCCL"] = Item(NCCL_BYTES, "buffers of one communicator, outside of PyTorch", is_tensor=False)
+    items["allocator reserve"] = Item(
+        int(RESERVE_SHARE * tensors), f"{RESERVE_SHARE:.0%} of all tensors for fragments", is_tensor=False
+    )
+    return MemoryPlan(
+        items={name: item for name, item in items.items() if item.size},
+        host_items=host(config, shapes, aligned, shared, local_world_size, moment.saved_bytes),
+        peak_at=moment.name,
+        device_bytes=device_bytes,
+        recompute=count,
+        num_layers=shapes.num_layers,
+        micro_rows=rows,
+        row_tokens=config.data.row_tokens,
+        base_parameters=shapes.base_parameters,
+        trainable_parameters=trainable,
+        strategy=config.strategy.name,
+        world_size=world_size,
+        remarks=_remarks(config, shapes),
+    )
+
+
+def planned_recompute(config: RunConfig, shapes: ModelShapes) -> int:
+    """Layers that are recomputed when nobody chooses: as the config says, auto = all."""
+    asked = config.memory.recompute
+    if isinstance(asked, int):
+        return min(asked, shapes.num_layers)
+    return 0 if asked == "none" else shapes.num_layers
+
+
+def planned_micro_rows(config: RunConfig) -> int:
+    """Rows a rank holds at a time when nobody chooses: as the config says, auto = 1."""
+    asked: Any = config.batch.micro_rows
+    return asked if isinstance(asked, int) else 1
+
+
+def _remarks(config: RunConfig, shapes: ModelShapes) -> tuple[str, ...]:
+    remarks = []
+    if not shapes.is_exact:
+        remarks.append(f"{shapes.family} is not listed here: its layers are assumed to work like Llama's")
+    if config.lora is not None and config.lora.variant == "dora":
+        remarks.append("dora needs more than lora for a moment; not counted here")
+    if shapes.has_softcap and config.model.attention != "sdpa":
+        remarks.append("capped attention scores: flash-attn is assumed; without it scores exist whole")
+    return tuple(remarks)
