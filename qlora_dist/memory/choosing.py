@@ -68,8 +68,8 @@ def relative_time(plan: MemoryPlan) -> float:
     """Time of a token against one with every layer run twice and weights that need no dequantization.
 
     Products of a layer: forward and two in the backward pass (one of them recomputed, but for the last linear layer).
-    Dequantization costs 497 / tokens of the products it serves, at the rate of bitsandbytes' kernel: every pass over the
-    weights is paid once a micro-batch, however long that is.
+    Dequantization costs 497 / tokens of the products it serves, at the rate of bitsandbytes' kernel: every pass over
+    the weights is paid once a micro-batch, however long that is.
     """
     share = plan.recompute / plan.num_layers
     products = 0.673 + 0.242 * share

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..attention import PACKED
 from ..errors import UserError
-from .loading import BLOCK, Quantization, switch_dropout_off, bitsandbytes
+from .loading import BLOCK, Quantization, bitsandbytes, switch_dropout_off
 from .running import linear_layers
 
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel  # isort: skip

@@ -16,9 +16,10 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
         plan.recompute, f"the first {plan.recompute} of {plan.num_layers} layers"
     )
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
+    held = f"{plan.micro_rows} x {plan.row_tokens:,} tokens at a time"
     yield (
         f"{plan.base_parameters:,} base and {plan.trainable_parameters:,} trained weights; "
-        f"{plan.strategy} over {ranks}; {plan.micro_rows} x {plan.row_tokens:,} tokens at a time; {recomputed} recomputed"
+        f"{plan.strategy} over {ranks}; {held}; {recomputed} recomputed"
     )
     yield ""
     yield f"On each GPU, at the peak ({plan.peak_at})"
