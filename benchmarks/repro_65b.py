@@ -148,6 +148,7 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
     paged = 8 * summary["trainable_parameters"] if config.optim.name == "paged_adamw_32bit" else None
     peak = summary["peak_bytes_max"]
     total = peak + (card["context_bytes"] or 0)
+    is_full_size = (arguments.layers, arguments.hidden) == (LAYERS, HIDDEN)
     return {
         "benchmark": "repro_65b",
         "command": "python benchmarks/repro_65b.py " + " ".join(arguments.command),
@@ -156,7 +157,7 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
         "device": summary["device"],
         "versions": provenance.versions(),
         "weights": "random" if arguments.random_weights else "files",
-        "is_full_size": (arguments.layers, arguments.hidden) == (LAYERS, HIDDEN),
+        "is_full_size": is_full_size,
         "config": config.model_dump(mode="json"),
         "base_parameters": summary["base_parameters"],
         "trainable_parameters": summary["trainable_parameters"],
@@ -171,7 +172,7 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
         "step_seconds_median": step_seconds,
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in timed),
         "recipe_steps": recipe_steps,
-        "recipe_hours": step_seconds * recipe_steps / 3600,
+        "recipe_hours": step_seconds * recipe_steps / 3600 if is_full_size else None,
         "losses": [line["loss"] for line in lines],
     }
 

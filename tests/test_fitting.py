@@ -110,7 +110,9 @@ def test_where_nothing_fits_the_plan_says_what_would(settle_7b):
     fit = settle_7b(6 * GIB, memory__recompute="auto")
     assert fit.plan.fits is False and fit.config.memory.recompute == "full"
     assert "memory.recompute=full (the least memory)" in fit.said
-    assert "by the memory plan this run does not fit; what would: " in fit.said and "lora.rank=16" in str(fit.plan.advice)
+    assert "by the memory plan this run does not fit; what would: " in fit.said and "lora.rank=16" in str(
+        fit.plan.advice
+    )
 
 
 def test_on_a_cpu_auto_is_one_row_and_full_recomputation_and_the_reason_is_said(raw, capsys):
