@@ -1,4 +1,4 @@
-"""The 65B recipe, on a model of its shape that a CPU trains in seconds, and on a GPU that is cut down to a smaller one."""
+"""The 65B recipe: on a scaled model that a CPU trains in seconds, and on a GPU that is cut down to a smaller one."""
 
 from __future__ import annotations
 

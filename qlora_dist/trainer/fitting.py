@@ -51,7 +51,9 @@ def settle(config: RunConfig, world: World) -> Fit:
         why = f"the memory of a {world.device.type} is not planned"
     else:
         plan = choose(config, shapes, **sizes, device_bytes=device_bytes)
-        why = f"of the settings that fit in {device_bytes / GIB:.2f} GiB the fastest" if plan.fits else "the least memory"
+        why = (
+            f"of the settings that fit in {device_bytes / GIB:.2f} GiB the fastest" if plan.fits else "the least memory"
+        )
     is_free = {
         "memory.recompute": config.memory.recompute == "auto",
         "batch.micro_rows": config.batch.micro_rows == "auto",

@@ -25,8 +25,8 @@ from ..offload import ActivationOffload
 from ..optim import lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..state import RunDir, StepStats, TrainState, write_json
-from .update import build_update, check_update, describe_strategy
 from .step import Learner
+from .update import build_update, check_update, describe_strategy
 
 
 @dataclass
@@ -163,7 +163,8 @@ def describe(config: RunConfig, world: World, data: Data, num_steps: int) -> str
         f"({data.rows.efficiency:.1%} full; truncated {stats.total('truncated'):,}, dropped {stats.total('dropped'):,}"
         f", bad {stats.total('bad'):,})\n"
         f"{num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps x "
-        f"{batch.settled_rows} rows; strategy {config.strategy.name} on {world.device.type}: {describe_strategy(config)}"
+        f"{batch.settled_rows} rows; strategy {config.strategy.name} on {world.device.type}: "
+        f"{describe_strategy(config)}"
     )
 
 
