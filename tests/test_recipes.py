@@ -121,7 +121,7 @@ def test_a_guanaco_recipe_has_the_hyper_parameters_of_the_paper(stem: str) -> No
 
 @pytest.mark.parametrize(
     ("stem", "gpu"),
-    [("guanaco-7b", "t4"), ("guanaco-13b", "rtx3090"), ("guanaco-33b", "rtx4090"), ("repro_65b_48gb", "a6000")],
+    [("guanaco-7b", "l4"), ("guanaco-13b", "rtx3090"), ("guanaco-33b", "rtx4090"), ("repro_65b_48gb", "a6000")],
 )
 def test_a_guanaco_recipe_fits_on_one_card(stem: str, gpu: str) -> None:
     plan = planned(recipe(stem), GUANACO[stem], GPUS[gpu].device_bytes)
