@@ -23,7 +23,7 @@ LEVELS = {
         "templates",
     ],
     2: ["formats", "examples", "loader", "attention", "model", "adapters", "kernels"],
-    3: ["checkpoint", "verify", "evaluate", "generate", "merge", "audit", "doctor", "planning"],
+    3: ["checkpoint", "verify", "evaluate", "mmlu", "generate", "merge", "audit", "doctor", "planning"],
     4: ["trainer"],
     5: ["cli", "__main__", "__init__"],
 }
