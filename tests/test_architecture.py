@@ -10,7 +10,16 @@ PACKAGE = Path(__file__).parents[1] / "qlora_dist"
 LEVELS = {
     0: ["errors", "config", "state", "flat", "provenance"],
     1: [
-        "distributed", "packing", "loss", "lowrank", "offload", "optim", "update", "memory", "metrics", "preempt",
+        "distributed",
+        "packing",
+        "loss",
+        "lowrank",
+        "offload",
+        "optim",
+        "update",
+        "memory",
+        "metrics",
+        "preempt",
         "templates",
     ],
     2: ["formats", "examples", "loader", "attention", "model", "adapters", "kernels"],

@@ -201,7 +201,8 @@ def describe(config: RunConfig, world: World, data: Data, num_steps: int) -> str
         f"({data.rows.efficiency:.1%} full; truncated {stats.total('truncated'):,}, dropped {stats.total('dropped'):,}"
         f", bad {stats.total('bad'):,})\n"
         f"{num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps x "
-        f"{batch.settled_rows} rows; strategy {config.strategy.name} on {world.device.type}: {describe_strategy(config)}"
+        f"{batch.settled_rows} rows; strategy {config.strategy.name} on {world.device.type}: "
+        f"{describe_strategy(config)}"
     )
 
 
