@@ -174,6 +174,7 @@ class World:
 
     def require_group(self) -> None:
         """Makes a process group of one where there is no launcher: DeepSpeed wants a group in any case."""
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed's stage 3 reads it
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

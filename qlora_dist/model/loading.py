@@ -149,10 +149,12 @@ def load_base(
     compute_dtype: torch.dtype,
     attention: str,
     device: torch.device,
+    run_device: torch.device | None = None,
     attention_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The base on one device: quantized while it is read, in `compute_dtype` elsewhere, frozen, dropout off.
 
+    `run_device` is where it is moved afterwards, when that is not `device`.
     `attention_dtype` is the type that queries arrive in when it is not `compute_dtype` (fp32 weights under autocast).
     `attention` is auto, flash, varlen or sdpa (packed batches, see `hidden_states`), or INFERENCE (generation).
     Norms, embeddings and head keep `compute_dtype`: an upcast to fp32 costs gigabytes and changes nothing measurable.
@@ -162,7 +164,7 @@ def load_base(
     check_weight_files(name)
     is_packed = attention != INFERENCE
     needs = _needs(config, attention_dtype or compute_dtype)
-    backend = packed_attention.resolve_backend(attention, device, needs) if is_packed else ""
+    backend = packed_attention.resolve_backend(attention, run_device or device, needs) if is_packed else ""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             _expanded(name),

@@ -24,8 +24,8 @@ from ..metrics import Metrics, format_evaluation, peak_bytes
 from ..optim import lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..state import RunDir, StepStats, TrainState, write_json
-from .update import build_update, check_update, describe_strategy
 from .step import Learner
+from .update import build_update, check_update, describe_strategy, load_device
 
 
 @dataclass
@@ -182,7 +182,8 @@ def build_learner(config: RunConfig, world: World) -> Learner:
         compute_dtype=torch.float32 if is_full else compute_dtype,
         attention=settings.attention,
         attention_dtype=compute_dtype,
-        device=world.device,
+        device=load_device(config, world),
+        run_device=world.device,
     )
     if config.lora is None:
         model.requires_grad_(True)

@@ -31,7 +31,13 @@ def check_update(config: RunConfig, world: World) -> None:
     Raises UserError.
     """
     if config.strategy.name in STAGES:
-        check_pairs(config.strategy.name, config.optim.name, config.model.quantization)
+        check_pairs(
+            config.strategy.name,
+            optimizer=config.optim.name,
+            quantization=config.model.quantization,
+            recompute=config.memory.recompute,
+            variant=None if config.lora is None else config.lora.variant,
+        )
         _ds_config(config, world)
         require_deepspeed()
     elif config.strategy.ds_config is not None:
@@ -39,6 +45,15 @@ def check_update(config: RunConfig, world: World) -> None:
             f"strategy.ds_config is {config.strategy.ds_config}, but strategy.name {config.strategy.name} does not use "
             f"DeepSpeed; set strategy.name to one of {', '.join(STAGES)}, or remove ds_config"
         )
+
+
+def load_device(config: RunConfig, world: World) -> torch.device:
+    """Where the base is read to: host memory where DeepSpeed then moves a part of each weight to the device.
+
+    Not so a quantized base: bitsandbytes quantizes on the device, and its constants stay where they were made.
+    """
+    is_cut = config.strategy.name == "zero3" and config.model.quantization == "none"
+    return torch.device("cpu") if is_cut else world.device
 
 
 def build_update(config: RunConfig, world: World, model: torch.nn.Module, head_weight: torch.Tensor) -> Update:

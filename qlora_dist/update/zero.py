@@ -88,7 +88,9 @@ class ZeroUpdate:
 
     def grad_norm(self) -> torch.Tensor:
         norm = self._averaged_norm() * self._world.size
-        return torch.where(norm >= 0, norm, torch.nan).to(self._world.device)  # DeepSpeed marks what is not finite by -1
+        return torch.where(norm >= 0, norm, torch.nan).to(
+            self._world.device
+        )  # DeepSpeed marks what is not finite by -1
 
     def own_gradients_are_finite(self) -> bool:
         return bool(torch.stack(self._own_norms).isfinite().all())
@@ -97,9 +99,7 @@ class ZeroUpdate:
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._zero.override_loss_scale(num_labels / self._world.size)
-        with quiet_paging(), warnings.catch_warnings():
-            # torch 2.13 renames it; delete when DeepSpeed calls it by its new name
-            warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
+        with quiet_paging():
             self._engine.step()  # clips by the file's gradient_clipping, which is optim.max_grad_norm
         self._zero.custom_loss_scaler = False  # or the next backward pass would scale the loss
         assert not self._zero.overflow, "a norm that is not finite never comes here"
@@ -124,7 +124,13 @@ class ZeroUpdate:
             index, kind = self._group_and_kind(name, own)
             parts = [own] if kind == "replicated" else self._world.gather_tensor(own)
             if parts is not None:
-                tensors[name] = self._to_layout(index, parts) if kind == "elements" else torch.cat(parts) if kind == "blocks" else own
+                tensors[name] = (
+                    self._to_layout(index, parts)
+                    if kind == "elements"
+                    else torch.cat(parts)
+                    if kind == "blocks"
+                    else own
+                )
         return (tensors, numbers) if self._world.is_main else ({}, {})
 
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
@@ -224,12 +230,14 @@ def require_deepspeed() -> Any:
             import deepspeed
     except ImportError as error:
         raise UserError(
-            f"strategy.name zero* needs DeepSpeed, which cannot be imported ({error}); install torch first, then "
-            "DS_BUILD_OPS=0 pip install --no-build-isolation 'qlora-dist[deepspeed]', or set strategy.name=ddp"
+            f"strategy.name zero* needs DeepSpeed, which cannot be imported ({error}); install it "
+            "with DS_BUILD_OPS=0 pip install 'qlora-dist[deepspeed]', or set strategy.name=ddp"
         ) from None
     finally:
         logging.disable(previous)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # torch 2.13 renames collectives; delete when DeepSpeed calls them by their new names
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     # on a CPU it would compile shared-memory collectives when the process group is wrapped: minutes, and a compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
