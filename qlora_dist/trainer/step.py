@@ -71,7 +71,9 @@ def train_step(
     nll_total, stops, grad_norm = torch.cat([total, learner.update.grad_norm().double()[None]]).tolist()
     grad_norm /= num_labels
     if not (math.isfinite(nll_total) and math.isfinite(grad_norm)):
-        raise RunFailed(_explain_non_finite(world, learner.update, rows, losses, step, nll_total / num_labels, grad_norm))
+        raise RunFailed(
+            _explain_non_finite(world, learner.update, rows, losses, step, nll_total / num_labels, grad_norm)
+        )
 
     learner.update.step(lr, num_labels, grad_norm)
     return StepStats(nll_total / num_labels, grad_norm, rows.num_labels, rows.num_tokens, stops > 0)

@@ -61,6 +61,12 @@ def build_update(config: RunConfig, world: World, model: torch.nn.Module, head_w
     parameters = trainable_parameters(model)
     is_zero = config.strategy.name in STAGES
     groups = ParameterGroups(parameters, decays) if is_zero else FlatParameters(parameters, decays)
+    if is_zero and (experts := [name for name in parameters if "expert" in name]):
+        raise UserError(
+            f"strategy.name {config.strategy.name} cannot train the experts of a mixture ({experts[0]}, ...): DeepSpeed "
+            "sums gradients in the order in which they come, and a rank whose tokens go to other experts has none; "
+            "leave them out of lora.target_modules, or set strategy.name=ddp"
+        )
     optim = config.optim
     optimizer = build_optimizer(
         groups, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps

@@ -1,15 +1,15 @@
 """zero1, zero2, zero2_offload: DeepSpeed shards optimizer states, and gradients, of what is trained.
 
-DeepSpeed is given a module that holds the trained weights and nothing else. Its engine may cast, move, broadcast and flatten
-all that it is given; the frozen base, whose 4-bit codes and bf16 norms must stay bit by bit what they are, is out of its
-reach. The model runs as under ddp; DeepSpeed sees gradients arrive through its hooks on the weights.
+DeepSpeed is given a module that holds the trained weights and nothing else. Its engine may cast, move, broadcast and
+flatten what it is given; the frozen base, whose 4-bit codes and bf16 norms must stay bit by bit what they are, is out
+of its reach. The model runs as under ddp; DeepSpeed sees gradients arrive through its hooks on the weights.
 
-Made with `deepspeed.initialize` on the process group that Accelerate has made, not with `Accelerator.prepare`: its wrapper
-steps inside of `backward`, which leaves no place between the reduction and the update to see a value that is not finite,
-and its plugin must be known before the first `Accelerator`, and would make transformers load the model by its own rules.
+The engine is made by `deepspeed.initialize` on the process group that Accelerate has made, not by
+`Accelerator.prepare`: that wrapper steps inside of `backward`, which leaves no place between reduction and update to
+see a value that is not finite, and its plugin would make transformers load the model by rules of its own.
 
-Scale. DeepSpeed averages over ranks, and divides by a loss scale just before the update, on the fp32 partition. The loss scale
-of a step is set to (labels / ranks) then, so gradients are the sum over ranks / labels, as under ddp; a scaled loss would
+Scale. DeepSpeed averages over ranks, and divides by a loss scale just before the update, on the fp32 partition. It is
+set to labels / ranks for that moment, so gradients are the sum over ranks / labels, as under ddp; a scaled loss would
 have been rounded to the activations' type. Accumulation does not divide (`scale_wrt_gas=False`).
 """
 
@@ -122,8 +122,9 @@ class ZeroUpdate:
         tensors = {}
         for name, own in partitions.items():
             index, kind = self._group_and_kind(name, own)
-            parts = [own] if kind == "replicated" else self._world.gather_tensor(own)
-            if parts is not None:
+            if kind == "replicated":
+                tensors[name] = own
+            elif (parts := self._world.gather_tensor(own)) is not None:
                 tensors[name] = (
                     self._to_layout(index, parts)
                     if kind == "elements"
@@ -212,11 +213,11 @@ class ZeroUpdate:
         for index, partition in enumerate(self._partitions):
             odd = [weight for weight, (mine, theirs, _) in self._starts(index).items() if mine != theirs]
             if odd or partition.numel() % ALIGNMENT:
-                what = f"weight {odd[0]} starts" if odd else f"the part of a rank ({partition.numel():,} elements) ends"
+                what = f"weight {odd[0]} starts" if odd else f"a rank's part ({partition.numel():,} elements) ends"
                 raise UserError(
-                    f"optim.name {name}: its 8-bit states have one scale for {ALIGNMENT} elements, and {what} inside of "
-                    "such a block in DeepSpeed's flat storage: a checkpoint would hold for this strategy and number of "
-                    "ranks only; set optim.name=paged_adamw_32bit, or strategy.name=ddp"
+                    f"{name}: its 8-bit states have one scale for {ALIGNMENT} elements, and {what} inside of such a "
+                    "block in DeepSpeed's flat storage: a checkpoint would hold for this strategy and number of ranks "
+                    "only; set optim.name=paged_adamw_32bit, or strategy.name=ddp"
                 )
 
 
