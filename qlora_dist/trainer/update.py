@@ -63,8 +63,8 @@ def build_update(config: RunConfig, world: World, model: torch.nn.Module, head_w
     groups = ParameterGroups(parameters, decays) if is_zero else FlatParameters(parameters, decays)
     if is_zero and (experts := [name for name in parameters if "expert" in name]):
         raise UserError(
-            f"strategy.name {config.strategy.name} cannot train the experts of a mixture ({experts[0]}, ...): DeepSpeed "
-            "sums gradients in the order in which they come, and a rank whose tokens go to other experts has none; "
+            f"strategy.name {config.strategy.name} cannot train the experts of a mixture ({experts[0]}, ...): "
+            "DeepSpeed sums gradients in the order in which they come, and a rank whose tokens go to others has none; "
             "leave them out of lora.target_modules, or set strategy.name=ddp"
         )
     optim = config.optim
