@@ -381,6 +381,16 @@ def test_a_launcher_that_asks_for_another_strategy_is_refused(monkeypatch, name,
         assert "ACCELERATE_USE_DEEPSPEED" not in os.environ, "Accelerator would make a plugin of its own"
 
 
+def test_8bit_states_go_on_under_another_strategy_where_their_blocks_line_up(raw, tmp_path):
+    raw = changed(raw, optim__name="adamw_8bit", lora__rank=8)  # every weight has a multiple of 256 elements
+    for strategy, steps in (("zero2", 2), ("ddp", 4)):
+        on_ranks(_train, RANKS, changed(raw, strategy__name=strategy, train__steps=steps))
+    on_ranks(_train, RANKS, changed(raw, run_dir=str(tmp_path / "ddp"), train__steps=4))
+    assert load_file(tmp_path / "ddp/checkpoints/step-00000004/optimizer.safetensors")["0.state1"].dtype == torch.uint8
+    # the same codes but where a sum's last bit crosses a border between two
+    torch.testing.assert_close(_figures(raw["run_dir"]), _figures(tmp_path / "ddp"), rtol=1e-4, atol=0)
+
+
 def test_8bit_states_are_refused_where_their_blocks_would_span_weights(raw):
     raw = changed(raw, strategy__name="zero2", optim__name="adamw_8bit")
     for name, text in on_ranks(_outcome_of_training, RANKS, raw):

@@ -1,6 +1,7 @@
 """Config -> data -> rows -> model -> steps -> checkpoints. Read this file first: `train` is the table of contents.
 
 trainer.stages               what happens once: the parts of a run, made from the config
+trainer.update               the strategy: what turns gradients into an update
 trainer.keeping              checkpoints, resume, results
 trainer.step                 what happens again and again: one optimizer update
 examples, packing, loader    sources -> documents -> rows -> this rank's micro-batches

@@ -88,9 +88,8 @@ class ZeroUpdate:
 
     def grad_norm(self) -> torch.Tensor:
         norm = self._averaged_norm() * self._world.size
-        return torch.where(norm >= 0, norm, torch.nan).to(
-            self._world.device
-        )  # DeepSpeed marks what is not finite by -1
+        # DeepSpeed marks what is not finite by -1
+        return torch.where(norm >= 0, norm, torch.nan).to(self._world.device)
 
     def own_gradients_are_finite(self) -> bool:
         return bool(torch.stack(self._own_norms).isfinite().all())
@@ -125,13 +124,7 @@ class ZeroUpdate:
             if kind == "replicated":
                 tensors[name] = own
             elif (parts := self._world.gather_tensor(own)) is not None:
-                tensors[name] = (
-                    self._to_layout(index, parts)
-                    if kind == "elements"
-                    else torch.cat(parts)
-                    if kind == "blocks"
-                    else own
-                )
+                tensors[name] = self._to_layout(index, parts) if kind == "elements" else torch.cat(parts)
         return (tensors, numbers) if self._world.is_main else ({}, {})
 
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
