@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.ranks import ROOT, clean_environment, on_ranks, outcome
+from helpers.ranks import ROOT, clean_environment, on_ranks, outcome, run_python
 from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of, write_config
 from safetensors.torch import load_file
 
@@ -408,6 +408,24 @@ def _outcome_of_training(raw):
 
 
 # --- launched for real ------------------------------------------------------------------------------------------------
+
+
+def test_one_process_without_a_launcher_trains_under_one_strategy_after_another(raw, tmp_path):
+    plan = [("zero3", str(tmp_path / "a")), ("ddp", str(tmp_path / "b")), ("zero1", str(tmp_path / "c"))]
+    for strategy, run in plan:
+        write_config(tmp_path / f"{strategy}.yaml", raw, run_dir=run, strategy__name=strategy, train__steps=2)
+    code = """
+        import sys
+        from qlora_dist.config import load_config
+        from qlora_dist.trainer import train
+        for path in sys.argv[1:]:
+            train(load_config(path))
+    """
+    done = run_python(code, *(str(tmp_path / f"{strategy}.yaml") for strategy, _ in plan), timeout=200)
+    zero3, ddp, zero1 = (torch.tensor(losses_of(run)) for _, run in plan)
+    torch.testing.assert_close(zero3, ddp, rtol=1e-5, atol=0)  # fp32 sums in another order
+    torch.testing.assert_close(zero1, ddp, rtol=1e-5, atol=0)
+    assert "strategy zero3 on cpu: base, trained weights, gradients and optimizer states are sharded" in done.stdout
 
 
 def test_two_nodes_of_accelerate_train_with_zero2_from_another_folder(raw, runs, tmp_path):
