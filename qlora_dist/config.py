@@ -197,10 +197,9 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _length(self) -> TrainConfig:
+        found = f"found steps={self.steps}, epochs={self.epochs}"
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(
-                f"give exactly one of train.steps and train.epochs, found steps={self.steps}, epochs={self.epochs}"
-            )
+            raise ValueError(f"give exactly one of train.steps and train.epochs, {found}")
         return self
 
 
@@ -221,11 +220,10 @@ class MemoryConfig(_Section):
 
 class StrategyConfig(_Section):
     name: Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp"] = "ddp"
-    """How ranks share the work. ddp: each holds all. DeepSpeed shards optimizer states (zero1), gradients too (zero2),
-    in host memory (zero2_offload), the base too (zero3, not quantized). fsdp: as ddp, but a rank holds its share of the
-    base; a layer is gathered, bit-exactly, when it runs."""
+    """What is sharded: ddp nothing; zero1 optimizer states; zero2 gradients too (offload: on host); zero3 all, of a
+    plain base; fsdp the base, also in 4 bit: a layer is gathered, bit-exactly, when it runs."""
     ds_config: str | None = None
-    """DeepSpeed config of a zero strategy. null: the one that is shipped under the strategy's name (ds_configs/)."""
+    """DeepSpeed config of a zero strategy. null: the shipped one of that name (ds_configs/)."""
     offload: bool = False
     """fsdp: keep each rank's share of the base in (pinned) host memory between uses."""
     mixed_devices: bool = False

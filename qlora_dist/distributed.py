@@ -97,6 +97,8 @@ class ShardGroup:
 class World:
     """This process among `size` ranks. Made once, by `World.init`."""
 
+    _has_group_of_one = False
+
     def __init__(self, accelerator: Accelerator, trackers: Sequence[str]) -> None:
         self._accelerator = accelerator
         self._trackers = tuple(trackers)
@@ -140,7 +142,7 @@ class World:
         """Ends trackers and the process group. After a failure it is not called: the launcher ends the others."""
         if self._trackers:
             self._accelerator.end_training()
-        if dist.is_initialized():
+        if dist.is_initialized() and not World._has_group_of_one:
             dist.destroy_process_group()
 
     # --- gradients ----------------------------------------------------------------------------------------------------
@@ -210,9 +212,11 @@ class World:
 
     def require_group(self) -> None:
         """Makes a process group of one where there is no launcher: DeepSpeed wants a group in any case."""
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed's stage 3 reads it
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            World._has_group_of_one = True  # for as long as the process lives: DeepSpeed keeps groups made from it
 
     def from_main(self, function: Callable[[], Any]) -> Any:
         """Runs a function on rank 0 only and gives its plain-data result to all.

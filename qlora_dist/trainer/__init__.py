@@ -3,6 +3,7 @@
 trainer.stages               what happens once: the parts of a run, made from the config
 trainer.preflight            what all ranks must agree on before the model is read
 trainer.fitting              what fits in memory, and what it means when it does not
+trainer.update               the strategy: what turns gradients into an update
 trainer.keeping              checkpoints, resume, results
 trainer.step                 what happens again and again: one optimizer update
 examples, packing, loader    sources -> documents -> rows -> this rank's micro-batches

@@ -37,7 +37,7 @@ from ..verify import (
 )
 from . import preflight
 from .step import Learner
-from .update import build_update, check_update, describe_strategy
+from .update import build_update, check_update, describe_strategy, load_device
 
 
 @dataclass
@@ -223,7 +223,8 @@ def build_learner(config: RunConfig, world: World) -> Learner:
         compute_dtype=torch.float32 if is_full else compute_dtype,
         attention=settings.attention,
         attention_dtype=compute_dtype,
-        device=world.device,
+        device=load_device(config, world),
+        run_device=world.device,
         weights=settings.weights,
         seed=config.seed,
         shards=world.shard_group() if config.strategy.name == "fsdp" else None,
