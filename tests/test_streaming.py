@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as functional
 import pytest
 import torch
-from helpers.ranks import run_python
+from helpers.ranks import on_ranks, run_python
 from helpers.tiny_models import FAMILIES, save_model, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -216,10 +215,12 @@ def test_memory_is_bounded_by_what_is_kept_and_a_constant_far_below_the_model(
 ) -> None:
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
     assert size > 600e6
-    before, peak, held = map(int, run_python(_PEAK, what, str(large), str(tmp_path / "out")).stdout.split())
-    # pieces of 8 MiB in several types, one 32 MiB file while it is written, and what the allocator keeps: 160 MiB in
-    # all, a quarter of the model; a copy of it would be 600 MB
-    assert peak - before < held + 160 * 2**20, f"{(peak - before) / 2**20:.0f} MiB, {held / 2**20:.0f} of them held"
+    before, peak, held = map(
+        int, run_python(_PEAK, what, str(large), str(tmp_path / "out"), timeout=280).stdout.split()
+    )
+    # pieces of 2 M weights in several types, one 32 MiB file while it is written, and what the allocator keeps: 128 MiB
+    # in all, a fifth of the model
+    assert peak - before < held + 128 * 2**20, f"{(peak - before) / 2**20:.0f} MiB, {held / 2**20:.0f} of them held"
     assert (held > 150e6) == (what == "load")
 
 
@@ -321,9 +322,7 @@ def test_a_copy_that_lost_a_part_is_made_anew_and_one_that_was_left_by_a_killed_
 
 
 def test_of_several_processes_one_makes_the_copy(folder: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    with context.Pool(3) as pool:
-        results = pool.starmap(_copy_and_count, [(folder, tmp_path / "cache")] * 3)
+    results = on_ranks(_copy_and_count, 3, folder, tmp_path / "cache")
     assert len({path for path, _ in results}) == 1
     assert sum(built for _, built in results) == 1
 

@@ -300,9 +300,4 @@ def _equals_source(shared: Shared, name: str, module: Any, attribute: str) -> bo
 
 def held_bytes(model: nn.Module) -> int:
     """Bytes of the base that this rank holds between steps, on the device or, offloaded, in host memory."""
-    seen: dict[int, int] = {}
-    for _, tensor in base_weights(model):
-        local = own_part(tensor)
-        if local.numel():
-            seen[local.data_ptr()] = local.nbytes
-    return sum(seen.values())
+    return sum(own_part(tensor).nbytes for _, tensor in base_weights(model))

@@ -80,6 +80,7 @@ def check(config: RunConfig, world: World) -> None:
     world.require_equal(dump_yaml(config), "the resolved config")
     world.require_equal(f"{__version__} {torch.__version__}", "the version of qlora_dist or torch")
     derive_accumulation(config.batch.rows_per_step, config.batch.micro_rows, world.size)
+    _check_strategy(config)
     base_model.check_config(
         config.model.name,
         revision=config.model.revision,
@@ -89,6 +90,21 @@ def check(config: RunConfig, world: World) -> None:
         device_type=world.device.type,
         weights=config.model.weights,
     )
+
+
+def _check_strategy(config: RunConfig) -> None:
+    """What the strategy cannot do, with what can."""
+    strategy = config.strategy
+    if strategy.offload and strategy.name != "fsdp":
+        raise UserError(f"strategy.offload is true, which only strategy fsdp does; strategy.name is {strategy.name}")
+    if strategy.name != "fsdp":
+        return
+    if config.lora is None:
+        raise UserError("strategy fsdp shares a frozen base; full fine-tuning has none: use strategy ddp")
+    if config.model.quantization == "int8":
+        raise UserError("strategy fsdp cannot cut int8 weights; use quantization nf4, fp4 or none, or strategy ddp")
+    if config.lora.variant == "dora":
+        raise UserError("lora.variant dora needs whole weights outside of a layer's run; use lora, or strategy ddp")
 
 
 def build_data(config: RunConfig, world: World) -> Data:
@@ -159,8 +175,18 @@ def describe(config: RunConfig, world: World, data: Data, num_steps: int) -> str
         f"({data.rows.efficiency:.1%} full; truncated {stats.total('truncated'):,}, dropped {stats.total('dropped'):,}"
         f", bad {stats.total('bad'):,})\n"
         f"{num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps x "
-        f"{batch.micro_rows} rows; strategy {config.strategy.name} on {world.device.type}: every rank "
-        "holds the whole base"
+        f"{batch.micro_rows} rows; strategy {config.strategy.name} on {world.device.type}: "
+        f"{_who_holds_the_base(config, world)}"
+    )
+
+
+def _who_holds_the_base(config: RunConfig, world: World) -> str:
+    if config.strategy.name != "fsdp":
+        return "every rank holds the whole base"
+    where = " in host memory" if config.strategy.offload else ""
+    return (
+        f"every rank holds 1/{world.size} of the base's matrices and constants{where}, and whole norms and adapters; "
+        "a layer is gathered when it runs"
     )
 
 
