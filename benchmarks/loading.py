@@ -114,6 +114,7 @@ def main() -> None:
         return
     from qlora_dist import provenance
 
+    commit = provenance.commit()
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "source"
         source.mkdir()
@@ -131,7 +132,7 @@ def main() -> None:
         "what": "peak host memory above the state after imports, and time, to load or write a model in NF4",
         "command": f"python benchmarks/loading.py --layers {options.layers} --out {options.out}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": provenance.commit(),
+        "commit": commit,
         "versions": provenance.versions(),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load_at_end": os.getloadavg()[0]},
         "model_bytes": size,
