@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import on_ranks, outcome
+from helpers.ranks import on_ranks, outcome, run_command
 from helpers.tiny_models import random_batch, save_model, tiny_model
-from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of
+from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of, write_config
 
 from qlora_dist.model import (
     base_fingerprint,
@@ -318,11 +319,16 @@ def test_fsdp_trains_as_ddp_bit_by_bit_over_ten_steps(
         assert fsdp["held"] < 0.62 * ddp["held"]  # half, and what every rank holds: code books and norms weigh here
 
 
-def test_four_ranks_give_the_losses_of_one(inputs: dict[str, Any], tmp_path: Path) -> None:
-    raw = changed(inputs, train__steps=4)
+def test_four_ranks_give_the_losses_of_one_also_when_some_have_no_labels(
+    inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    # 13 rows in steps of 4: in the last step three ranks have filler; they must gather every layer all the same
+    raw = changed(inputs, train__steps=None, train__epochs=13 / 24, batch__rows_per_step=4)
     on_ranks(_train, 4, changed(raw, run_dir=str(tmp_path / "four"), strategy__name="fsdp"))
     # one rank has nobody to share with: fsdp is then ddp
     on_ranks(_train, 1, changed(raw, run_dir=str(tmp_path / "one"), strategy__name="fsdp"))
+    four = metrics_of(tmp_path / "four")
+    assert len(four) == 4 and four[-1]["tokens"] <= 32 < four[0]["tokens"], "the last step must be one row"
     # fp32 sums in another order, four updates deep
     assert losses_of(tmp_path / "four") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
 
@@ -360,13 +366,23 @@ def test_the_adapter_of_a_shared_base_is_whole_and_loads_in_stock_peft(inputs: d
 def test_a_run_with_a_cache_reads_the_copy_on_every_rank(inputs: dict[str, Any], tmp_path: Path) -> None:
     raw = changed(inputs, train__steps=3)
     on_ranks(_train, 2, changed(raw, run_dir=str(tmp_path / "plain")))
-    for strategy in ("ddp", "fsdp"):
-        own = {"model__cache_4bit": str(tmp_path / "cache"), "strategy__name": strategy}
-        on_ranks(_train, 2, changed(raw, run_dir=str(tmp_path / strategy), **own))
-        assert losses_of(tmp_path / strategy) == losses_of(tmp_path / "plain")
+    own = {"model__cache_4bit": str(tmp_path / "cache"), "strategy__name": "fsdp"}
+    on_ranks(_train, 2, changed(raw, run_dir=str(tmp_path / "fsdp"), **own))
+    assert losses_of(tmp_path / "fsdp") == losses_of(tmp_path / "plain")
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
     adapter = (tmp_path / "fsdp" / "adapter" / "adapter_config.json").read_text()
     assert raw["model"]["name"] in adapter and "cache" not in adapter
+
+
+def test_the_launch_file_of_ddp_starts_fsdp_and_the_run_says_what_is_shared(
+    inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "config.yaml", inputs, run_dir=str(tmp_path / "run"), train__steps=2)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/ddp.yaml"]
+    done = run_command([*launch, "-m", "qlora_dist", "train", str(config), "--set", "strategy.name=fsdp"])
+    assert done.returncode == 0, done.stderr
+    assert "every rank holds 1/2 of the base's matrices and constants, and whole norms and adapters" in done.stdout
+    assert len(losses_of(tmp_path / "run")) == 2
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from qlora_dist.model import (
     load_base,
     quantize,
     quantize_model,
+    streaming,
 )
 from qlora_dist.model.files import BadFile, WeightFiles
 from qlora_dist.model.quantize import Range, block_share, make_state, quantize_range
@@ -137,6 +138,28 @@ def test_a_family_whose_files_must_be_converted_is_loaded_by_transformers_and_sa
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
+_FROM_HUB = """
+    import sys
+    import torch
+    from qlora_dist.model import base_fingerprint, load_base
+    for name in sys.argv[1:]:
+        model = load_base(name, quantization="nf4", double_quant=True, compute_dtype=torch.bfloat16,
+                          attention="auto", device=torch.device("cpu"))
+        print(base_fingerprint(model), model.generation_config.temperature)
+"""
+
+
+def test_a_model_of_the_hubs_local_cache_is_streamed_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "hub" / "models--some--model"
+    snapshot = save_model(repository / "snapshots" / ("0" * 40))
+    (snapshot / "generation_config.json").write_text(json.dumps({"temperature": 0.25, "do_sample": True}))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    by_name, by_folder = run_python(_FROM_HUB, "some/model", str(snapshot), timeout=240).stdout.splitlines()
+    assert by_name == by_folder and by_name.endswith(" 0.25")
+
+
 def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
     whole = (folder / "model.safetensors").read_bytes()
@@ -151,6 +174,18 @@ def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
             WeightFiles([tmp_path / "model.safetensors"])
         with pytest.raises(UserError, match=f"weights cannot be read .*{message}"):
             load(tmp_path)
+
+
+def test_progress_is_said_in_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="qlora_dist"):
+        progress = streaming.Progress("reading", 200, every_seconds=0.0)
+        progress.add(50)
+        progress.add(150)
+        progress.close()
+        silent = streaming.Progress("often", 2)  # seconds apart: a short load says nothing
+        silent.add(1)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(" after ")[0] for line in said] == ["reading: 25%", "reading: 100%"]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
