@@ -228,6 +228,7 @@ def build_learner(config: RunConfig, world: World) -> Learner:
             seed=config.seed,
             init_from=config.lora.init_from,
             kernels=settings.kernels,
+            device=world.device,
         )
     num_base, num_trainable = adapters.count_parameters(model)
     recompute = config.memory.recompute
