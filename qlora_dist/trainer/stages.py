@@ -202,7 +202,7 @@ def describe(config: RunConfig, world: World, data: Data, num_steps: int) -> str
         f", bad {stats.total('bad'):,})\n"
         f"{num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps x "
         f"{batch.settled_rows} rows; strategy {config.strategy.name} on {world.device.type}: "
-        f"{describe_strategy(config)}"
+        f"{describe_strategy(config, world.size)}"
     )
 
 
@@ -243,6 +243,7 @@ def build_learner(config: RunConfig, world: World) -> Learner:
             seed=config.seed,
             init_from=config.lora.init_from,
             kernels=settings.kernels,
+            device=world.device,
         )
     num_base, num_trainable = adapters.count_parameters(model)
     assert config.memory.recompute != "auto", "fitting.settle comes first"

@@ -20,9 +20,15 @@ from ..update.zero import ZeroUpdate, require_deepspeed
 from ..update.zero3 import Zero3Update
 
 
-def describe_strategy(config: RunConfig) -> str:
+def describe_strategy(config: RunConfig, num_ranks: int) -> str:
     """What each rank replicates, shards, and keeps in host memory."""
-    return REPLICATES[config.strategy.name]
+    if config.strategy.name != "fsdp":
+        return REPLICATES[config.strategy.name]
+    where = " in host memory" if config.strategy.offload else ""
+    return (
+        f"every rank holds 1/{num_ranks} of the base's matrices and constants{where}, and whole norms and adapters; "
+        "a layer is gathered when it runs"
+    )
 
 
 def check_update(config: RunConfig, world: World) -> None:
@@ -30,6 +36,7 @@ def check_update(config: RunConfig, world: World) -> None:
 
     Raises UserError.
     """
+    _check_fsdp(config)
     if config.strategy.name in STAGES:
         check_pairs(
             config.strategy.name,
@@ -45,6 +52,21 @@ def check_update(config: RunConfig, world: World) -> None:
             f"strategy.ds_config is {config.strategy.ds_config}, but strategy.name {config.strategy.name} does not use "
             f"DeepSpeed; set strategy.name to one of {', '.join(STAGES)}, or remove ds_config"
         )
+
+
+def _check_fsdp(config: RunConfig) -> None:
+    """What fsdp cannot do, with what can."""
+    strategy = config.strategy
+    if strategy.offload and strategy.name != "fsdp":
+        raise UserError(f"strategy.offload is true, which only strategy fsdp does; strategy.name is {strategy.name}")
+    if strategy.name != "fsdp":
+        return
+    if config.lora is None:
+        raise UserError("strategy fsdp shares a frozen base; full fine-tuning has none: use strategy ddp")
+    if config.model.quantization == "int8":
+        raise UserError("strategy fsdp cannot cut int8 weights; use quantization nf4, fp4 or none, or strategy ddp")
+    if config.lora.variant == "dora":
+        raise UserError("lora.variant dora needs whole weights outside of a layer's run; use lora, or strategy ddp")
 
 
 def load_device(config: RunConfig, world: World) -> torch.device:

@@ -21,7 +21,6 @@ REPLICATES = {
     "zero2_offload": "every rank holds the whole base and trained weights; gradients and optimizer states are sharded, "
     "in host memory, where torch's AdamW updates",
     "zero3": "base, trained weights, gradients and optimizer states are sharded; a layer is gathered while it runs",
-    "fsdp": "every rank holds a part of the base and all that is trained; a layer is gathered while it runs",
 }
 
 # values that would change the mathematics, or that this package's own bookkeeping cannot follow
