@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from .errors import RunFailed, UserError
 from .flat import Span
+from .preempt import StopRequested, StopSignal
 
 BUCKET_BYTES = 32 * 2**20  # large enough for full link bandwidth, small enough to start before the backward pass ends
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -39,9 +40,10 @@ def launched_rank() -> int:
 class World:
     """This process among `size` ranks. Made once, by `World.init`."""
 
-    def __init__(self, accelerator: Accelerator, trackers: Sequence[str]) -> None:
+    def __init__(self, accelerator: Accelerator, trackers: Sequence[str], stop: StopSignal | None = None) -> None:
         self._accelerator = accelerator
         self._trackers = tuple(trackers)
+        self._stop = stop if stop is not None else StopSignal()
         self.rank: int = accelerator.process_index
         self.size: int = accelerator.num_processes
         self.local_rank: int = accelerator.local_process_index
@@ -51,7 +53,7 @@ class World:
         self._builds = 0
 
     @classmethod
-    def init(cls, trackers: Sequence[str] = (), logging_dir: str = ".") -> World:
+    def init(cls, trackers: Sequence[str] = (), logging_dir: str = ".", stop: StopSignal | None = None) -> World:
         """Joins the process group that the launcher (accelerate, torchrun, srun, none) describes.
 
         Raises UserError when the launcher's variables contradict the machine.
@@ -75,7 +77,7 @@ class World:
             raise UserError(f"logging.trackers {list(trackers)}: {error}") from None
         if has_cuda:
             torch.cuda.set_device(accelerator.device)
-        return cls(accelerator, trackers)
+        return cls(accelerator, trackers, stop)
 
     def close(self) -> None:
         """Ends trackers and the process group. After a failure it is not called: the launcher ends the others."""
@@ -131,6 +133,21 @@ class World:
     def any(self, flag: bool) -> bool:
         """True on all ranks when it is true on one."""
         return self.max(float(flag)) > 0
+
+    def first(self, value: str | None) -> str:
+        """The first rank's value that is not None; one of them must not be."""
+        return next(found for found in self.gather(value) if found is not None)
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """A long part of the start without collectives: a stop signal to any rank ends it, and all ranks after it.
+
+        Raises StopRequested on all ranks. A rank that was not asked ends its part first.
+        """
+        with suppress(StopRequested), self._stop.interrupting():
+            yield
+        if self.any(self._stop.requested):
+            raise StopRequested
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's plain-data value, in rank order, on every rank."""
@@ -188,7 +205,8 @@ class World:
             try:
                 yield
             except BaseException as error:
-                store.set(key, f"{'user' if isinstance(error, UserError) else 'run'} failed: {error}")
+                kind = {UserError: "user", StopRequested: "stop"}.get(type(error), "run")
+                store.set(key, f"{kind} failed: {error}")
                 # the store lives in rank 0: the others must have read this before it ends
                 others, deadline = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) - 1, time.monotonic() + 10
                 while store.add(f"{key}/seen", 0) < others and time.monotonic() < deadline:
@@ -205,6 +223,8 @@ class World:
         store.add(f"{key}/seen", 1)
         if state != "done":
             kind, _, text = state.partition(" ")
+            if kind == "stop":
+                raise StopRequested
             raise (UserError if kind == "user" else RunFailed)(f"{what}: rank {node} of this node {text}")
         yield
 

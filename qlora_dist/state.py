@@ -23,6 +23,7 @@ class TrainState:
     step: int = 0  # optimizer updates done
     num_tokens: int = 0  # seen so far, all ranks
     num_labels: int = 0
+    stopped_by: str | None = None  # the signal that ended this start of the run before its last step
 
     def after(self, stats: StepStats) -> TrainState:
         """The state after one more update."""
@@ -90,6 +91,11 @@ class RunDir:
     @property
     def completed(self) -> Path:
         return self.path / "completed"
+
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint by its name, -1 without one. Nothing is verified, and no clock is asked."""
+        names = [path.parent.name for path in self.checkpoints.glob("step-*/manifest.json")]
+        return max((int(name.removeprefix("step-")) for name in names if name[5:].isdigit()), default=-1)
 
     def completed_steps(self, length: dict[str, Any]) -> int | None:
         """Steps of the finished run if it was finished at this length (train.steps, train.epochs), else None."""

@@ -15,7 +15,7 @@ import time
 
 from ..config import RunConfig
 from ..metrics import Metrics
-from ..preempt import StopSignal
+from ..preempt import StopRequested, StopSignal
 from ..state import TrainState
 from ..verify import check_first_update
 from . import keeping, stages
@@ -28,7 +28,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
     Raises UserError (what the user gave) before the model is read wherever that can be known, RunFailed (what went
     wrong while running) on all ranks together.
     """
-    with StopSignal() as stop, stages.join(config) as world:
+    with StopSignal() as stop, stages.join(config, stop) as world:
         run = stages.open_run(config, world, resume)
         if (done := world.from_main(lambda: run.completed_steps(config.train.length))) is not None:
             return stages.say_completed(run, world, done)
@@ -45,7 +45,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
             state = keeping.resume(config, run, world, learner, data, metrics, resume)
             metrics.start(state.step)
             world.start_trackers(config.logging.project, config.model_dump(mode="json"))
-            before = stages.evaluate_start(config, run, world, learner, data, state, metrics)
+            before = stages.evaluate_start(config, run, world, learner, data, state, metrics, stop)
 
             waited_since = time.perf_counter()
             for rows in data.loader.iterate(state.step, num_steps, pin_memory=world.device.type == "cuda"):
@@ -66,9 +66,13 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                 values = stages.step_values(
                     world, state, stats, rows, lr, time.perf_counter() - started, started - waited_since
                 )
-                is_last = state.step == num_steps or stats.stop_requested
-                if is_last or stages.is_due(state.step, config.train.eval_every):
-                    values |= stages.evaluate_held_out(config, world, learner, data)
+                is_stopping = stats.stop_requested
+                if not is_stopping and (state.step == num_steps or stages.is_due(state.step, config.train.eval_every)):
+                    try:
+                        values |= stages.evaluate_held_out(world, learner, data, stop)
+                    except StopRequested:
+                        is_stopping = True
+                is_last = state.step == num_steps or is_stopping
                 metrics.step(values)
                 world.log(values, state.step)
                 if is_last or stages.is_due(state.step, config.train.save_every):
@@ -77,5 +81,6 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                     break
                 waited_since = time.perf_counter()
             if state.step < num_steps:
-                return keeping.say_stopped(run, world, state, stop.name)
+                return keeping.say_stopped(run, world, state, stop)
             return keeping.finish(config, run, world, learner, data, state, before, metrics)
+    return TrainState(stopped_by=stop.name)  # before the first step

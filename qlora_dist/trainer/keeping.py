@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..distributed import World
 from ..errors import UserError
 from ..metrics import GIB, Metrics, median_tokens_per_second, peak_bytes
 from ..optim import load_optimizer_state, optimizer_state
+from ..preempt import StopSignal
 from ..provenance import commit, device_name, versions
 from ..state import RunDir, TrainState, config_changes, read_metrics, write_json
 from .stages import Data, free_fields
@@ -88,7 +89,9 @@ def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: D
             write_weights=lambda folder: save_trained(learner.model, folder, config.model.name, config.lora is None),
             optimizer_tensors=tensors,
             state={
-                **asdict(state),
+                "step": state.step,
+                "num_tokens": state.num_tokens,
+                "num_labels": state.num_labels,
                 "config": dump_yaml(config),
                 "data_fingerprint": data.documents.fingerprint,
                 "layout": learner.flat.layout(),
@@ -107,14 +110,16 @@ def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: D
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def say_stopped(run: RunDir, world: World, state: TrainState, signal_name: str | None) -> TrainState:
-    """After a stop signal: what was saved and how to go on."""
+def say_stopped(run: RunDir, world: World, state: TrainState, stop: StopSignal) -> TrainState:
+    """After a stop signal: what was saved and how to go on. Called by all ranks: one may have heard another signal."""
+    name = world.first(stop.name)
     if world.is_main:
         print(
-            f"stopped by {signal_name or 'a signal to another rank'} after step {state.step}; checkpoint saved in "
-            f"{run.checkpoints}. Start the same command again to go on"
+            f"stopped by {name} after step {state.step}; checkpoint saved in {run.checkpoints}. Start the same command "
+            "again to go on",
+            flush=True,
         )
-    return state
+    return replace(state, stopped_by=name)
 
 
 def finish(

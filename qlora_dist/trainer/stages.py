@@ -16,13 +16,14 @@ from .. import model as base_model
 from ..config import DataConfig, RunConfig, SourceConfig, dump_yaml
 from ..distributed import World
 from ..errors import UserError
-from ..evaluate import EvalResult, evaluate
+from ..evaluate import evaluate
 from ..examples import Documents, build_documents, split_sources
 from ..flat import FlatParameters
 from ..loader import Loader, StepRows, derive_accumulation, eval_batches
 from ..metrics import Metrics, format_evaluation, peak_bytes
 from ..optim import build_optimizer, decays, lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
+from ..preempt import StopRequested, StopSignal
 from ..state import RunDir, StepStats, TrainState, write_json
 from .step import Learner
 
@@ -38,11 +39,19 @@ class Data:
 
 
 @contextmanager
-def join(config: RunConfig) -> Iterator[World]:
-    """This process's place among the ranks; left in order at the end, and left to the launcher after a failure."""
+def join(config: RunConfig, stop: StopSignal) -> Iterator[World]:
+    """This process's place among the ranks; left in order at the end, and left to the launcher after a failure.
+
+    A stop signal before the first step ends the block: all ranks have agreed then, and there is nothing to save.
+    """
     others = [name for name in config.logging.trackers if name != "tensorboard"]
-    world = World.init(others, config.run_dir)
-    yield world
+    world = World.init(others, config.run_dir, stop)
+    try:
+        yield world
+    except StopRequested:
+        stop.name = world.first(stop.name)
+        if world.is_main:
+            print(f"stopped by {stop.name} before the first step; nothing is lost. Start the same command again to go on")
     world.close()
 
 
@@ -118,7 +127,7 @@ def build_source_documents(
     data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, world: World, what: str, seed: int
 ) -> Documents:
     """Tokenized documents, the same on every rank. The store's lock also keeps other jobs from building them twice."""
-    with world.local_main_first(f"preparing {what}"):
+    with world.stoppable(), world.local_main_first(f"preparing {what}"):
         documents = build_documents(
             sources,
             tokenizer,
@@ -171,17 +180,18 @@ def build_learner(config: RunConfig, world: World) -> Learner:
     settings = config.model
     compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
     is_full = config.lora is None
-    model: torch.nn.Module = base_model.load_base(
-        settings.name,
-        revision=settings.revision,
-        quantization=settings.quantization,
-        double_quant=settings.double_quant,
-        # full fine-tuning keeps fp32 masters and computes under autocast
-        compute_dtype=torch.float32 if is_full else compute_dtype,
-        attention=settings.attention,
-        attention_dtype=compute_dtype,
-        device=world.device,
-    )
+    with world.stoppable():
+        model: torch.nn.Module = base_model.load_base(
+            settings.name,
+            revision=settings.revision,
+            quantization=settings.quantization,
+            double_quant=settings.double_quant,
+            # full fine-tuning keeps fp32 masters and computes under autocast
+            compute_dtype=torch.float32 if is_full else compute_dtype,
+            attention=settings.attention,
+            attention_dtype=compute_dtype,
+            device=world.device,
+        )
     base_model.check_head(model)
     if config.lora is None:
         model.requires_grad_(True)
@@ -263,11 +273,11 @@ def is_due(step: int, every: int | None) -> bool:
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluate_held_out(config: RunConfig, world: World, learner: Learner, data: Data) -> dict[str, float]:
-    """Held-out values for a line of metrics.jsonl; nothing without data.eval."""
+def evaluate_held_out(world: World, learner: Learner, data: Data, stop: StopSignal) -> dict[str, float]:
+    """Held-out values for a line of metrics.jsonl; nothing without data.eval. Raises StopRequested on all ranks."""
     if not data.held_out:
         return {}
-    result: EvalResult = evaluate(learner.model, data.held_out, learner.nll_sum, world)
+    result = evaluate(learner.model, data.held_out, learner.nll_sum, world, lambda: stop.requested)
     return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_seconds": result.seconds}
 
 
@@ -279,12 +289,13 @@ def evaluate_start(
     data: Data,
     state: TrainState,
     metrics: Metrics,
+    stop: StopSignal,
 ) -> dict[str, float]:
     """Held-out values before the first update, kept for the summary also over a resume."""
     kept = run.path / "eval_start.json"
     if state.step > 0 or not data.held_out or not config.train.eval_at_start:
         return world.from_main(lambda: json.loads(kept.read_text()) if kept.exists() else {})
-    values = evaluate_held_out(config, world, learner, data)
+    values = evaluate_held_out(world, learner, data, stop)
     world.from_main(lambda: write_json(kept, values))
     metrics.say(f"before training: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
     return values
