@@ -210,6 +210,11 @@ class MemoryConfig(_Section):
 class StrategyConfig(_Section):
     name: Literal["ddp"] = "ddp"
     """How ranks share the work. ddp: every rank holds the whole base, adapters' gradients are summed."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """Longest that a rank may be in one micro-step or wait for the others in a training step. Then all end, and the
+    error names the ranks that did not arrive. The first step, which may compile, has start_timeout_seconds."""
+    start_timeout_seconds: float = Field(1800.0, gt=0)
+    """The same for whatever is no training step: loading, evaluating, saving. Preparing data has no limit."""
 
 
 class LoggingConfig(_Section):

@@ -26,9 +26,13 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from .errors import RunFailed, UserError
 from .flat import Span
 from .preempt import StopRequested, StopSignal
+from .pulse import Pulse
 
 BUCKET_BYTES = 32 * 2**20  # large enough for full link bandwidth, small enough to start before the backward pass ends
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+START_TIMEOUT_SECONDS = 1800.0  # for whatever is no training step: loading, evaluating, saving on rank 0
+STEP_TIMEOUT_SECONDS = 600.0
+# torch's own limit comes last: it ends a process without a word about the others
+_BACKEND_MARGIN_SECONDS = 120.0
 BUILD_TIMEOUT_SECONDS = 24 * 3600.0  # tokenizing a large corpus takes hours; a dead builder is noticed by its launcher
 
 
@@ -40,10 +44,12 @@ def launched_rank() -> int:
 class World:
     """This process among `size` ranks. Made once, by `World.init`."""
 
-    def __init__(self, accelerator: Accelerator, trackers: Sequence[str], stop: StopSignal | None = None) -> None:
+    def __init__(
+        self, accelerator: Accelerator, trackers: Sequence[str], stop: StopSignal, start_timeout: float
+    ) -> None:
         self._accelerator = accelerator
         self._trackers = tuple(trackers)
-        self._stop = stop if stop is not None else StopSignal()
+        self._stop = stop
         self.rank: int = accelerator.process_index
         self.size: int = accelerator.num_processes
         self.local_rank: int = accelerator.local_process_index
@@ -51,11 +57,24 @@ class World:
         self.is_main: bool = self.rank == 0
         self._reducer: GradientReducer | None = None
         self._builds = 0
+        self._start_timeout = start_timeout
+        self._has_stepped = False
+        store = dist.distributed_c10d._get_default_store().clone() if self.size > 1 else None  # type: ignore[attr-defined]
+        self._pulse = Pulse(store, self.rank, self.size, socket.gethostname(), stop)
+        self.doing("start")
 
     @classmethod
-    def init(cls, trackers: Sequence[str] = (), logging_dir: str = ".", stop: StopSignal | None = None) -> World:
+    def init(
+        cls,
+        trackers: Sequence[str] = (),
+        logging_dir: str = ".",
+        stop: StopSignal | None = None,
+        start_timeout: float = START_TIMEOUT_SECONDS,
+    ) -> World:
         """Joins the process group that the launcher (accelerate, torchrun, srun, none) describes.
 
+        `stop` is heard during the parts that are `stoppable`. `start_timeout` (seconds) holds for all collectives but
+        those of a training step, which has its own.
         Raises UserError when the launcher's variables contradict the machine.
         """
         has_cuda = torch.cuda.is_available()
@@ -66,25 +85,56 @@ class World:
                 "GPUs are visible; start one process a GPU (num_processes, --nproc-per-node), or check "
                 "CUDA_VISIBLE_DEVICES"
             )
+        timeout = datetime.timedelta(seconds=start_timeout + _BACKEND_MARGIN_SECONDS)
         try:
             accelerator = Accelerator(
                 cpu=not has_cuda,
                 log_with=list(trackers) or None,
                 project_dir=logging_dir,
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
             )
         except ValueError as error:
             raise UserError(f"logging.trackers {list(trackers)}: {error}") from None
         if has_cuda:
             torch.cuda.set_device(accelerator.device)
-        return cls(accelerator, trackers, stop)
+        return cls(accelerator, trackers, stop if stop is not None else StopSignal(), start_timeout)
 
     def close(self) -> None:
         """Ends trackers and the process group. After a failure it is not called: the launcher ends the others."""
+        self._pulse.close()
         if self._trackers:
             self._accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    # --- signs of life ------------------------------------------------------------------------------------------------
+
+    def doing(self, what: str, limit_seconds: float | None = None) -> None:
+        """What this rank does from now on, for the others' error messages, and for how long it or a wait in it may."""
+        self._pulse.mark(what, self._start_timeout if limit_seconds is None else limit_seconds)
+
+    def stepping(self, step: int, limit_seconds: float) -> None:
+        """This rank begins a training step. The first of a process may compile: it has the start's limit."""
+        self.doing(f"step {step}", limit_seconds if self._has_stepped else None)
+        self._has_stepped = True
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what ends only when all ranks have come to it."""
+        self._pulse.mark(is_waiting=True)
+        yield
+        self._pulse.mark()
+
+    def explained(self, error: RuntimeError) -> RuntimeError:
+        """The error itself, or for one of a collective a RunFailed that says which rank was lost. Takes seconds."""
+        is_of_collective = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if self.size == 1 or not is_of_collective:
+            return error
+        cause = str(error).strip().splitlines()[0]
+        return RunFailed(
+            f"the connection to another rank was lost; {self._pulse.who_is_missing()}. Checkpoints are good: start the "
+            f"same command again to go on from the newest. The collective said: {cause}"
+        )
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 
@@ -96,11 +146,13 @@ class World:
     def accumulate(self, is_last: bool) -> Iterator[None]:
         """Around each micro-step: gradients add up locally; during the last one they are summed over ranks."""
         assert self._reducer is not None, "prepare comes first"
+        self._pulse.mark()  # a step may have many micro-steps: each has the step's limit
         if is_last and self.size > 1:
             self._reducer.arm()
         yield
         if is_last and self.size > 1:
-            self._reducer.finish()
+            with self.waiting():
+                self._reducer.finish()
 
     def own_gradients_are_finite(self) -> bool:
         """Whether this rank's part of the last summed gradients was finite; to find the culprit after a failure."""
@@ -120,15 +172,17 @@ class World:
         """Sums a tensor over ranks; returns a new tensor, equal on all ranks."""
         values = values.clone()
         if self.size > 1:
-            dist.all_reduce(values)
+            with self.waiting():
+                dist.all_reduce(values)
         return values
 
     def max(self, value: float) -> float:
         """The largest of the ranks' values."""
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        if self.size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.item()
+        with self.waiting():
+            if self.size > 1:
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            return tensor.item()
 
     def any(self, flag: bool) -> bool:
         """True on all ranks when it is true on one."""
@@ -139,11 +193,12 @@ class World:
         return next(found for found in self.gather(value) if found is not None)
 
     @contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """A long part of the start without collectives: a stop signal to any rank ends it, and all ranks after it.
+    def stoppable(self, what: str, limit_seconds: float | None = None) -> Iterator[None]:
+        """A long part of the start without collectives, which a stop signal to any rank ends on all.
 
-        Raises StopRequested on all ranks. A rank that was not asked ends its part first.
+        Raises StopRequested on all ranks after it.
         """
+        self.doing(what, limit_seconds)
         with suppress(StopRequested), self._stop.interrupting():
             yield
         if self.any(self._stop.requested):
@@ -154,7 +209,8 @@ class World:
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
-            dist.all_gather_object(values, value)
+            with self.waiting():
+                dist.all_gather_object(values, value)
         return values
 
     def from_main(self, function: Callable[[], Any]) -> Any:
@@ -172,7 +228,8 @@ class World:
                 failure = error
                 outcome = ["user" if isinstance(error, UserError) else "run", str(error) or repr(error), None]
         if self.size > 1:
-            dist.broadcast_object_list(outcome, src=0)
+            with self.waiting():
+                dist.broadcast_object_list(outcome, src=0)
         if failure is not None:
             raise failure
         kind, text, result = outcome

@@ -17,7 +17,7 @@ _heard_early: list[int] = []
 
 
 class StopRequested(BaseException):
-    """The run was asked to stop before its first step. Not an Exception: nothing on the way may take it for an error."""
+    """The run was asked to stop. Not an Exception: nothing on the way may take it for an error."""
 
 
 def listen() -> None:

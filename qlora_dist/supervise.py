@@ -78,9 +78,9 @@ def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal)
         tries = 1 if after != before else tries + 1
         if tries >= MAX_TRIES:
             _say(
-                f"{MAX_TRIES} tries in a row ended without a new checkpoint (newest: step {after}); giving up with exit "
-                f"code {NO_PROGRESS_CODE}. The first error above names the rank and the cause; lower train.save_every if "
-                "a crash comes before the first checkpoint"
+                f"{MAX_TRIES} tries in a row ended without a new checkpoint (newest: step {after}); giving up with "
+                f"exit code {NO_PROGRESS_CODE}. The errors above name the rank and the cause; lower train.save_every "
+                "if it crashes before the first checkpoint"
             )
             return NO_PROGRESS_CODE
 

@@ -46,10 +46,12 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
             metrics.start(state.step)
             world.start_trackers(config.logging.project, config.model_dump(mode="json"))
             before = stages.evaluate_start(config, run, world, learner, data, state, metrics, stop)
+            stages.evaluate_owed(config, world, learner, data, state, num_steps, metrics, stop)
 
-            waited_since = time.perf_counter()
+            waited_since, is_stopping = time.perf_counter(), False
             for rows in data.loader.iterate(state.step, num_steps, pin_memory=world.device.type == "cuda"):
                 started = time.perf_counter()
+                world.stepping(state.step + 1, config.strategy.timeout_seconds)
                 stats = train_step(
                     world,
                     learner,
@@ -80,7 +82,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                 if is_last:
                     break
                 waited_since = time.perf_counter()
-            if state.step < num_steps:
+            if is_stopping:
                 return keeping.say_stopped(run, world, state, stop)
             return keeping.finish(config, run, world, learner, data, state, before, metrics)
     return TrainState(stopped_by=stop.name)  # before the first step

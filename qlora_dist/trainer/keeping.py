@@ -27,6 +27,7 @@ def resume(
     config: RunConfig, run: RunDir, world: World, learner: Learner, data: Data, metrics: Metrics, choice: str
 ) -> TrainState:
     """Puts weights and optimizer back to the newest checkpoint that verifies (or the one that was named)."""
+    world.doing("reading the newest checkpoint")
     path, said = world.from_main(lambda: _choose_checkpoint(config, run, data, choice))
     for line in said:
         metrics.say(line)
@@ -80,6 +81,7 @@ def _choose_checkpoint(config: RunConfig, run: RunDir, data: Data, choice: str) 
 
 def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: Data, state: TrainState) -> None:
     """A checkpoint of this state, written and verified by rank 0; a failure ends all ranks."""
+    world.doing(f"saving step {state.step}")
 
     def save_on_main() -> None:
         tensors, numbers = optimizer_state(learner.optimizer)
@@ -133,6 +135,7 @@ def finish(
     metrics: Metrics,
 ) -> TrainState:
     """Exports the weights, writes summary.json, and marks the run as completed, in this order."""
+    world.doing("writing the results")
     peak = world.max(peak_bytes(world.device))
 
     def finish_on_main() -> None:

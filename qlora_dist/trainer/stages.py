@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from .. import __version__, adapters
 from .. import model as base_model
 from ..config import DataConfig, RunConfig, SourceConfig, dump_yaml
 from ..distributed import World
-from ..errors import UserError
+from ..errors import RunFailed, UserError
 from ..evaluate import evaluate
 from ..examples import Documents, build_documents, split_sources
 from ..flat import FlatParameters
@@ -45,13 +46,19 @@ def join(config: RunConfig, stop: StopSignal) -> Iterator[World]:
     A stop signal before the first step ends the block: all ranks have agreed then, and there is nothing to save.
     """
     others = [name for name in config.logging.trackers if name != "tensorboard"]
-    world = World.init(others, config.run_dir, stop)
+    world = World.init(others, config.run_dir, stop, config.strategy.start_timeout_seconds)
     try:
         yield world
+    except RunFailed:
+        raise
+    except RuntimeError as error:
+        raise world.explained(error) from error
     except StopRequested:
         stop.name = world.first(stop.name)
         if world.is_main:
-            print(f"stopped by {stop.name} before the first step; nothing is lost. Start the same command again to go on")
+            print(
+                f"stopped by {stop.name} before the first step; nothing is lost. Start the same command again to go on"
+            )
     world.close()
 
 
@@ -127,7 +134,7 @@ def build_source_documents(
     data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, world: World, what: str, seed: int
 ) -> Documents:
     """Tokenized documents, the same on every rank. The store's lock also keeps other jobs from building them twice."""
-    with world.stoppable(), world.local_main_first(f"preparing {what}"):
+    with world.stoppable(f"preparing {what}", math.inf), world.local_main_first(f"preparing {what}"):
         documents = build_documents(
             sources,
             tokenizer,
@@ -180,7 +187,7 @@ def build_learner(config: RunConfig, world: World) -> Learner:
     settings = config.model
     compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
     is_full = config.lora is None
-    with world.stoppable():
+    with world.stoppable(f"loading {settings.name}"):
         model: torch.nn.Module = base_model.load_base(
             settings.name,
             revision=settings.revision,
@@ -277,6 +284,7 @@ def evaluate_held_out(world: World, learner: Learner, data: Data, stop: StopSign
     """Held-out values for a line of metrics.jsonl; nothing without data.eval. Raises StopRequested on all ranks."""
     if not data.held_out:
         return {}
+    world.doing("evaluation")
     result = evaluate(learner.model, data.held_out, learner.nll_sum, world, lambda: stop.requested)
     return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_seconds": result.seconds}
 
@@ -299,3 +307,20 @@ def evaluate_start(
     world.from_main(lambda: write_json(kept, values))
     metrics.say(f"before training: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
     return values
+
+
+def evaluate_owed(
+    config: RunConfig,
+    world: World,
+    learner: Learner,
+    data: Data,
+    state: TrainState,
+    num_steps: int,
+    metrics: Metrics,
+    stop: StopSignal,
+) -> None:
+    """After a resume: makes up for the evaluation of the checkpoint's step if a stop signal cut it short."""
+    was_due = state.step == num_steps or is_due(state.step, config.train.eval_every)
+    if state.step > 0 and was_due and data.held_out and world.from_main(metrics.lacks_evaluation):
+        values = evaluate_held_out(world, learner, data, stop)
+        world.from_main(lambda: metrics.amend(values))

@@ -71,7 +71,8 @@ def train_step(
     total = world.sum(local)
     num_labels = max(rows.num_labels, 1)
     # the one host sync of a step: the summed gradients are equal on all ranks, so all decide alike
-    nll_total, stops, grad_norm = torch.cat([total, learner.flat.grad_norm().double()[None]]).tolist()
+    with world.waiting():
+        nll_total, stops, grad_norm = torch.cat([total, learner.flat.grad_norm().double()[None]]).tolist()
     grad_norm /= num_labels
     if not (math.isfinite(nll_total) and math.isfinite(grad_norm)):
         raise RunFailed(_explain_non_finite(world, rows, losses, step, nll_total / num_labels, grad_norm))

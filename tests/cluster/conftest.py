@@ -26,7 +26,10 @@ def cluster(_cluster):
     yield _cluster
     _cluster.cancel_all()
     slurm_cluster.wait_for(
-        lambda: not _cluster.processes(of_jobs=True), 60, "the jobs' processes to end", lambda: str(_cluster.processes())
+        lambda: not _cluster.processes(of_jobs=True),
+        60,
+        "the jobs' processes to end",
+        lambda: str(_cluster.processes()),
     )
 
 

@@ -15,6 +15,7 @@ from qlora_dist.config import load_config
 from qlora_dist.trainer import train
 
 STEPS = 8
+pytestmark = pytest.mark.timeout(600)  # a job's processes import for a second each, and much longer on a busy machine
 
 
 @pytest.fixture
@@ -85,11 +86,13 @@ def test_the_warning_before_the_time_limit_saves_requeues_and_changes_no_bit(clu
 
 def test_a_preempted_job_saves_makes_room_at_once_and_finishes_later(cluster, run, bitwise):
     config, run_dir, log = run
-    options = ["--partition=low", "--nodes=2", "--exclusive", "--gpus-per-node=0"]
+    options = ["--partition=low", "--nodes=2", "--cpus-per-task=8", "--gpus-per-node=0"]
     job = cluster.submit(*options, "slurm/train.sbatch", str(config), log=log, **faults(SLOW))
     wait_for(lambda: _num_steps(run_dir) >= 1, 120, "the first step", log.read_text)
     asked = time.monotonic()
-    urgent = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1", log=log.with_suffix(".high"))
+    urgent = cluster.submit(
+        "--partition=high", "--nodes=2", "--cpus-per-task=8", "--wrap=sleep 1", log=log.with_suffix(".high")
+    )
     cluster.wait_for_state(urgent, "RUNNING", "COMPLETED", log=log)
     assert time.monotonic() - asked < GRACE_SECONDS, "it waited for the end of the grace time"
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "COMPLETED", log.read_text()

@@ -1,9 +1,10 @@
-"""Faults for real runs, from outside the package: Python imports this module at start where its folder is on PYTHONPATH.
+"""Faults for real runs, from outside the package: Python imports this module where its folder is on PYTHONPATH.
 
-FAULTS holds a JSON list of {"do": ..., "at": ..., "rank": ..., "step": ..., "once": file}. `do`: "sleep" (with "seconds"),
-"exit", or a signal's name, sent to the own process. `at` names where: "step" (before each optimizer step's forward pass),
-"save" (after the weights of a checkpoint are written), "data" (a document set is built), "load" (the base is read).
-Without `rank` or `step` it happens on all of them; with `once` only while that file does not exist.
+FAULTS holds a JSON list of {"do": ..., "at": ..., "rank": ..., "step": ..., "once": file}.
+do    sleep (with "seconds"), exit, or the name of a signal that the process sends to itself
+at    where: a key of PLACES
+rank  only there, step (0-based): only then; without them on all ranks, at each step
+once  a file: not again once it exists
 """
 
 import importlib.abc

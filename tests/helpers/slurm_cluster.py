@@ -145,7 +145,7 @@ class Cluster:
         shown = self.run("scontrol", "show", "job", "--oneliner", job_id).stdout.splitlines()[0]
         return dict(part.split("=", 1) for part in shown.split() if "=" in part)
 
-    def wait_for_state(self, job_id: str, *states: str, timeout: float = 150, log: Path | None = None) -> str:
+    def wait_for_state(self, job_id: str, *states: str, timeout: float = 250, log: Path | None = None) -> str:
         """Waits for one of the states; polls, because `sbatch --wait` looks every ten seconds only."""
         wait_for(
             lambda: self.job(job_id)["JobState"] in states,
