@@ -41,6 +41,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def launched_job() -> tuple[str | None, int]:
+    """Slurm's id of the job that this process belongs to, if any, and how often it was requeued."""
+    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 class World:
     """This process among `size` ranks. Made once, by `World.init`."""
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_dist"
 
 LEVELS = {
-    0: ["errors", "config", "state", "flat", "provenance", "outcome"],
+    0: ["errors", "config", "runlock", "state", "flat", "provenance", "outcome"],
     1: ["preempt", "pulse", "distributed", "packing", "loss", "optim", "memory", "metrics", "supervise", "templates"],
     2: ["formats", "examples", "loader", "attention", "model", "adapters", "kernels"],
     3: ["checkpoint", "verify", "evaluate", "generate", "merge", "audit", "doctor"],

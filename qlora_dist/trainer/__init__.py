@@ -28,8 +28,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
     Raises UserError (what the user gave) before the model is read wherever that can be known, RunFailed (what went
     wrong while running) on all ranks together.
     """
-    with StopSignal() as stop, stages.join(config, stop) as world:
-        run = stages.open_run(config, world, resume)
+    with StopSignal() as stop, stages.join(config, stop) as world, stages.open_run(config, world, resume) as run:
         if (done := world.from_main(lambda: run.completed_steps(config.train.length))) is not None:
             return stages.say_completed(run, world, done)
         stages.check(config, world)

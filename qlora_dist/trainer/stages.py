@@ -15,7 +15,7 @@ import torch
 from .. import __version__, adapters
 from .. import model as base_model
 from ..config import DataConfig, RunConfig, SourceConfig, dump_yaml
-from ..distributed import World
+from ..distributed import World, launched_job
 from ..errors import RunFailed, UserError
 from ..evaluate import evaluate
 from ..examples import Documents, build_documents, split_sources
@@ -25,6 +25,7 @@ from ..metrics import Metrics, format_evaluation, peak_bytes
 from ..optim import build_optimizer, decays, lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..preempt import StopRequested, StopSignal
+from ..runlock import RunLock
 from ..state import RunDir, StepStats, TrainState, write_json
 from .step import Learner
 
@@ -62,11 +63,18 @@ def join(config: RunConfig, stop: StopSignal) -> Iterator[World]:
     world.close()
 
 
-def open_run(config: RunConfig, world: World, resume: str) -> RunDir:
-    """The run directory with its resolved config. Refuses another run's, and `--resume never` where there is a run."""
+@contextmanager
+def open_run(config: RunConfig, world: World, resume: str) -> Iterator[RunDir]:
+    """The run directory with its resolved config, for this job alone.
+
+    Refuses another run's, one that another job is at work in, and `--resume never` where there is a run.
+    """
     run = RunDir(Path(config.run_dir))
+    lock = RunLock(run.path, *launched_job())
 
     def open_on_main() -> None:
+        run.make()
+        lock.acquire()
         run.open(dump_yaml(config), free_fields(config))
         if resume == "never" and run.checkpoints.is_dir() and any(run.checkpoints.glob("step-*")):
             raise UserError(
@@ -74,8 +82,11 @@ def open_run(config: RunConfig, world: World, resume: str) -> RunDir:
                 "run_dir, or use --resume auto to go on"
             )
 
-    world.from_main(open_on_main)
-    return run
+    try:
+        world.from_main(open_on_main)
+        yield run
+    finally:
+        lock.release()
 
 
 def free_fields(config: RunConfig) -> tuple[str, ...]:
