@@ -270,10 +270,9 @@ def invoke(arguments: list[str]) -> int:
     the launcher end them; what only they found is said by them, with their rank.
     """
     try:
-        cli.main(arguments, standalone_mode=False)
-        return 0
-    except click.exceptions.Exit as request:
-        return request.exit_code
+        # click catches its own Exit and returns the code
+        code = cli.main(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()
         return 2
