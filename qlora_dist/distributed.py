@@ -269,6 +269,8 @@ class World:
             except BaseException as error:
                 kind = {UserError: "user", StopRequested: "stop"}.get(type(error), "run")
                 store.set(key, f"{kind} failed: {error}")
+                if kind == "stop":
+                    raise  # the others have been asked too, and all agree next
                 # the store lives in rank 0: the others must have read this before it ends
                 others, deadline = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) - 1, time.monotonic() + 10
                 while store.add(f"{key}/seen", 0) < others and time.monotonic() < deadline:

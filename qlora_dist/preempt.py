@@ -31,6 +31,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.is_listening = False
         self._previous: dict[int, object] = {}
         self._interrupts = False
 
@@ -41,11 +42,13 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
+        self.is_listening = True
         while _heard_early:
             self._on_signal(_heard_early.pop(0), None)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.is_listening = False
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

@@ -117,7 +117,7 @@ class Pulse:
                 if self._stop.name is not None and not has_announced:
                     has_announced = True
                     self._store.set("pulse/stop", self._stop.name)
-                elif self._stop.name is None and self._store.check(["pulse/stop"]):
+                elif self._stop.is_listening and self._stop.name is None and self._store.check(["pulse/stop"]):
                     name = self._store.get("pulse/stop").decode()
                     os.kill(os.getpid(), signal.Signals[name])  # its handler runs in the main thread
                 if self._store.check([f"pulse/dump/{self._rank}"]):
