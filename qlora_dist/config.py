@@ -194,8 +194,7 @@ class TrainConfig(_Section):
 
 class MemoryConfig(_Section):
     recompute: Literal["auto", "full", "none"] | int = "auto"
-    """Gradient checkpointing: full = every layer is recomputed in the backward pass, none = no layer, N = the first
-    N layers. auto = full."""
+    """Gradient checkpointing, layers recomputed in the backward pass: full, none, or the first N. auto = full."""
     offload_activations: bool = False
     """Keep saved activations in (pinned) host memory between forward and backward."""
 
@@ -211,10 +210,7 @@ class StrategyConfig(_Section):
     name: Literal["ddp"] = "ddp"
     """How ranks share the work. ddp: every rank holds the whole base, adapters' gradients are summed."""
     timeout_seconds: float = Field(600.0, gt=0)
-    """Longest that a rank may be in one micro-step or wait for the others in a training step. Then all end, and the
-    error names the ranks that did not arrive. The first step, which may compile, has start_timeout_seconds."""
-    start_timeout_seconds: float = Field(1800.0, gt=0)
-    """The same for whatever is no training step: loading, evaluating, saving. Preparing data has no limit."""
+    """Longest wait within a step: then all ranks end, naming those that are missing. Outside of steps, three times that."""
 
 
 class LoggingConfig(_Section):

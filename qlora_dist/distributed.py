@@ -29,8 +29,8 @@ from .preempt import StopRequested, StopSignal
 from .pulse import Pulse
 
 BUCKET_BYTES = 32 * 2**20  # large enough for full link bandwidth, small enough to start before the backward pass ends
-START_TIMEOUT_SECONDS = 1800.0  # for whatever is no training step: loading, evaluating, saving on rank 0
-STEP_TIMEOUT_SECONDS = 600.0
+TIMEOUT_SECONDS = 600.0
+WAIT_FACTOR = 3  # outside of steps: ranks load, evaluate and save at different speeds
 # torch's own limit comes last: it ends a process without a word about the others
 _BACKEND_MARGIN_SECONDS = 120.0
 BUILD_TIMEOUT_SECONDS = 24 * 3600.0  # tokenizing a large corpus takes hours; a dead builder is noticed by its launcher
@@ -50,7 +50,7 @@ class World:
     """This process among `size` ranks. Made once, by `World.init`."""
 
     def __init__(
-        self, accelerator: Accelerator, trackers: Sequence[str], stop: StopSignal, start_timeout: float
+        self, accelerator: Accelerator, trackers: Sequence[str], stop: StopSignal, timeout_seconds: float
     ) -> None:
         self._accelerator = accelerator
         self._trackers = tuple(trackers)
@@ -62,11 +62,10 @@ class World:
         self.is_main: bool = self.rank == 0
         self._reducer: GradientReducer | None = None
         self._builds = 0
-        self._start_timeout = start_timeout
         self._has_stepped = False
         store = dist.distributed_c10d._get_default_store().clone() if self.size > 1 else None  # type: ignore[attr-defined]
-        self._pulse = Pulse(store, self.rank, self.size, socket.gethostname(), stop)
-        self.doing("start")
+        self._pulse = Pulse(store, self.rank, self.size, socket.gethostname(), stop, WAIT_FACTOR * timeout_seconds)
+        self._timeout_seconds = timeout_seconds
 
     @classmethod
     def init(
@@ -74,12 +73,12 @@ class World:
         trackers: Sequence[str] = (),
         logging_dir: str = ".",
         stop: StopSignal | None = None,
-        start_timeout: float = START_TIMEOUT_SECONDS,
+        timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> World:
         """Joins the process group that the launcher (accelerate, torchrun, srun, none) describes.
 
-        `stop` is heard during the parts that are `stoppable`. `start_timeout` (seconds) holds for all collectives but
-        those of a training step, which has its own.
+        `stop` is heard during the parts that are `stoppable`. `timeout_seconds` limits a wait within a training step,
+        three times that any other.
         Raises UserError when the launcher's variables contradict the machine.
         """
         has_cuda = torch.cuda.is_available()
@@ -90,7 +89,7 @@ class World:
                 "GPUs are visible; start one process a GPU (num_processes, --nproc-per-node), or check "
                 "CUDA_VISIBLE_DEVICES"
             )
-        timeout = datetime.timedelta(seconds=start_timeout + _BACKEND_MARGIN_SECONDS)
+        timeout = datetime.timedelta(seconds=WAIT_FACTOR * timeout_seconds + _BACKEND_MARGIN_SECONDS)
         try:
             accelerator = Accelerator(
                 cpu=not has_cuda,
@@ -102,7 +101,7 @@ class World:
             raise UserError(f"logging.trackers {list(trackers)}: {error}") from None
         if has_cuda:
             torch.cuda.set_device(accelerator.device)
-        return cls(accelerator, trackers, stop if stop is not None else StopSignal(), start_timeout)
+        return cls(accelerator, trackers, stop if stop is not None else StopSignal(), timeout_seconds)
 
     def close(self) -> None:
         """Ends trackers and the process group. After a failure it is not called: the launcher ends the others."""
@@ -115,12 +114,15 @@ class World:
     # --- signs of life ------------------------------------------------------------------------------------------------
 
     def doing(self, what: str, limit_seconds: float | None = None) -> None:
-        """What this rank does from now on, for the others' error messages, and for how long it or a wait in it may."""
-        self._pulse.mark(what, self._start_timeout if limit_seconds is None else limit_seconds)
+        """What this rank does from now on, for the others' error messages, and how long it, or a wait in it, may last.
 
-    def stepping(self, step: int, limit_seconds: float) -> None:
-        """This rank begins a training step. The first of a process may compile: it has the start's limit."""
-        self.doing(f"step {step}", limit_seconds if self._has_stepped else None)
+        Without a limit only waiting for the others has one, three times that of a step.
+        """
+        self._pulse.mark(what, limit_seconds)
+
+    def stepping(self, step: int) -> None:
+        """This rank begins a training step. The first of a process may compile: it is not limited as a step."""
+        self.doing(f"step {step}", self._timeout_seconds if self._has_stepped else None)
         self._has_stepped = True
 
     @contextmanager
@@ -198,12 +200,12 @@ class World:
         return next(found for found in self.gather(value) if found is not None)
 
     @contextmanager
-    def stoppable(self, what: str, limit_seconds: float | None = None) -> Iterator[None]:
+    def stoppable(self, what: str) -> Iterator[None]:
         """A long part of the start without collectives, which a stop signal to any rank ends on all.
 
         Raises StopRequested on all ranks after it.
         """
-        self.doing(what, limit_seconds)
+        self.doing(what)
         with suppress(StopRequested), self._stop.interrupting():
             yield
         if self.any(self._stop.requested):

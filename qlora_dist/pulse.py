@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import sys
@@ -53,9 +54,14 @@ class Doing(NamedTuple):
 class Pulse:
     """This rank's sign of life. `store` None (one process): says and watches nothing."""
 
-    def __init__(self, store: Store | None, rank: int, size: int, host: str, stop: StopSignal) -> None:
+    def __init__(
+        self, store: Store | None, rank: int, size: int, host: str, stop: StopSignal, wait_seconds: float
+    ) -> None:
+        """`wait_seconds`: longest wait for other ranks in what has no limit of its own."""
         self._store, self._rank, self._size, self._host, self._stop = store, rank, size, host, stop
-        self._doing = Doing("start", False, time.monotonic(), float("inf"))
+        self._wait_seconds = wait_seconds
+        self._limit_seconds: float | None = None
+        self._doing = Doing("start", False, time.monotonic(), math.inf)
         self._ended = threading.Event()
         self._has_dumped = False
         self._first_host = "its host"
@@ -64,14 +70,16 @@ class Pulse:
             self._thread.start()
 
     def mark(self, what: str | None = None, limit_seconds: float | None = None, is_waiting: bool = False) -> None:
-        """From now on this rank does `what` (None: still the same), at most for so long. A few hundred nanoseconds."""
-        last = self._doing
-        self._doing = Doing(
-            last.what if what is None else what,
-            is_waiting,
-            time.monotonic(),
-            last.limit_seconds if limit_seconds is None else limit_seconds,
-        )
+        """From now on this rank does `what`, or still the same, and waits for other ranks in it or not.
+
+        Without a limit of its own, only waiting has one: how long loading takes is nobody's guess. A microsecond.
+        """
+        if what is not None:
+            self._limit_seconds = limit_seconds
+        limit = self._limit_seconds
+        if limit is None:
+            limit = self._wait_seconds if is_waiting else math.inf
+        self._doing = Doing(self._doing.what if what is None else what, is_waiting, time.monotonic(), limit)
 
     def close(self) -> None:
         """Before the process group ends."""

@@ -20,6 +20,8 @@ from helpers.tiny_run import changed, digests_of, losses_of, make_inputs, metric
 STEPS, SAVE_EVERY = 6, 2
 LAST = "checkpoints/step-00000006"
 SLOW = {"do": "sleep", "seconds": 0.4, "at": "step"}
+# of rank 1; the last fault of a list comes first: a sleep before, so that the sign of life (once a second) says step 4
+IN_STEP_4 = {"at": "step", "rank": 1, "step": 3}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def _done(folder):
 
 
 def test_a_rank_killed_in_a_step_is_named_by_the_others_and_the_run_goes_on(config, tmp_path, sound, table):
-    with Crew(config, tmp_path, {"do": "SIGKILL", "at": "step", "rank": 1, "step": 3}) as crew:
+    with Crew(config, tmp_path, {"do": "SIGKILL", **IN_STEP_4}, {"do": "sleep", "seconds": 2.5, **IN_STEP_4}) as crew:
         killed, other = reversed(crew.wait())
     assert (killed.code, other.code) == (-signal.SIGKILL, 1)
     assert re.search(r"lost; rank 1 \(.*, process \d+\) was last seen in step 4, about \d+ s ago: killed", other.said)
@@ -224,8 +226,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(config,
 def test_a_rank_that_hangs_is_named_after_the_timeout_and_prints_where_it_hangs(inputs, tmp_path, sound, table, how):
     config = _config(inputs, tmp_path, strategy__timeout_seconds=4)
     began = tmp_path / "began"
-    fault = {"do": how, "seconds": 600, "at": "step", "rank": 1, "step": 3, "once": str(began)}
-    with Crew(config, tmp_path, fault) as crew:
+    fault = {"do": how, "seconds": 600, **IN_STEP_4, "once": str(began)}
+    with Crew(config, tmp_path, fault, {"do": "sleep", "seconds": 2.5, **IN_STEP_4}) as crew:
         wait_for(began.exists, 100, "the fault", crew.said)
         hung_at = time.monotonic()
         waiting = crew.wait_for_rank(0)
@@ -240,8 +242,8 @@ def test_a_rank_that_hangs_is_named_after_the_timeout_and_prints_where_it_hangs(
         assert re.search(r"stacks of rank 1 .*sitecustomize.py\", line \d+ in strike", hung.said, re.DOTALL)
     else:
         assert re.search(
-            r"error: rank 0 \(.*\) was in step 4 for more than 4 s, waiting for other ranks; rank 1 \(.*, process \d+\) "
-            r"was last seen in step 4, about \d+ s ago: killed, stopped, or its host is lost",
+            r"error: rank 0 \(.*\) was in step 4 for more than 4 s, waiting for other ranks; rank 1 \(.*, process "
+            r"\d+\) was last seen in step 4, about \d+ s ago: killed, stopped, or its host is lost",
             waiting.said,
         )
     lost = _done(tmp_path) - _finish(config, tmp_path, sound)

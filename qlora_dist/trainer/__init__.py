@@ -50,7 +50,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
             waited_since, is_stopping = time.perf_counter(), False
             for rows in data.loader.iterate(state.step, num_steps, pin_memory=world.device.type == "cuda"):
                 started = time.perf_counter()
-                world.stepping(state.step + 1, config.strategy.timeout_seconds)
+                world.stepping(state.step + 1)
                 stats = train_step(
                     world,
                     learner,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ def join(config: RunConfig, stop: StopSignal) -> Iterator[World]:
     A stop signal before the first step ends the block: all ranks have agreed then, and there is nothing to save.
     """
     others = [name for name in config.logging.trackers if name != "tensorboard"]
-    world = World.init(others, config.run_dir, stop, config.strategy.start_timeout_seconds)
+    world = World.init(others, config.run_dir, stop, config.strategy.timeout_seconds)
     try:
         yield world
     except RunFailed:
@@ -145,7 +144,7 @@ def build_source_documents(
     data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, world: World, what: str, seed: int
 ) -> Documents:
     """Tokenized documents, the same on every rank. The store's lock also keeps other jobs from building them twice."""
-    with world.stoppable(f"preparing {what}", math.inf), world.local_main_first(f"preparing {what}"):
+    with world.stoppable(f"preparing {what}"), world.local_main_first(f"preparing {what}"):
         documents = build_documents(
             sources,
             tokenizer,

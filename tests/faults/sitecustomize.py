@@ -1,7 +1,8 @@
 """Faults for real runs, from outside the package: Python imports this module where its folder is on PYTHONPATH.
 
 FAULTS holds a JSON list of {"do": ..., "at": ..., "rank": ..., "step": ..., "once": file}.
-do    sleep (with "seconds"), wait (until "file" exists), exit, disk full, wrong clock, or the name of a signal that the process sends to itself
+do    sleep (with "seconds"), wait (until "file" exists), exit, disk full, wrong clock, or the name of a signal that the
+      process sends to itself (with "times")
 at    where: a key of PLACES, before each call of that function
 rank  only there; step (0-based): only then; nth: only at that call, from 1; without them on all ranks, at each call
 once  a file: not again once it exists
