@@ -210,7 +210,7 @@ class StrategyConfig(_Section):
     name: Literal["ddp"] = "ddp"
     """How ranks share the work. ddp: every rank holds the whole base, adapters' gradients are summed."""
     timeout_seconds: float = Field(600.0, gt=0)
-    """Longest wait within a step: then all ranks end, naming those that are missing. Outside of steps, three times that."""
+    """Longest wait within a step: then all ranks end and name the missing ones. Outside of steps, three times that."""
 
 
 class LoggingConfig(_Section):

@@ -23,7 +23,11 @@ class StopRequested(BaseException):
 def listen() -> None:
     """Remembers stop signals until a `StopSignal` takes over. The first thing a process does, before heavy imports."""
     for number in STOP_SIGNALS[:2]:
-        signal.signal(number, lambda number, _: _heard_early.append(number))
+        signal.signal(number, _hear)
+
+
+def _hear(number: int, _frame: FrameType | None) -> None:
+    _heard_early.append(number)
 
 
 class StopSignal:
@@ -47,9 +51,11 @@ class StopSignal:
             self._on_signal(_heard_early.pop(0), None)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.is_listening = False
         for number, handler in self._previous.items():
+            if kind is not None and handler is _hear:
+                handler = signal.SIG_DFL  # after a failure SIGTERM is the launcher's, which ends the other ranks
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     @contextmanager
