@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import click
 
@@ -47,7 +48,8 @@ def _rank() -> int:
     metavar="auto|never|DIR",
     help="auto: go on from the newest checkpoint of the run directory that verifies. DIR: from this one.",
 )
-def train(config: str, overrides: tuple[str, ...], resume: str) -> None:
+@click.option("--outcome", type=click.Path(), hidden=True, help="Where to write how the run ended, for `supervise`.")
+def train(config: str, overrides: tuple[str, ...], resume: str, outcome: str | None) -> None:
     """Train as CONFIG says.
 
     \b
@@ -57,9 +59,37 @@ def train(config: str, overrides: tuple[str, ...], resume: str) -> None:
     from .config import load_config
 
     loaded = load_config(config, overrides)
+    from .outcome import report_outcome
     from .trainer import train as run_training
 
-    run_training(loaded, resume)
+    report_outcome(Path(outcome) if outcome else None, _rank() == 0, lambda: run_training(loaded, resume))
+
+
+@cli.command(hidden=True)
+@click.option("--job", required=True, help="Slurm's id of this job.")
+@click.option("--life", default=0, help="How often Slurm has restarted it.")
+@_SET
+@click.option("--resume", default="auto", help="As of train.")
+@click.argument("config", type=click.Path())
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def supervise(
+    job: str, life: int, overrides: tuple[str, ...], resume: str, config: str, command: tuple[str, ...]
+) -> None:
+    """The batch process of slurm/train.sbatch: runs COMMAND until the run that CONFIG names is finished.
+
+    \b
+    Example:
+      qlora-dist supervise --job 17 run.yaml -- srun torchrun --rdzv-id={id} ... -m qlora_dist train run.yaml
+    """
+    from .preempt import StopSignal
+
+    with StopSignal() as stop:
+        from .config import load_config
+        from .supervise import Job
+        from .supervise import supervise as run_supervisor
+
+        code = run_supervisor(Job(job, life), Path(load_config(config, overrides).run_dir), command, stop)
+    raise click.exceptions.Exit(code)
 
 
 @cli.command()
@@ -353,7 +383,8 @@ def invoke(arguments: list[str]) -> int:
     the launcher end them; what only they found is said by them, with their rank.
     """
     try:
-        code = cli.main(arguments, standalone_mode=False)  # click turns an Exit into its code, which it returns
+        # click catches its own Exit and returns the code
+        code = cli.main(arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()

@@ -228,6 +228,8 @@ class StrategyConfig(_Section):
     """fsdp: keep each rank's share of the base in (pinned) host memory between uses."""
     mixed_devices: bool = False
     """Allow GPUs of different kinds or memory in one run: every step then waits for the slowest of them."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """Longest wait within a step: then all ranks end and name the missing ones. Outside of steps, three times that."""
 
 
 class LoggingConfig(_Section):

@@ -8,19 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_dist"
 
 LEVELS = {
-    0: ["errors", "config", "state", "flat", "provenance"],
+    0: ["errors", "config", "runlock", "state", "flat", "provenance", "outcome"],
     1: [
-        "distributed",
-        "packing",
-        "loss",
-        "lowrank",
-        "offload",
-        "optim",
-        "update",
-        "memory",
-        "metrics",
-        "preempt",
-        "templates",
+        "preempt", "pulse", "distributed", "packing", "loss", "lowrank", "offload", "optim", "update", "memory",
+        "metrics", "supervise", "templates",
     ],
     2: ["formats", "examples", "loader", "attention", "model", "adapters", "kernels"],
     3: ["checkpoint", "verify", "evaluate", "mmlu", "generate", "merge", "audit", "doctor", "planning"],

@@ -19,7 +19,7 @@ import time
 
 from ..config import RunConfig
 from ..metrics import Metrics
-from ..preempt import StopSignal
+from ..preempt import StopRequested, StopSignal
 from ..state import TrainState
 from ..verify import check_first_update
 from . import fitting, keeping, stages
@@ -32,8 +32,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
     Raises UserError (what the user gave) before the model is read wherever that can be known, RunFailed (what went
     wrong while running) on all ranks together.
     """
-    with StopSignal() as stop, stages.join(config) as world:
-        run = stages.open_run(config, world, resume)
+    with StopSignal() as stop, stages.join(config, stop) as world, stages.open_run(config, world, resume) as run:
         if (done := world.from_main(lambda: run.completed_steps(config.train.length))) is not None:
             return stages.say_completed(run, world, done)
         fit = fitting.settle(config, world)
@@ -56,12 +55,14 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
             metrics.start(state.step)
             world.start_trackers(config.logging.project, config.model_dump(mode="json"))
             fitting.try_longest(config, world, learner, data, state, num_steps, progress, metrics)
-            before = stages.evaluate_start(config, run, world, learner, data, state, metrics)
+            before = stages.evaluate_start(config, run, world, learner, data, state, metrics, stop)
+            stages.evaluate_owed(config, world, learner, data, state, num_steps, metrics, stop)
 
-            waited_since = time.perf_counter()
+            waited_since, is_stopping = time.perf_counter(), False
             for rows in data.loader.iterate(state.step, num_steps, pin_memory=world.device.type == "cuda"):
                 started = time.perf_counter()
                 progress.place = f"step {state.step + 1}"
+                world.stepping(state.step + 1)
                 stats = train_step(
                     world,
                     learner,
@@ -78,9 +79,13 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                 values = stages.step_values(
                     world, state, stats, rows, lr, time.perf_counter() - started, started - waited_since
                 )
-                is_last = state.step == num_steps or stats.stop_requested
-                if is_last or stages.is_due(state.step, config.train.eval_every):
-                    values |= stages.evaluate_held_out(config, world, learner, data)
+                is_stopping = stats.stop_requested
+                if not is_stopping and (state.step == num_steps or stages.is_due(state.step, config.train.eval_every)):
+                    try:
+                        values |= stages.evaluate_held_out(world, learner, data, stop)
+                    except StopRequested:
+                        is_stopping = True
+                is_last = state.step == num_steps or is_stopping
                 metrics.step(values)
                 world.log(values, state.step)
                 if is_last or stages.is_due(state.step, config.train.save_every):
@@ -88,6 +93,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                 if is_last:
                     break
                 waited_since = time.perf_counter()
-            if state.step < num_steps:
-                return keeping.say_stopped(run, world, state, stop.name)
+            if is_stopping:
+                return keeping.say_stopped(run, world, state, stop)
             return keeping.finish(config, run, world, learner, data, state, before, metrics, fit.plan)
+    return TrainState(stopped_by=stop.name)  # before the first step

@@ -16,15 +16,17 @@ import torch
 from .. import adapters
 from .. import model as base_model
 from ..config import DataConfig, RunConfig, SourceConfig, dump_yaml
-from ..distributed import World, require_own_strategy
-from ..errors import UserError
-from ..evaluate import EvalResult, evaluate
+from ..distributed import World, launched_job, require_own_strategy
+from ..errors import RunFailed, UserError
+from ..evaluate import evaluate
 from ..examples import Documents, build_documents, split_sources
 from ..loader import Loader, StepRows, derive_accumulation, eval_batches
 from ..metrics import GIB, Metrics, format_evaluation, peak_bytes
 from ..offload import ActivationOffload
 from ..optim import lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
+from ..preempt import StopRequested, StopSignal
+from ..runlock import RunLock
 from ..state import RunDir, StepStats, TrainState, write_json
 from ..verify import (
     base_checksum,
@@ -51,20 +53,41 @@ class Data:
 
 
 @contextmanager
-def join(config: RunConfig) -> Iterator[World]:
-    """This process's place among the ranks; left in order at the end, and left to the launcher after a failure."""
+def join(config: RunConfig, stop: StopSignal) -> Iterator[World]:
+    """This process's place among the ranks; left in order at the end, and left to the launcher after a failure.
+
+    A stop signal before the first step ends the block: all ranks have agreed then, and there is nothing to save.
+    """
     others = [name for name in config.logging.trackers if name != "tensorboard"]
     require_own_strategy(config.strategy.name)
-    world = World.init(others, config.run_dir)
-    yield world
+    world = World.init(others, config.run_dir, stop, config.strategy.timeout_seconds)
+    try:
+        yield world
+    except RunFailed:
+        raise
+    except RuntimeError as error:
+        raise world.explained(error) from error
+    except StopRequested:
+        stop.name = world.first(stop.name)
+        if world.is_main:
+            print(
+                f"stopped by {stop.name} before the first step; nothing is lost. Start the same command again to go on"
+            )
     world.close()
 
 
-def open_run(config: RunConfig, world: World, resume: str) -> RunDir:
-    """The run directory with its resolved config. Refuses another run's, and `--resume never` where there is a run."""
+@contextmanager
+def open_run(config: RunConfig, world: World, resume: str) -> Iterator[RunDir]:
+    """The run directory with its resolved config, for this job alone.
+
+    Refuses another run's, one that another job is at work in, and `--resume never` where there is a run.
+    """
     run = RunDir(Path(config.run_dir))
+    lock = RunLock(run.path, *launched_job())
 
     def open_on_main() -> None:
+        run.make()
+        lock.acquire()
         run.open(dump_yaml(config), free_fields(config))
         if resume == "never" and run.checkpoints.is_dir() and any(run.checkpoints.glob("step-*")):
             raise UserError(
@@ -72,8 +95,11 @@ def open_run(config: RunConfig, world: World, resume: str) -> RunDir:
                 "run_dir, or use --resume auto to go on"
             )
 
-    world.from_main(open_on_main)
-    return run
+    try:
+        world.from_main(open_on_main)
+        yield run
+    finally:
+        lock.release()
 
 
 def free_fields(config: RunConfig) -> tuple[str, ...]:
@@ -160,7 +186,7 @@ def build_source_documents(
     data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, world: World, what: str, seed: int
 ) -> Documents:
     """Tokenized documents, the same on every rank. The store's lock also keeps other jobs from building them twice."""
-    with world.local_main_first(f"preparing {what}"):
+    with world.stoppable(f"preparing {what}"), world.local_main_first(f"preparing {what}"):
         documents = build_documents(
             sources,
             tokenizer,
@@ -214,22 +240,25 @@ def build_learner(config: RunConfig, world: World) -> Learner:
     settings = config.model
     compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
     is_full = config.lora is None
-    model: torch.nn.Module = base_model.load_base(
-        _base_files(config, world),
-        revision=settings.revision,
-        quantization=settings.quantization,
-        double_quant=settings.double_quant,
-        # full fine-tuning keeps fp32 masters and computes under autocast
-        compute_dtype=torch.float32 if is_full else compute_dtype,
-        attention=settings.attention,
-        attention_dtype=compute_dtype,
-        device=load_device(config, world),
-        run_device=world.device,
-        weights=settings.weights,
-        seed=config.seed,
-        shards=world.shard_group() if config.strategy.name == "fsdp" else None,
-        offload=config.strategy.offload,
-    )
+    files = _base_files(config, world)
+    shards = world.shard_group() if config.strategy.name == "fsdp" else None
+    with world.stoppable(f"loading {settings.name}", has_collectives=shards is not None):
+        model: torch.nn.Module = base_model.load_base(
+            files,
+            revision=settings.revision,
+            quantization=settings.quantization,
+            double_quant=settings.double_quant,
+            # full fine-tuning keeps fp32 masters and computes under autocast
+            compute_dtype=torch.float32 if is_full else compute_dtype,
+            attention=settings.attention,
+            attention_dtype=compute_dtype,
+            device=load_device(config, world),
+            run_device=world.device,
+            weights=settings.weights,
+            seed=config.seed,
+            shards=shards,
+            offload=config.strategy.offload,
+        )
     if config.lora is None:
         model.requires_grad_(True)
     else:
@@ -360,12 +389,17 @@ def is_due(step: int, every: int | None) -> bool:
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluate_held_out(config: RunConfig, world: World, learner: Learner, data: Data) -> dict[str, float]:
-    """Held-out values for a line of metrics.jsonl; nothing without data.eval."""
+def evaluate_held_out(world: World, learner: Learner, data: Data, stop: StopSignal) -> dict[str, float]:
+    """Held-out values for a line of metrics.jsonl; nothing without data.eval. Raises StopRequested on all ranks."""
     if not data.held_out:
         return {}
-    result: EvalResult = evaluate(
-        learner.model, data.held_out, lambda batch: learner.update.run(partial(learner.nll_sum, batch)), world
+    world.doing("evaluation")
+    result = evaluate(
+        learner.model,
+        data.held_out,
+        lambda batch: learner.update.run(partial(learner.nll_sum, batch)),
+        world,
+        lambda: stop.requested,
     )
     return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_seconds": result.seconds}
 
@@ -378,12 +412,30 @@ def evaluate_start(
     data: Data,
     state: TrainState,
     metrics: Metrics,
+    stop: StopSignal,
 ) -> dict[str, float]:
     """Held-out values before the first update, kept for the summary also over a resume."""
     kept = run.path / "eval_start.json"
     if state.step > 0 or not data.held_out or not config.train.eval_at_start:
         return world.from_main(lambda: json.loads(kept.read_text()) if kept.exists() else {})
-    values = evaluate_held_out(config, world, learner, data)
+    values = evaluate_held_out(world, learner, data, stop)
     world.from_main(lambda: write_json(kept, values))
     metrics.say(f"before training: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
     return values
+
+
+def evaluate_owed(
+    config: RunConfig,
+    world: World,
+    learner: Learner,
+    data: Data,
+    state: TrainState,
+    num_steps: int,
+    metrics: Metrics,
+    stop: StopSignal,
+) -> None:
+    """After a resume: makes up for the evaluation of the checkpoint's step if a stop signal cut it short."""
+    was_due = state.step == num_steps or is_due(state.step, config.train.eval_every)
+    if state.step > 0 and was_due and data.held_out and world.from_main(metrics.lacks_evaluation):
+        values = evaluate_held_out(world, learner, data, stop)
+        world.from_main(lambda: metrics.amend(values))

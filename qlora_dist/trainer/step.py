@@ -70,7 +70,8 @@ def train_step(
     total = world.sum(local)
     num_labels = max(rows.num_labels, 1)
     # the one host sync of a step: the summed gradients are equal on all ranks, so all decide alike
-    nll_total, stops, trained, grad_norm = torch.cat([total, learner.update.grad_norm().double()[None]]).tolist()
+    with world.waiting():
+        nll_total, stops, trained, grad_norm = torch.cat([total, learner.update.grad_norm().double()[None]]).tolist()
     if trained != rows.num_labels or not trained:
         raise RunFailed(
             f"step {step + 1}: {trained:.0f} labels were computed over all ranks, its rows have {rows.num_labels:,}: "
