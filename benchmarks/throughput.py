@@ -1,0 +1,317 @@
+"""Tokens a second and peak memory of a grid of cells, each in a process of its own, peers beside it in the same run.
+
+    python -m benchmarks.throughput --preset cpu --out benchmarks/results/cpu
+    python -m benchmarks.throughput --preset gpu --shape 8b --layers 8 --out OUT
+    python -m benchmarks.throughput --preset scaling --shape 8b --ranks 1 2 4 8 --out OUT
+
+Cells of a group are loaded together and step in turns (small models on a CPU), or run one after another (GPUs). A cell
+that fails, does not fit or takes too long says so in its raw file; the others go on. Every raw file holds the samples
+and where they come from. `python -m benchmarks.report` makes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from qlora_dist.errors import UserError
+
+from . import cells, figures, inputs, peers, provenance, work
+from .cells import Cell, Group, Preset
+
+ROOT = provenance.ROOT
+
+
+@dataclass
+class Worker:
+    """A running cell."""
+
+    cell: Cell
+    out: Path
+    log: Path
+    processes: list[subprocess.Popen[str]]
+    deadline: float
+    has_timed_out: bool = False
+
+    @property
+    def is_running(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+    def ask(self, order: str | None) -> bool:
+        """Gives an order (None: only wait) and waits for the answer. False: no more turns from this one."""
+        main = self.processes[0]
+        assert main.stdin is not None and main.stdout is not None
+        try:
+            if order is not None:
+                main.stdin.write(order + "\n")
+                main.stdin.flush()
+        except BrokenPipeError:
+            return False
+        with _alarm(self):
+            return bool(main.stdout.readline())
+
+    def wait(self) -> None:
+        """Until all its processes have ended, or its time is up."""
+        for process in self.processes:
+            try:
+                process.wait(max(0.1, self.deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.has_timed_out = True
+                break
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def _alarm(worker: Worker) -> Any:
+    """Ends a worker that does not answer within its time: its pipe then closes and the read returns."""
+
+    def expire(*_: Any) -> None:
+        worker.has_timed_out = True
+        worker.kill()
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, worker.deadline - time.monotonic()))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+class Run:
+    """One call of this command: where its files are and what its numbers are traced to."""
+
+    def __init__(self, preset: Preset, out: Path, scratch: Path, origin: dict[str, Any]) -> None:
+        self.preset, self.out, self.scratch, self.origin = preset, out, scratch, origin
+        out.mkdir(parents=True, exist_ok=True)
+
+    def group(self, group: Group) -> list[dict[str, Any]]:
+        """Measures the cells of a group and writes their raw files."""
+        results = self._in_turns(group) if group.in_turns else self._one_by_one(group)
+        self._check_same_work(results)
+        gemm = next((result for result in results if result["cell"]["engine"] == "gemm"), None)
+        for result in results:
+            result["group"] = group.title
+            result["figures"] = figures.of(result, gemm)
+            result["provenance"] = self.origin
+            path = self.out / f"{result['name']}.json"
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{result['name']}: {figures.one_line(result)}", flush=True)
+        return results
+
+    # --- how cells are run ---
+
+    def _in_turns(self, group: Group) -> list[dict[str, Any]]:
+        workers: list[Worker] = []
+        skipped = []
+        for cell in group.cells:
+            if reason := peers.missing(cell):
+                skipped.append(_without_result(cell, "missing", reason))
+                continue
+            worker = self._start(cell, turns=True)
+            worker.ask(None)  # loaded and warm, or ended
+            worker.deadline = time.monotonic() + self.preset.timeout_seconds
+            workers.append(worker)
+        steps = -(-self.preset.steps // self.preset.turns)
+        for turn in range(self.preset.turns):
+            # there and back, so that a drift of the machine does not favour the first or the last
+            for worker in workers if turn % 2 == 0 else workers[::-1]:
+                if worker.is_running:
+                    worker.deadline = time.monotonic() + self.preset.timeout_seconds
+                    worker.ask(f"turn {steps}")
+        results = []
+        for worker in workers:
+            if worker.is_running:
+                with contextlib.suppress(BrokenPipeError):
+                    assert worker.processes[0].stdin is not None
+                    worker.processes[0].stdin.write("finish\n")
+                    worker.processes[0].stdin.flush()
+            worker.deadline = time.monotonic() + self.preset.timeout_seconds
+            worker.wait()
+            results.append(self._collect(worker))
+        return results + skipped
+
+    def _one_by_one(self, group: Group) -> list[dict[str, Any]]:
+        results = []
+        for cell in group.cells:
+            if reason := peers.missing(cell) or inputs.too_large(cell, self.scratch):
+                results.append(_without_result(cell, "missing", reason))
+                continue
+            worker = self._start(cell, turns=False)
+            worker.wait()
+            results.append(self._collect(worker))
+        return results
+
+    def _start(self, cell: Cell, turns: bool) -> Worker:
+        folder = self.scratch / "cells" / cell.name
+        folder.mkdir(parents=True, exist_ok=True)
+        preset = self.preset
+        num_steps = preset.warmup_steps + preset.steps + preset.turns + preset.instrumented_steps + 1
+        spec = {
+            "cell": cell.as_dict(),
+            "out": str(folder / "result.json"),
+            "scratch": str(folder),
+            "warmup_steps": preset.warmup_steps,
+            "steps": preset.steps,
+            "instrumented_steps": preset.instrumented_steps,
+            **inputs.prepare(cell, self.scratch, num_steps),
+        }
+        (folder / "spec.json").write_text(json.dumps(spec))
+        command = [sys.executable, "-m", "benchmarks.worker", str(folder / "spec.json"), *(["--turns"] * turns)]
+        port = _free_port()
+        processes = []
+        log = folder / "log.txt"
+        for rank in range(cell.ranks):
+            with log.open("a") as stderr:
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env=_environment(cell, rank, port),
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=stderr,
+                        text=True,
+                        start_new_session=True,
+                    )
+                )
+        return Worker(cell, folder / "result.json", log, processes, time.monotonic() + preset.timeout_seconds)
+
+    def _collect(self, worker: Worker) -> dict[str, Any]:
+        worker.kill()
+        if worker.out.exists():
+            result: dict[str, Any] = json.loads(worker.out.read_text())
+        else:
+            code = worker.processes[0].returncode
+            # the kernel ends a process that takes the host's last memory with SIGKILL
+            status = "timeout" if worker.has_timed_out else "oom" if code == -signal.SIGKILL else "failed"
+            tail = worker.log.read_text()[-1500:]
+            result = _without_result(worker.cell, status, f"ended with code {code}: {tail}")
+        facts = inputs.facts_of(worker.cell, self.scratch)
+        result["dataset"] = facts
+        result["plan"] = inputs.planned(worker.cell, self.scratch)
+        return result
+
+    def _check_same_work(self, results: list[dict[str, Any]]) -> None:
+        """Compares every cell with this package's cell of the same method, data and shape."""
+        references: dict[Any, dict[str, Any]] = {}
+        for result in results:
+            cell = result["cell"]
+            if cell["engine"] == "gemm" or result["status"] != "ok" or (cell["engine"] == "ours" and not cell["packing"]):
+                continue
+            keys = ("method", "shape", "layers", "row_tokens", "rows_per_step", "data")
+            key = tuple(cell[name] for name in keys)
+            reference = references.setdefault(key, result) if cell["engine"] == "ours" else references.get(key)
+            if reference is None:
+                result["same_work"] = None
+                continue
+            result["same_work"] = work.compare(
+                reference, result, self._gradients(reference["name"]), self._gradients(result["name"])
+            )
+
+    def _gradients(self, name: str) -> dict[str, torch.Tensor]:
+        path = self.scratch / "cells" / name / "result.gradients"
+        return load_file(path) if path.exists() else {}
+
+
+def _without_result(cell: Cell, status: str, reason: str) -> dict[str, Any]:
+    empty: dict[str, Any] = {"cell": cell.as_dict(), "name": cell.name, "status": status, "reason": reason}
+    return {**empty, "samples": [], "phases": {}, "memory": {}, "first_loss": None}
+
+
+def _environment(cell: Cell, rank: int, port: int) -> dict[str, str]:
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    if cell.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(cell.threads)
+    if cell.ranks > 1:
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cell.ranks)}
+        environment |= {"LOCAL_WORLD_SIZE": str(cell.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(preset: Preset, out: Path, *, command: str, only: str = "", scratch: Path | None = None) -> list[dict[str, Any]]:
+    """Measures a preset; all results. Raw files are in `out`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    origin = provenance.collect(command, device)
+    own = Path(tempfile.mkdtemp(prefix="benchmark-")) if scratch is None else scratch
+    try:
+        measuring = Run(preset, out, own, origin)
+        results = []
+        for group in preset.groups:
+            chosen = tuple(cell for cell in group.cells if only in cell.name)
+            if chosen:
+                results += measuring.group(Group(chosen, group.in_turns, group.title))
+        return results
+    finally:
+        if scratch is None:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=("tiny", "cpu", "gpu", "scaling"), default="cpu")
+    parser.add_argument("--shape", default="1b", help="gpu, scaling: one of benchmarks.shapes")
+    parser.add_argument("--layers", type=int, help="gpu, scaling: only the first N layers of the shape")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="scaling: numbers of ranks")
+    parser.add_argument("--strategies", nargs="+", default=["ddp"], help="scaling: strategy.name of the config")
+    parser.add_argument("--only", default="", help="only cells whose name contains this")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
+    parser.add_argument("--scratch", type=Path, help="folder for models and data, kept; default: a temporary one")
+    parser.add_argument("--allow-dirty", action="store_true", help="measure code that is no commit; the result says so")
+    arguments = parser.parse_args()
+    preset = {
+        "tiny": cells.tiny,
+        "cpu": cells.cpu,
+        "gpu": lambda: cells.gpu(arguments.shape, arguments.layers),
+        "scaling": lambda: cells.scaling(
+            arguments.shape, arguments.layers, tuple(arguments.ranks), tuple(arguments.strategies)
+        ),
+    }[arguments.preset]()
+    try:
+        provenance.require_clean(arguments.allow_dirty)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    started = time.monotonic()
+    command = provenance.this_command("benchmarks.throughput")
+    results = run(preset, arguments.out, command=command, only=arguments.only, scratch=arguments.scratch)
+    counts = statistics.multimode(result["status"] for result in results)
+    print(f"{len(results)} cells ({', '.join(counts)} most) in {time.monotonic() - started:.0f} s: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
