@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 
 from .cells import Cell
 from .dataset import documents_of_steps, write_dataset, write_tokenizer
-from .shapes import shape_of, write_model
+from qlora_dist.errors import UserError
+
+from .shapes import MAX_POSITIONS, config_json, shape_of, write_model
 
 
 def prepare(cell: Cell, scratch: Path, num_steps: int) -> dict[str, Any]:
@@ -61,17 +63,25 @@ def planned(cell: Cell, scratch: Path) -> dict[str, Any] | None:
     if cell.engine != "ours":
         return None
     try:
-        plan_memory = importlib.import_module("qlora_dist.memory").plan_memory
-    except (ImportError, AttributeError):
+        memory = importlib.import_module("qlora_dist.memory")
+    except ImportError:
         return None
     from .ours import config_of
 
     model, data = _folders(cell, scratch)
+    shapes = memory.shapes_from_config(config_json(shape_of(cell.shape, cell.layers), MAX_POSITIONS))
     try:
-        plan = plan_memory(config_of(cell, model, data, scratch))
-    except Exception as error:  # a plan that fails is a finding, not the end of a measurement
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
-    return json.loads(json.dumps(dataclasses.asdict(plan), default=str))
+        plan = memory.plan_memory(
+            config_of(cell, model, data, scratch),
+            shapes,
+            world_size=cell.ranks,
+            local_world_size=cell.ranks,
+            device_bytes=None if cell.cap_gib is None else int(cell.cap_gib * 2**30),
+        )
+    except UserError as error:  # a plan that refuses is a finding, not the end of a measurement
+        return {"error": str(error)}
+    found: dict[str, Any] = plan.to_json()
+    return found
 
 
 def _folders(cell: Cell, scratch: Path) -> tuple[Path, Path]:

@@ -41,10 +41,14 @@ def run(
     """Trains until the conductor says stop; facts for the raw result. `initial`: adapter weights to start from."""
     if cell.engine == "unsloth":
         import unsloth  # noqa: F401  it patches what is imported after it
+    import datasets  # noqa: F401
     import transformers
+    from peft import get_peft_model  # noqa: F401
+    from transformers import Trainer  # noqa: F401
 
     if cell.engine != "trainer":
-        import trl  # noqa: F401
+        from trl import SFTTrainer  # noqa: F401
+    # imported before the baseline of memory is taken
     transformers.utils.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
     documents = read_documents(data_folder)

@@ -16,6 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 
+MAX_POSITIONS = 8192
+
+
 @dataclass(frozen=True)
 class Shape:
     """A Llama decoder. `hidden` etc. as in its config.json."""
@@ -85,7 +88,7 @@ def shape_of(name: str, layers: int | None = None) -> Shape:
     return SHAPES[name] if layers is None else replace(SHAPES[name], layers=layers)
 
 
-def config_json(shape: Shape, max_positions: int) -> dict[str, object]:
+def config_json(shape: Shape, max_positions: int = MAX_POSITIONS) -> dict[str, object]:
     """config.json of the shape."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -110,7 +113,7 @@ def config_json(shape: Shape, max_positions: int) -> dict[str, object]:
     }
 
 
-def write_model(folder: Path, shape: Shape, seed: int = 0, max_positions: int = 8192) -> Path:
+def write_model(folder: Path, shape: Shape, seed: int = 0, max_positions: int = MAX_POSITIONS) -> Path:
     """A folder of random bf16 weights that transformers loads: one file a layer, so that no model is held whole."""
     if (folder / "model.safetensors.index.json").exists():
         return folder

@@ -115,7 +115,7 @@ class Run:
         gemm = next((result for result in results if result["cell"]["engine"] == "gemm"), None)
         for result in results:
             result["group"] = group.title
-            result["figures"] = figures.of(result, gemm)
+            result["figures"] = figures.of(result, gemm, self.origin["device"])
             result["provenance"] = self.origin
             path = self.out / f"{result['name']}.json"
             path.write_text(json.dumps(result, indent=1) + "\n")
