@@ -1,0 +1,27 @@
+"""How much memory a run needs, before it starts: config + config.json -> bytes per rank, item by item.
+
+    shapes      config.json -> ModelShapes (no torch, no weights)
+    tape        lifetimes of tensors in a forward and backward pass, as sizes
+    layers      a decoder layer, the last norm and the loss, written on a tape
+    strategies  what each strategy keeps on a rank
+    plan        plan_memory: everything added up at the largest moment
+    choosing    choose: the recompute level, micro-batch, row length and strategy that fit
+
+Nothing here imports torch. `planning.simulate` runs the real code under fake tensors and is what this is held against.
+"""
+
+from .choosing import choose, largest_micro_rows, largest_row_tokens
+from .plan import Item, MemoryPlan, plan_memory
+from .shapes import Linear, ModelShapes, shapes_from_config
+
+__all__ = [
+    "Item",
+    "Linear",
+    "MemoryPlan",
+    "ModelShapes",
+    "choose",
+    "largest_micro_rows",
+    "largest_row_tokens",
+    "plan_memory",
+    "shapes_from_config",
+]

@@ -1,0 +1,186 @@
+"""Which settings fit: recompute level, micro-batch, row length, strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..config import RunConfig
+from .plan import GIB, MemoryPlan, plan_memory, planned_micro_rows
+from .shapes import ModelShapes
+from .strategies import STRATEGIES
+
+LARGEST_MICRO_ROWS = 64
+LARGEST_ROW_TOKENS = 2**20
+
+
+def choose(
+    config: RunConfig,
+    shapes: ModelShapes,
+    *,
+    world_size: int,
+    local_world_size: int,
+    device_bytes: int,
+) -> MemoryPlan:
+    """The plan with the settings that are left to be chosen: `memory.recompute: auto` becomes the smallest number of
+    recomputed layers that fits, `batch.micro_rows: auto` the largest micro-batch that fits with all of them recomputed.
+
+    Where nothing fits the plan says so (`fits` is False) and its `advice` names the cheapest changes that would.
+    """
+
+    def plan(recompute: int | None = None, micro_rows: int | None = None) -> MemoryPlan:
+        return plan_memory(
+            config,
+            shapes,
+            world_size=world_size,
+            local_world_size=local_world_size,
+            device_bytes=device_bytes,
+            recompute=recompute,
+            micro_rows=micro_rows,
+        )
+
+    is_free = config.memory.recompute == "auto"
+    rows = planned_micro_rows(config)
+    if not isinstance(config.batch.micro_rows, int):
+        rows = _largest(
+            lambda count: bool(plan(shapes.num_layers if is_free else None, count).fits),
+            _micro_rows_that_divide(config.batch.rows_per_step, world_size),
+        )
+    recompute = None
+    if is_free:
+        recompute = _smallest_recompute(lambda layers: plan(layers, rows), shapes.num_layers)
+    chosen = plan(recompute, rows)
+    if chosen.fits:
+        return chosen
+    return chosen.with_advice(tuple(_advice(config, shapes, chosen, world_size, local_world_size, device_bytes)))
+
+
+def _micro_rows_that_divide(rows_per_step: int, world_size: int) -> list[int]:
+    per_rank = max(1, rows_per_step // world_size)
+    return [count for count in range(1, min(per_rank, LARGEST_MICRO_ROWS) + 1) if per_rank % count == 0]
+
+
+def _largest(fits: Callable[[int], bool], candidates: list[int]) -> int:
+    """The last candidate that fits, else the first."""
+    fitting = [candidate for candidate in candidates if fits(candidate)]
+    return fitting[-1] if fitting else candidates[0]
+
+
+def _smallest_recompute(plan: Callable[[int], MemoryPlan], num_layers: int) -> int:
+    """The fewest recomputed layers with which nothing is paged out; else the fewest that fit; else all."""
+    for is_good in (lambda p: p.fits and not p.paged_out_bytes, lambda p: p.fits):
+        low, high = 0, num_layers
+        if not is_good(plan(high)):
+            continue
+        while low < high:  # more recomputation never needs more memory
+            middle = (low + high) // 2
+            low, high = (low, middle) if is_good(plan(middle)) else (middle + 1, high)
+        return low
+    return num_layers
+
+
+def largest_row_tokens(
+    config: RunConfig, shapes: ModelShapes, *, world_size: int, local_world_size: int, device_bytes: int
+) -> int:
+    """Longest rows, in multiples of 256 tokens, that fit with every layer recomputed and one row at a time; 0: none."""
+
+    def fits(tokens: int) -> bool:
+        changed = changed_config(config, data={"row_tokens": tokens})
+        return bool(
+            plan_memory(
+                changed, shapes, world_size=world_size, local_world_size=local_world_size, device_bytes=device_bytes,
+                recompute=shapes.num_layers, micro_rows=1,
+            ).fits
+        )  # fmt: skip
+
+    return _bisect(fits, 256, LARGEST_ROW_TOKENS)
+
+
+def largest_micro_rows(
+    config: RunConfig, shapes: ModelShapes, *, world_size: int, local_world_size: int, device_bytes: int
+) -> int:
+    """Most rows at a time that fit with every layer recomputed; 0: none."""
+
+    def fits(rows: int) -> bool:
+        return bool(
+            plan_memory(
+                config, shapes, world_size=world_size, local_world_size=local_world_size, device_bytes=device_bytes,
+                recompute=shapes.num_layers, micro_rows=rows,
+            ).fits
+        )  # fmt: skip
+
+    return _bisect(fits, 1, 2**16)
+
+
+def _bisect(fits: Callable[[int], bool], unit: int, largest: int) -> int:
+    low, high = 0, largest // unit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * unit) else (low, middle - 1)
+    return low * unit
+
+
+def changed_config(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """A copy with other values, not validated again: a plan may ask what a value would need that is not allowed."""
+    updates = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=updates)
+
+
+# --- advice -----------------------------------------------------------------------------------------------------------
+
+
+def _advice(
+    config: RunConfig,
+    shapes: ModelShapes,
+    plan: MemoryPlan,
+    world_size: int,
+    local_world_size: int,
+    device_bytes: int,
+) -> Iterator[str]:
+    """Single changes that would fit, those first that cost least: nothing, speed, another result."""
+    sizes: dict[str, Any] = {
+        "world_size": world_size, "local_world_size": local_world_size, "device_bytes": device_bytes
+    }  # fmt: skip
+    full = shapes.num_layers
+
+    def headroom(changed: RunConfig, recompute: int = full, rows: int = plan.micro_rows) -> int:
+        tried = plan_memory(changed, shapes, **sizes, recompute=recompute, micro_rows=rows)
+        assert tried.headroom_bytes is not None
+        return tried.headroom_bytes
+
+    found = 0
+    for text, changed, rows in _changes(config, plan, world_size):
+        left = headroom(changed, rows=rows)
+        if left >= 0:
+            found += 1
+            yield f"{text} ({left / GIB:.1f} GiB would be free)"
+    tokens = largest_row_tokens(config, shapes, **sizes)
+    if tokens:
+        yield f"data.row_tokens={tokens}: the longest rows that fit with batch.micro_rows=1 and memory.recompute=full"
+    elif not found:
+        smallest = plan_memory(config, shapes, **(sizes | {"device_bytes": None}), recompute=full, micro_rows=1)
+        needed = smallest.peak_bytes - smallest.pageable_bytes
+        yield f"no single change fits: one row with every layer recomputed needs {needed / GIB:.1f} GiB"
+
+
+def _changes(config: RunConfig, plan: MemoryPlan, world_size: int) -> Iterator[tuple[str, RunConfig, int]]:
+    if plan.recompute < plan.num_layers:
+        yield "memory.recompute=full", config, plan.micro_rows
+    if plan.micro_rows > 1:
+        yield "batch.micro_rows=1 and memory.recompute=full (the same result)", config, 1
+    if not config.model.double_quant and config.model.quantization in ("nf4", "fp4"):
+        yield "model.double_quant=true", changed_config(config, model={"double_quant": True}), plan.micro_rows
+    if config.model.attention == "sdpa":
+        yield "model.attention=auto", changed_config(config, model={"attention": "auto"}), plan.micro_rows
+    if not config.optim.name.startswith("paged"):
+        paged = "paged_adamw_8bit" if config.optim.name.endswith("8bit") else "paged_adamw_32bit"
+        yield f"optim.name={paged}", changed_config(config, optim={"name": paged}), plan.micro_rows
+    if world_size > 1:
+        for name in STRATEGIES:
+            if name != config.strategy.name:
+                yield f"strategy.name={name}", changed_config(config, strategy={"name": name}), plan.micro_rows
+    if config.lora is not None and config.model.quantization in ("none", "int8"):
+        changed = changed_config(config, model={"quantization": "nf4", "double_quant": True})
+        yield "model.quantization=nf4", changed, plan.micro_rows
+    if config.lora is not None and config.lora.rank > 16:
+        yield "lora.rank=16", changed_config(config, lora={"rank": 16}), plan.micro_rows

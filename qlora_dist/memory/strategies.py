@@ -1,0 +1,68 @@
+"""What each strategy keeps on a rank: shares of weights, gradients and optimizer states, and its buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp")
+BUCKET_BYTES = 32 * 2**20  # distributed.BUCKET_BYTES
+DEEPSPEED_BUCKET_BYTES = 4 * 5 * 10**7  # reduce_bucket_size and allgather_bucket_size of 5e7 fp32 elements
+GATHERED_LAYERS = 2  # the one that computes, and the next, which is fetched meanwhile
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Shares that one rank holds."""
+
+    name: str
+    world_size: int
+    adapters: float = 1.0
+    gradients: float = 1.0
+    optimizer: float = 1.0
+    is_offloaded: bool = False  # optimizer states live on the host
+    has_master_partition: bool = False  # DeepSpeed clones the share of weights that it updates
+
+    def base(self, quantization: str) -> float:
+        """Share of the linear layers' weights that stays on a rank."""
+        # under ZeRO-3 quantized weights are not partitioned at init
+        is_sharded = self.name == "fsdp" or (self.name == "zero3" and quantization == "none")
+        return 1.0 / self.world_size if is_sharded else 1.0
+
+    def buffers(
+        self, *, aligned_bytes: int, layer_bytes: int, largest_bytes: int, make: Callable[[int, str], Any]
+    ) -> dict[str, Any]:
+        """Items for what only exists because there are several ranks."""
+        if self.world_size == 1 and self.name in ("ddp", "fsdp"):
+            return {}
+        if self.name == "ddp":
+            # buckets are views of the gradients; the look whether they are finite makes |x| and two masks
+            size = min(BUCKET_BYTES, aligned_bytes) * 6 // 4
+            return {"communication": make(size, "buckets are views; one is looked at for values that are not finite")}
+        if self.name == "fsdp":
+            size = GATHERED_LAYERS * layer_bytes
+            return {"communication": make(size, f"{GATHERED_LAYERS} gathered layers, one of them fetched ahead")}
+        # a bucket that fills while another is reduced
+        size = 2 * min(DEEPSPEED_BUCKET_BYTES, aligned_bytes)
+        return {"communication": make(size, "DeepSpeed's buckets, one filling while another is reduced")}
+
+
+def sharing(strategy: str, world_size: int) -> Sharing:
+    """Raises UserError for a strategy that is not known."""
+    if strategy not in STRATEGIES:
+        raise UserError(f"strategy.name is {strategy!r}; expected one of {', '.join(STRATEGIES)}")
+    part = 1.0 / world_size
+    kinds = {
+        "ddp": Sharing(strategy, world_size),
+        "fsdp": Sharing(strategy, world_size),
+        "zero1": Sharing(strategy, world_size, optimizer=part, has_master_partition=True),
+        "zero2": Sharing(strategy, world_size, gradients=part, optimizer=part, has_master_partition=True),
+        "zero2_offload": Sharing(strategy, world_size, gradients=part, optimizer=part, is_offloaded=True),
+        "zero3": Sharing(
+            strategy, world_size, adapters=part, gradients=part, optimizer=part, has_master_partition=True
+        ),
+    }
+    return kinds[strategy]

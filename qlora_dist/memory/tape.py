@@ -1,0 +1,194 @@
+"""Which tensors are alive when: a forward and backward pass written down as sizes, without any tensor.
+
+PyTorch's rules, as far as memory is concerned:
+- a tensor lives while a Python variable holds it, or an operation has saved it for its backward pass;
+- backward runs the operations in reverse order; each frees what it saved after it has run;
+- gradients that meet at one tensor are added in place when nobody else holds the first, else into a new tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of the forward pass."""
+
+    size: int  # bytes
+    is_weight: bool = False  # a copy of a weight, not an activation
+    is_ours: bool = True  # False: it belongs to the caller (the input of the layer) and is counted there
+    needs_grad: bool = True
+    refs: int = 1
+
+
+@dataclass(eq=False)
+class Gradient:
+    """The gradient of one or several tensors (a sum hands the same one to both of its terms)."""
+
+    size: int
+    refs: int = 1
+
+
+@dataclass
+class Live:
+    """Bytes alive at one moment."""
+
+    activations: int = 0  # tensors of the forward pass
+    gradients: int = 0  # gradients of activations
+    weights: int = 0  # copies of weights (dequantized, cast) and gradients of weights on their way
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.gradients + self.weights
+
+    def copy(self) -> Live:
+        return Live(self.activations, self.gradients, self.weights)
+
+
+@dataclass(eq=False)
+class Operation:
+    output: Value
+    inputs: Sequence[Value]
+    saves: Sequence[Value]
+    shares: Sequence[Value]  # inputs whose gradient is that of the output itself: no new tensor
+    back_weights: int
+    back_work: int
+
+
+@dataclass
+class Tape:
+    """Write the forward pass with `op` and `drop`, then ask for `saved` and run `backward`."""
+
+    live: Live = field(default_factory=Live)
+    peak: Live = field(default_factory=Live)
+    operations: list[Operation] = field(default_factory=list)
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def input(self, size: int, needs_grad: bool = True) -> Value:
+        """What the caller holds."""
+        return Value(size, is_ours=False, needs_grad=needs_grad)
+
+    def weight_copy(self, size: int, grad_size: int) -> Value:
+        """A weight cast to the type of the activations; its gradient is cast back to `grad_size` bytes."""
+        value = Value(size, is_weight=True)
+        self._allocate(value)
+        self.operations.append(Operation(value, (), (), (), grad_size, 0))
+        return value
+
+    def extra(self, size: int) -> Value:
+        """Something that an operation saves besides its inputs and output: a dropout mask, a log-sum-exp."""
+        value = Value(size, needs_grad=False, refs=0)  # `op` counts the saving; without a gradient it is let go
+        self._allocate(value)
+        return value
+
+    def op(
+        self,
+        inputs: Sequence[Value],
+        size: int,
+        *,
+        saves: Sequence[Value] = (),
+        saves_output: bool = False,
+        shares: Sequence[Value] = (),
+        weights: int = 0,  # bytes of weight copies that forward and backward need for a moment
+        back_weights: int | None = None,  # ... backward alone
+        work: int = 0,  # other bytes that forward needs for a moment
+        back_work: int = 0,
+    ) -> Value:
+        """One operation of the forward pass."""
+        needs_grad = any(value.needs_grad for value in inputs)
+        out = Value(size, needs_grad=needs_grad)
+        self._allocate(out)
+        self._note(weights=weights, activations=work)
+        kept = [] if not needs_grad else [*saves, out] if saves_output else list(saves)
+        for value in kept:
+            value.refs += 1
+        for value in saves:
+            if value.refs == 0:  # an extra that nobody needs
+                self._free(value)
+        self.operations.append(
+            Operation(out, inputs, kept, shares, weights if back_weights is None else back_weights, back_work)
+        )
+        return out
+
+    def drop(self, *values: Value) -> None:
+        """Python variables that end here."""
+        for value in values:
+            value.refs -= 1
+            if value.refs == 0 and value.is_ours:
+                self._free(value)
+
+    @property
+    def saved(self) -> Live:
+        """What is alive now: after the forward pass, what backward will need."""
+        return self.live.copy()
+
+    # --- backward -----------------------------------------------------------------------------------------------------
+
+    def backward(self, output: Value) -> Live:
+        """Runs backward from `output`, whose gradient exists already; returns what was alive at the peak."""
+        self.peak = Live()
+        grads: dict[int, Gradient] = {id(output): self._new_gradient(output.size)}
+        self._note()
+        for operation in reversed(self.operations):
+            grad = grads.pop(id(operation.output), None)
+            if grad is None:
+                continue
+            new = {}
+            for value in operation.inputs:
+                if value.needs_grad and value not in operation.shares:
+                    new[id(value)] = self._new_gradient(value.size)
+                elif value.needs_grad:
+                    new[id(value)] = grad
+                    grad.refs += 1
+            self._note(weights=operation.back_weights, gradients=operation.back_work)
+            self._release(grad)
+            self.drop(*operation.saves)
+            for value in operation.inputs:
+                if value.needs_grad:
+                    self._add(grads, value, new[id(value)])
+        return self.peak
+
+    def _add(self, grads: dict[int, Gradient], value: Value, new: Gradient) -> None:
+        old = grads.get(id(value))
+        if old is None:
+            grads[id(value)] = new
+            return
+        if old.refs > 1:
+            total = self._new_gradient(value.size)
+            self._note()
+            self._release(old)
+            grads[id(value)] = total
+        self._release(new)
+
+    def _new_gradient(self, size: int) -> Gradient:
+        self.live.gradients += size
+        return Gradient(size)
+
+    def _release(self, grad: Gradient) -> None:
+        grad.refs -= 1
+        if grad.refs == 0:
+            self.live.gradients -= grad.size
+
+    # --- counting -----------------------------------------------------------------------------------------------------
+
+    def _allocate(self, value: Value) -> None:
+        if value.is_weight:
+            self.live.weights += value.size
+        else:
+            self.live.activations += value.size
+        self._note()
+
+    def _free(self, value: Value) -> None:
+        if value.is_weight:
+            self.live.weights -= value.size
+        else:
+            self.live.activations -= value.size
+
+    def _note(self, weights: int = 0, activations: int = 0, gradients: int = 0) -> None:
+        if self.live.total + weights + activations + gradients > self.peak.total:
+            self.peak = Live(
+                self.live.activations + activations, self.live.gradients + gradients, self.live.weights + weights
+            )
