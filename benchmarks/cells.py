@@ -174,6 +174,18 @@ def gpu(shape: str = "1b", layers: int | None = None) -> Preset:
     return Preset(gpu_shape(shape, layers), 20, 50, 1, 3, 600)
 
 
+def peaks() -> Preset:
+    """A few steps of many shapes on one GPU: measured peaks beside planned ones."""
+    shapes = (("1b", None), ("8b", 8), ("8b", None), ("13b", 8), ("65b", 4), ("70b", 4))
+    cells = [
+        Cell("ours", method, shape, 2048, layers=layers, data="full", rows_per_step=micro, micro_rows=micro,
+             recompute=recompute)
+        for shape, layers in shapes
+        for method, micro, recompute in (("nf4-dq", 1, "full"), ("nf4-dq", 4, "none"), ("lora-bf16", 1, "full"))
+    ]  # fmt: skip
+    return Preset((Group(tuple(cells), False, "peaks"),), 1, 3, 1, 0, 300)
+
+
 def scaling(shape: str, layers: int | None, ranks: tuple[int, ...], strategies: tuple[str, ...]) -> Preset:
     """The same global batch on 1 to N ranks."""
     most = max(ranks)

@@ -29,7 +29,8 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str, names: Sequence[str] =
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img" aria-label="{_text(title)}" font-family="system-ui, sans-serif" font-size="13">',
-        f'<text x="0" y="18" font-size="15" font-weight="600" fill="currentColor">{_text(title)} ({_text(unit)})</text>',
+        '<text x="0" y="18" font-size="15" font-weight="600" fill="currentColor">'
+        f"{_text(title)} ({_text(unit)})</text>",
     ]
     x = 0.0
     for i, name in enumerate(names):
@@ -41,7 +42,8 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str, names: Sequence[str] =
         y = top + row * (BAR + GAP)
         middle = y + BAR * 0.72
         lines.append(
-            f'<text x="{LABEL_WIDTH - 8}" y="{middle:.1f}" text-anchor="end" fill="currentColor">{_text(bar.label)}</text>'
+            f'<text x="{LABEL_WIDTH - 8}" y="{middle:.1f}" text-anchor="end" fill="currentColor">'
+            f"{_text(bar.label)}</text>"
         )
         x = float(LABEL_WIDTH)
         for i, part in enumerate(bar.parts):

@@ -67,7 +67,7 @@ def one_line(result: dict[str, Any]) -> str:
     if "flops_per_second" in values:
         return f"{values['flops_per_second']['median'] / 1e9:,.1f} GFLOP/s"
     same = result.get("same_work")
-    note = "" if same is None or same["is_same"] else "  NOT THE SAME WORK"
+    note = "  NOT THE SAME WORK" if same is not None and same["is_same"] is False else ""
     return (
         f"{values['tokens_per_second']['median']:,.1f} tokens/s, peak {result['memory']['peak_bytes'] / 2**30:.3f} GiB"
         f" above imports, start {result['startup_seconds']:.1f} s{note}"

@@ -1,5 +1,5 @@
-"""What cells read, made once a run: model folders, tokenized data, the documents of steps, adapter weights to start from.
-And what the package's memory plan says of a cell."""
+"""What cells read, made once a run: model folders, tokenized data, the documents of steps, adapter weights to start
+from. And what the package's memory plan says of a cell."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .cells import Cell
-from .dataset import documents_of_steps, write_dataset, write_tokenizer
+from qlora_dist.config import ModelConfig
 from qlora_dist.errors import UserError
 
-from .shapes import MAX_POSITIONS, config_json, shape_of, write_model
+from .cells import Cell
+from .dataset import documents_of_steps, write_dataset, write_tokenizer
+from .shapes import DRAWN, config_json, shape_of, write_model
 
 
 def prepare(cell: Cell, scratch: Path, num_steps: int) -> dict[str, Any]:
@@ -28,7 +29,12 @@ def prepare(cell: Cell, scratch: Path, num_steps: int) -> dict[str, Any]:
     model, data = _folders(cell, scratch)
     shape = shape_of(cell.shape, cell.layers)
     if not (model / "tokenizer.json").exists():
-        write_model(model, shape)
+        if _fits_on_disk(cell, scratch) is None:
+            write_model(model, shape)
+        else:
+            model.mkdir(parents=True, exist_ok=True)
+            (model / "config.json").write_text(json.dumps(config_json(shape)))
+            (model / DRAWN).touch()
         write_tokenizer(model, shape.vocabulary)
     write_dataset(data, model, kind=cell.data, row_tokens=cell.row_tokens, vocabulary=shape.vocabulary)
     prepared: dict[str, Any] = {"model": str(model), "data": str(data), "initial": ""}
@@ -40,12 +46,22 @@ def prepare(cell: Cell, scratch: Path, num_steps: int) -> dict[str, Any]:
 
 
 def too_large(cell: Cell, scratch: Path) -> str | None:
-    """Why the shape's 16-bit weights cannot be written here; None when they can, or are there."""
-    if cell.engine == "gemm" or (_folders(cell, scratch)[0] / "tokenizer.json").exists():
+    """Why this machine cannot hold the cell's weights on disk; None when it can, or need not."""
+    if cell.engine == "gemm":
+        return None
+    reason = _fits_on_disk(cell, scratch)
+    if reason is None or (cell.engine == "ours" and "weights" in ModelConfig.model_fields):
+        return None
+    return reason
+
+
+def _fits_on_disk(cell: Cell, scratch: Path) -> str | None:
+    """None, or by how much the shape's 16-bit weights are too large."""
+    if (_folders(cell, scratch)[0] / "model.safetensors.index.json").exists():
         return None
     needed = 2 * shape_of(cell.shape, cell.layers).parameters
     free = shutil.disk_usage(scratch).free
-    if needed < 0.9 * free:
+    if needed < 0.8 * free:
         return None
     return f"its 16-bit weights take {needed / 2**30:.0f} GiB on disk, {free / 2**30:.0f} GiB are free"
 
@@ -69,7 +85,7 @@ def planned(cell: Cell, scratch: Path) -> dict[str, Any] | None:
     from .ours import config_of
 
     model, data = _folders(cell, scratch)
-    shapes = memory.shapes_from_config(config_json(shape_of(cell.shape, cell.layers), MAX_POSITIONS))
+    shapes = memory.shapes_from_config(config_json(shape_of(cell.shape, cell.layers)))
     try:
         plan = memory.plan_memory(
             config_of(cell, model, data, scratch),
@@ -94,8 +110,9 @@ def _initial_adapter(cell: Cell, model: Path, scratch: Path) -> Path:
     would skip the draw, so the linear layers are made one by one."""
     path = scratch / f"adapter-{model.name}-r{cell.rank}.safetensors"
     if not path.exists():
-        from qlora_dist.adapters import attach_lora, trainable_parameters
         from transformers import AutoConfig, AutoModelForCausalLM
+
+        from qlora_dist.adapters import attach_lora, trainable_parameters
 
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
@@ -110,9 +127,7 @@ def _initial_adapter(cell: Cell, model: Path, scratch: Path) -> Path:
 
 
 @lru_cache(maxsize=8)
-def _document_steps(
-    cell: Cell, model: Path, data: Path, scratch: Path, num_steps: int
-) -> list[list[list[int]]]:
+def _document_steps(cell: Cell, model: Path, data: Path, scratch: Path, num_steps: int) -> list[list[list[int]]]:
     from qlora_dist.examples import build_documents
     from qlora_dist.loader import Loader
     from qlora_dist.model import load_tokenizer

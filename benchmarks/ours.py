@@ -22,16 +22,19 @@ from qlora_dist.trainer.step import Learner, train_step
 from .cells import METHODS, Cell
 from .conductor import Conductor
 from .memory import items
+from .shapes import DRAWN
 from .work import LR, MAX_GRAD_NORM, sample_gradients
 
 
 def config_of(cell: Cell, model: Path, data: Path, scratch: Path) -> RunConfig:
     """The run config that a user would write for this cell."""
     quantization, double_quant, is_full = METHODS[cell.method]
+    # a shape whose 16-bit weights have no room on the disk is drawn layer by layer instead of read
+    drawn = {"weights": "random"} if (model / DRAWN).exists() else {}
     return parse_config(
         {
             "run_dir": str(scratch / "run"),
-            "model": {"name": str(model), "quantization": quantization, "double_quant": double_quant},
+            "model": {"name": str(model), "quantization": quantization, "double_quant": double_quant, **drawn},
             "lora": None if is_full else {"rank": cell.rank, "alpha": 16},
             "data": {
                 "train": [{"path": str(data / "tokens.jsonl"), "format": "tokens"}],

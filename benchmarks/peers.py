@@ -301,5 +301,3 @@ def missing(cell: Cell) -> str | None:
     if cell.engine in ("trainer", "trl", "unsloth") and cell.ranks > 1:
         return "peers are measured on one rank"
     return None
-
-

@@ -36,7 +36,9 @@ def plans() -> list[dict[str, Any]]:
             cell = Cell("ours", method, shape, 512, rank=64)
             plan = inputs.planned(cell, Path("."))
             if plan is None or "error" in plan:
-                raise UserError(f"{shape} {method}: no plan ({(plan or {}).get('error', 'qlora_dist.memory is absent')})")
+                raise UserError(
+                    f"{shape} {method}: no plan ({(plan or {}).get('error', 'qlora_dist.memory is absent')})"
+                )
             found.append(
                 {"shape": shape, "method": method, "groups": plan["items"], "peak_bytes": plan["peak_bytes"],
                  "plan": plan}

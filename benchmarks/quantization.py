@@ -18,6 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,33 +134,39 @@ def perplexity(model: Any, tokens: torch.Tensor, window: int, batch: int = 8) ->
     return math.exp(total / count)
 
 
-def measure_model(name: str, text: Path, num_tokens: int, blocks: tuple[int, ...], window: int) -> dict[str, Any]:
-    """Perplexity of one model on one text under every type and block."""
+def measure_model(
+    name: str, texts: list[Path], num_tokens: int, blocks: tuple[int, ...], window: int
+) -> list[dict[str, Any]]:
+    """Perplexity of one model on each text under every type and block."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    ids = tokenizer(text.read_text(encoding="utf-8")[: num_tokens * 12], add_special_tokens=False)["input_ids"]
-    tokens = torch.tensor(ids[:num_tokens])
+    tokens = []
+    for text in texts:
+        beginning = text.read_text(encoding="utf-8")[: num_tokens * 12]
+        ids = tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens.append(torch.tensor(ids[:num_tokens]))
     linears = list(decoder_linears(model))
     originals = [linear.weight.detach().clone() for linear in linears]
+    results: list[list[dict[str, Any]]] = [[] for _ in texts]
 
-    def under(change: Any) -> float:
+    def measure(kind: str, block: int | None, bits: float, change: Any) -> None:
         for linear, original in zip(linears, originals):
             linear.weight.data = change(original)
-        return perplexity(model, tokens, window)
+        for part, own in zip(tokens, results):
+            own.append({"type": kind, "block": block, "bits": bits, "perplexity": perplexity(model, part, window)})
 
-    results: list[dict[str, Any]] = [
-        {"type": "fp32", "block": None, "bits": 32.0, "perplexity": under(lambda w: w)},
-        {"type": "bf16", "block": None, "bits": 16.0, "perplexity": under(lambda w: w.bfloat16().float())},
-    ]
+    measure("fp32", None, 32.0, lambda weight: weight)
+    measure("bf16", None, 16.0, lambda weight: weight.bfloat16().float())
     for kind in TYPES:
         for block in blocks:
-            value = under(lambda w, kind=kind, block=block: quantize_dequantize(w, kind, block))
-            bits = bits_per_weight(kind, block)
-            results.append({"type": kind, "block": block, "bits": bits, "perplexity": value})
-    return {"model": Path(name).name, "text": text.name, "num_tokens": len(tokens), "window": window,
-            "num_weights": sum(w.numel() for w in originals), "results": results}  # fmt: skip
+            measure(kind, block, bits_per_weight(kind, block), partial(quantize_dequantize, kind=kind, block=block))
+    facts = {"model": Path(name).name, "num_weights": sum(weight.numel() for weight in originals), "window": window}
+    return [
+        {**facts, "text": text.name, "num_tokens": len(part), "results": own}
+        for text, part, own in zip(texts, tokens, results)
+    ]
 
 
 def measure_weights(matrices: dict[str, torch.Tensor], blocks: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -208,8 +215,8 @@ def matrices_of(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in load_file(path).items() if tensor.ndim == 2}
 
 
-def default_sources() -> tuple[list[tuple[str, Path, int, int]], dict[str, torch.Tensor]]:
-    """(model, text, tokens, window) and real matrices from the folder of samples. Raises UserError without one."""
+def default_sources() -> tuple[list[tuple[str, list[Path], int, int]], dict[str, torch.Tensor]]:
+    """(model, texts, tokens, window) and real matrices from the folder of samples. Raises UserError without one."""
     folder = shared_data()
     if folder is None:
         raise UserError(
@@ -219,9 +226,8 @@ def default_sources() -> tuple[list[tuple[str, Path, int, int]], dict[str, torch
     small, base = folder / "models" / "stories260k", folder / "models" / "tinybase6m"
     text = folder / "text"
     models = [
-        (str(small), text / "tinystories_train.txt", 16384, 512),
-        (str(base), text / "wikitext2_valid.txt", 8192, 256),
-        (str(base), text / "tinyshakespeare.txt", 8192, 256),
+        (str(small), [text / "tinystories_train.txt"], 16384, 512),
+        (str(base), [text / "wikitext2_valid.txt", text / "tinyshakespeare.txt"], 4096, 256),
     ]
     return models, matrices_of(folder / "gpt2_real_weights" / "gpt2_small_attn_sample.fp16.safetensors")
 
@@ -245,7 +251,7 @@ def main() -> None:
         else:
             if arguments.text is None:
                 raise UserError("--model is given without --text; name the text its perplexity is measured on")
-            models = [(arguments.model, arguments.text, arguments.tokens, arguments.window)]
+            models = [(arguments.model, [arguments.text], arguments.tokens, arguments.window)]
             matrices = {} if arguments.matrices is None else matrices_of(arguments.matrices)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -254,7 +260,9 @@ def main() -> None:
     result: dict[str, Any] = {
         "benchmark": "quantization",
         "provenance": origin,
-        "perplexity": [measure_model(name, text, n, blocks, window) for name, text, n, window in models],
+        "perplexity": [
+            entry for name, texts, n, window in models for entry in measure_model(name, texts, n, blocks, window)
+        ],
         "weight_error": measure_weights(matrices, blocks),
     }
     result["findings"] = findings(result) if 64 in blocks else []

@@ -73,7 +73,7 @@ def _measured(raw: Any, group: str | None = None) -> list[dict[str, Any]]:
 
 def _is_same(result: dict[str, Any]) -> bool | None:
     same = result.get("same_work")
-    return None if same is None else bool(same["is_same"])
+    return None if same is None else same["is_same"]
 
 
 def _rate_bars(title: str, results: list[dict[str, Any]]) -> str:
@@ -151,7 +151,9 @@ def _memory_verdict(results: list[dict[str, Any]]) -> str:
 
 def peers(raw: Any) -> Section | None:
     tables, charts = [], []
-    for title in sorted({cell["group"] for cell in raw.cells if cell.get("group", "").endswith(("peers", "full rows"))}):
+    for title in sorted(
+        {cell["group"] for cell in raw.cells if cell.get("group", "").endswith(("peers", "full rows"))}
+    ):
         results = _measured(raw, title)
         ours = [_median(r) or 0.0 for r in results if r["cell"]["engine"] == "ours"]
         best = max(ours, default=0.0)
@@ -308,7 +310,9 @@ def quantization(raw: Any) -> Section | None:
         return None
     tables = []
     for model in content["perplexity"]:
-        rows = [[e["type"], e["block"], e["bits"], e["perplexity"], _raw(raw, "quantization")] for e in model["results"]]
+        rows = [
+            [e["type"], e["block"], e["bits"], e["perplexity"], _raw(raw, "quantization")] for e in model["results"]
+        ]
         title = f"Perplexity of {model['model']} on {model['text']} ({model['num_tokens']} tokens)"
         tables.append(Table(title, ["type", "block", "bits a weight", "perplexity", "raw"], rows))
     rows = [[e["matrix"], e["type"], e["block"], e["relative_error"], _raw(raw, "quantization")]

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-
 MAX_POSITIONS = 8192
+DRAWN = "weights-are-drawn"  # a file of this name in a model folder: it holds no weights
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     python -m benchmarks.throughput --preset cpu --out benchmarks/results/cpu
     python -m benchmarks.throughput --preset gpu --shape 8b --layers 8 --out OUT
     python -m benchmarks.throughput --preset scaling --shape 8b --ranks 1 2 4 8 --out OUT
+    torchrun ... -m benchmarks.throughput --preset scaling --shape 8b --ranks 16 --out OUT   (one process a rank)
 
 Cells of a group are loaded together and step in turns (small models on a CPU), or run one after another (GPUs). A cell
 that fails, does not fit or takes too long says so in its raw file; the others go on. Every raw file holds the samples
@@ -18,12 +19,13 @@ import os
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,23 +106,40 @@ def _alarm(worker: Worker) -> Any:
 class Run:
     """One call of this command: where its files are and what its numbers are traced to."""
 
-    def __init__(self, preset: Preset, out: Path, scratch: Path, origin: dict[str, Any]) -> None:
+    def __init__(
+        self, preset: Preset, out: Path, scratch: Path, origin: dict[str, Any], *, resume: bool, joined: bool
+    ) -> None:
         self.preset, self.out, self.scratch, self.origin = preset, out, scratch, origin
+        self.resume, self.joined = resume, joined
+        self.workers: list[Worker] = []  # all that were started
         out.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir(parents=True, exist_ok=True)
 
     def group(self, group: Group) -> list[dict[str, Any]]:
         """Measures the cells of a group and writes their raw files."""
-        results = self._in_turns(group) if group.in_turns else self._one_by_one(group)
+        results = list(self._in_turns(group) if group.in_turns else self._one_by_one(group))
         self._check_same_work(results)
         gemm = next((result for result in results if result["cell"]["engine"] == "gemm"), None)
         for result in results:
-            result["group"] = group.title
-            result["figures"] = figures.of(result, gemm, self.origin["device"])
-            result["provenance"] = self.origin
-            path = self.out / f"{result['name']}.json"
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            self._write(group, result, gemm)
             print(f"{result['name']}: {figures.one_line(result)}", flush=True)
         return results
+
+    def _write(self, group: Group, result: dict[str, Any], gemm: dict[str, Any] | None) -> None:
+        result["group"] = group.title
+        result["figures"] = figures.of(result, gemm, self.origin["device"])
+        result.setdefault("provenance", self.origin)
+        path = self.out / f"{result['name']}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+    def _earlier(self, cell: Cell) -> dict[str, Any] | None:
+        """The cell's result of this very code, where the run goes on after an earlier one."""
+        path = self.out / f"{cell.name}.json"
+        if not self.resume or not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text())
+        is_of_this_code = found["provenance"]["code_hash"] == self.origin["code_hash"]
+        return found if is_of_this_code and found["status"] in ("ok", "oom") else None
 
     # --- how cells are run ---
 
@@ -154,19 +173,23 @@ class Run:
             results.append(self._collect(worker))
         return results + skipped
 
-    def _one_by_one(self, group: Group) -> list[dict[str, Any]]:
-        results = []
+    def _one_by_one(self, group: Group) -> Iterator[dict[str, Any]]:
+        gemm = None
         for cell in group.cells:
-            if reason := peers.missing(cell) or inputs.too_large(cell, self.scratch):
-                results.append(_without_result(cell, "missing", reason))
-                continue
-            worker = self._start(cell, turns=False)
-            worker.wait()
-            results.append(self._collect(worker))
-        return results
+            result = self._earlier(cell)
+            if result is None and (reason := peers.missing(cell) or inputs.too_large(cell, self.scratch)):
+                result = _without_result(cell, "missing", reason)
+            if result is None:
+                worker = self._start(cell, turns=False)
+                worker.wait()
+                result = self._collect(worker)
+            gemm = result if cell.engine == "gemm" else gemm
+            self._write(group, result, gemm)  # at once: a time limit keeps what is there
+            yield result
 
     def _start(self, cell: Cell, turns: bool) -> Worker:
-        folder = self.scratch / "cells" / cell.name
+        place = f"-rank{os.environ['RANK']}" if self.joined else ""
+        folder = self.scratch / "cells" / f"{cell.name}{place}"
         folder.mkdir(parents=True, exist_ok=True)
         preset = self.preset
         num_steps = preset.warmup_steps + preset.steps + preset.turns + preset.instrumented_steps + 1
@@ -184,13 +207,13 @@ class Run:
         port = _free_port()
         processes = []
         log = folder / "log.txt"
-        for rank in range(cell.ranks):
+        for rank in range(1 if self.joined else cell.ranks):
             with log.open("a") as stderr:
                 processes.append(
                     subprocess.Popen(
                         command,
                         cwd=ROOT,
-                        env=_environment(cell, rank, port),
+                        env=_environment(cell, None if self.joined else rank, port),
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=stderr,
@@ -198,7 +221,9 @@ class Run:
                         start_new_session=True,
                     )
                 )
-        return Worker(cell, folder / "result.json", log, processes, time.monotonic() + preset.timeout_seconds)
+        worker = Worker(cell, folder / "result.json", log, processes, time.monotonic() + preset.timeout_seconds)
+        self.workers.append(worker)
+        return worker
 
     def _collect(self, worker: Worker) -> dict[str, Any]:
         worker.kill()
@@ -220,7 +245,11 @@ class Run:
         references: dict[Any, dict[str, Any]] = {}
         for result in results:
             cell = result["cell"]
-            if cell["engine"] == "gemm" or result["status"] != "ok" or (cell["engine"] == "ours" and not cell["packing"]):
+            if (
+                cell["engine"] == "gemm"
+                or result["status"] != "ok"
+                or (cell["engine"] == "ours" and not cell["packing"])
+            ):
                 continue
             keys = ("method", "shape", "layers", "row_tokens", "rows_per_step", "data")
             key = tuple(cell[name] for name in keys)
@@ -242,7 +271,8 @@ def _without_result(cell: Cell, status: str, reason: str) -> dict[str, Any]:
     return {**empty, "samples": [], "phases": {}, "memory": {}, "first_loss": None}
 
 
-def _environment(cell: Cell, rank: int, port: int) -> dict[str, str]:
+def _environment(cell: Cell, rank: int | None, port: int) -> dict[str, str]:
+    """rank None: this process's own place among the ranks, as its launcher says it."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -251,7 +281,7 @@ def _environment(cell: Cell, rank: int, port: int) -> dict[str, str]:
     }
     if cell.threads is not None:
         environment["OMP_NUM_THREADS"] = str(cell.threads)
-    if cell.ranks > 1:
+    if cell.ranks > 1 and rank is not None:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cell.ranks)}
         environment |= {"LOCAL_WORLD_SIZE": str(cell.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return environment
@@ -263,13 +293,22 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run(preset: Preset, out: Path, *, command: str, only: str = "", scratch: Path | None = None) -> list[dict[str, Any]]:
-    """Measures a preset; all results. Raw files are in `out`."""
+def run(
+    preset: Preset,
+    out: Path,
+    *,
+    command: str,
+    only: str = "",
+    scratch: Path | None = None,
+    resume: bool = False,
+    joined: bool = False,
+) -> list[dict[str, Any]]:
+    """Measures a preset; all results. Raw files are in `out`. resume: cells of this code that are there are kept."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     origin = provenance.collect(command, device)
     own = Path(tempfile.mkdtemp(prefix="benchmark-")) if scratch is None else scratch
+    measuring = Run(preset, out, own, origin, resume=resume, joined=joined)
     try:
-        measuring = Run(preset, out, own, origin)
         results = []
         for group in preset.groups:
             chosen = tuple(cell for cell in group.cells if only in cell.name)
@@ -277,13 +316,43 @@ def run(preset: Preset, out: Path, *, command: str, only: str = "", scratch: Pat
                 results += measuring.group(Group(chosen, group.in_turns, group.title))
         return results
     finally:
+        for worker in measuring.workers:
+            worker.kill()
         if scratch is None:
             shutil.rmtree(own, ignore_errors=True)
 
 
+def run_as_rank(preset: Preset, out: Path, *, command: str, scratch: Path) -> None:
+    """This process is one of the ranks that a launcher started (torchrun, srun): all measure the same cells together.
+
+    Each rank starts the cell in a process of its own with its place among the ranks. Inputs are made by the first rank
+    of each node, below `scratch`/node; raw files are written by rank 0.
+    """
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = int(os.environ["WORLD_SIZE"])
+    job = os.environ.get("TORCHELASTIC_RUN_ID", os.environ.get("SLURM_JOB_ID", "job"))
+    own = scratch / f"{socket.gethostname()}-{job}"
+    cells_here = [cell for group in preset.groups for cell in group.cells if cell.ranks == world_size]
+    if not cells_here:
+        raise UserError(f"no cell of this preset has {world_size} ranks; give --ranks {world_size}")
+    num_steps = preset.warmup_steps + preset.steps + preset.turns + preset.instrumented_steps + 1
+    for cell in cells_here:
+        made = own / f"{cell.name}.made"
+        if local_rank == 0:
+            inputs.prepare(cell, own, num_steps)
+            made.touch()
+        while not made.exists():
+            time.sleep(0.2)
+    chosen = replace(preset, groups=(Group(tuple(cells_here), False, "ranks"),))
+    where = out if rank == 0 else own / f"rank-{rank}"
+    if rank != 0:  # every rank has its own folder of logs and results; only rank 0's results are kept
+        where.mkdir(parents=True, exist_ok=True)
+    run(chosen, where, command=command, scratch=own, joined=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("tiny", "cpu", "gpu", "scaling"), default="cpu")
+    parser.add_argument("--preset", choices=("tiny", "cpu", "gpu", "peaks", "scaling"), default="cpu")
     parser.add_argument("--shape", default="1b", help="gpu, scaling: one of benchmarks.shapes")
     parser.add_argument("--layers", type=int, help="gpu, scaling: only the first N layers of the shape")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="scaling: numbers of ranks")
@@ -291,11 +360,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only cells whose name contains this")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
     parser.add_argument("--scratch", type=Path, help="folder for models and data, kept; default: a temporary one")
+    parser.add_argument("--resume", action="store_true", help="keep cells in --out that this very code has measured")
     parser.add_argument("--allow-dirty", action="store_true", help="measure code that is no commit; the result says so")
     arguments = parser.parse_args()
     preset = {
         "tiny": cells.tiny,
         "cpu": cells.cpu,
+        "peaks": cells.peaks,
         "gpu": lambda: cells.gpu(arguments.shape, arguments.layers),
         "scaling": lambda: cells.scaling(
             arguments.shape, arguments.layers, tuple(arguments.ranks), tuple(arguments.strategies)
@@ -306,11 +377,24 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cells end with this process
     started = time.monotonic()
     command = provenance.this_command("benchmarks.throughput")
-    results = run(preset, arguments.out, command=command, only=arguments.only, scratch=arguments.scratch)
-    counts = statistics.multimode(result["status"] for result in results)
-    print(f"{len(results)} cells ({', '.join(counts)} most) in {time.monotonic() - started:.0f} s: {arguments.out}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        shared = arguments.scratch or Path(tempfile.gettempdir()) / "benchmark-ranks"
+        run_as_rank(preset, arguments.out, command=command, scratch=shared)
+        return
+    results = run(
+        preset,
+        arguments.out,
+        command=command,
+        only=arguments.only,
+        scratch=arguments.scratch,
+        resume=arguments.resume,
+    )
+    counts = Counter(result["status"] for result in results)
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+    print(f"{len(results)} cells ({summary}) in {time.monotonic() - started:.0f} s: {arguments.out}")
 
 
 if __name__ == "__main__":

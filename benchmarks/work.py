@@ -52,6 +52,13 @@ def compare(
     gradients: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """Whether a cell did the reference's work, by loss and gradients of the first step."""
+    if not reference_gradients or not gradients:  # of an earlier run, whose gradients are gone
+        return {
+            "reference": reference["name"],
+            "gradient_cosine": None,
+            "relative_loss_difference": None,
+            "is_same": None,
+        }
     similarity = cosine(reference_gradients, gradients)
     ours, theirs = reference["first_loss"], result["first_loss"]
     difference = abs(theirs - ours) / abs(ours) if ours and theirs is not None else math.nan

@@ -13,8 +13,10 @@ import time
 STARTED = time.perf_counter()
 
 import argparse  # noqa: E402
+import ctypes  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("spec", type=Path)
     parser.add_argument("--turns", action="store_true")
     arguments = parser.parse_args()
+    _end_with_parent()
     spec = json.loads(arguments.spec.read_text())
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
@@ -44,6 +47,13 @@ def main() -> None:
         out = Path(spec["out"])
         out.with_suffix(".part").write_text(json.dumps(result))
         out.with_suffix(".part").rename(out)
+
+
+def _end_with_parent() -> None:
+    """Linux: this process is killed when the one that started it ends, however that ends."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def measure(spec: dict[str, Any], orders: IO[str] | None, answers: IO[str] | None) -> dict[str, Any]:
