@@ -21,13 +21,14 @@ from qlora_dist.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 # every raw file has these; `report` refuses one that lacks any
 FIELDS = ("commit", "code_hash", "command", "date", "device", "hardware", "driver", "versions")
+RESULTS = ("benchmarks/results", "benchmarks/RESULTS.md", "benchmarks/results.html")  # what the suite itself writes
 PEERS = ("trl", "unsloth", "deepspeed", "flash-attn", "triton", "liger-kernel", "numpy")
 
 
 def collect(command: str, device: torch.device) -> dict[str, Any]:
     """The provenance of numbers measured now, on this machine."""
     return {
-        "commit": provenance.commit(),
+        "commit": commit(),
         "code_hash": code_hash(),
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -40,13 +41,27 @@ def collect(command: str, device: torch.device) -> dict[str, Any]:
 
 def require_clean(allow_dirty: bool) -> None:
     """Raises UserError where the numbers could not be traced to a commit."""
-    commit = provenance.commit()
-    if allow_dirty or (commit is not None and not commit.endswith("-dirty")):
+    found_commit = commit()
+    if allow_dirty or (found_commit is not None and not found_commit.endswith("-dirty")):
         return
-    found = "this is no git checkout" if commit is None else f"files differ from commit {commit[:12]}"
+    found = "this is no git checkout" if found_commit is None else f"files differ from commit {found_commit[:12]}"
     raise UserError(
         f"{found}: its numbers could not be traced to code; commit first, or give --allow-dirty, which marks them"
     )
+
+
+def commit() -> str | None:
+    """Commit of the checkout, with `-dirty` when a file other than a result differs from it; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ".", *(f":!{path}" for path in RESULTS))
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def code_hash() -> str:

@@ -31,6 +31,7 @@ from . import provenance
 from .dataset import shared_data
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 NESTED_BLOCK = 256  # quantization constants that share one constant of theirs
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -121,16 +122,46 @@ def decoder_linears(model: Any) -> Iterator[torch.nn.Linear]:
             yield module
 
 
+def read_windows(tokenizer: Any, text: Path, num_tokens: int, window: int) -> list[list[int]]:
+    """Token windows of a text, each with BOS in front where the tokenizer has one.
+
+    A text of documents (separated by <|endoftext|>) gives one window a document, cut at `window` tokens; running text
+    is cut into windows.
+    """
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    beginning = text.read_text(encoding="utf-8")[: num_tokens * 12]
+    parts = [part.strip() for part in beginning.split(SEPARATOR)]
+    if len(parts) > 1:
+        windows = [begin + _ids(tokenizer, part)[: window - len(begin)] for part in parts[:-1] if part]
+    else:
+        ids, width = _ids(tokenizer, beginning), window - len(begin)
+        windows = [begin + ids[start : start + width] for start in range(0, len(ids) - width, width)]
+    chosen, count = [], 0
+    for one in windows:
+        if count >= num_tokens:
+            break
+        chosen.append(one)
+        count += len(one)
+    return chosen
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 @torch.no_grad()
-def perplexity(model: Any, tokens: torch.Tensor, window: int, batch: int = 8) -> float:
-    """exp of the mean NLL in windows of `window` tokens, the first of each not counted."""
-    windows = tokens[: len(tokens) // window * window].view(-1, window)
+def perplexity(model: Any, windows: list[list[int]], batch: int = 8) -> float:
+    """exp of the mean NLL; the first token of each window is not counted."""
     total, count = 0.0, 0
-    for part in windows.split(batch):
-        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
-        labels = part[:, 1:]
+    ordered = sorted(windows, key=len)
+    for start in range(0, len(ordered), batch):
+        part = [torch.tensor(one) for one in ordered[start : start + batch]]
+        # filler stands behind the text, where no counted token sees it
+        ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
+        labels = torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=-100)[:, 1:]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
-        count += labels.numel()
+        count += int((labels != -100).sum())
     return math.exp(total / count)
 
 
@@ -142,11 +173,7 @@ def measure_model(
 
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    tokens = []
-    for text in texts:
-        beginning = text.read_text(encoding="utf-8")[: num_tokens * 12]
-        ids = tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens.append(torch.tensor(ids[:num_tokens]))
+    tokens = [read_windows(tokenizer, text, num_tokens, window) for text in texts]
     linears = list(decoder_linears(model))
     originals = [linear.weight.detach().clone() for linear in linears]
     results: list[list[dict[str, Any]]] = [[] for _ in texts]
@@ -155,7 +182,7 @@ def measure_model(
         for linear, original in zip(linears, originals):
             linear.weight.data = change(original)
         for part, own in zip(tokens, results):
-            own.append({"type": kind, "block": block, "bits": bits, "perplexity": perplexity(model, part, window)})
+            own.append({"type": kind, "block": block, "bits": bits, "perplexity": perplexity(model, part)})
 
     measure("fp32", None, 32.0, lambda weight: weight)
     measure("bf16", None, 16.0, lambda weight: weight.bfloat16().float())
@@ -164,7 +191,7 @@ def measure_model(
             measure(kind, block, bits_per_weight(kind, block), partial(quantize_dequantize, kind=kind, block=block))
     facts = {"model": Path(name).name, "num_weights": sum(weight.numel() for weight in originals), "window": window}
     return [
-        {**facts, "text": text.name, "num_tokens": len(part), "results": own}
+        {**facts, "text": text.name, "num_tokens": sum(map(len, part)), "results": own}
         for text, part, own in zip(texts, tokens, results)
     ]
 
@@ -227,7 +254,7 @@ def default_sources() -> tuple[list[tuple[str, list[Path], int, int]], dict[str,
     text = folder / "text"
     models = [
         (str(small), [text / "tinystories_train.txt"], 16384, 512),
-        (str(base), [text / "wikitext2_valid.txt", text / "tinyshakespeare.txt"], 4096, 256),
+        (str(base), [text / "gutenberg" / "the-time-machine.txt", text / "wikitext2_valid.txt"], 6144, 256),
     ]
     return models, matrices_of(folder / "gpt2_real_weights" / "gpt2_small_attn_sample.fp16.safetensors")
 

@@ -352,7 +352,7 @@ def run_as_rank(preset: Preset, out: Path, *, command: str, scratch: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("tiny", "cpu", "gpu", "peaks", "scaling"), default="cpu")
+    parser.add_argument("--preset", choices=("tiny", "cpu", "cpu-all", "gpu", "peaks", "scaling"), default="cpu")
     parser.add_argument("--shape", default="1b", help="gpu, scaling: one of benchmarks.shapes")
     parser.add_argument("--layers", type=int, help="gpu, scaling: only the first N layers of the shape")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="scaling: numbers of ranks")
@@ -366,6 +366,7 @@ def main() -> None:
     preset = {
         "tiny": cells.tiny,
         "cpu": cells.cpu,
+        "cpu-all": cells.cpu_all,
         "peaks": cells.peaks,
         "gpu": lambda: cells.gpu(arguments.shape, arguments.layers),
         "scaling": lambda: cells.scaling(
