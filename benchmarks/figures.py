@@ -44,6 +44,17 @@ def of(result: dict[str, Any], gemm: dict[str, Any] | None, device: str = "") ->
     return found
 
 
+def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Rates over each other, of cells that stepped in turns: what stays the same on a faster machine."""
+    rate = {
+        (r["cell"]["engine"], r["cell"]["method"]): r["figures"]["tokens_per_second"]["median"]
+        for r in results
+        if r["status"] == "ok"
+    }
+    ours = rate["ours", "nf4-dq"]
+    return {"nf4_over_lora": ours / rate["ours", "lora-bf16"], "ours_over_trainer": ours / rate["trainer", "nf4-dq"]}
+
+
 def summary(values: list[float]) -> dict[str, float]:
     """Median, quartiles, extremes."""
     ordered = sorted(values)

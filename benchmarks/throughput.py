@@ -361,6 +361,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
     parser.add_argument("--scratch", type=Path, help="folder for models and data, kept; default: a temporary one")
     parser.add_argument("--resume", action="store_true", help="keep cells in --out that this very code has measured")
+    parser.add_argument(
+        "--ratios", type=Path, help="tiny: also record the ratios that the regression test compares with"
+    )
     parser.add_argument("--allow-dirty", action="store_true", help="measure code that is no commit; the result says so")
     arguments = parser.parse_args()
     preset = {
@@ -393,6 +396,10 @@ def main() -> None:
         scratch=arguments.scratch,
         resume=arguments.resume,
     )
+    if arguments.ratios is not None:
+        origin = provenance.collect(command, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        content = {"benchmark": "ratios", "provenance": origin, **figures.ratios(results)}
+        arguments.ratios.write_text(json.dumps(content, indent=1) + "\n")
     counts = Counter(result["status"] for result in results)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
     print(f"{len(results)} cells ({summary}) in {time.monotonic() - started:.0f} s: {arguments.out}")

@@ -95,14 +95,8 @@ def test_the_speed_of_nf4_against_sixteen_bits_is_about_what_was_recorded(measur
     """A ratio, not seconds: the same on a fast and a slow machine. The band is wide: both step in turns, but tiny
     steps on a busy machine scatter by half."""
     recorded = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "ratios.json").read_text())
-    ratio = _rate(by_engine(measured, "ours")) / _rate(by_engine(measured, "ours", "lora-bf16"))
-    assert recorded["nf4_over_lora"] / 3 < ratio < recorded["nf4_over_lora"] * 3
-    beside_stock = _rate(by_engine(measured, "ours")) / _rate(by_engine(measured, "trainer"))
-    assert recorded["ours_over_trainer"] / 3 < beside_stock < recorded["ours_over_trainer"] * 3
-
-
-def _rate(result):
-    return result["figures"]["tokens_per_second"]["median"]
+    for name, ratio in figures.ratios(list(measured[0].values())).items():
+        assert recorded[name] / 3 < ratio < recorded[name] * 3, name
 
 
 def test_a_run_that_goes_on_keeps_what_this_code_has_measured(measured, tmp_path):
