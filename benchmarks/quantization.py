@@ -212,28 +212,28 @@ def measure_weights(matrices: dict[str, torch.Tensor], blocks: tuple[int, ...]) 
 
 
 def findings(result: dict[str, Any]) -> list[str]:
-    """Sentences about the paper's order, each from the numbers."""
+    """Sentences about the paper's order, each from the numbers of a raw result."""
     said = []
     for model in result["perplexity"]:
         at = {(entry["type"], entry["block"]): entry["perplexity"] for entry in model["results"]}
         order = sorted(PAPER_ORDER, key=lambda kind: at[kind, 64])
-        where = f"{model['model']} on {model['text']}"
-        values = ", ".join(f"{kind} {at[kind, 64]:.3f}" for kind in order)
+        values = " < ".join(f"{kind} {at[kind, 64]:.3f}" for kind in order)
+        said.append(f"{model['model']} on {model['text']}, block 64: {values}.")
+        before = [kind for kind in ("fp4-e3m0", "fp4-e2m1") if at[kind, 64] < at["int4", 64]]
+        is_best = order[0] == "nf4-dq"
         if order == list(PAPER_ORDER):
-            said.append(f"{where}, block 64: the paper's order ({values}).")
-            continue
-        floats = min(at["fp4-e2m1", 64], at["fp4-e3m0", 64])
-        best = "NF4 + DQ is best, as in the paper" if order[0] == "nf4-dq" else "NF4 + DQ is not the best here"
-        said.append(f"{where}, block 64: {values}. {best}; the paper's full order is not seen.")
-        if at["int4", 64] < floats:
-            blocks = sorted({block for _, block in at if block})
-            behind = [b for b in blocks if at["int4", b] > min(at["fp4-e2m1", b], at["fp4-e3m0", b])]
-            crossing = f"from block {behind[0]} on it falls behind one of them" if behind else "at no block behind both"
+            said.append("This is the paper's order.")
+        elif is_best and before:
+            said.append(f"The paper's NF4 + DQ < FP4 < Int4 holds with {' and '.join(before)}.")
+        else:
+            said.append("NF4 + DQ is best, as in the paper." if is_best else "NF4 + DQ is not the best here.")
             said.append(
-                f"Int4 is before both float types there: the largest of 64 nearly normal weights is only about 2.5 "
-                f"standard deviations, so that even steps cover a block well; {crossing}. The paper's models have "
-                "outliers, which stretch a block's scale as a larger block does."
+                "Int4 before both float types is not the paper's order: its models have outliers, which stretch a "
+                "block's scale and leave even steps too coarse for the rest; in these weights the largest of 64 is not "
+                "far from the others (see the weight errors)."
             )
+        if at["fp4-e2m1", 64] < at["fp4-e3m0", 64]:
+            said.append("E2M1 is before E3M0, unlike in the paper: powers of two are coarse where these weights are.")
     return said
 
 
@@ -292,12 +292,11 @@ def main() -> None:
         ],
         "weight_error": measure_weights(matrices, blocks),
     }
-    result["findings"] = findings(result) if 64 in blocks else []
     text = json.dumps(result, indent=1)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text + "\n")
-    print("\n".join(result["findings"]))
+    print("\n".join(findings(result) if 64 in blocks else []))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 from .cells import Cell
 from .charts import Bar, bar_chart, number
 from .figures import out_of_memory
+from .quantization import findings
 
 GIB, MIB = 2**30, 2**20
 
@@ -88,7 +89,7 @@ def _rate_bars(title: str, results: list[dict[str, Any]]) -> str:
 
 
 def machine(raw: Any) -> Section | None:
-    origins = {}
+    origins: dict[Any, dict[str, Any]] = {}
     for content in [*raw.cells, *raw.others.values()]:
         origin = content.get("provenance", content)
         if "hardware" in origin:
@@ -320,7 +321,7 @@ def quantization(raw: Any) -> Section | None:
     if rows:
         header = ["matrix", "type", "block", "relative error", "raw"]
         tables.append(Table("Error of real weights at block 64", header, rows))
-    return Section(f"{raw.name}: quality of the data types", " ".join(content["findings"]), tables)
+    return Section(f"{raw.name}: quality of the data types", " ".join(findings(content)), tables)
 
 
 def ceilings(raw: Any) -> Section | None:

@@ -193,6 +193,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         preset = self.preset
         num_steps = preset.warmup_steps + preset.steps + preset.turns + preset.instrumented_steps + 1
+        for left in ("result.json", "result.gradients"):  # of an earlier run with this scratch folder
+            (folder / left).unlink(missing_ok=True)
         spec = {
             "cell": cell.as_dict(),
             "out": str(folder / "result.json"),

@@ -76,8 +76,9 @@ def test_four_bit_weights_take_less_than_sixteen_bit_ones_by_what_they_must(meas
     shape = SHAPES["tiny"]
     linear = shape.linear_parameters - shape.vocabulary * shape.hidden
     saved = by_engine(measured, "ours", "lora-bf16")["items"]["base"] - by_engine(measured, "ours")["items"]["base"]
-    # 2 bytes less half a byte and one byte of constant for 64 weights, less small tables
-    assert saved == pytest.approx(linear * (2 - 0.5 - 1 / 64), rel=0.02)
+    # 2 bytes less half a byte and one byte of constant for 64 weights; each of 14 matrices keeps tables of 16 and 256
+    # fp32 codes, and a few bytes more
+    assert saved == pytest.approx(linear * (2 - 0.5 - 1 / 64) - 14 * (64 + 1024), rel=0.001)
 
 
 def test_every_raw_file_says_where_it_comes_from(measured):
@@ -259,7 +260,7 @@ def test_a_conductor_takes_warm_up_timed_and_instrumented_steps_in_this_order():
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("7b", 6.48), ("8b", 6.98), ("13b", 12.69), ("65b", 64.76), ("70b", 68.5)]
+    ("name", "billions"), [("7b", 6.48), ("8b", 6.98), ("13b", 12.69), ("65b", 64.76), ("70b", 68.45)]
 )
 def test_shapes_have_the_linear_weights_of_the_models_they_are_named_after(name, billions):
     shape = SHAPES[name]

@@ -10,6 +10,7 @@ are random: zeros draw less power and run faster. Runs on a CPU at tiny sizes to
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import statistics
 import sys
@@ -168,11 +169,13 @@ def _varlen(query: Any, key: Any, value: Any, length: int) -> Callable[[], Any]:
     q, k, v, borders = _flattened(query, key, value, length)
 
     def attend() -> Any:
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention import varlen
 
         repeat = q.shape[1] // k.shape[1]  # not every version takes grouped heads
-        return varlen_attn(q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), borders, borders, length,
-                           length, is_causal=True)  # fmt: skip
+        keywords = inspect.signature(varlen.varlen_attn).parameters  # nor the same word for causal
+        causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in keywords else {"is_causal": True}
+        k2, v2 = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        return varlen.varlen_attn(q, k2, v2, borders, borders, length, length, **causal)
 
     return attend
 
