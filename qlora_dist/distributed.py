@@ -60,20 +60,21 @@ def require_own_strategy(name: str) -> None:
     accelerate's launcher says in variables that it wants DeepSpeed or FSDP. `Accelerator` would then make a plugin of
     its own, with values that the run config does not know, and transformers would load the model through it.
     """
-    asked = {
-        kind: os.environ.pop(variable)
-        for kind, variable in (("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP"))
-        if os.environ.get(variable, "false").lower() == "true"
-    }
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-    for kind in asked:
-        fits = name.startswith(f"zero{stage or ''}") if kind == "DEEPSPEED" else name == "fsdp"
-        if not fits:
-            what = f"DEEPSPEED with ZeRO stage {stage}" if kind == "DEEPSPEED" and stage else kind
+    remedy = (
+        "the run config decides: launch with launch/accelerate/ddp.yaml (it fits every strategy), and set strategy."
+    )
+    for kind, variable in (("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP")):
+        if os.environ.pop(variable, "false").lower() != "true":
+            continue
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        if kind == "DEEPSPEED" and file != "none":
+            raise UserError(f"the launcher's config names the DeepSpeed config {file}; {remedy}ds_config={file}")
+        if not (name.startswith(f"zero{stage}") if kind == "DEEPSPEED" else name == "fsdp"):
+            what = f"{kind} with ZeRO stage {stage}" if kind == "DEEPSPEED" and stage else kind
             raise UserError(
-                f"the launcher's config asks for distributed_type {what}, the run config for strategy.name={name}; the "
-                "run config decides: launch with launch/accelerate/ddp.yaml (it fits every strategy) and set "
-                "strategy.name"
+                f"the launcher's config asks for distributed_type {what}, the run config for strategy.name={name}; "
+                f"{remedy}name"
             )
 
 
