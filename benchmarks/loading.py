@@ -5,7 +5,7 @@
 A Llama with random bf16 weights is written in several safetensors files and read back (from the page cache: times say
 what the processor does, not the disk). `shared` is strategy fsdp on two ranks, the larger figure of the two. Two peaks
 are recorded: resident memory, which counts pages of mapped files, and the anonymous part of it, which no other process
-shares. `held` is the base itself; on a GPU it would not be in host memory, so what is above it is the figure to look at.
+shares. `held` is the base itself; on a GPU it would not be in host memory: look at what is above it.
 """
 
 from __future__ import annotations
