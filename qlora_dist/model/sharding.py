@@ -101,6 +101,7 @@ def load_shared(
     """The base with this rank's part of every large weight on the device (with `offload` in host memory).
 
     Raises UserError for families without decoder layers, and for weights that are no whole number of blocks.
+    Raises RunFailed when a large weight was left whole.
     """
     model: Any = skeleton.model
     weights = [(name, module, attribute, weight_size(module, attribute))
@@ -119,6 +120,7 @@ def load_shared(
     finish(skeleton, source, tied, group.device)
     progress.close()
     model.shared = Shared(group, skeleton, source)
+    check_shares(model)
     return model
 
 

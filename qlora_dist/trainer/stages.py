@@ -214,7 +214,6 @@ def build_learner(config: RunConfig, world: World) -> Learner:
         offload=config.strategy.offload,
     )
     base_model.check_head(model)
-    base_model.check_shares(model)
     base_model.check_gathered_layer(model)
     if config.lora is None:
         model.requires_grad_(True)
