@@ -67,6 +67,7 @@ def measure(how: str, source: str, out: str) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # isort: skip
 
     torch.set_num_threads(1)
+    world = World.init()
     bitsandbytes.functional.quantize_4bit(torch.ones(64))
     fields = {"resident": "VmRSS", "anonymous": "RssAnon"}
     before = {name: status(field) for name, field in fields.items()}
@@ -83,7 +84,6 @@ def measure(how: str, source: str, out: str) -> dict[str, float]:
     started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
     model: Any = None
     if how in ("load_base", "shared"):
-        world = World.init()
         model = load_base(source, quantization="nf4", double_quant=True, compute_dtype=torch.bfloat16,
                           attention="auto", device=world.device, shards=world.shard_group())  # fmt: skip
     elif how == "from_pretrained":
