@@ -78,6 +78,11 @@ class MemoryPlan:
         """None without a device to fit."""
         return None if self.headroom_bytes is None else self.headroom_bytes >= 0
 
+    @property
+    def is_hopeless(self) -> bool:
+        """It does not fit, and would not without the allocator's reserve either."""
+        return self.headroom_bytes is not None and self.headroom_bytes + self.items["allocator reserve"].size < 0
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {

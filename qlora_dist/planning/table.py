@@ -52,10 +52,7 @@ def verdict(plan: MemoryPlan) -> str:
     device = format_bytes(plan.device_bytes)
     assert plan.headroom_bytes is not None
     if not plan.fits:
-        missing = format_bytes(-plan.headroom_bytes)
-        return f"Does not fit: {missing} missing in {device}. What would:" if plan.advice else (
-            f"Does not fit: {missing} missing in {device}"
-        )  # fmt: skip
+        return f"Does not fit: {shortfall(plan)}" + (". What would:" if plan.advice else "")
     if plan.paged_out_bytes:
         return (
             f"Fits in {device} with {format_bytes(plan.paged_out_bytes)} of optimizer states on the host, which moves "
@@ -64,12 +61,20 @@ def verdict(plan: MemoryPlan) -> str:
     return f"Fits in {device}; {format_bytes(plan.headroom_bytes)} free at the peak"
 
 
+def shortfall(plan: MemoryPlan) -> str:
+    """By how much a plan does not fit."""
+    assert plan.device_bytes is not None and plan.headroom_bytes is not None
+    return f"{format_bytes(-plan.headroom_bytes)} missing in {format_bytes(plan.device_bytes)}"
+
+
 def summary_lines(plan: MemoryPlan) -> Iterator[str]:
     """A plan in a few lines, for the start of a run: the largest items, the verdict."""
+    where = "each GPU" if plan.device_bytes is not None else "a GPU"
     largest = sorted(plan.items.items(), key=lambda item: -item[1].size)[:5]
     parts = ", ".join(f"{name} {format_bytes(item.size)}" for name, item in largest)
-    yield f"planned for each GPU: {format_bytes(plan.peak_bytes)} ({parts}, ...)"
-    yield f"recompute {plan.recompute} of {plan.num_layers} layers; {verdict(plan)}"
+    yield f"planned for {where}: {format_bytes(plan.peak_bytes)} at the peak ({parts}, ...)"
+    if plan.fits:
+        yield verdict(plan)
 
 
 def format_bytes(size: int) -> str:

@@ -45,7 +45,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
             Metrics(run, world.is_main, num_steps, "tensorboard" in config.logging.trackers) as metrics,
             fitting.explaining_out_of_memory(fit, world) as progress,
         ):
-            metrics.say(stages.describe(config, world, data, num_steps) + fit.said)
+            metrics.say(stages.describe(config, world, data, num_steps) + fit.text)
 
             # model: 4-bit base -> adapters -> what updates them
             progress.learner = learner = stages.build_learner(config, world)
@@ -87,4 +87,4 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                 waited_since = time.perf_counter()
             if state.step < num_steps:
                 return keeping.say_stopped(run, world, state, stop.name)
-            return keeping.finish(config, run, world, learner, data, state, before, metrics)
+            return keeping.finish(config, run, world, learner, data, state, before, metrics, fit.plan)

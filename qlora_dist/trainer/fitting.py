@@ -14,11 +14,12 @@ from .. import adapters
 from .. import model as base_model
 from ..config import RunConfig
 from ..distributed import World
-from ..errors import RunFailed
+from ..errors import RunFailed, UserError
 from ..memory import MemoryPlan, ModelShapes, choose, plan_memory
 from ..memory.constants import CONTEXT_BYTES
 from ..metrics import GIB, Metrics, peak_bytes
 from ..planning import read_shapes
+from ..planning.table import shortfall, summary_lines
 from ..state import TrainState
 from .stages import Data
 from .step import Learner, try_batch
@@ -37,11 +38,18 @@ class Fit:
     plan: MemoryPlan
     said: str
 
+    @property
+    def text(self) -> str:
+        """For the start of a run: what was chosen, and the plan in a few lines."""
+        return self.said + "".join(f"\n{line}" for line in summary_lines(self.plan))
+
 
 def settle(config: RunConfig, world: World) -> Fit:
     """Replaces `auto` in memory.recompute and batch.micro_rows by what the memory plan says fits on the smallest GPU.
 
     All ranks come to the same: the plan is a pure function of the config and of the least memory that any rank has.
+    Raises UserError, with what would fit, when the tensors alone have no room; what the plan adds for fragments may be
+    too much, so a run that fits without it is warned and tried.
     """
     sizes: dict[str, Any] = {"world_size": world.size, "local_world_size": world.local_size}
     shapes = read_shapes(config.model.name, config.model.revision)
@@ -62,7 +70,10 @@ def settle(config: RunConfig, world: World) -> Fit:
     chosen = [f"{name}={values[name]}" for name, free in is_free.items() if free]
     said = [f"{' '.join(chosen)} ({why})"] if chosen else []
     if plan.fits is False:
-        said.append("by the memory plan this run does not fit; what would: " + "; ".join(plan.advice[:NUM_ADVICE]))
+        what_would = "what would: " + "; ".join(plan.advice[:NUM_ADVICE])
+        if plan.is_hopeless and shapes.is_exact:
+            raise UserError(f"the run needs more memory than a GPU here has: {shortfall(plan)}; {what_would}")
+        said.append(f"by the memory plan this run does not fit; {what_would}")
     settled = config.model_copy(
         update={
             "memory": config.memory.model_copy(update={"recompute": values["memory.recompute"]}),

@@ -13,6 +13,7 @@ from .. import model as base_model
 from ..config import RunConfig, dump_yaml
 from ..distributed import World
 from ..errors import UserError
+from ..memory import MemoryPlan
 from ..metrics import GIB, Metrics, median_tokens_per_second, peak_bytes
 from ..provenance import commit, device_name, versions
 from ..state import RunDir, TrainState, config_changes, read_metrics, write_json
@@ -128,18 +129,22 @@ def finish(
     state: TrainState,
     before: dict[str, float],
     metrics: Metrics,
+    plan: MemoryPlan,
 ) -> TrainState:
     """Exports the weights, writes summary.json, and marks the run as completed, in this order."""
     peak = world.max(peak_bytes(world.device))
 
     def finish_on_main() -> None:
         _export(config, run, learner)
-        write_json(run.summary, _summary(config, run, world, learner, data, state, before, int(peak)))
+        write_json(run.summary, _summary(config, run, world, learner, data, state, before, int(peak), plan))
         run.mark_completed(state.step, config.train.length)
 
     with learner.update.whole_weights():
         world.from_main(finish_on_main)
-    metrics.say(f"finished: {state.step} steps, peak {peak / GIB:.2f} GiB; {_exported(config, run)}, {run.summary}")
+    error = f" (planned {plan.tensor_bytes / peak - 1:+.1%})" if world.device.type == "cuda" else ""
+    metrics.say(
+        f"finished: {state.step} steps, peak {peak / GIB:.2f} GiB{error}; {_exported(config, run)}, {run.summary}"
+    )
     return state
 
 
@@ -167,6 +172,7 @@ def _summary(
     state: TrainState,
     before: dict[str, float],
     peak: int,
+    plan: MemoryPlan,
 ) -> dict[str, Any]:
     lines = list(read_metrics(run.metrics))
     stats = data.documents.stats
@@ -188,8 +194,9 @@ def _summary(
         "bad": stats.total("bad"),
         "tokens_per_second_median": median_tokens_per_second(run.metrics),
         "peak_bytes_max": peak,
-        "planned_peak_bytes": None,
-        "plan_error": None,
+        "planned_peak_bytes": plan.tensor_bytes,
+        # a CPU's peak is that of a whole process, which nobody plans
+        "plan_error": plan.tensor_bytes / peak - 1 if world.device.type == "cuda" else None,
         "trainable_parameters": learner.num_trainable_parameters,
         "base_parameters": learner.num_base_parameters,
         "versions": versions(),
