@@ -212,7 +212,7 @@ class MemoryConfig(_Section):
 
 class StrategyConfig(_Section):
     name: Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp"] = "ddp"
-    """What is sharded: ddp nothing; zero1 optimizer states; zero2 also gradients (offload: on host); zero3, fsdp the base."""
+    """Sharded: ddp nothing; zero1 optimizer states; zero2 also gradients (offload: on host); zero3, fsdp the base."""
     ds_config: str | None = None
     """DeepSpeed config of a zero strategy. null: the one that is shipped under the strategy's name (ds_configs/)."""
     offload: bool = False
