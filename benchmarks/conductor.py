@@ -1,0 +1,158 @@
+"""Turns and clocks of one cell: who may step when, and how long each step took.
+
+The cells of a group are processes that are all loaded at once and step alternately, a few steps a turn, so that a slow
+moment of the machine meets all alike. The parent (throughput) writes `turn N` to a worker's input and waits for its
+answer; a worker that runs alone takes its steps in one go.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import torch
+
+PHASES = ("data", "forward", "backward", "communication", "optimizer")
+
+
+class Conductor:
+    """Called by an engine after every step; says whether to go on.
+
+    Steps: warm-up, then timed ones in turns, then instrumented ones (with a device synchronization at every border of
+    a phase, so they are kept apart from the timed ones).
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        warmup_steps: int,
+        steps: int,
+        instrumented_steps: int,
+        orders: IO[str] | None = None,
+        answers: IO[str] | None = None,
+    ) -> None:
+        self._device = device
+        self._warmup_left = warmup_steps
+        self._alone_steps = steps
+        self._instrumented_left = instrumented_steps
+        self._orders, self._answers = orders, answers
+        self._turn_left = 0
+        self._events: list[Any] = []
+        self._pending: list[dict[str, Any]] = []
+        self.is_instrumented = False
+        self.samples: list[dict[str, Any]] = []
+        self.phases: list[dict[str, float]] = []
+        self._current: dict[str, float] = {}
+        self._mark = 0.0
+        self._started = time.perf_counter()
+        self.startup_seconds = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        """Upper bound of the steps that an engine must have data for."""
+        return self._warmup_left + self._alone_steps + self._instrumented_left + 1
+
+    def start(self) -> None:
+        """Everything is loaded; the first step begins."""
+        self.startup_seconds = time.perf_counter() - self._started
+        self._resume()
+
+    def step_done(self, num_tokens: int, num_labels: int, loss: float | None = None) -> bool:
+        """After a step. False: stop."""
+        if self.is_instrumented:
+            self._sync()
+            total = time.perf_counter() - self._mark
+            self.phases.append({**dict.fromkeys(PHASES, 0.0), **self._current, "total": total})
+            self._current = {}
+            self._instrumented_left -= 1
+            self._mark = time.perf_counter()
+            return self._instrumented_left > 0
+        if self._warmup_left > 0:
+            self._warmup_left -= 1
+            if self._warmup_left > 0:
+                return True
+            return self._next_turn("ready")
+        self._record(num_tokens, num_labels, loss)
+        self._turn_left -= 1
+        if self._turn_left > 0:
+            return True
+        self._close_turn()
+        return self._next_turn("turn")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around a part of a step. Costs nothing outside of the instrumented steps."""
+        if not self.is_instrumented:
+            yield
+            return
+        self._sync()
+        started = time.perf_counter()
+        yield
+        self._sync()
+        self.add(name, time.perf_counter() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Time of a phase that an engine measured itself."""
+        if self.is_instrumented:
+            self._current[name] = self._current.get(name, 0.0) + seconds
+
+    def split(self) -> dict[str, float]:
+        """Mean seconds of each phase over the instrumented steps; `other` is what no phase covers."""
+        if not self.phases:
+            return {}
+        mean = {key: sum(step[key] for step in self.phases) / len(self.phases) for key in (*PHASES, "total")}
+        mean["other"] = max(0.0, mean["total"] - sum(mean[key] for key in PHASES))
+        return mean
+
+    # --- inner parts ---
+
+    def _record(self, num_tokens: int, num_labels: int, loss: float | None) -> None:
+        sample = {"tokens": num_tokens, "labels": num_labels, "loss": loss}
+        if self._device.type == "cuda":  # no synchronization a step: peers may run ahead of the device
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
+            self._pending.append(sample)
+            return
+        now = time.perf_counter()
+        self.samples.append({**sample, "seconds": now - self._mark})
+        self._mark = now
+
+    def _close_turn(self) -> None:
+        self._sync()
+        for i, sample in enumerate(self._pending):
+            seconds = self._events[i].elapsed_time(self._events[i + 1]) / 1000
+            self.samples.append({**sample, "seconds": seconds})
+        self._pending, self._events = [], []
+
+    def _next_turn(self, event: str) -> bool:
+        order = self._ask(event)
+        if order[0] == "turn":
+            self._turn_left = int(order[1])
+            self._resume()
+            return True
+        self.is_instrumented = self._instrumented_left > 0
+        self._resume()
+        return self.is_instrumented
+
+    def _ask(self, event: str) -> list[str]:
+        if self._orders is None or self._answers is None:
+            return ["turn", str(self._alone_steps)] if event == "ready" and self._alone_steps else ["finish"]
+        self._answers.write(json.dumps({"event": event}) + "\n")
+        self._answers.flush()
+        line = self._orders.readline()
+        return line.split() or ["finish"]  # the parent is gone
+
+    def _resume(self) -> None:
+        self._sync()
+        if self._device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True)]
+            self._events[0].record()
+        self._mark = time.perf_counter()
+
+    def _sync(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

@@ -1,0 +1,6 @@
+"""python -m benchmarks.gpu status|run OUT ..."""
+
+from .queue import main
+
+if __name__ == "__main__":
+    main()

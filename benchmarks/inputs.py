@@ -1,0 +1,150 @@
+"""What cells read, made once a run: model folders, tokenized data, the documents of steps, adapter weights to start
+from. And what the package's memory plan says of a cell."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from qlora_dist.config import ModelConfig
+from qlora_dist.errors import UserError
+
+from .cells import Cell
+from .dataset import documents_of_steps, write_dataset, write_tokenizer
+from .shapes import DRAWN, config_json, shape_of, write_model
+
+
+def prepare(cell: Cell, scratch: Path, num_steps: int) -> dict[str, Any]:
+    """Folders and lists for a worker's spec. What is there from an earlier cell is used again."""
+    if cell.engine == "gemm":
+        return {"model": "", "data": "", "initial": ""}
+    model, data = _folders(cell, scratch)
+    shape = shape_of(cell.shape, cell.layers)
+    if not (model / "tokenizer.json").exists():
+        if _fits_on_disk(cell, scratch) is None:
+            write_model(model, shape)
+        else:
+            model.mkdir(parents=True, exist_ok=True)
+            (model / "config.json").write_text(json.dumps(config_json(shape)))
+            (model / DRAWN).touch()
+        write_tokenizer(model, shape.vocabulary)
+    write_dataset(data, model, kind=cell.data, row_tokens=cell.row_tokens, vocabulary=shape.vocabulary)
+    prepared: dict[str, Any] = {"model": str(model), "data": str(data), "initial": ""}
+    if cell.engine == "ours":
+        return prepared
+    if not cell.is_full:
+        prepared["initial"] = str(_initial_adapter(cell, model, scratch))
+    return prepared | {"document_steps": _document_steps(cell, model, data, scratch, num_steps)}
+
+
+def too_large(cell: Cell, scratch: Path) -> str | None:
+    """Why this machine cannot hold the cell's weights on disk; None when it can, or need not."""
+    if cell.engine == "gemm":
+        return None
+    reason = _fits_on_disk(cell, scratch)
+    if reason is None or (cell.engine == "ours" and "weights" in ModelConfig.model_fields):
+        return None
+    return reason
+
+
+def _fits_on_disk(cell: Cell, scratch: Path) -> str | None:
+    """None, or by how much the shape's 16-bit weights are too large."""
+    if (_folders(cell, scratch)[0] / "model.safetensors.index.json").exists():
+        return None
+    needed = 2 * shape_of(cell.shape, cell.layers).parameters
+    free = shutil.disk_usage(scratch).free
+    if needed < 0.8 * free:
+        return None
+    return f"its 16-bit weights take {needed / 2**30:.0f} GiB on disk, {free / 2**30:.0f} GiB are free"
+
+
+def facts_of(cell: Cell, scratch: Path) -> dict[str, Any] | None:
+    """What the data of a cell are."""
+    if cell.engine == "gemm":
+        return None
+    path = _folders(cell, scratch)[1] / "facts.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def planned(cell: Cell, scratch: Path) -> dict[str, Any] | None:
+    """What `plan` says of the cell; None where it cannot say. Only for this package's own cells."""
+    if cell.engine != "ours":
+        return None
+    try:
+        memory = importlib.import_module("qlora_dist.memory")
+    except ImportError:
+        return None
+    from .ours import config_of
+
+    model, data = _folders(cell, scratch)
+    shapes = memory.shapes_from_config(config_json(shape_of(cell.shape, cell.layers)))
+    try:
+        plan = memory.plan_memory(
+            config_of(cell, model, data, scratch),
+            shapes,
+            world_size=cell.ranks,
+            local_world_size=cell.ranks,
+            device_bytes=None if cell.cap_gib is None else int(cell.cap_gib * 2**30),
+        )
+    except UserError as error:  # a plan that refuses is a finding, not the end of a measurement
+        return {"error": str(error)}
+    found: dict[str, Any] = plan.to_json()
+    return found
+
+
+def _folders(cell: Cell, scratch: Path) -> tuple[Path, Path]:
+    depth = "" if cell.layers is None else f"-{cell.layers}l"
+    return scratch / f"model-{cell.shape}{depth}", scratch / f"data-{cell.shape}-{cell.data}-{cell.row_tokens}"
+
+
+def _initial_adapter(cell: Cell, model: Path, scratch: Path) -> Path:
+    """The adapter weights that this package starts from, for the peers. Drawn on a model of the shape without storage
+    would skip the draw, so the linear layers are made one by one."""
+    path = scratch / f"adapter-{model.name}-r{cell.rank}.safetensors"
+    if not path.exists():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from qlora_dist.adapters import attach_lora, trainable_parameters
+
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        # PEFT puts an adapter where its layer is: on meta it would have no values, so layers get a stored weight
+        for module in base.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight = torch.nn.Parameter(torch.empty(1).expand(module.weight.shape), requires_grad=False)
+        adapted = attach_lora(base, rank=cell.rank, alpha=16, seed=0)
+        weights = {name: value.detach().contiguous() for name, value in trainable_parameters(adapted).items()}
+        save_file(weights, path)
+    return path
+
+
+@lru_cache(maxsize=8)
+def _document_steps(cell: Cell, model: Path, data: Path, scratch: Path, num_steps: int) -> list[list[list[int]]]:
+    from qlora_dist.examples import build_documents
+    from qlora_dist.loader import Loader
+    from qlora_dist.model import load_tokenizer
+    from qlora_dist.packing import pack_best_fit
+
+    from .ours import config_of
+
+    config = config_of(dataclasses.replace(cell, packing=True, engine="ours", variant=""), model, data, scratch)
+    documents = build_documents(
+        config.data.train,
+        load_tokenizer(str(model)),
+        row_tokens=cell.row_tokens,
+        cache_dir=config.data.cache_dir,
+        num_workers=1,
+    )
+    rows = pack_best_fit(documents.lengths, cell.row_tokens, config.seed)
+    loader = Loader(
+        documents, rows, rows_per_step=cell.rows_per_step, micro_rows=cell.micro_rows, rank=0, world_size=1, seed=0
+    )
+    return documents_of_steps(loader, rows, num_steps)

@@ -1,0 +1,178 @@
+"""One cell run by this package: the trainer's own stages, loader and step, in the trainer's order."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_dist.adapters import trainable_parameters
+from qlora_dist.config import RunConfig, parse_config
+from qlora_dist.distributed import World
+from qlora_dist.model import unwrap
+from qlora_dist.packing import Batch
+from qlora_dist.trainer import stages
+from qlora_dist.trainer.step import Learner, train_step
+
+from .cells import METHODS, Cell
+from .conductor import Conductor
+from .memory import items
+from .shapes import DRAWN
+from .work import LR, MAX_GRAD_NORM, sample_gradients
+
+
+def config_of(cell: Cell, model: Path, data: Path, scratch: Path) -> RunConfig:
+    """The run config that a user would write for this cell."""
+    quantization, double_quant, is_full = METHODS[cell.method]
+    # a shape whose 16-bit weights have no room on the disk is drawn layer by layer instead of read
+    drawn = {"weights": "random"} if (model / DRAWN).exists() else {}
+    return parse_config(
+        {
+            "run_dir": str(scratch / "run"),
+            "model": {"name": str(model), "quantization": quantization, "double_quant": double_quant, **drawn},
+            "lora": None if is_full else {"rank": cell.rank, "alpha": 16},
+            "data": {
+                "train": [{"path": str(data / "tokens.jsonl"), "format": "tokens"}],
+                "row_tokens": cell.row_tokens,
+                "packing": cell.packing,
+                "cache_dir": str(data / "cache"),
+                "num_workers": 1,
+            },
+            "batch": {"rows_per_step": cell.rows_per_step, "micro_rows": cell.micro_rows},
+            "optim": {"name": "adamw", "lr": LR, "max_grad_norm": MAX_GRAD_NORM},
+            "train": {"steps": 1_000_000},
+            "memory": {"recompute": cell.recompute},
+            "strategy": {"name": cell.strategy},
+            "logging": {"trackers": []},
+        }
+    )
+
+
+class TimedWorld:
+    """The world with a clock around what ranks do together; everything else is the world's own."""
+
+    def __init__(self, world: World, conductor: Conductor) -> None:
+        self._world, self._conductor = world, conductor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._world, name)
+
+    @contextlib.contextmanager
+    def accumulate(self, is_last: bool) -> Iterator[None]:
+        inner = self._world.accumulate(is_last)
+        inner.__enter__()
+        yield
+        with self._conductor.phase("communication"):  # what of the sums did not overlap with the backward pass
+            inner.__exit__(None, None, None)
+
+    def backward(self, nll_sum: torch.Tensor) -> None:
+        with self._conductor.phase("backward"):
+            self._world.backward(nll_sum)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        with self._conductor.phase("communication"):
+            return self._world.sum(values)
+
+
+@dataclass
+class TimedLearner(Learner):
+    """The learner with a clock around its forward pass."""
+
+    conductor: Any = None
+
+    def nll_sum(self, batch: Batch) -> torch.Tensor:
+        with self.conductor.phase("forward"):
+            return super().nll_sum(batch)
+
+
+def run(
+    cell: Cell, model_folder: Path, data_folder: Path, scratch: Path, conductor: Conductor, watch: Any
+) -> dict[str, Any]:
+    """Trains until the conductor says stop; facts for the raw result (on every rank; rank 0 writes)."""
+    config = config_of(cell, model_folder, data_folder, scratch)
+    with stages.join(config) as world:
+        stages.check(config, world)
+        data = stages.build_data(config, world)
+        watch.imported()
+        learner = stages.build_learner(config, world)
+        timed = TimedLearner(**{f.name: getattr(learner, f.name) for f in fields(Learner)}, conductor=conductor)
+        step_fn = _ScaledStep(timed) if cell.method == "full-fp16" else train_step
+        timed_world = TimedWorld(world, conductor)
+        watch.loaded()
+        conductor.start()
+        first: dict[str, Any] = {}
+        waited = time.perf_counter()
+        for step, rows in enumerate(data.loader.iterate(0, 1_000_000, pin_memory=world.device.type == "cuda")):
+            conductor.add("data", time.perf_counter() - waited)
+            stats = step_fn(
+                timed_world,  # type: ignore[arg-type]
+                timed,
+                rows,
+                step=step,
+                seed=config.seed,
+                lr=LR,
+                max_grad_norm=MAX_GRAD_NORM,
+                stop_requested=False,
+            )
+            if step == 0:
+                first = {"loss": stats.loss, "gradients": sample_gradients(trainable_parameters(learner.model))}
+            if not conductor.step_done(stats.num_tokens, stats.num_labels, stats.loss):
+                break  # all ranks count the same steps
+            waited = time.perf_counter()
+        if conductor.is_instrumented:
+            for phase in conductor.phases:  # the rest of train_step: norm, scaling, update
+                parts = sum(phase[name] for name in ("data", "forward", "backward", "communication"))
+                phase["optimizer"] = max(0.0, phase["total"] - parts)
+        return {
+            "first": first,
+            "attention": getattr(unwrap(learner.model), "packed_backend", None),
+            "base_parameters": learner.num_base_parameters,
+            "trainable_parameters": learner.num_trainable_parameters,
+            "items": items(
+                learner.model,
+                learner.optimizer,
+                [group.weight for group in learner.flat.groups],
+                learner.flat.grads,
+            ),
+            "world_size": world.size,
+            "rank": world.rank,
+        }
+
+
+class _ScaledStep:
+    """Full fine-tuning in fp16: the step with a loss scale.
+
+    For comparison only: the trainer refuses float16 (its config says why), so this step is the benchmark's own. It is
+    `train_step` with torch's GradScaler around the backward pass and the update.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        device = learner.flat.grads[0].device.type
+        self._scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+        learner.compute_dtype = torch.float16
+        learner.computing = lambda: torch.autocast(device, torch.float16)
+
+    def __call__(self, world: Any, learner: Learner, rows: Any, *, lr: float, max_grad_norm: float, **_: Any) -> Any:
+        from qlora_dist.state import StepStats
+
+        learner.flat.zero_grad()
+        losses = []
+        for index, batch in enumerate(rows.microbatches):
+            with world.accumulate(is_last=index == len(rows.microbatches) - 1):
+                nll = learner.nll_sum(batch.to(world.device)) / rows.num_labels  # a sum would overflow fp16
+                world.backward(self._scaler.scale(nll))
+            losses.append(nll.detach())
+        total = world.sum(torch.stack(losses).sum())
+        self._scaler.unscale_(learner.optimizer)
+        norm = float(learner.flat.grad_norm())
+        learner.flat.scale_grads(min(1.0, max_grad_norm / (norm + 1e-6)) if norm < float("inf") else 1.0)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = lr
+        self._scaler.step(learner.optimizer)  # skips an update whose gradients overflowed
+        self._scaler.update()
+        return StepStats(float(total), norm, rows.num_labels, rows.num_tokens, False)
