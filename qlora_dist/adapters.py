@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import RunFailed, UserError
-from .model import linear_layers, plain_name, resolve_targets, strip_wrappers, unwrap
+from .lowrank import lowrank_forward
+from .model import linear_layers, num_weights, plain_name, resolve_targets, strip_wrappers, unwrap
 
 from peft import LoraConfig, PeftModel, get_peft_model  # isort: skip  (after .model)
 from peft.tuners.lora import LoraLayer  # isort: skip
@@ -105,18 +106,17 @@ def lean_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """
     if layer.disable_adapters or layer.merged or args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)
-    y = layer.base_layer(x)
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        # the masters are fp32; autograd casts their gradients back up
-        a, b = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
-        low = nn.functional.linear(layer.lora_dropout[name](x), a)  # (..., r)
-        added = torch.addmm(
-            y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), b.t(), alpha=layer.scaling[name]
+    updates = [
+        (
+            layer.lora_dropout[name](x),
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+            layer.scaling[name],
         )
-        y = added.view(y.shape)
-    return y
+        for name in layer.active_adapters
+        if name in layer.lora_A
+    ]
+    return lowrank_forward(layer.base_layer, x, updates)
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -136,8 +136,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(weights of the base, trainable weights). A 4-bit weight counts as one, not as half a byte; tied ones once."""
     base = trainable = 0
     for name, parameter in model.named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        size = parameter.numel() if state is None else torch.Size(state.shape).numel()
+        size = num_weights(parameter)
         base += 0 if "lora_" in name else size
         trainable += size if parameter.requires_grad else 0
     return base, trainable

@@ -64,6 +64,26 @@ def train(config: str, overrides: tuple[str, ...], resume: str) -> None:
 @cli.command()
 @click.argument("config", type=click.Path())
 @_SET
+@click.option("--gpu", metavar="48GiB|NAME", help="Memory of a GPU, or its name: a100-80, h100, rtx4090, a6000, ...")
+@click.option("--ranks", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs over all nodes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--simulate", is_flag=True, help="Run a step of the real code under fake tensors too (no GPU, seconds).")
+def plan(config: str, overrides: tuple[str, ...], gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
+    """Say what a run needs and whether it fits, from CONFIG and the model's config.json alone, in about a second.
+
+    \b
+    Example:
+      qlora-dist plan launch/recipes/alpaca-7b.yaml --gpu rtx4090
+    """
+    from .config import load_config
+    from .planning import run_plan_command
+
+    run_plan_command(load_config(config, overrides), gpu=gpu, ranks=ranks, as_json=as_json, simulate=simulate)
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@_SET
 @click.option("--show", default=3, show_default=True, help="Samples to print, learned tokens apart from context.")
 @click.option("--html", type=click.Path(), help="Write the same as one self-contained page.")
 def data(config: str, overrides: tuple[str, ...], show: int, html: str | None) -> None:
@@ -205,6 +225,38 @@ def merge(
         max_shard_size=max_shard_size,
     )
     click.echo(describe(report))
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path())
+@click.option("--quantization", type=click.Choice(["nf4", "fp4"]), default="nf4", show_default=True)
+@click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the constants too.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--revision", help="Hub branch, tag or commit.")
+def quantize(model: str, out: str, quantization: str, double_quant: bool, dtype: str, revision: str | None) -> None:
+    """Write the 4-bit form of the 16-bit MODEL to the new folder OUT, weight by weight.
+
+    Memory is bounded by one file's tensors, not by the model. transformers loads OUT as it is.
+
+    \b
+    Example:
+      qlora-dist quantize meta-llama/Llama-2-7b-hf models/llama-2-7b-nf4
+    """
+    import torch
+
+    from .model import quantize_model
+
+    size = quantize_model(
+        model,
+        out,
+        revision=revision,
+        quantization=quantization,  # type: ignore[arg-type]
+        double_quant=double_quant,
+        compute_dtype=getattr(torch, dtype),
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    click.echo(f"{out}: {size / 2**30:.2f} GiB of {quantization}, double_quant={double_quant}")
 
 
 @cli.command()

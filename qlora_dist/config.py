@@ -11,15 +11,14 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError
 
-# one function each in formats
-DataFormat = Literal[
+DataFormat = Literal[  # one function each in formats
     "auto", "alpaca", "alpaca-cleaned", "alpaca-gpt4", "messages", "sharegpt", "oasst", "guanaco", "self-instruct",
     "chip2", "hh-rlhf", "longform", "dolly", "unnatural-instructions", "input-output", "prompt-completion", "text",
     "tokens",
@@ -41,6 +40,10 @@ class ModelConfig(_Section):
     """Storage of the frozen base. `none` keeps `compute_dtype` (LoRA on a 16-bit or 32-bit base)."""
     double_quant: bool = True
     """Quantize the quantization constants too (QLoRA, section 3). 4-bit bases only; saves 0.373 bit a parameter."""
+    weights: Literal["files", "random"] = "files"
+    """random: drawn by `seed` in the real shapes from config.json alone, for benchmarks and dry runs of any size."""
+    cache_4bit: str | None = None
+    """Folder for the base's 4-bit copy: the first start on a node makes it, later ones read it. null: none."""
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of activations, of dequantized matrices, and of what is not quantized (norms, embeddings, head)."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
@@ -139,8 +142,14 @@ class DataConfig(_Section):
 class BatchConfig(_Section):
     rows_per_step: int = Field(16, ge=1)
     """Rows of one optimizer update over all ranks. This is the batch size: it does not depend on the hardware."""
-    micro_rows: int = Field(1, ge=1)
-    """Rows that one rank holds in memory at a time. Accumulation follows from it."""
+    micro_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Rows that one rank holds in memory at a time. auto: the most that fit by the memory plan (on a CPU 1)."""
+
+    @property
+    def settled_rows(self) -> int:
+        """`micro_rows` as a number: the trainer replaces auto before it uses it."""
+        assert self.micro_rows != "auto", "trainer.fitting.settle comes first"
+        return self.micro_rows
 
 
 class OptimConfig(_Section):
@@ -171,6 +180,8 @@ class TrainConfig(_Section):
     """Passes over the training rows; the last step may hold fewer rows."""
     eval_every: int | None = Field(None, ge=1)
     """Steps between evaluations of data.eval. null: only at the end."""
+    longest_first: bool | None = None
+    """Run the longest micro-batch once before the first step: what does not fit ends at once. null: on a GPU only."""
     eval_at_start: bool = True
     """Evaluate data.eval before the first update, as the figure to compare with."""
     save_every: int | None = Field(None, ge=1)
@@ -195,7 +206,7 @@ class TrainConfig(_Section):
 class MemoryConfig(_Section):
     recompute: Literal["auto", "full", "none"] | int = "auto"
     """Gradient checkpointing: full = every layer is recomputed in the backward pass, none = no layer, N = the first
-    N layers. auto = full."""
+    N layers. auto: as few layers as fit by the memory plan (on a CPU all). All give the same gradients, bit for bit."""
     offload_activations: bool = False
     """Keep saved activations in (pinned) host memory between forward and backward."""
 
@@ -208,8 +219,14 @@ class MemoryConfig(_Section):
 
 
 class StrategyConfig(_Section):
-    name: Literal["ddp"] = "ddp"
-    """How ranks share the work. ddp: every rank holds the whole base, adapters' gradients are summed."""
+    name: Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp"] = "ddp"
+    """How ranks share the work. ddp: each holds all. DeepSpeed shards optimizer states (zero1), gradients too (zero2),
+    in host memory (zero2_offload), the base too (zero3, not quantized). fsdp: as ddp, but a rank holds its share of the
+    base; a layer is gathered, bit-exactly, when it runs."""
+    ds_config: str | None = None
+    """DeepSpeed config of a zero strategy. null: the one that is shipped under the strategy's name (ds_configs/)."""
+    offload: bool = False
+    """fsdp: keep each rank's share of the base in (pinned) host memory between uses."""
 
 
 class LoggingConfig(_Section):
@@ -383,17 +400,11 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         if isinstance(part, int) or part not in model.model_fields:
             continue
-        inner = _section_of(model.model_fields[part].annotation)
-        if inner is not None:
-            model = inner
+        model = _section_of(model.model_fields[part].annotation) or model
     return list(model.model_fields)
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _section_of(argument)
-        if found is not None:
-            return found
-    return None
+    return next(filter(None, map(_section_of, getattr(annotation, "__args__", ()))), None)

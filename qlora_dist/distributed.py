@@ -17,11 +17,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
+from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import RunFailed, UserError
 from .flat import Span
@@ -36,6 +38,55 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def require_own_strategy(name: str) -> None:
+    """The run config names the strategy; a launcher that asks for another one is refused, the same one is ignored.
+
+    accelerate's launcher says in variables that it wants DeepSpeed or FSDP. `Accelerator` would then make a plugin of
+    its own, with values that the run config does not know, and transformers would load the model through it.
+    """
+    asked = {
+        kind: os.environ.pop(variable)
+        for kind, variable in (("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP"))
+        if os.environ.get(variable, "false").lower() == "true"
+    }
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    for kind in asked:
+        fits = name.startswith(f"zero{stage or ''}") if kind == "DEEPSPEED" else name == "fsdp"
+        if not fits:
+            what = f"DEEPSPEED with ZeRO stage {stage}" if kind == "DEEPSPEED" and stage else kind
+            raise UserError(
+                f"the launcher's config asks for distributed_type {what}, the run config for strategy.name={name}; the "
+                "run config decides: launch with launch/accelerate/ddp.yaml (it fits every strategy) and set "
+                "strategy.name"
+            )
+
+
+@dataclass(frozen=True)
+class ShardGroup:
+    """The ranks that share one base, each holding a part. Its collectives do not mix with those of `World`."""
+
+    mesh: DeviceMesh
+    rank: int
+    size: int
+    device: torch.device
+
+    def gather(self, own: torch.Tensor, total: int) -> torch.Tensor:
+        """(total,) all ranks' parts of a 1-D tensor, one after another; each is ceil(total / size) long or the rest."""
+        per_rank = -(-total // self.size)
+        padded = own.new_zeros(per_rank)
+        padded[: len(own)] = own
+        whole = own.new_empty(per_rank * self.size)
+        parts = list(whole.split(per_rank))
+        dist.all_gather(parts, padded, group=self.mesh.get_group())
+        return whole[:total]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's plain-data value, in rank order."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.mesh.get_group())
+        return values
+
+
 class World:
     """This process among `size` ranks. Made once, by `World.init`."""
 
@@ -45,6 +96,7 @@ class World:
         self.rank: int = accelerator.process_index
         self.size: int = accelerator.num_processes
         self.local_rank: int = accelerator.local_process_index
+        self.local_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))  # ranks on this node
         self.device: torch.device = accelerator.device
         self.is_main: bool = self.rank == 0
         self._reducer: GradientReducer | None = None
@@ -140,6 +192,21 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """Every rank's tensor, all of one shape, in rank order, in host memory of rank 0; None on the others."""
+        if self.size == 1:
+            return [tensor.cpu()]
+        mine = tensor.to(self.device).contiguous()  # NCCL moves device memory only
+        parts = [torch.empty_like(mine) for _ in range(self.size)] if self.is_main else None
+        dist.gather(mine, parts)
+        return None if parts is None else [part.cpu() for part in parts]
+
+    def require_group(self) -> None:
+        """Makes a process group of one where there is no launcher: DeepSpeed wants a group in any case."""
+        if not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
     def from_main(self, function: Callable[[], Any]) -> Any:
         """Runs a function on rank 0 only and gives its plain-data result to all.
 
@@ -190,7 +257,7 @@ class World:
             except BaseException as error:
                 store.set(key, f"{'user' if isinstance(error, UserError) else 'run'} failed: {error}")
                 # the store lives in rank 0: the others must have read this before it ends
-                others, deadline = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) - 1, time.monotonic() + 10
+                others, deadline = self.local_size - 1, time.monotonic() + 10
                 while store.add(f"{key}/seen", 0) < others and time.monotonic() < deadline:
                     time.sleep(0.05)
                 raise
@@ -207,6 +274,18 @@ class World:
             kind, _, text = state.partition(" ")
             raise (UserError if kind == "user" else RunFailed)(f"{what}: rank {node} of this node {text}")
         yield
+
+    def shard_group(self) -> ShardGroup | None:
+        """All ranks as the sharers of one base; None where there is nobody to share it with. Called by all ranks.
+
+        With a group of its own: layers are gathered while gradients are summed, and on one group the order of the two
+        would have to be the same on every rank.
+        """
+        if self.size == 1:
+            return None
+        group = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
+        mesh = DeviceMesh.from_group(group, self.device.type)
+        return ShardGroup(mesh, self.rank, self.size, self.device)
 
     # --- trackers -----------------------------------------------------------------------------------------------------
 

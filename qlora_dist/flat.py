@@ -8,7 +8,7 @@ of 100,000 elements and more, synchronize once and page everything.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,28 +34,44 @@ class Placement:
     shape: tuple[int, ...]
 
 
-class FlatGroup:
-    """Weights of one optimizer group. `weight` is the parameter that the optimizer sees; `weight.grad` its gradient."""
+class ParameterGroup:
+    """Weights of one optimizer group, and where each lies in the group's flat form of `size` elements."""
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decays: bool) -> None:
         self.decays = decays
         self.parameters = parameters
         self.placements: list[Placement] = []
-        size = 0
+        self.size = 0
         for name, parameter in parameters.items():
             assert parameter.dtype == torch.float32, (
                 f"{name}: trainable weights are fp32 masters, not {parameter.dtype}"
             )
-            self.placements.append(Placement(name, size, tuple(parameter.shape)))
-            size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+            self.placements.append(Placement(name, self.size, tuple(parameter.shape)))
+            self.size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def optimized(self) -> list[torch.nn.Parameter]:
+        """What the optimizer is given."""
+        return list(self.parameters.values())
+
+
+class FlatGroup(ParameterGroup):
+    """A group in one storage. `weight` is the parameter that the optimizer sees; `weight.grad` its gradient."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decays: bool) -> None:
+        super().__init__(parameters, decays)
         device = next(iter(parameters.values())).device
-        self.weight = torch.nn.Parameter(torch.zeros(size, device=device))
-        self.weight.grad = torch.zeros(size, device=device)
+        self.weight = torch.nn.Parameter(torch.zeros(self.size, device=device))
+        self.weight.grad = torch.zeros(self.size, device=device)
         for placement, parameter in zip(self.placements, parameters.values()):
             view = self.view(self.weight.data, placement)
             view.copy_(parameter.data)
             parameter.data = view
             parameter.grad = self.view(self.weight.grad, placement)  # autograd then accumulates in place
+
+    @property
+    def optimized(self) -> list[torch.nn.Parameter]:
+        return [self.weight]
 
     def spans(self) -> list[Span]:
         """Where each weight's gradient lies, in storage order."""
@@ -71,17 +87,40 @@ class FlatGroup:
         return storage[placement.start : stop].view(placement.shape)
 
 
-class FlatParameters:
-    """The trainable weights: at most two groups, with and without weight decay; none is empty.
+Decays = Callable[[torch.nn.Parameter], bool]
+
+
+class ParameterGroups:
+    """The trainable weights in at most two groups, with and without weight decay; none is empty."""
+
+    groups: Sequence[ParameterGroup]
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decays: Decays) -> None:
+        self.groups = [ParameterGroup(members, decay) for decay, members in _split(parameters, decays)]
+
+    def layout(self) -> list[list[list[object]]]:
+        """Plain data that two runs must share to exchange optimizer states: name, start, shape of each weight."""
+        return [[[p.name, p.start, list(p.shape)] for p in group.placements] for group in self.groups]
+
+    def digest(self) -> str:
+        """SHA-256 of all weights, in whatever storage they lie."""
+        digest = hashlib.sha256()
+        for group in self.groups:
+            for parameter in group.parameters.values():
+                digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class FlatParameters(ParameterGroups):
+    """The same, with the weights of a group in one storage and their gradients in another.
 
     Moves the weights' data into flat storages: call it after the model is on its device, and do not move it after.
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], decays: Callable[[torch.nn.Parameter], bool]) -> None:
-        split: dict[bool, dict[str, torch.nn.Parameter]] = {True: {}, False: {}}
-        for name, parameter in parameters.items():
-            split[decays(parameter)][name] = parameter
-        self.groups = [FlatGroup(members, decay) for decay, members in split.items() if members]
+    groups: list[FlatGroup]
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decays: Decays) -> None:
+        self.groups = [FlatGroup(members, decay) for decay, members in _split(parameters, decays)]
 
     @property
     def grads(self) -> list[torch.Tensor]:
@@ -102,13 +141,11 @@ class FlatParameters:
         for grad in self.grads:
             grad.mul_(factor)
 
-    def digest(self) -> str:
-        """SHA-256 of all weights."""
-        digest = hashlib.sha256()
-        for group in self.groups:
-            digest.update(group.weight.detach().cpu().numpy().tobytes())
-        return digest.hexdigest()
 
-    def layout(self) -> list[list[list[object]]]:
-        """Plain data that two runs must share to exchange optimizer states: name, start, shape of each weight."""
-        return [[[p.name, p.start, list(p.shape)] for p in group.placements] for group in self.groups]
+def _split(
+    parameters: dict[str, torch.nn.Parameter], decays: Decays
+) -> list[tuple[bool, dict[str, torch.nn.Parameter]]]:
+    split: dict[bool, dict[str, torch.nn.Parameter]] = {True: {}, False: {}}
+    for name, parameter in parameters.items():
+        split[decays(parameter)][name] = parameter
+    return [(decay, members) for decay, members in split.items() if members]

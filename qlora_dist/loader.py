@@ -20,6 +20,8 @@ import numpy as np
 from .errors import UserError
 from .packing import Batch, Example, Rows, collate, hashed_order
 
+CLOSE_LOOKS = 16  # steps that `longest_batch` deals out to find its batch
+
 
 class DocumentStore(Protocol):
     """What the loader needs of `examples.Documents`: lengths in memory, tokens on demand."""
@@ -128,6 +130,25 @@ class Loader:
             row_indices=tuple(indices.tolist()),
             imbalance=float(max(work) * len(work) / sum(work)),
         )
+
+    def longest_batch(self, start: int, stop: int) -> Batch:
+        """The micro-batch with the most tokens that any rank gets in steps start..stop-1; the same on every rank.
+
+        Looks closely at those steps whose longest rows together are longest. With one rank, or one row a micro-batch,
+        the first of them has it.
+        """
+        tokens, micro = self.rows.tokens, self.micro_rows
+        bounds = [int(np.sort(tokens[self.rows_of_step(step)])[-micro:].sum()) for step in range(start, stop)]
+        best: tuple[int, int, list[int]] = (-1, -1, [])
+        for offset in np.argsort(-np.array(bounds), kind="stable")[:CLOSE_LOOKS].tolist():
+            if bounds[offset] <= best[0]:
+                break
+            indices = self.rows_of_step(start + offset)
+            for share in share_out(self._costs[indices], self.world_size):
+                for begin in range(0, len(share), micro):
+                    rows = indices[share[begin : begin + micro]]
+                    best = max(best, (int(tokens[rows].sum()), int(self._costs[rows].sum()), rows.tolist()))
+        return _batch(self.documents, self.rows, best[2])
 
     def iterate(self, start: int, stop: int, pin_memory: bool = False) -> Iterator[StepRows]:
         """Steps start..stop-1; the next one is prepared in a thread while the caller works on this one.

@@ -94,9 +94,9 @@ class _ChunkedNLL(torch.autograd.Function):
                 logits.mul_(scale)
             slope = None
             if softcap is not None:
-                squashed = logits.div_(softcap).tanh_()
-                slope = 1 - squashed.square()
-                logits = squashed.mul_(softcap)
+                logits.div_(softcap).tanh_()
+                slope = 1 - logits.square()
+                logits.mul_(softcap)
             log_normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
             total += (log_normalizer - logits.gather(-1, targets)).sum()
             if not (needs_hidden or needs_weight or needs_bias):
@@ -114,6 +114,7 @@ class _ChunkedNLL(torch.autograd.Function):
                 torch.mm(grad_logits, compute_weight, out=grad_hidden[start : start + chunk])
             if grad_weight is not None:
                 grad_weight += grad_logits.t() @ part
+            del logits, grad_logits, slope  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return total

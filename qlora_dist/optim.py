@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from .flat import FlatParameters
+from .flat import FlatParameters, ParameterGroups
 
 
 def decays(parameter: torch.nn.Parameter) -> bool:
@@ -20,7 +22,7 @@ def decays(parameter: torch.nn.Parameter) -> bool:
 
 
 def build_optimizer(
-    flat: FlatParameters,
+    flat: FlatParameters | ParameterGroups,
     *,
     name: str,
     lr: float,
@@ -28,12 +30,12 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
 ) -> torch.optim.Optimizer:
-    """AdamW over the flat groups: torch's fused one, or bitsandbytes' 8-bit or paged ones.
+    """AdamW over the groups: torch's fused one, or bitsandbytes' 8-bit or paged ones.
 
     On a CPU bitsandbytes has no paging; its optimizers then keep ordinary states, with the same values.
     """
     groups = [
-        {"params": [group.weight], "weight_decay": weight_decay if group.decays else 0.0} for group in flat.groups
+        {"params": group.optimized, "weight_decay": weight_decay if group.decays else 0.0} for group in flat.groups
     ]
     options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
     if name == "adamw":
@@ -53,10 +55,16 @@ def step_optimizer(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """One update at a learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with warnings.catch_warnings():
-        # said at every state on a CPU; build_optimizer's docstring says what happens there
-        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    with quiet_paging():
         optimizer.step()
+
+
+@contextmanager
+def quiet_paging() -> Iterator[None]:
+    """Around a step: on a CPU bitsandbytes says at every state that it does not page; build_optimizer says it once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        yield
 
 
 def lr_at(

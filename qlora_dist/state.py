@@ -49,9 +49,11 @@ FREE_FIELDS = (
     "logging",
     "model.attention",
     "model.kernels",
+    "model.cache_4bit",
     "train.save_every",
     "train.eval_every",
     "train.keep",
+    "train.longest_first",
     "data.num_workers",
     "data.cache_dir",
 )

@@ -9,9 +9,12 @@ PACKAGE = Path(__file__).parents[1] / "qlora_dist"
 
 LEVELS = {
     0: ["errors", "config", "state", "flat", "provenance"],
-    1: ["distributed", "packing", "loss", "optim", "memory", "metrics", "preempt", "templates"],
+    1: [
+        "distributed", "packing", "loss", "lowrank", "offload", "optim", "update", "memory", "metrics", "preempt",
+        "templates",
+    ],
     2: ["formats", "examples", "loader", "attention", "model", "adapters", "kernels"],
-    3: ["checkpoint", "verify", "evaluate", "generate", "merge", "audit", "doctor"],
+    3: ["checkpoint", "verify", "evaluate", "generate", "merge", "audit", "doctor", "planning"],
     4: ["trainer"],
     5: ["cli", "__main__", "__init__"],
 }
@@ -22,7 +25,7 @@ HOMES = {
     "pydantic": {"config"},
     "yaml": {"config", "state"},
     "accelerate": {"distributed"},
-    "deepspeed": {"distributed"},
+    "deepspeed": {"update"},
     "tensorboard": {"metrics"},
     "datasets": {"formats", "examples"},
     "flash_attn": {"attention"},

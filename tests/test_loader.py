@@ -217,3 +217,20 @@ def test_leaving_the_loop_early_ends_the_thread():
 
     gc.collect()
     assert not prefetch_threads()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("micro_rows", [1, 2])
+def test_the_longest_batch_is_that_of_the_steps_that_are_left_on_any_rank(world_size, micro_rows):
+    every = loaders(world_size, micro_rows=micro_rows, num_documents=80, packed=False)
+    for start, stop in ((0, 10), (3, 7)):
+        found = {loader.longest_batch(start, stop).row_indices for loader in every}
+        (rows,) = found  # the same on every rank
+        sizes = {
+            batch.row_indices: batch.num_tokens
+            for step in range(start, stop)
+            for loader in every
+            for batch in loader.step(step).microbatches
+        }
+        assert len(set(sizes.values())) > 3
+        assert rows in sizes and sizes[rows] == max(sizes.values())

@@ -120,14 +120,14 @@ def test_the_base_stays_bit_identical_and_only_adapters_move(raw, monkeypatch):
     def watching(config, world):
         learner = build(config, world)
         seen["learner"], seen["before"] = learner, base_fingerprint(learner.model)
-        seen["start"] = learner.flat.digest()
+        seen["start"] = learner.update.digest()
         return learner
 
     monkeypatch.setattr(stages, "build_learner", watching)
     train(config_of(raw, data__eval=raw["data"]["train"], train__eval_every=2))
     learner = seen["learner"]
     assert base_fingerprint(learner.model) == seen["before"]
-    assert learner.flat.digest() != seen["start"]
+    assert learner.update.digest() != seen["start"]
     trained = {name for name, p in learner.model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
 

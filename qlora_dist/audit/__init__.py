@@ -66,7 +66,7 @@ def _audit(
         tokenizer,
         name=name,
         template=config.data.template,
-        micro_rows=config.batch.micro_rows,
+        micro_rows=1 if config.batch.micro_rows == "auto" else config.batch.micro_rows,
         show=show,
         seed=config.seed,
         trained_on=trained_on,

@@ -19,7 +19,9 @@ _SAY_EVERY_SECONDS = 60.0
 
 
 @contextmanager
-def build_lock(folder: Path, timeout_seconds: float = 6 * 3600) -> Iterator[None]:
+def build_lock(
+    folder: Path, timeout_seconds: float = 6 * 3600, what: str = "tokenizing the same data"
+) -> Iterator[None]:
     """Holds the lock of a store's folder; says every minute that it waits, and gives up after hours."""
     with (folder.parent / f".{folder.name}.lock").open("a+") as file:
         started, said = time.monotonic(), -_SAY_EVERY_SECONDS
@@ -30,16 +32,16 @@ def build_lock(folder: Path, timeout_seconds: float = 6 * 3600) -> Iterator[None
             except BlockingIOError:
                 waited = time.monotonic() - started
             except OSError as error:  # a file system without locks: the atomic rename alone keeps the store whole
-                logger.warning("no file locks in %s (%s): several processes may tokenize the same data", folder, error)
+                logger.warning("no file locks in %s (%s): several processes may be %s", folder, error, what)
                 break
             if waited - said >= _SAY_EVERY_SECONDS:
                 file.seek(0)
                 holder = file.read() or "another process"
-                logger.warning("waiting for %s, which is tokenizing the same data (%.0f s so far)", holder, waited)
+                logger.warning("waiting for %s, which is %s (%.0f s so far)", holder, what, waited)
                 said = waited
             if waited > timeout_seconds:
                 raise UserError(
-                    f"waited {waited / 3600:.1f} hours for another process to tokenize into {folder}; if none does, "
+                    f"waited {waited / 3600:.1f} hours for another process that is {what} into {folder}; if none does, "
                     f"remove {file.name} and start again"
                 )
             time.sleep(_POLL_SECONDS)

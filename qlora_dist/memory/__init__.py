@@ -4,6 +4,8 @@
     tape        lifetimes of tensors in a forward and backward pass, as sizes
     layers      a decoder layer, the last norm and the loss, written on a tape
     strategies  what each strategy keeps on a rank
+    items       what stays for a whole run
+    moments     what comes and goes within a step
     plan        plan_memory: everything added up at the largest moment
     choosing    choose: the recompute level, micro-batch, row length and strategy that fit
 
@@ -11,7 +13,8 @@ Nothing here imports torch. `planning.simulate` runs the real code under fake te
 """
 
 from .choosing import choose, largest_micro_rows, largest_row_tokens
-from .plan import Item, MemoryPlan, plan_memory
+from .constants import Item
+from .plan import MemoryPlan, plan_memory
 from .shapes import Linear, ModelShapes, shapes_from_config
 
 __all__ = [

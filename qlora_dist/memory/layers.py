@@ -1,8 +1,8 @@
 """A decoder layer and the loss as tapes: what transformers' layers, our attention, LoRA and loss save and need.
 
 The layer is written for the QLoRA case: a frozen base, adapters that are cast to the compute type, RMS norms that
-compute in fp32. Line by line it follows transformers' `modeling_llama` (and its relatives), `adapters.lean_forward`,
-`attention` and `loss`; `plan --simulate` runs these themselves, and a test compares the two.
+compute in fp32. Line by line it follows transformers' `modeling_llama` (and its relatives), `lowrank`, `attention` and
+`loss`; `plan --simulate` runs these themselves, and a test compares the two.
 
 Legend: T tokens, H hidden, F inner width, e bytes of the compute type.
 """
@@ -17,7 +17,6 @@ from .tape import Live, Tape, Value
 
 BLOCK = 64  # weights that share one quantization constant
 NESTED_BLOCK = 256  # constants that share one constant of the second quantization
-CHUNK_BYTES = 512 * 2**20  # loss.CHUNK_BYTES["cuda"]
 
 Attention = Literal["flash", "sdpa"]
 
@@ -45,6 +44,7 @@ class LayerBytes:
     saved: Live  # between forward and backward, without its input
     kept_input: int  # bytes of its input, where an operation saves that as it is; else 0
     forward_peak: Live  # during its forward pass, without its input
+    recompute_peak: Live  # during its forward pass in the backward pass, which stops before its last product
     backward_peak: Live  # during its backward pass, with all that was saved
 
 
@@ -56,6 +56,7 @@ class LayerTape:
         self.tape = Tape()
         self.row = settings.tokens * shapes.hidden * settings.compute_size  # a (T, H) tensor
         self.start = self.tape.input(self.row, needs_grad=has_grad_input)
+        self.before_last: Live | None = None  # peak up to the last product, where recomputation can stop there
 
     def measure(self) -> LayerBytes:
         """Forward, then backward."""
@@ -67,12 +68,14 @@ class LayerTape:
         tape.live.activations -= output.size
         saved = tape.saved
         kept_input = self.row if self.start.refs > 1 else 0
-        return LayerBytes(saved, kept_input, forward, tape.backward(output))
+        return LayerBytes(saved, kept_input, forward, self.before_last or forward, tape.backward(output))
 
     # --- the layer ----------------------------------------------------------------------------------------------------
 
     def _layer(self, x: Value) -> Value:
         shapes, tape = self.shapes, self.tape
+        if not shapes.is_exact:
+            return self._unknown_layer(x)
         if shapes.is_parallel:
             normed = self._norm(x)
             attended = self._attention(normed)
@@ -88,6 +91,27 @@ class LayerTape:
         out = self._half(middle, self._mlp)
         tape.drop(middle)
         return out
+
+    def _unknown_layer(self, x: Value) -> Value:
+        """A family that is not listed: norms like Llama's, and every linear layer's input and output saved once."""
+        tape = self.tape
+        normed = self._norm(x)
+        held = []
+        for linear in self.shapes.linears:
+            source = (
+                normed if linear.inputs == self.shapes.hidden else tape.op([normed], self._tokens_of(linear.inputs))
+            )
+            held += [source] if source is not normed else []
+            y = self._linear(source, linear)
+            held.append(tape.op([y], y.size, saves=[y]))
+            tape.drop(y)
+        last = self._norm(x)
+        out = tape.op([*held, last, x], self.row, shares=[x])
+        tape.drop(normed, last, *held)
+        return out
+
+    def _tokens_of(self, width: int) -> int:
+        return self.settings.tokens * width * self.settings.compute_size
 
     def _half(self, x: Value, inner: object) -> Value:
         """x + inner(norm(x)), with the norm before, after, or on both sides."""
@@ -116,12 +140,16 @@ class LayerTape:
         x32 = tape.op([x], wide) if is_cast else x
         centered = x32
         if self.shapes.norm == "fp32_layer":
-            centered = tape.op([x32], wide, back_work=wide)
+            # x - mean, once for the variance and once for the result
+            centered = tape.op([x32], wide)
         # pow saves its input, and its backward pass makes two more tensors of that size
         squared = tape.op([centered], wide, saves=[centered], back_work=2 * wide)
         mean = tape.op([squared], one)
         tape.drop(squared)
         scale = tape.op([mean], one, saves_output=True)
+        if centered is not x32:
+            tape.drop(centered)
+            centered = tape.op([x32], wide)
         normed = tape.op([centered, scale], wide, saves=[centered, scale], back_work=wide)
         tape.drop(mean, scale)
         if is_cast:
@@ -141,26 +169,39 @@ class LayerTape:
         settings, tape = self.settings, self.tape
         size, tokens = settings.compute_size, settings.tokens
         weights = dequantized_bytes(linear, settings.quantization, settings.double_quant, size)
+        is_adapted = linear.name in settings.adapted
+        update = self._update(x, linear) if is_adapted and settings.is_lean else None
+        if update is not None and linear is self.shapes.linears[-1]:
+            self.before_last = tape.peak.copy()
         y = tape.op([x], tokens * linear.outputs * size, weights=weights)
-        if linear.name not in settings.adapted:
-            return y
-        return self._lean(x, y, linear) if settings.is_lean else self._peft(x, y, linear)
+        if update is not None:
+            return self._add(y, update)
+        return self._peft(x, y, linear) if is_adapted else y
 
-    def _lean(self, x: Value, y: Value, linear: Linear) -> Value:
-        """`adapters.lean_forward` after the base layer."""
+    def _update(self, x: Value, linear: Linear) -> Value:
+        """`lowrank._Update`: before the base's product. The masters are cast for a moment, forward and backward."""
         settings, tape = self.settings, self.tape
-        size, tokens, rank = settings.compute_size, settings.tokens, settings.rank
-        copies = []
-        if size != 4:  # else the fp32 masters themselves are used
-            copies = [
-                tape.weight_copy(rank * width * size, rank * width * 4) for width in (linear.inputs, linear.outputs)
-            ]
+        size, rank = settings.compute_size, settings.rank
+        sizes = (rank * linear.inputs, rank * linear.outputs)
         dropped = self._dropout(x)
-        low = tape.op([dropped, *copies[:1]], tokens * rank * size, saves=[dropped, *copies[:1]])
-        out = tape.op([y, low, *copies[1:]], y.size, saves=[low, *copies[1:]], shares=[y])
-        tape.drop(y, low, *copies)
+        low = tape.op(
+            [dropped, *(tape.parameter(4 * weights) for weights in sizes)],
+            settings.tokens * rank * size,
+            saves=[dropped],
+            saves_output=True,
+            weights=0 if size == 4 else sizes[0] * size,
+            back_weights=0 if size == 4 else sum(sizes) * size,
+            back_work=settings.tokens * rank * size,
+        )
         if dropped is not x:
             tape.drop(dropped)
+        return low
+
+    def _add(self, y: Value, update: Value) -> Value:
+        """`lowrank._Add`: in place of the base's output; the gradient is handed on as it is."""
+        out = self.tape.op([y, update], 0, shares=[y, update])
+        out.size, y.size = y.size, 0
+        self.tape.drop(y, update)
         return out
 
     def _peft(self, x: Value, y: Value, linear: Linear) -> Value:
@@ -171,8 +212,9 @@ class LayerTape:
         tape.drop(y)
         x32 = x if settings.compute_size == 4 else tape.op([x], 4 * tokens * linear.inputs)
         dropped = self._dropout(x32)
-        low = tape.op([dropped], 4 * tokens * rank, saves=[dropped], back_weights=4 * rank * linear.inputs)
-        grown = tape.op([low], 4 * tokens * linear.outputs, saves=[low], back_weights=4 * rank * linear.outputs)
+        a, b = (tape.parameter(4 * rank * width) for width in (linear.inputs, linear.outputs))
+        low = tape.op([dropped, a], 4 * tokens * rank, saves=[dropped])
+        grown = tape.op([low, b], 4 * tokens * linear.outputs, saves=[low])
         tape.drop(low, *([] if dropped is x32 else [dropped]), *([] if x32 is x else [x32]))
         scaled = tape.op([grown], grown.size)
         tape.drop(grown)
@@ -244,8 +286,13 @@ class LayerTape:
         grouped = 2 * queries if shapes.num_kv_heads != heads else 0
         lse = tape.extra(4 * tokens * heads)
         out = tape.op(inputs, queries, saves=[*inputs, lse], saves_output=True, back_work=summed + grouped)
-        if settings.attention == "flash":
+        if settings.attention == "flash" and not shapes.splits_rotary:
             return out
+        if settings.attention == "flash":
+            # rotated and passed-over parts are joined head by head, and so is the output: its rows are copied together
+            turned = tape.op([out], queries)
+            tape.drop(out)
+            return turned
         joined = tape.op([out], queries, shares=[out])  # documents one after another
         tape.drop(out)
         turned = tape.op([joined], queries)  # (T, heads, width), contiguous
@@ -260,13 +307,22 @@ class LayerTape:
         square = heads * longest * longest * size
         spread = tape.op(inputs, 2 * queries) if shapes.num_kv_heads != heads else None  # keys and values repeated
         operands = [*inputs, *([spread] if spread else [])]
-        scores = tape.op(operands, square, saves=operands, work=square)
-        capped = tape.op([scores], square, saves_output=True, work=square)
-        tape.drop(scores)
-        weights = tape.op([capped], 2 * square, saves_output=True, work=square)
+        product = tape.op(operands, square, saves=operands)
+        scores = tape.op([product], square)
+        tape.drop(product)
+        scaled = tape.op([scores], square)
+        tanh = tape.op([scaled], square, saves_output=True)
+        tape.drop(scaled)
+        capped = tape.op([tanh], square)
+        tape.drop(scores, tanh)
+        masked = tape.op([capped], square)
+        tape.drop(capped)
+        wide = tape.op([masked], square * 4 // size)
+        weights = tape.op([wide], square * 4 // size, saves_output=True)
         narrow = tape.op([weights], square)
+        tape.drop(wide, weights)
         out = tape.op([narrow, *operands], queries, saves=[narrow, *operands])
-        tape.drop(capped, weights, narrow, *([spread] if spread else []))
+        tape.drop(masked, narrow, *([spread] if spread else []))
         turned = tape.op([out], queries)
         tape.drop(out)
         return turned
@@ -283,6 +339,14 @@ class LayerTape:
             out = self._linear(grown, down)
             tape.drop(grown)
             return out
+        if joined := shapes.named("gate_up_proj"):
+            both = self._linear(x, joined[0])  # its halves are views
+            half = tape.op([both], both.size // 2, saves=[both])
+            product = tape.op([half, both], half.size, saves=[half, both])
+            tape.drop(both, half)
+            out = self._linear(product, down)
+            tape.drop(product)
+            return out
         gate = self._linear(x, shapes.named("gate_proj")[0])
         opened = self._activation(gate)
         tape.drop(gate)
@@ -294,11 +358,23 @@ class LayerTape:
         return out
 
     def _activation(self, x: Value) -> Value:
+        tape, size = self.tape, x.size
         if self.shapes.activation == "one":
-            return self.tape.op([x], x.size, saves=[x])
-        # gelu_new is written out in eight kernels: x, tanh, x / 2 and 1 + tanh are saved
-        rest = self.tape.extra(3 * x.size)
-        return self.tape.op([x], x.size, saves=[x, rest], work=2 * x.size, back_work=3 * x.size)
+            return tape.op([x], size, saves=[x])
+        # gelu_new is written out: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3)))
+        half = tape.op([x], size)
+        inner = tape.op([x], size, saves=[x], back_work=2 * size)
+        for _ in range(3):  # times a constant, plus x, times a constant
+            new = tape.op([inner], size)
+            tape.drop(inner)
+            inner = new
+        tanh = tape.op([inner], size, saves_output=True)
+        tape.drop(inner)
+        opened = tape.op([tanh], size, shares=[tanh])
+        tape.drop(tanh)
+        out = tape.op([half, opened], size, saves=[half, opened])
+        tape.drop(half, opened)
+        return out
 
 
 def dequantized_bytes(linear: Linear, quantization: str, double_quant: bool, compute_size: int) -> int:
@@ -314,27 +390,3 @@ def dequantized_bytes(linear: Linear, quantization: str, double_quant: bool, com
 def layer_bytes(shapes: ModelShapes, settings: LayerSettings, has_grad_input: bool = True) -> LayerBytes:
     """Bytes of one decoder layer."""
     return LayerTape(shapes, settings, has_grad_input).measure()
-
-
-@dataclass(frozen=True)
-class HeadBytes:
-    """What stands between the last layer and the loss."""
-
-    saved: int  # the last norm's tensors and the gradient of the hidden states, from the loss on
-    peak: int  # during the loss, with what is saved
-    logits: int  # of them: one chunk of fp32 logits and what is made of it
-
-
-def head_bytes(shapes: ModelShapes, tokens: int, compute_size: int, chunk_bytes: int = CHUNK_BYTES) -> HeadBytes:
-    """The last norm, then `loss.nll_sum` with every token a label (a row may hold nothing else)."""
-    row = tokens * shapes.hidden * compute_size
-    settings = LayerSettings(tokens, compute_size)
-    writer = LayerTape(shapes, settings)
-    hidden = writer._norm(writer.start)
-    normed = writer.tape.saved.total - hidden.size
-    chunk = min(tokens, max(1, chunk_bytes // (4 * shapes.vocabulary)))
-    logits = 4 * chunk * shapes.vocabulary
-    # logsumexp makes one copy of the logits; a cap on them keeps its slope as well
-    extra = logits * (3 if shapes.caps_logits else 2)
-    # hidden states, those with a label, and their gradient
-    return HeadBytes(normed + row, normed + 3 * row + extra, extra)

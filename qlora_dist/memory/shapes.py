@@ -8,7 +8,7 @@ on transformers' meta device instead (`planning.read_shapes`), which takes secon
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import UserError
@@ -53,6 +53,7 @@ class ModelShapes:
     is_gated: bool = True
     activation: Literal["one", "composed"] = "one"  # one kernel, or gelu_new, which is written out
     rotary_dim: int = 0  # of each head; 0: positions are learned
+    splits_rotary: bool = False  # the rotated part of a head and the rest are joined by a copy
     has_softcap: bool = False  # capped attention scores
     caps_logits: bool = False
     scales_logits: bool = False
@@ -243,6 +244,7 @@ def _two_matrix(
         norm="layer",
         is_gated=False,
         rotary_dim=0 if rotary_share is None else int(rotary_share * head_dim),
+        splits_rotary=rotary_share is not None,
         **differences,
     )
 
@@ -315,6 +317,22 @@ def _phi(config: dict[str, Any]) -> ModelShapes:
     )
 
 
+def _phi3(config: dict[str, Any]) -> ModelShapes:
+    plain = _llama_like(config)
+    q, k, v, o, gate, up, down = plain.linears
+    return replace(
+        plain,
+        linears=(
+            Linear("self_attn.qkv_proj", plain.hidden, q.outputs + k.outputs + v.outputs),
+            o,
+            Linear("mlp.gate_up_proj", plain.hidden, gate.outputs + up.outputs),
+            down,
+        ),
+        rotary_dim=int(plain.head_dim * _rotary_share(config, "partial_rotary_factor", 1.0)),
+        splits_rotary=True,
+    )
+
+
 FAMILIES: dict[str, Callable[[dict[str, Any]], ModelShapes]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -329,6 +347,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], ModelShapes]] = {
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "phi": _phi,
+    "phi3": _phi3,
 }
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import UserError
+from .constants import Item
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp")
 BUCKET_BYTES = 32 * 2**20  # distributed.BUCKET_BYTES
@@ -32,22 +31,19 @@ class Sharing:
         is_sharded = self.name == "fsdp" or (self.name == "zero3" and quantization == "none")
         return 1.0 / self.world_size if is_sharded else 1.0
 
-    def buffers(
-        self, *, aligned_bytes: int, layer_bytes: int, largest_bytes: int, make: Callable[[int, str], Any]
-    ) -> dict[str, Any]:
-        """Items for what only exists because there are several ranks."""
+    def buffers(self, trained_bytes: int, layer_bytes: int) -> dict[str, Item]:
+        """What exists only because there are several ranks. `layer_bytes`: base weights of one decoder layer."""
         if self.world_size == 1 and self.name in ("ddp", "fsdp"):
             return {}
         if self.name == "ddp":
             # buckets are views of the gradients; the look whether they are finite makes |x| and two masks
-            size = min(BUCKET_BYTES, aligned_bytes) * 6 // 4
-            return {"communication": make(size, "buckets are views; one is looked at for values that are not finite")}
-        if self.name == "fsdp":
-            size = GATHERED_LAYERS * layer_bytes
-            return {"communication": make(size, f"{GATHERED_LAYERS} gathered layers, one of them fetched ahead")}
-        # a bucket that fills while another is reduced
-        size = 2 * min(DEEPSPEED_BUCKET_BYTES, aligned_bytes)
-        return {"communication": make(size, "DeepSpeed's buckets, one filling while another is reduced")}
+            size, what = min(BUCKET_BYTES, trained_bytes) * 6 // 4, "a bucket's look for values that are not finite"
+        elif self.name == "fsdp":
+            size, what = GATHERED_LAYERS * layer_bytes, f"{GATHERED_LAYERS} gathered layers, one of them fetched ahead"
+        else:
+            size = 2 * min(DEEPSPEED_BUCKET_BYTES, trained_bytes)
+            what = "DeepSpeed's buckets, one filling while another is reduced"
+        return {"communication": Item(size, what)}
 
 
 def sharing(strategy: str, world_size: int) -> Sharing:

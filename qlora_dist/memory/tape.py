@@ -71,12 +71,9 @@ class Tape:
         """What the caller holds."""
         return Value(size, is_ours=False, needs_grad=needs_grad)
 
-    def weight_copy(self, size: int, grad_size: int) -> Value:
-        """A weight cast to the type of the activations; its gradient is cast back to `grad_size` bytes."""
-        value = Value(size, is_weight=True)
-        self._allocate(value)
-        self.operations.append(Operation(value, (), (), (), grad_size, 0))
-        return value
+    def parameter(self, size: int) -> Value:
+        """A trained weight, which somebody else holds; its gradient has `size` bytes and is added up elsewhere."""
+        return Value(size, is_weight=True, is_ours=False)
 
     def extra(self, size: int) -> Value:
         """Something that an operation saves besides its inputs and output: a dropout mask, a log-sum-exp."""

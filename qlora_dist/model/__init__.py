@@ -2,16 +2,19 @@
 
     check_config   config.json alone: can this model be trained as asked? Before any weight is read.
     load_base      safetensors -> 4-bit, 8-bit or plain base on one device, every parameter frozen
+    quantize_model safetensors -> 4-bit safetensors, without the model in memory
     check_head     on the loaded model: head and packing give the model's own logits
     hidden_states  Batch -> (T, H), what the loss is computed from
 
 This folder is the home of transformers and bitsandbytes.nn. Inside it, imports go loading <- running <- preflight
-and generation.
+and generation, and loading, files <- quantize, sources <- streaming <- base, four_bit_files.
 The base is never changed after loading; `base_fingerprint` proves it.
 """
 
+from .base import load_base
+from .four_bit_files import cached_4bit, quantize_model
 from .generation import Sampling, generate_ids, quantized_and_back
-from .loading import INFERENCE, Quantization, load_base, load_config, load_tokenizer
+from .loading import INFERENCE, Quantization, load_config, load_tokenizer
 from .preflight import ModelFacts, check_config, resolve_targets
 from .running import (
     base_fingerprint,
@@ -19,16 +22,19 @@ from .running import (
     check_head,
     decoder_layers,
     evaluation_mode,
+    gathered_head,
     hidden_states,
     is_4bit,
     is_conv1d,
     linear_layers,
+    num_weights,
     output_head,
     plain_name,
     set_recompute,
     strip_wrappers,
     unwrap,
 )
+from .sharding import check_gathered_layer, held_bytes
 
 __all__ = [
     "INFERENCE",
@@ -37,11 +43,15 @@ __all__ = [
     "Sampling",
     "base_fingerprint",
     "base_weights",
+    "cached_4bit",
     "check_config",
+    "check_gathered_layer",
     "check_head",
     "decoder_layers",
     "evaluation_mode",
+    "gathered_head",
     "generate_ids",
+    "held_bytes",
     "hidden_states",
     "is_4bit",
     "is_conv1d",
@@ -49,8 +59,10 @@ __all__ = [
     "load_base",
     "load_config",
     "load_tokenizer",
+    "num_weights",
     "output_head",
     "plain_name",
+    "quantize_model",
     "quantized_and_back",
     "resolve_targets",
     "set_recompute",

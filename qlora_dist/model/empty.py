@@ -1,7 +1,7 @@
 """A base without weights: every tensor has its shape and type and no meaning. For memory traces under fake tensors.
 
-    empty_base     config.json -> the base as `load_base` gives it, on the meta device, where adapters can be attached
-    fill_empty     meta -> empty tensors of whatever mode is active; inside FakeTensorMode they take no memory
+empty_base     config.json -> the base as `load_base` gives it, on the meta device, where adapters can be attached
+fill_empty     meta -> empty tensors of whatever mode is active; inside FakeTensorMode they take no memory
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..attention import PACKED
 from ..errors import UserError
-from .loading import BLOCK, Quantization, _switch_dropout_off, bitsandbytes
+from .loading import BLOCK, Quantization, bitsandbytes, switch_dropout_off
 from .running import linear_layers
 
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel  # isort: skip
@@ -45,11 +45,13 @@ def empty_base(
         if quantization != "none":
             for name, layer in linear_layers(model).items():
                 parent, _, last = name.rpartition(".")
-                setattr(model.get_submodule(parent), last, _empty_4bit(layer, quantization, double_quant, compute_dtype))
+                setattr(
+                    model.get_submodule(parent), last, _empty_4bit(layer, quantization, double_quant, compute_dtype)
+                )
             model.is_loaded_in_4bit = True  # PEFT asks
     model.config.use_cache = False
     model.packed_backend = backend
-    _switch_dropout_off(model)
+    switch_dropout_off(model)
     return model
 
 
@@ -95,7 +97,7 @@ def fill_empty(model: nn.Module) -> None:
                 module._buffers[name] = made.setdefault(id(buffer), torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _empty_codes(layer: Any, weight: Any) -> nn.Parameter:
+def _empty_codes(layer: Any, weight: Any) -> Any:
     """Codes of a 4-bit layer with a QuantState of the right sizes.
 
     A plain parameter with the attributes of a Params4bit: a fake tensor cannot become one.
@@ -122,4 +124,4 @@ def _empty_codes(layer: Any, weight: Any) -> nn.Parameter:
     codes: Any = nn.Parameter(torch.empty((-(-inputs * outputs // 2), 1), dtype=torch.uint8), requires_grad=False)
     codes.quant_state, codes.quant_type, codes.compress_statistics = state, weight.quant_type, nested
     layer.quant_state = state
-    return codes  # type: ignore[no-any-return]
+    return codes

@@ -1,4 +1,4 @@
-"""Reading: tokenizer, config.json, and safetensors -> a frozen base that is quantized while it is read."""
+"""What is read before weights are: tokenizer and config.json, how they are found, and what a base may look like."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import attention as packed_attention
-from ..attention import PACKED, AttentionNeeds
+from ..attention import AttentionNeeds
 from ..errors import UserError
 
 
@@ -21,7 +21,7 @@ def _import_quietly(name: str) -> Any:
 
     On CPUs with AVX512-BF16 the import asks the package `kernels` to download a kernel, and prints a notice when that
     package is missing. Weights and code come only from where the user said, and the kernel is not used (see
-    `_guard_cpu_layers`), so `kernels` is hidden during the import.
+    `guard_cpu_layers`), so `kernels` is hidden during the import.
     """
     if name in sys.modules:
         return sys.modules[name]
@@ -46,11 +46,9 @@ logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "
 
 from transformers import (  # noqa: E402  (after bitsandbytes, which transformers may import)
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging  # noqa: E402
@@ -72,10 +70,10 @@ INFERENCE = "inference"  # value of `attention` for generation: transformers' ow
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a hub model or folder. Raises UserError when there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_expanded(name), **_source(name, revision))
+        tokenizer = AutoTokenizer.from_pretrained(expanded(name), **where_to_read(name, revision))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"model.name {name}: no tokenizer could be read ({_first_line(error)}); the folder or hub "
+            f"model.name {name}: no tokenizer could be read ({first_line(error)}); the folder or hub "
             "repository must hold tokenizer.json, or tokenizer.model with sentencepiece installed"
         ) from None
     if not tokenizer.is_fast:
@@ -89,21 +87,21 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """config.json of a model. Raises UserError when it is missing or needs code of its own."""
     try:
-        return AutoConfig.from_pretrained(_expanded(name), **_source(name, revision))
+        return AutoConfig.from_pretrained(expanded(name), **where_to_read(name, revision))
     except (OSError, ValueError, KeyError) as error:
         hint = (
             "it needs code of its own (trust_remote_code), which is never run here"
             if "trust_remote_code" in str(error)
             else "give the name of a model on the hub, or a folder with config.json and *.safetensors"
         )
-        raise UserError(f"model.name {name}: config.json cannot be read ({_first_line(error)}); {hint}") from None
+        raise UserError(f"model.name {name}: config.json cannot be read ({first_line(error)}); {hint}") from None
 
 
-def _expanded(name: str) -> str:
+def expanded(name: str) -> str:
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
-def _source(name: str, revision: str | None) -> dict[str, Any]:
+def where_to_read(name: str, revision: str | None) -> dict[str, Any]:
     """Where transformers may read from. A folder never leads to a request to a hub."""
     folder = Path(name).expanduser()
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -133,72 +131,14 @@ def check_weight_files(name: str) -> None:
     raise UserError(f"model.name {name}: the folder holds no *.safetensors file")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- quantization -----------------------------------------------------------------------------------------------------
 
 
-def load_base(
-    name: str,
-    *,
-    revision: str | None = None,
-    quantization: Quantization,
-    double_quant: bool,
-    compute_dtype: torch.dtype,
-    attention: str,
-    device: torch.device,
-    attention_dtype: torch.dtype | None = None,
-) -> PreTrainedModel:
-    """The base on one device: quantized while it is read, in `compute_dtype` elsewhere, frozen, dropout off.
-
-    `attention_dtype` is the type that queries arrive in when it is not `compute_dtype` (fp32 weights under autocast).
-    `attention` is auto, flash, varlen or sdpa (packed batches, see `hidden_states`), or INFERENCE (generation).
-    Norms, embeddings and head keep `compute_dtype`: an upcast to fp32 costs gigabytes and changes nothing measurable.
-    Raises UserError when weights are missing, pickled or of a kind that cannot be quantized here.
-    """
-    config = load_config(name, revision)
-    check_weight_files(name)
-    is_packed = attention != INFERENCE
-    needs = _needs(config, attention_dtype or compute_dtype)
-    backend = packed_attention.resolve_backend(attention, device, needs) if is_packed else ""
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            _expanded(name),
-            **_source(name, revision),
-            **_quantization(name, config, quantization, double_quant, compute_dtype),
-            dtype=compute_dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            attn_implementation=PACKED if is_packed else None,
-            output_loading_info=True,
-        )
-    except OSError as error:
-        reason = "there is no *.safetensors file" if "safetensors" in str(error) else _first_line(error)
-        raise UserError(f"model.name {name}: weights cannot be read ({reason})") from None
-    model, info = loaded
-    lacking = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
-    if lacking:  # transformers would fill them with random numbers
-        raise UserError(
-            f"model.name {name}: {len(lacking)} weights are missing or have another shape, "
-            f"first {lacking[0]}; "
-            "the download is incomplete, or the files belong to another model"
-        )
-    model.requires_grad_(False)
-    model.config.use_cache = not is_packed
-    model.packed_backend = backend
-    _switch_dropout_off(model)
-    if device.type == "cpu":
-        _guard_cpu_layers(model)
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # a checkpoint that was saved in 4 bit brings the compute type of whoever saved it
-            module.compute_dtype, module.compute_type_is_set = compute_dtype, True
-    return model
-
-
-def _quantization(
+def quantization_settings(
     name: str,
     config: PretrainedConfig,
     quantization: Quantization,
@@ -241,7 +181,7 @@ def _check_stored_quantization(name: str, stored: dict[str, Any], quantization: 
         )
 
 
-def _needs(config: PretrainedConfig, dtype: torch.dtype) -> AttentionNeeds:
+def attention_needs(config: PretrainedConfig, dtype: torch.dtype) -> AttentionNeeds:
     """What the attention of this model asks of a backend."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
@@ -256,7 +196,7 @@ def _needs(config: PretrainedConfig, dtype: torch.dtype) -> AttentionNeeds:
     )
 
 
-def _switch_dropout_off(model: nn.Module) -> None:
+def switch_dropout_off(model: nn.Module) -> None:
     """A frozen base has nothing to regularize (GPT-2 ships with 0.1), and packed kernels have no dropout."""
     found = set()
     for module in model.modules():
@@ -278,7 +218,7 @@ def _switch_dropout_off(model: nn.Module) -> None:
         log.info("dropout of the base is off (its config has %s); lora.dropout is the only dropout", sorted(found))
 
 
-def _guard_cpu_layers(model: nn.Module) -> None:
+def guard_cpu_layers(model: nn.Module) -> None:
     """Keeps bitsandbytes' CPU layers from changing the base, and refuses shapes that they read wrongly.
 
     In eval mode without gradients `Linear4bit` repacks its weight in place for a kernel of AVX512-BF16 machines: the

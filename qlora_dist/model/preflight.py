@@ -49,13 +49,15 @@ def check_config(
     target_modules: str | tuple[str, ...] = "all-linear",
     row_tokens: int | None = None,
     device_type: str = "cuda",
+    weights: str = "files",
 ) -> ModelFacts:
     """Raises UserError for a model that cannot be trained as asked: not there, pickled, no causal language model,
     attention that cannot be packed, target modules that match nothing, rows longer than its position table, shapes
     that a CPU cannot dequantize, experts that cannot be quantized.
     """
     config = load_config(name, revision)
-    check_weight_files(name)
+    if weights == "files":
+        check_weight_files(name)
     model = build_on_meta(name, config)
     family = type(model).__name__
     layers = linear_layers(model)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import PACKED, documents_of
@@ -83,6 +85,23 @@ def output_head(model: nn.Module) -> OutputHead:
     return OutputHead(head.weight, getattr(head, "bias", None), softcap, 1.0 if scale is None else float(scale))
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a shared tensor on the device, for as long as the caller keeps it; any other tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh = tensor.device_mesh
+    local = tensor.to_local().to(mesh.device_type)  # an offloaded part lies in host memory
+    shared = DTensor.from_local(
+        local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+    return shared.full_tensor()
+
+
+def gathered_head(head: OutputHead) -> OutputHead:
+    """The output head with its whole weight: for one loss, then dropped."""
+    return replace(head, weight=gathered(head.weight)) if isinstance(head.weight, DTensor) else head
+
+
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
     """On the loaded model and 8 tokens: our head gives the model's own logits, and packed documents stay apart.
@@ -98,7 +117,7 @@ def check_head(model: nn.Module) -> None:
     with evaluation_mode(model):
         hidden, hidden_alone = hidden_states(model, both), hidden_states(model, second)
         own = base(**_packed_inputs(base, both)).logits[0].float()
-        ours = output_head(model).logits(hidden).float()
+        ours = gathered_head(output_head(model)).logits(hidden).float()
     family = type(base).__name__
     if _differ(ours, own):
         raise UserError(
@@ -186,12 +205,26 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield plain_name(f"{name}.SCB"), scales
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that ranks share; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_weights(parameter: Tensor) -> int:
+    """Weights that a parameter stands for: a 4-bit weight counts as one, not as half a byte; its constants as none."""
+    packed: int | None = getattr(parameter, "num_weights", None)
+    if packed is not None:
+        return packed
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else torch.Size(state.shape).numel()
+
+
 def base_fingerprint(model: nn.Module) -> str:
-    """sha256 over the base. Equal before and after training, and before and after attaching adapters."""
+    """sha256 over the base, of a shared one this rank's part. The same before and after adapters and training."""
     digest = hashlib.sha256()
     for name, tensor in sorted(base_weights(model), key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().contiguous().cpu().reshape(-1)
+        flat = own_part(tensor).detach().contiguous().cpu().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

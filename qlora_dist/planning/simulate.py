@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from .. import adapters
 from .. import model as base_model
@@ -64,14 +64,14 @@ def simulated_bytes(plan: MemoryPlan) -> int:
 def simulate(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> Trace:
     """One training step of this plan under fake tensors. `pretrained` is transformers' config of the model.
 
-    Raises UserError for what cannot be simulated: int8, activation offload.
+    Raises UserError for what cannot be simulated: int8, dora, full fine-tuning, activation offload.
     """
     if config.memory.offload_activations:
         raise UserError("memory.offload_activations cannot be simulated; plan without --simulate")
     _make_tables(config.model.quantization)
     model = _meta_model(config, plan, pretrained)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(_workspaces()) as live, _as_on_a_gpu():
-        head, flat, optimizer = _fill(config, model, live)
+        head, optimizer = _fill(config, model, live)
         batch = _batch(plan.micro_rows, plan.row_tokens, live)
         live.reset_peak()
         chunk = max(1, CHUNK_BYTES["cuda"] // (4 * head.weight.shape[0]))
@@ -93,7 +93,9 @@ def _meta_model(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> torch.n
     """Base and adapters without storage."""
     dtype = _dtype(config)
     if config.lora is None:
-        raise UserError("full fine-tuning cannot be simulated; plan without --simulate")
+        raise UserError("full fine-tuning (lora: null) cannot be simulated; plan without --simulate")
+    if config.lora.variant == "dora":
+        raise UserError("lora.variant dora cannot be simulated: PEFT copies weights for it; plan without --simulate")
     model: torch.nn.Module = empty_base(
         pretrained,
         quantization=config.model.quantization,
@@ -115,19 +117,20 @@ def _meta_model(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> torch.n
     return model.train()
 
 
-def _fill(config: RunConfig, model: torch.nn.Module, live: LiveBytes) -> tuple[OutputHead, FlatParameters, Any]:
+def _fill(config: RunConfig, model: torch.nn.Module, live: LiveBytes) -> tuple[OutputHead, Any]:
     """Storages for everything that stays: base, adapters, gradients, optimizer states."""
     with live.category("base"):
         fill_empty(model)
     with live.category("adapters and gradients"):
         flat = FlatParameters(adapters.trainable_parameters(model), decays)
     optim = config.optim
-    optimizer = build_optimizer(
-        flat, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
-    )
+    with unset_fake_temporarily():  # bitsandbytes reads values of its table
+        optimizer = build_optimizer(
+            flat, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
+        )
     with live.category("optimizer"):
         step_optimizer(optimizer, 0.0)  # makes the states, as they are from the second step on
-    return base_model.output_head(model), flat, optimizer
+    return base_model.output_head(model), optimizer
 
 
 def _batch(rows: int, row_tokens: int, live: LiveBytes) -> Batch:

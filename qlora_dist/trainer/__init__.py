@@ -1,11 +1,13 @@
 """Config -> data -> rows -> model -> steps -> checkpoints. Read this file first: `train` is the table of contents.
 
 trainer.stages               what happens once: the parts of a run, made from the config
+trainer.fitting              what fits in memory, and what it means when it does not
 trainer.keeping              checkpoints, resume, results
 trainer.step                 what happens again and again: one optimizer update
 examples, packing, loader    sources -> documents -> rows -> this rank's micro-batches
 model, attention, adapters   4-bit base -> packed attention -> LoRA in fp32
-flat, optim, distributed     all trained weights in one storage -> AdamW -> gradients summed over ranks
+update, flat, optim          gradients -> AdamW, the same under every strategy
+distributed                  ranks, and what they do together
 checkpoint, metrics, verify  what is kept, what is said, what is checked
 """
 
@@ -18,7 +20,7 @@ from ..metrics import Metrics
 from ..preempt import StopSignal
 from ..state import TrainState
 from ..verify import check_first_update
-from . import keeping, stages
+from . import fitting, keeping, stages
 from .step import train_step
 
 
@@ -32,24 +34,31 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
         run = stages.open_run(config, world, resume)
         if (done := world.from_main(lambda: run.completed_steps(config.train.length))) is not None:
             return stages.say_completed(run, world, done)
+        fit = fitting.settle(config, world)
+        config = fit.config  # from here on no `auto` in what decides memory
         stages.check(config, world)
 
         # data: sources -> documents -> rows -> who trains what at which step
         data = stages.build_data(config, world)
         num_steps = stages.count_steps(config, data)
-        with Metrics(run, world.is_main, num_steps, "tensorboard" in config.logging.trackers) as metrics:
-            metrics.say(stages.describe(config, world, data, num_steps))
+        with (
+            Metrics(run, world.is_main, num_steps, "tensorboard" in config.logging.trackers) as metrics,
+            fitting.explaining_out_of_memory(fit, world) as progress,
+        ):
+            metrics.say(stages.describe(config, world, data, num_steps) + fit.text)
 
-            # model: 4-bit base -> adapters -> one flat storage of all that is trained
-            learner = stages.build_learner(config, world)
+            # model: 4-bit base -> adapters -> what updates them
+            progress.learner = learner = stages.build_learner(config, world)
             state = keeping.resume(config, run, world, learner, data, metrics, resume)
             metrics.start(state.step)
             world.start_trackers(config.logging.project, config.model_dump(mode="json"))
+            fitting.try_longest(config, world, learner, data, state, num_steps, progress, metrics)
             before = stages.evaluate_start(config, run, world, learner, data, state, metrics)
 
             waited_since = time.perf_counter()
             for rows in data.loader.iterate(state.step, num_steps, pin_memory=world.device.type == "cuda"):
                 started = time.perf_counter()
+                progress.place = f"step {state.step + 1}"
                 stats = train_step(
                     world,
                     learner,
@@ -57,11 +66,11 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                     step=state.step,
                     seed=config.seed,
                     lr=(lr := stages.scheduled_lr(config, state.step, num_steps)),
-                    max_grad_norm=config.optim.max_grad_norm,
                     stop_requested=stop.requested,
                 )
                 if state.step == 0:
-                    check_first_update(learner.model)
+                    with learner.update.whole_weights():
+                        check_first_update(learner.model)
                 state = state.after(stats)
                 values = stages.step_values(
                     world, state, stats, rows, lr, time.perf_counter() - started, started - waited_since
@@ -78,4 +87,4 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                 waited_since = time.perf_counter()
             if state.step < num_steps:
                 return keeping.say_stopped(run, world, state, stop.name)
-            return keeping.finish(config, run, world, learner, data, state, before, metrics)
+            return keeping.finish(config, run, world, learner, data, state, before, metrics, fit.plan)

@@ -13,8 +13,8 @@ from .. import model as base_model
 from ..config import RunConfig, dump_yaml
 from ..distributed import World
 from ..errors import UserError
+from ..memory import MemoryPlan
 from ..metrics import GIB, Metrics, median_tokens_per_second, peak_bytes
-from ..optim import load_optimizer_state, optimizer_state
 from ..provenance import commit, device_name, versions
 from ..state import RunDir, TrainState, config_changes, read_metrics, write_json
 from .stages import Data, free_fields
@@ -33,13 +33,14 @@ def resume(
         return TrainState()
     loaded = checkpoint.load_checkpoint(Path(path))
     state = loaded.state
-    if state["layout"] != learner.flat.layout():
+    if state["layout"] != learner.update.layout():
         raise UserError(f"checkpoint {path}: its trained weights have other names or shapes than this config gives")
-    load_trained(learner.model, Path(path), config.lora is None)
+    with learner.update.whole_weights():
+        load_trained(learner.model, Path(path), config.lora is None)
     try:
-        load_optimizer_state(learner.optimizer, loaded.optimizer_tensors, state["optimizer_numbers"])
+        learner.update.load_state(loaded.optimizer_tensors, state["optimizer_numbers"])
     except ValueError as error:
-        raise UserError(f"checkpoint {path}: {error}; optim.name must be the one it was trained with") from None
+        raise UserError(f"checkpoint {path}: {error}; use the optim.name it was trained with") from None
     return TrainState(state["step"], state["num_tokens"], state["num_labels"])
 
 
@@ -80,8 +81,9 @@ def _choose_checkpoint(config: RunConfig, run: RunDir, data: Data, choice: str) 
 def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: Data, state: TrainState) -> None:
     """A checkpoint of this state, written and verified by rank 0; a failure ends all ranks."""
 
+    tensors, numbers = learner.update.state()  # of all ranks, on rank 0
+
     def save_on_main() -> None:
-        tensors, numbers = optimizer_state(learner.optimizer)
         path = checkpoint.save_checkpoint(
             run.checkpoints,
             state.step,
@@ -91,7 +93,7 @@ def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: D
                 **asdict(state),
                 "config": dump_yaml(config),
                 "data_fingerprint": data.documents.fingerprint,
-                "layout": learner.flat.layout(),
+                "layout": learner.update.layout(),
                 "optimizer_numbers": numbers,
                 "random": "none stored: order, dropout and learning rate are functions of (seed, step, row)",
                 "world_size": world.size,
@@ -101,7 +103,8 @@ def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: D
         )
         verify_trained(learner.model, path, config.lora is None)
 
-    world.from_main(save_on_main)
+    with learner.update.whole_weights():
+        world.from_main(save_on_main)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -126,17 +129,22 @@ def finish(
     state: TrainState,
     before: dict[str, float],
     metrics: Metrics,
+    plan: MemoryPlan,
 ) -> TrainState:
     """Exports the weights, writes summary.json, and marks the run as completed, in this order."""
     peak = world.max(peak_bytes(world.device))
 
     def finish_on_main() -> None:
         _export(config, run, learner)
-        write_json(run.summary, _summary(config, run, world, learner, data, state, before, int(peak)))
+        write_json(run.summary, _summary(config, run, world, learner, data, state, before, int(peak), plan))
         run.mark_completed(state.step, config.train.length)
 
-    world.from_main(finish_on_main)
-    metrics.say(f"finished: {state.step} steps, peak {peak / GIB:.2f} GiB; {_exported(config, run)}, {run.summary}")
+    with learner.update.whole_weights():
+        world.from_main(finish_on_main)
+    error = f" (planned {plan.tensor_bytes / peak - 1:+.1%})" if world.device.type == "cuda" else ""
+    metrics.say(
+        f"finished: {state.step} steps, peak {peak / GIB:.2f} GiB{error}; {_exported(config, run)}, {run.summary}"
+    )
     return state
 
 
@@ -164,6 +172,7 @@ def _summary(
     state: TrainState,
     before: dict[str, float],
     peak: int,
+    plan: MemoryPlan,
 ) -> dict[str, Any]:
     lines = list(read_metrics(run.metrics))
     stats = data.documents.stats
@@ -174,6 +183,8 @@ def _summary(
         "total_labels": state.num_labels,
         "world_size": world.size,
         "strategy": config.strategy.name,
+        "micro_rows": config.batch.micro_rows,
+        "recompute": config.memory.recompute,
         "device": device_name(world.device),
         "packing_efficiency": data.rows.efficiency,
         "examples": len(data.documents),
@@ -183,8 +194,9 @@ def _summary(
         "bad": stats.total("bad"),
         "tokens_per_second_median": median_tokens_per_second(run.metrics),
         "peak_bytes_max": peak,
-        "planned_peak_bytes": None,
-        "plan_error": None,
+        "planned_peak_bytes": plan.tensor_bytes,
+        # a CPU's peak is that of a whole process, which nobody plans
+        "plan_error": plan.tensor_bytes / peak - 1 if world.device.type == "cuda" else None,
         "trainable_parameters": learner.num_trainable_parameters,
         "base_parameters": learner.num_base_parameters,
         "versions": versions(),

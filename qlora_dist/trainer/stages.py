@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ import torch
 from .. import __version__, adapters
 from .. import model as base_model
 from ..config import DataConfig, RunConfig, SourceConfig, dump_yaml
-from ..distributed import World
+from ..distributed import World, require_own_strategy
 from ..errors import UserError
 from ..evaluate import EvalResult, evaluate
 from ..examples import Documents, build_documents, split_sources
-from ..flat import FlatParameters
 from ..loader import Loader, StepRows, derive_accumulation, eval_batches
 from ..metrics import Metrics, format_evaluation, peak_bytes
-from ..optim import build_optimizer, decays, lr_at
+from ..offload import ActivationOffload
+from ..optim import lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..state import RunDir, StepStats, TrainState, write_json
 from .step import Learner
+from .update import build_update, check_update, describe_strategy
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Data:
 def join(config: RunConfig) -> Iterator[World]:
     """This process's place among the ranks; left in order at the end, and left to the launcher after a failure."""
     others = [name for name in config.logging.trackers if name != "tensorboard"]
+    require_own_strategy(config.strategy.name)
     world = World.init(others, config.run_dir)
     yield world
     world.close()
@@ -79,7 +82,8 @@ def check(config: RunConfig, world: World) -> None:
     """What can be known before data or weights are read: same config on all ranks, batch, model kind, targets."""
     world.require_equal(dump_yaml(config), "the resolved config")
     world.require_equal(f"{__version__} {torch.__version__}", "the version of qlora_dist or torch")
-    derive_accumulation(config.batch.rows_per_step, config.batch.micro_rows, world.size)
+    derive_accumulation(config.batch.rows_per_step, config.batch.settled_rows, world.size)
+    check_update(config, world)
     base_model.check_config(
         config.model.name,
         revision=config.model.revision,
@@ -87,6 +91,7 @@ def check(config: RunConfig, world: World) -> None:
         target_modules="all-linear" if config.lora is None else config.lora.target_modules,
         row_tokens=config.data.row_tokens,
         device_type=world.device.type,
+        weights=config.model.weights,
     )
 
 
@@ -100,7 +105,7 @@ def build_data(config: RunConfig, world: World) -> Data:
         documents,
         rows,
         rows_per_step=config.batch.rows_per_step,
-        micro_rows=config.batch.micro_rows,
+        micro_rows=config.batch.settled_rows,
         rank=world.rank,
         world_size=world.size,
         seed=config.seed,
@@ -110,7 +115,7 @@ def build_data(config: RunConfig, world: World) -> Data:
     if eval_sources:
         unseen = build_source_documents(config.data, eval_sources, tokenizer, world, "data.eval", config.seed)
         unseen_rows = build_rows(config.data, unseen, config.seed)
-        held_out = eval_batches(unseen, unseen_rows, config.batch.micro_rows, world.rank, world.size)
+        held_out = eval_batches(unseen, unseen_rows, config.batch.settled_rows, world.rank, world.size)
     return Data(documents, rows, loader, held_out)
 
 
@@ -152,14 +157,13 @@ def count_steps(config: RunConfig, data: Data) -> int:
 def describe(config: RunConfig, world: World, data: Data, num_steps: int) -> str:
     """What is about to run, in one paragraph."""
     batch, stats = config.batch, data.documents.stats
-    accumulation = derive_accumulation(batch.rows_per_step, batch.micro_rows, world.size)
+    accumulation = derive_accumulation(batch.rows_per_step, batch.settled_rows, world.size)
     return (
         f"{len(data.documents):,} documents in {len(data.rows):,} rows of up to {config.data.row_tokens:,} tokens "
         f"({data.rows.efficiency:.1%} full; truncated {stats.total('truncated'):,}, dropped {stats.total('dropped'):,}"
         f", bad {stats.total('bad'):,})\n"
         f"{num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps x "
-        f"{batch.micro_rows} rows; strategy {config.strategy.name} on {world.device.type}: every rank "
-        "holds the whole base"
+        f"{batch.settled_rows} rows; strategy {config.strategy.name} on {world.device.type}: {describe_strategy(config)}"
     )
 
 
@@ -167,12 +171,12 @@ def describe(config: RunConfig, world: World, data: Data, num_steps: int) -> str
 
 
 def build_learner(config: RunConfig, world: World) -> Learner:
-    """Base -> adapters -> flat storage -> optimizer."""
+    """Base -> adapters -> what updates them."""
     settings = config.model
     compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
     is_full = config.lora is None
     model: torch.nn.Module = base_model.load_base(
-        settings.name,
+        _base_files(config, world),
         revision=settings.revision,
         quantization=settings.quantization,
         double_quant=settings.double_quant,
@@ -181,8 +185,11 @@ def build_learner(config: RunConfig, world: World) -> Learner:
         attention=settings.attention,
         attention_dtype=compute_dtype,
         device=world.device,
+        weights=settings.weights,
+        seed=config.seed,
+        shards=world.shard_group() if config.strategy.name == "fsdp" else None,
+        offload=config.strategy.offload,
     )
-    base_model.check_head(model)
     if config.lora is None:
         model.requires_grad_(True)
     else:
@@ -198,28 +205,43 @@ def build_learner(config: RunConfig, world: World) -> Learner:
             kernels=settings.kernels,
         )
     num_base, num_trainable = adapters.count_parameters(model)
-    recompute = config.memory.recompute
-    base_model.set_recompute(model, "full" if recompute == "auto" else recompute)
+    assert config.memory.recompute != "auto", "fitting.settle comes first"
+    base_model.set_recompute(model, config.memory.recompute)
     model.train()
-    flat = FlatParameters(adapters.trainable_parameters(model), decays)
-    world.prepare(flat.grads, [group.spans() for group in flat.groups])
-    world.require_equal(flat.digest(), "the initial trainable weights")
-    optim = config.optim
-    optimizer = build_optimizer(
-        flat, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
-    )
+    head = base_model.output_head(model)
+    update = build_update(config, world, model, head.weight)
+    update.run(lambda: base_model.check_head(model))
+    base_model.check_gathered_layer(model)
+    world.require_equal(update.digest(), "the initial trainable weights")
+    offload = ActivationOffload(world.device) if config.memory.offload_activations else None
 
     @contextmanager
     def computing() -> Iterator[None]:
         with ExitStack() as stack:
             if is_full and compute_dtype != torch.float32:
                 stack.enter_context(torch.autocast(world.device.type, compute_dtype))
-            if config.memory.offload_activations:
-                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=world.device.type == "cuda"))
+            if offload is not None:
+                stack.enter_context(offload)
             yield
 
-    head = base_model.output_head(model)
-    return Learner(model, head, flat, optimizer, compute_dtype, computing, num_base, num_trainable)
+    return Learner(model, head, update, compute_dtype, computing, num_base, num_trainable)
+
+
+def _base_files(config: RunConfig, world: World) -> str:
+    """What the base is read from: the model, or its 4-bit copy on this node, which the node's first rank makes."""
+    settings = config.model
+    if settings.cache_4bit is None or settings.weights != "files":
+        return settings.name
+    with world.local_main_first("making the 4-bit copy of the base"):
+        return base_model.cached_4bit(
+            settings.cache_4bit,
+            settings.name,
+            revision=settings.revision,
+            quantization=settings.quantization,
+            double_quant=settings.double_quant,
+            compute_dtype=getattr(torch, settings.compute_dtype),
+            device=world.device,
+        )
 
 
 def scheduled_lr(config: RunConfig, step: int, num_steps: int) -> float:
@@ -267,7 +289,9 @@ def evaluate_held_out(config: RunConfig, world: World, learner: Learner, data: D
     """Held-out values for a line of metrics.jsonl; nothing without data.eval."""
     if not data.held_out:
         return {}
-    result: EvalResult = evaluate(learner.model, data.held_out, learner.nll_sum, world)
+    result: EvalResult = evaluate(
+        learner.model, data.held_out, lambda batch: learner.update.run(partial(learner.nll_sum, batch)), world
+    )
     return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_seconds": result.seconds}
 
 

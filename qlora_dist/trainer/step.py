@@ -7,19 +7,19 @@ import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from ..distributed import World
 from ..errors import RunFailed
-from ..flat import FlatParameters
 from ..loader import StepRows
 from ..loss import OutputHead, nll_sum
-from ..model import hidden_states
-from ..optim import step_optimizer
+from ..model import gathered_head, hidden_states
 from ..packing import Batch
 from ..state import StepStats
+from ..update import Update
 
 
 @dataclass
@@ -28,8 +28,7 @@ class Learner:
 
     model: torch.nn.Module
     head: OutputHead
-    flat: FlatParameters
-    optimizer: torch.optim.Optimizer
+    update: Update
     compute_dtype: torch.dtype
     computing: Callable[[], AbstractContextManager[object]]  # around every forward pass: autocast, offload, or nothing
     num_base_parameters: int
@@ -39,7 +38,7 @@ class Learner:
         """() sum of the batch's label NLL."""
         with self.computing():
             hidden = hidden_states(self.model, batch)
-            return nll_sum(hidden.to(self.compute_dtype), self.head, batch.label_positions, batch.labels)
+            return nll_sum(hidden.to(self.compute_dtype), gathered_head(self.head), batch.label_positions, batch.labels)
 
 
 def train_step(
@@ -50,7 +49,6 @@ def train_step(
     step: int,  # 0-based
     seed: int,
     lr: float,
-    max_grad_norm: float | None,
     stop_requested: bool,
 ) -> StepStats:
     """One update. Loss = (sum of label NLL) / (number of labels), both over the whole global step.
@@ -58,28 +56,42 @@ def train_step(
     A mean of micro-batch means would weight tokens unequally and depend on the number of ranks. Raises RunFailed on all
     ranks, before the update, when a loss or gradient of any rank is not finite.
     """
-    learner.flat.zero_grad()
+    learner.update.zero_grad()
     losses: list[torch.Tensor] = []
     for index, batch in enumerate(rows.microbatches):
         torch.manual_seed(_dropout_seed(seed, step, batch.row_indices[0]))
-        with world.accumulate(is_last=index == len(rows.microbatches) - 1):
-            nll = learner.nll_sum(batch.to(world.device))
-            world.backward(nll)
-        losses.append(nll.detach().double())
+        is_last = index == len(rows.microbatches) - 1
+        nll = learner.update.accumulate(partial(learner.nll_sum, batch.to(world.device)), is_last)
+        losses.append(nll.double())
 
     local = torch.stack([torch.stack(losses).sum(), torch.tensor(float(stop_requested)).to(losses[0])])
     total = world.sum(local)
     num_labels = max(rows.num_labels, 1)
     # the one host sync of a step: the summed gradients are equal on all ranks, so all decide alike
-    nll_total, stops, grad_norm = torch.cat([total, learner.flat.grad_norm().double()[None]]).tolist()
+    nll_total, stops, grad_norm = torch.cat([total, learner.update.grad_norm().double()[None]]).tolist()
     grad_norm /= num_labels
     if not (math.isfinite(nll_total) and math.isfinite(grad_norm)):
-        raise RunFailed(_explain_non_finite(world, rows, losses, step, nll_total / num_labels, grad_norm))
+        raise RunFailed(
+            _explain_non_finite(world, learner.update, rows, losses, step, nll_total / num_labels, grad_norm)
+        )
 
-    clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (grad_norm + 1e-6))
-    learner.flat.scale_grads(clip / num_labels)
-    step_optimizer(learner.optimizer, lr)
+    learner.update.step(lr, num_labels, grad_norm)
     return StepStats(nll_total / num_labels, grad_norm, rows.num_labels, rows.num_tokens, stops > 0)
+
+
+def try_batch(world: World, learner: Learner, batch: Batch, later_bytes: int) -> None:
+    """Forward and backward of one micro-batch, down to the first trained weight. Leaves no gradient and no trace.
+
+    All ranks call it together. `later_bytes` of device memory are held meanwhile: what the first update will add
+    (optimizer states). Raises torch.OutOfMemoryError where it does not fit.
+    """
+    first = next(parameter for parameter in learner.model.parameters() if parameter.requires_grad)
+    devices = [world.device.index or 0] if world.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        held = torch.empty(later_bytes if devices else 0, dtype=torch.uint8, device=world.device)
+        # not `backward`: no weight's gradient is written, so no strategy's hook sees this pass
+        learner.update.run(lambda: torch.autograd.grad(learner.nll_sum(batch.to(world.device)), first))
+        del held
 
 
 def _dropout_seed(seed: int, step: int, row: int) -> int:
@@ -88,13 +100,13 @@ def _dropout_seed(seed: int, step: int, row: int) -> int:
 
 
 def _explain_non_finite(
-    world: World, rows: StepRows, losses: list[torch.Tensor], step: int, loss: float, grad_norm: float
+    world: World, update: Update, rows: StepRows, losses: list[torch.Tensor], step: int, loss: float, grad_norm: float
 ) -> str:
     """Says on all ranks which rank's rows gave the bad value. Called by all ranks together."""
     bad = [row for batch, value in zip(rows.microbatches, losses) if not value.isfinite() for row in batch.row_indices]
     if bad:
         own = f"loss of rows {bad}"
-    elif not world.own_gradients_are_finite():
+    elif not update.own_gradients_are_finite():
         own = f"gradient of rows {[row for batch in rows.microbatches for row in batch.row_indices]}"
     else:
         own = None

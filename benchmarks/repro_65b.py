@@ -1,0 +1,208 @@
+"""LLaMA-65B on one card of 48 GB: the recipe of the paper, for real or with weights made on the spot.
+
+    python benchmarks/repro_65b.py --random-weights --steps 5 --out benchmarks/results/h100/repro_65b.json
+    python benchmarks/repro_65b.py                                      # the reproduction itself: 1,875 steps, real weights
+
+With `--random-weights` memory and speed are proven without the 130 GB checkpoint and without a network: the model is made
+tensor by tensor from its shapes and quantized at once, the data are random tokens that fill every row, which is the most
+work a row can be. Training, memory and checkpoints are those of `qlora-dist train launch/recipes/repro_65b_48gb.yaml`.
+
+The card is cut down to `--cap-gib` (47.54 GiB: what an RTX A6000 shows): PyTorch may not allocate more, CUDA context
+included. Paged optimizer states are not PyTorch's and stay on a larger card as long as it has room; with `--crowd` another
+process holds the rest of the card, so that they have no more room than there. `--set` changes the recipe, for example
+rows of 2,048 tokens (see the recipe's head); `--layers` and `--hidden` make the model smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora_dist import provenance
+from qlora_dist.config import RunConfig, load_config
+from qlora_dist.trainer import train
+
+GIB = 2**30
+RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "repro_65b_48gb.yaml"
+RECIPE_STEPS = 1875
+A6000_GIB = 47.54
+HIDDEN, INNER, HEAD, LAYERS, VOCABULARY = 8192, 22016, 128, 80, 32000  # LLaMA-65B
+
+
+def llama_65b(layers: int = LAYERS, hidden: int = HIDDEN) -> dict[str, Any]:
+    """config.json of LLaMA-65B, or of a smaller model of the same proportions."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": INNER * hidden // HIDDEN // 64 * 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, hidden // HEAD),
+        "num_key_value_heads": max(1, hidden // HEAD),
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+
+
+def write_inputs(folder: Path, shapes: dict[str, Any], row_tokens: int, num_rows: int) -> None:
+    """A folder that stands for the model (config, a tokenizer of the same vocabulary), and rows of random tokens."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(shapes, indent=1))
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, shapes["vocab_size"])}}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder / "model")
+    generator = np.random.default_rng(0)
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+        for _ in range(num_rows):
+            ids = generator.integers(3, shapes["vocab_size"], row_tokens).tolist()
+            file.write(json.dumps({"input_ids": ids}) + "\n")
+
+
+def configure(arguments: argparse.Namespace) -> RunConfig:
+    """The recipe, with what the command line changes."""
+    run = [f"run_dir={arguments.work / 'run'}", "logging.trackers=[]"]
+    config = load_config(RECIPE, (*arguments.overrides, *run))
+    if not arguments.random_weights:
+        steps = [] if arguments.steps is None else [f"train.steps={arguments.steps}"]
+        return load_config(RECIPE, (*arguments.overrides, *run, *steps))
+    steps = 5 if arguments.steps is None else arguments.steps
+    shapes = llama_65b(arguments.layers, arguments.hidden)
+    write_inputs(arguments.work, shapes, config.data.row_tokens, config.batch.rows_per_step * min(steps, 16))
+    made = (
+        f"model.name={arguments.work / 'model'}",
+        "model.weights=random",
+        f"data.train=[{{path: {arguments.work / 'rows.jsonl'}, format: tokens}}]",
+        "data.eval=[]",
+        f"data.cache_dir={arguments.work / 'cache'}",
+        f"train.steps={steps}",
+        "train.eval_every=null",
+        "train.save_every=null",
+    )
+    return load_config(RECIPE, (*arguments.overrides, *run, *made))
+
+
+@contextlib.contextmanager
+def smaller_card(cap_gib: float, is_crowded: bool) -> Iterator[dict[str, Any]]:
+    """Leaves this process `cap_gib` of the GPU, context included. Nothing to cap on a CPU."""
+    if not torch.cuda.is_available():
+        yield {"cap_bytes": None, "context_bytes": None, "is_crowded": False}
+        return
+    torch.zeros(1, device="cuda")
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()  # also what others hold: the card should be ours alone
+    cap = int(cap_gib * GIB)
+    if cap > total:
+        raise SystemExit(f"--cap-gib is {cap_gib}, the card has {total / GIB:.2f} GiB; give at most that")
+    torch.cuda.set_per_process_memory_fraction((cap - context) / total)
+    facts = {"cap_bytes": cap, "context_bytes": context, "is_crowded": is_crowded}
+    if not is_crowded:
+        yield facts
+        return
+    hold = "import sys, torch; x = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device='cuda'); print(1, flush=True); input()"
+    # the other process has a context of its own, about as large as ours
+    command = [sys.executable, "-c", hold, str(total - cap - context)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as neighbour:
+        assert neighbour.stdout is not None
+        neighbour.stdout.readline()
+        try:
+            yield facts | {"free_bytes_at_start": torch.cuda.mem_get_info()[0]}
+        finally:
+            neighbour.communicate(b"\n")
+
+
+def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Peak, speed and the length of the whole recipe, from what the run wrote."""
+    run = Path(config.run_dir)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    timed = lines[1:] or lines  # the first step warms up kernels and makes the optimizer's states
+    seconds = [line["step_seconds"] + line["data_seconds"] for line in timed]
+    step_seconds = statistics.median(seconds)
+    recipe_steps = load_config(RECIPE, tuple(arguments.overrides)).train.steps or RECIPE_STEPS
+    paged = 8 * summary["trainable_parameters"] if config.optim.name == "paged_adamw_32bit" else None
+    peak = summary["peak_bytes_max"]
+    total = peak + (card["context_bytes"] or 0)
+    return {
+        "benchmark": "repro_65b",
+        "command": "python benchmarks/repro_65b.py " + " ".join(arguments.command),
+        "commit": provenance.commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": summary["device"],
+        "versions": provenance.versions(),
+        "weights": "random" if arguments.random_weights else "files",
+        "is_full_size": (arguments.layers, arguments.hidden) == (LAYERS, HIDDEN),
+        "config": config.model_dump(mode="json"),
+        "base_parameters": summary["base_parameters"],
+        "trainable_parameters": summary["trainable_parameters"],
+        **card,
+        "peak_bytes": peak,
+        "peak_with_context_bytes": total,
+        "paged_optimizer_bytes": paged,
+        "fits_cap_without_paging": None if card["cap_bytes"] is None else total + (paged or 0) <= card["cap_bytes"],
+        "planned_peak_bytes": summary["planned_peak_bytes"],
+        "plan_error": summary["plan_error"],
+        "step_seconds": seconds,
+        "step_seconds_median": step_seconds,
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in timed),
+        "recipe_steps": recipe_steps,
+        "recipe_hours": step_seconds * recipe_steps / 3600,
+        "losses": [line["loss"] for line in lines],
+    }
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--random-weights", action="store_true", help="Make the model and the data on the spot.")
+    parser.add_argument("--cap-gib", type=float, default=A6000_GIB, help="Memory of the card that is stood for.")
+    parser.add_argument("--crowd", action="store_true", help="Another process holds the rest of the card.")
+    parser.add_argument("--steps", type=int, help="Updates (default: 5 with random weights, else the recipe's).")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--hidden", type=int, default=HIDDEN)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")
+    parser.add_argument("--work", type=Path, default=Path("build/repro_65b"), help="Folder for the run; begun anew.")
+    parser.add_argument("--out", type=Path, help="Write the result here too.")
+    arguments = parser.parse_args(words)
+    arguments.command = words
+    return arguments
+
+
+def main(words: list[str] | None = None) -> dict[str, Any]:
+    arguments = parse(sys.argv[1:] if words is None else words)
+    if arguments.random_weights:  # a reproduction of days is gone on with, not begun anew
+        shutil.rmtree(arguments.work, ignore_errors=True)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    config = configure(arguments)
+    with smaller_card(arguments.cap_gib, arguments.crowd) as card:
+        train(config)
+    result = summarize(config, card, arguments)
+    text = json.dumps(result, indent=1)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text + "\n")
+    print(text)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""One line of a plan, and the figures that arithmetic cannot give, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB, GIB = 2**20, 2**30
+
+ALIGNMENT = 256  # flat.ALIGNMENT, elements
+CONTEXT_BYTES = 500 * MIB
+"""CUDA context with the kernels of torch and bitsandbytes: 400 to 550 MiB on Ampere to Hopper, outside of PyTorch."""
+NCCL_BYTES = 350 * MIB
+"""A communicator's channel buffers (up to 32 channels of 10 MiB over NVLink), outside of PyTorch."""
+OFFLOAD_AHEAD_BYTES = 256 * MIB
+"""offload.AHEAD_BYTES: of the activations in host memory, what is on the device for a moment."""
+WORKSPACE_BYTES = 32 * MIB
+"""cuBLAS workspace of Hopper (:4096:8, 8 MiB before); PyTorch allocates it once a stream."""
+RESERVE_SHARE = 0.02
+"""Of all tensors: blocks that are split and cannot be given to a larger request. Needs expandable segments."""
+HOST_PROCESS_BYTES = 3 * GIB
+"""Python, torch with its CUDA libraries, transformers: resident size of a rank that has done nothing yet."""
+STATE_SIZES = {"adamw": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a plan."""
+
+    size: int  # bytes
+    note: str
+    is_tensor: bool = True  # PyTorch's allocator holds it
+    is_pageable: bool = False  # may move to host memory when the GPU is full

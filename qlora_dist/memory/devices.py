@@ -1,0 +1,99 @@
+"""GPUs by name, and a rough speed: FLOPs over what such a GPU reaches in practice. An estimate, and marked as one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..config import RunConfig
+from ..errors import UserError
+from .constants import GIB, MIB
+from .plan import MemoryPlan
+from .shapes import ModelShapes
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a process can have of a GPU, and how fast it is."""
+
+    name: str
+    device_bytes: int  # torch.cuda.get_device_properties(0).total_memory
+    peak_flops: float = 0.0  # dense bf16 with fp32 accumulation; 0: not known
+    memory_rate: float = 0.0  # bytes a second
+    efficiency: float = 0.0  # share of peak_flops reached in adapter training, recomputation counted
+
+
+# Memory: what nvidia-smi and torch report, not the name's round figure. Efficiencies: what published adapter training
+# reaches with recomputation counted: 0.50 on A100 and 0.70 on RTX 4090 (torchtune), 0.41 on H100 (NeMo); GPUs without
+# a published figure take that of their generation, a little lower
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40", 40_354 * MIB, 312e12, 1.55e12, 0.50),
+        Gpu("a100-80", 81_153 * MIB, 312e12, 2.0e12, 0.50),
+        Gpu("h100", 81_079 * MIB, 989e12, 3.35e12, 0.40),
+        Gpu("h200", 143_156 * MIB, 989e12, 4.8e12, 0.40),
+        Gpu("b200", 182_642 * MIB, 2250e12, 8.0e12, 0.35),
+        Gpu("a6000", 48_681 * MIB, 155e12, 0.77e12, 0.50),
+        Gpu("a40", 45_634 * MIB, 150e12, 0.70e12, 0.50),
+        Gpu("a10g", 22_731 * MIB, 70e12, 0.60e12, 0.50),
+        Gpu("l4", 22_692 * MIB, 121e12, 0.30e12, 0.45),
+        Gpu("l40s", 45_487 * MIB, 362e12, 0.86e12, 0.45),
+        Gpu("rtx3090", 24_268 * MIB, 71e12, 0.94e12, 0.60),
+        Gpu("rtx4090", 24_217 * MIB, 165e12, 1.01e12, 0.65),
+        Gpu("rtx5090", 32_120 * MIB, 210e12, 1.79e12, 0.60),
+        Gpu("rtx6000ada", 48_531 * MIB, 364e12, 0.96e12, 0.45),
+        Gpu("v100-32", 32_494 * MIB),  # no bf16
+        Gpu("t4", 14_918 * MIB),
+    )
+}
+_ALIASES = {"a100": "a100-80", "4090": "rtx4090", "3090": "rtx3090", "5090": "rtx5090", "v100": "v100-32"}
+DEQUANT_EFFICIENCY = 0.5  # of the memory rate, by bitsandbytes' kernels
+
+
+def parse_gpu(text: str) -> Gpu:
+    """A name of GPUS, or an amount of memory such as 48GiB or 24GB. Raises UserError."""
+    name = text.strip().lower()
+    name = _ALIASES.get(name, name)
+    if name in GPUS:
+        return GPUS[name]
+    amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gib|gb|mib|mb)", name)
+    if amount is None:
+        raise UserError(f"--gpu {text!r}: expected an amount such as 48GiB, or one of {', '.join(GPUS)}")
+    unit = {"gib": GIB, "mib": MIB, "gb": 10**9, "mb": 10**6}[amount[2]]
+    return Gpu(text.strip(), int(float(amount[1]) * unit))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """An estimate of tokens a second, and what it assumes."""
+
+    tokens_per_second: float
+    assumptions: str
+
+
+def estimate_speed(config: RunConfig, shapes: ModelShapes, plan: MemoryPlan, gpu: Gpu) -> Speed | None:
+    """Tokens a second over all ranks. None for a GPU whose speed is not known.
+
+    FLOPs a token: 2 a weight forward, 2 for the gradient of the input (and 2 for that of a trained weight), 2 more
+    where the layer is recomputed; attention over half a row forward, 2.5 times that backward; the head twice.
+    Dequantization once a pass and micro-batch at half of the memory rate.
+    """
+    if not gpu.peak_flops:
+        return None
+    again = plan.recompute / plan.num_layers
+    trains_all = config.lora is None
+    adapters = 0 if trains_all else plan.trainable_parameters
+    linear = shapes.linear_weights * (4 + 2 * again + (2 if trains_all else 0)) + adapters * (6 + 2 * again)
+    width = shapes.num_heads * shapes.head_dim
+    attention = 2 * shapes.num_layers * width * plan.row_tokens * (3.5 + again)
+    head = 4 * shapes.vocabulary * shapes.hidden * (1.5 if trains_all else 1)
+    seconds = (linear + attention + head) / (gpu.peak_flops * gpu.efficiency)
+    if config.model.quantization != "none":
+        moved = shapes.linear_weights * 2.5 * (2 + again)  # half a byte and its constants read, two bytes written
+        seconds += moved / (gpu.memory_rate * DEQUANT_EFFICIENCY) / (plan.micro_rows * plan.row_tokens)
+    return Speed(
+        plan.world_size / seconds,
+        f"estimate: {gpu.peak_flops / 1e12:.0f} TFLOP/s x {gpu.efficiency:.0%}, full rows of one document, no waiting "
+        "for data or other ranks",
+    )

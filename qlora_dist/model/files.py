@@ -1,0 +1,109 @@
+"""Weights in safetensors files, read piece by piece into ordinary memory.
+
+A map of a whole file counts as memory of the process that touches it, and keeps every page it touched; here only the
+piece asked for is ever held. The system's page cache is shared by all processes of a node, so ranks that read the same
+file read the disk once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LARGEST_HEADER = 100 * 2**20  # bytes; the format's own limit
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class BadFile(ValueError):
+    """A file that is not a whole safetensors file. The text names it and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # byte of the file
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+class WeightFiles:
+    """The tensors of one or more safetensors files, by name. Raises BadFile when one is cut short or no such file."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.paths = tuple(paths)
+        self.entries: dict[str, Entry] = {}
+        for path in self.paths:
+            self.entries |= _read_header(path)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """(stop - start,) elements of a tensor in storage order, on the CPU, in the stored type."""
+        entry = self.entries[name]
+        stop = entry.numel if stop is None else stop
+        assert 0 <= start <= stop <= entry.numel, f"{name}: {start} to {stop} of {entry.numel} elements"
+        size = entry.dtype.itemsize
+        buffer = torch.empty((stop - start) * size, dtype=torch.uint8)
+        if buffer.numel():
+            with open(entry.path, "rb", buffering=0) as file:
+                file.seek(entry.start + start * size)
+                _read_into(file, buffer.numpy().data, entry.path)
+        return buffer.view(entry.dtype)
+
+
+def _read_into(file: object, view: memoryview, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise BadFile(f"{path} ended early: it is cut short")
+        done += count
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    size = os.stat(path).st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(LARGEST_HEADER, size - 8):
+            raise BadFile(f"{path} is no safetensors file, or cut short")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise BadFile(f"{path} is no safetensors file: its header is not JSON") from None
+    entries = {}
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = TYPES.get(tensor["dtype"])
+        if dtype is None:
+            raise BadFile(f"{path}: {name} has the type {tensor['dtype']}, which is not known here")
+        start, stop = tensor["data_offsets"]
+        entry = Entry(path, dtype, tuple(tensor["shape"]), 8 + length + start)
+        if 8 + length + stop > size or stop - start != entry.numel * dtype.itemsize:
+            raise BadFile(f"{path}: {name} does not lie where its header says; the file is cut short or damaged")
+        entries[name] = entry
+    return entries

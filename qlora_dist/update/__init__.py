@@ -1,0 +1,62 @@
+"""What turns gradients into an update of the trained weights. Two implementations, one contract.
+
+    replicated.ReplicatedUpdate   every rank holds all trained weights, gradients and optimizer states (ddp)
+    zero.ZeroUpdate               DeepSpeed holds a part of them on each rank (zero1, zero2, zero2_offload, zero3)
+
+The trainer chooses once, when it builds the learner; a training step asks no strategy's name. Whatever is chosen, the
+update is the same: gradients of the sum of label NLL are summed over micro-steps and ranks in fp32, divided once by the
+number of labels of the global step, clipped by their global norm, and given to AdamW with fp32 weights. States leave and
+enter in one layout (`flat.Layout`), so a checkpoint of one strategy and number of ranks goes on under another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+States = tuple[dict[str, torch.Tensor], dict[str, float]]  # host tensors and plain numbers, named `group.key`
+
+
+class Update(Protocol):
+    """All methods are called by all ranks together."""
+
+    def zero_grad(self) -> None:
+        """Before the first micro-step."""
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Runs what needs the model's layers: forward passes, with or without gradients."""
+
+    def accumulate(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
+        """Runs one micro-step and adds the gradients of its loss sum, which it returns, detached.
+
+        After the last micro-step gradients are summed over ranks.
+        """
+
+    def grad_norm(self) -> torch.Tensor:
+        """() fp32: global L2 norm of the summed gradients, not yet divided by labels; equal on all ranks."""
+
+    def own_gradients_are_finite(self) -> bool:
+        """Whether what this rank gave to the last sum was finite; to find the culprit after a failure."""
+
+    def step(self, lr: float, num_labels: int, grad_norm: float) -> None:
+        """One update by gradients / num_labels, clipped; `grad_norm` is their norm after that division."""
+
+    def whole_weights(self) -> AbstractContextManager[object]:
+        """Inside, the trained weights are whole on every rank: to read them, or to copy the same values in everywhere."""
+
+    def layout(self) -> list[list[list[object]]]:
+        """Plain data that two runs must share to exchange states: name, start, shape of each weight, by group."""
+
+    def digest(self) -> str:
+        """SHA-256 of all trained weights, equal on all ranks."""
+
+    def state(self) -> States:
+        """Whole optimizer states, on rank 0; nothing on the others."""
+
+    def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
+        """Puts whole states back, after the weights were. Raises ValueError when they are not this optimizer's."""

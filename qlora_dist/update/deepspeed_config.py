@@ -1,0 +1,163 @@
+"""ds_configs/*.json -> the config that DeepSpeed is initialized with. Pure: needs neither DeepSpeed nor a process group.
+
+Values that the run config owns are "auto" in the file and filled here; written out, they must say the same. What is not
+owned (bucket sizes, overlap_comm, ...) is the user's and goes to DeepSpeed as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+STAGES = {"zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3}
+REPLICATES = {
+    "ddp": "every rank holds the whole base, all adapters, gradients and optimizer states",
+    "zero1": "every rank holds the whole base, adapters and gradients; optimizer states are sharded",
+    "zero2": "every rank holds the whole base and adapters; gradients and optimizer states are sharded",
+    "zero2_offload": "every rank holds the whole base and adapters; gradients and optimizer states are sharded and kept "
+    "in host memory, where the update is computed",
+    "zero3": "every rank holds a part of base, adapters, gradients and optimizer states; layers are gathered when they run",
+    "fsdp": "every rank holds a part of the base and all of the rest; a layer is gathered when it runs",
+}
+
+# values that would change the mathematics, or that this package's own bookkeeping cannot follow
+REQUIRED: dict[str, tuple[Any, str]] = {
+    "communication_data_type": ("fp32", "gradients are reduced in fp32"),
+    "data_types.grad_accum_dtype": ("fp32", "gradients are added up in fp32"),
+    "gradient_allreduce_op": ("mean", "the division by labels is made for it"),
+    "managed_gradient_accumulation": (True, "the trainer says which micro-step is the last"),
+    "prescale_gradients": (False, "gradients are divided once, after the sum"),
+    "gradient_predivide_factor": (1.0, "gradients are divided once, after the sum"),
+    "torch_autocast.enabled": (False, "the trainer decides what is computed in which type"),
+    "zero_force_ds_cpu_optimizer": (False, "the optimizer is torch's, which needs no compiler when a run starts"),
+    "zero_allow_untested_optimizer": (True, "the optimizer is the run config's"),
+    "zero_optimization.compute_grad_norm": (True, "the gradient norm is a metric, and stops a run that diverges"),
+    "zero_optimization.zero_quantized_gradients": (False, "gradients are reduced in fp32"),
+    "zero_optimization.zero_quantized_weights": (False, "weights are gathered as they are"),
+    "zero_optimization.zero_quantized_nontrainable_weights": (False, "weights are gathered as they are"),
+}
+# what DeepSpeed does where the file says nothing, if it is not the required value
+DEEPSPEED_DEFAULTS = {
+    "communication_data_type": None,
+    "zero_force_ds_cpu_optimizer": True,
+    "zero_allow_untested_optimizer": False,
+}
+REFUSED = {
+    "optimizer": "optim.name, optim.lr, ... say it",
+    "scheduler": "optim.schedule and optim.warmup_steps say it",
+    "zero_optimization.zenflow": "it updates with old gradients",
+    "compression_training": "it changes the weights",
+    "curriculum_learning": "the order of rows is the trainer's",
+    "data_efficiency": "the order of rows is the trainer's",
+}
+
+
+def check_pairs(strategy: str, optimizer: str, quantization: str) -> None:
+    """Raises UserError for an optimizer or base that a ZeRO strategy cannot train soundly."""
+    if strategy == "zero2_offload" and optimizer != "adamw":
+        raise UserError(
+            f"strategy.name zero2_offload keeps optimizer states in host memory and updates there, but optim.name is "
+            f"{optimizer}, which bitsandbytes makes for device memory; set optim.name=adamw (torch's fused kernel, which "
+            "needs no compiler when a run starts), or strategy.name=zero2"
+        )
+
+
+def find_ds_config(strategy: str, path: str | None) -> Path:
+    """The file of `strategy.ds_config`, or the one that is shipped under the strategy's name.
+
+    Shipped means: ds_configs/ of the checkout that this package lies in, else share/qlora_dist/ds_configs/ of the
+    environment that it is installed in, so a run may start in any folder. Raises UserError when there is none.
+    """
+    if path is not None:
+        given = Path(path).expanduser()
+        if not given.is_file():
+            raise UserError(f"strategy.ds_config {path}: there is no such file (looked for {given.resolve()})")
+        return given
+    folders = (Path(__file__).parents[2] / "ds_configs", Path(sys.prefix) / "share" / "qlora_dist" / "ds_configs")
+    for folder in folders:
+        if (file := folder / f"{strategy}.json").is_file():
+            return file
+    raise UserError(
+        f"strategy.name {strategy}: {strategy}.json is in neither {folders[0]} nor {folders[1]}; reinstall the package, "
+        "or name a file with strategy.ds_config"
+    )
+
+
+def fill_ds_config(
+    file: Path,
+    *,
+    strategy: str,
+    rows_per_step: int,
+    micro_rows: int,
+    accumulation: int,
+    max_grad_norm: float | None,
+) -> dict[str, Any]:
+    """What DeepSpeed is initialized with. Raises UserError for a value that contradicts the run config, naming both."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise UserError(f"{file}: expected a DeepSpeed config with a zero_optimization section")
+    owned = {
+        "train_batch_size": (rows_per_step, "batch.rows_per_step"),
+        "train_micro_batch_size_per_gpu": (micro_rows, "batch.micro_rows"),
+        "gradient_accumulation_steps": (accumulation, "batch.rows_per_step / (ranks x batch.micro_rows)"),
+        "gradient_clipping": (max_grad_norm or 0.0, "optim.max_grad_norm (0 is no clipping)"),
+        # DeepSpeed's dtype is that of what it updates: the fp32 masters, whatever model.compute_dtype is
+        "bf16.enabled": (False, "the trained weights are fp32 masters; model.compute_dtype is the forward pass's"),
+        "fp16.enabled": (False, "the trained weights are fp32 masters; model.compute_dtype is the forward pass's"),
+        "zero_optimization.stage": (STAGES[strategy], f"strategy.name {strategy}"),
+        "zero_optimization.offload_optimizer.device": (
+            "cpu" if strategy == "zero2_offload" else "none",
+            f"strategy.name {strategy}",
+        ),
+        "zero_optimization.offload_param.device": ("none", f"strategy.name {strategy}"),
+    }
+    for key, (value, owner) in owned.items():
+        found = _get(config, key)
+        if found not in (None, "auto", value):
+            raise UserError(
+                f"{file}: {key} is {found!r}, but {owner} makes it {value!r}; write \"auto\" there, or change the run config"
+            )
+        _set(config, key, value)
+    for key, why in REFUSED.items():
+        if _get(config, key) is not None:
+            raise UserError(f"{file}: {key} is not this file's to say: {why}; remove it")
+    for key, (value, why) in REQUIRED.items():
+        found = _get(config, key)
+        if found not in (None, value):
+            raise UserError(f"{file}: {key} is {found!r}, expected {value!r}: {why}")
+        if value != DEEPSPEED_DEFAULTS.get(key, value):
+            _set(config, key, value)
+    if left := _autos(config):
+        raise UserError(f'{file}: {left[0]} is "auto", but the run config has no value for it; write a number')
+    return {"steps_per_print": sys.maxsize, **config}
+
+
+def _get(config: dict[str, Any], key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        config = config.setdefault(section, {})
+    config[last] = value
+
+
+def _autos(node: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in node.items():
+        if isinstance(value, dict):
+            found += _autos(value, f"{prefix}{key}.")
+        elif value == "auto":
+            found.append(prefix + key)
+    return found
