@@ -156,7 +156,7 @@ def items(model: torch.nn.Module, optimizer: Any, trainable: Any, gradients: Any
 
 def _states(optimizer: Any) -> list[dict[str, Any]]:
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    return list(inner.state.values())
+    return [] if inner is None else list(inner.state.values())
 
 
 def _quantization_constants(tensor: Any) -> list[torch.Tensor]:
