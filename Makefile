@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
+# DeepSpeed's own kernels are not used: without this its installation may look for a compiler and CUDA
+export DS_BUILD_OPS := 0
 
 .PHONY: env test lint format demo bench bench-gpu clean
 

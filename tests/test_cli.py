@@ -169,7 +169,7 @@ def test_the_same_command_extends_a_run_with_a_constant_rate_and_refuses_with_a_
     assert "train.steps: 5 there, 7 now" in _fails(capsys, cosine, "--set", "train.steps=7")
 
 
-@pytest.mark.parametrize("command", ["train", "data", "evaluate", "generate", "merge", "schema", "doctor"])
+@pytest.mark.parametrize("command", ["train", "data", "verify", "evaluate", "generate", "merge", "schema", "doctor"])
 def test_every_command_has_help_with_an_example(command, capsys):
     assert cli.invoke([command, "--help"]) == 0
     assert "Example:" in capsys.readouterr().out
@@ -192,8 +192,8 @@ def test_after_training_a_run_is_evaluated_generated_from_and_merged(raw, tmp_pa
     assert cli.invoke(["evaluate", raw["run_dir"], "--with-base", "--json"]) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     # other rows in other micro-batches: sums in another order
-    assert results["trained"]["loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
-    assert results["base"]["loss"] == pytest.approx(summary["eval_loss_start"], rel=1e-5)
+    assert results["trained"]["held_out"]["loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
+    assert results["base"]["held_out"]["loss"] == pytest.approx(summary["eval_loss_start"], rel=1e-5)
     assert cli.invoke(["generate", raw["run_dir"], "--prompt", "w20 w21 w22", "--max-new-tokens", "4"]) == 0
     assert "w6" in capsys.readouterr().out
     assert cli.invoke(["merge", raw["run_dir"], str(tmp_path / "merged"), "--dtype", "float32"]) == 0
