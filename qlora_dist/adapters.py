@@ -48,11 +48,13 @@ def attach_lora(
     seed: int = 0,
     init_from: str | Path | None = None,
     kernels: Literal["auto", "off"] = "auto",
+    device: torch.device | None = None,
 ) -> PeftModel:
     """Puts trainable adapters on the target layers; everything else stays frozen. A is random, B is zero.
 
     The same seed gives the same A on every rank and device. `init_from` is the folder of a PEFT adapter whose rank,
     scale, variant and targets must equal these. kernels "auto" replaces PEFT's forward of plain LoRA by `lean_forward`.
+    `device` is where adapters live; None: where their layers' weights lie, which may be host memory (offloaded bases).
     Raises UserError when a name in target_modules matches nothing or init_from does not fit.
     """
     names = resolve_targets(tuple(linear_layers(model)), target_modules)
@@ -72,6 +74,8 @@ def attach_lora(
             adapted = get_peft_model(unwrap(model), config, autocast_adapter_dtype=True)
     for name, parameter in trainable_parameters(adapted).items():
         assert "lora_" in name and parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
+        if device is not None:
+            parameter.data = parameter.data.to(device)
     if kernels == "auto" and variant != "dora":
         use_lean_forward(adapted)
     if init_from is not None:
@@ -239,8 +243,8 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
 # --- several adapters -------------------------------------------------------------------------------------------------
 
 
-def load_adapters(model: nn.Module, folders: dict[str, Path]) -> PeftModel:
-    """Puts saved adapters on a base for generation, each under its name; the first is active."""
+def load_adapters(model: nn.Module, folders: dict[str, Path], *, lean: bool = True) -> PeftModel:
+    """Puts saved adapters on a base for generation, each by its name; the first is active. lean False: stock PEFT."""
     adapted: PeftModel | None = None
     for name, folder in folders.items():
         # a clear error before PEFT's, which would take pickled weights, or look for them on the hub
@@ -253,7 +257,8 @@ def load_adapters(model: nn.Module, folders: dict[str, Path]) -> PeftModel:
                 adapted.load_adapter(str(folder), adapter_name=name, is_trainable=False)
     if adapted is None:
         raise UserError("no adapter was given; expected at least one name=folder")
-    use_lean_forward(adapted)  # what was trained is what answers
+    if lean:
+        use_lean_forward(adapted)  # what was trained is what answers
     return adapted.eval()
 
 

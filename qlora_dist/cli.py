@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import click
 
@@ -46,7 +48,8 @@ def _rank() -> int:
     metavar="auto|never|DIR",
     help="auto: go on from the newest checkpoint of the run directory that verifies. DIR: from this one.",
 )
-def train(config: str, overrides: tuple[str, ...], resume: str) -> None:
+@click.option("--outcome", type=click.Path(), hidden=True, help="Where to write how the run ended, for `supervise`.")
+def train(config: str, overrides: tuple[str, ...], resume: str, outcome: str | None) -> None:
     """Train as CONFIG says.
 
     \b
@@ -56,9 +59,37 @@ def train(config: str, overrides: tuple[str, ...], resume: str) -> None:
     from .config import load_config
 
     loaded = load_config(config, overrides)
+    from .outcome import report_outcome
     from .trainer import train as run_training
 
-    run_training(loaded, resume)
+    report_outcome(Path(outcome) if outcome else None, _rank() == 0, lambda: run_training(loaded, resume))
+
+
+@cli.command(hidden=True)
+@click.option("--job", required=True, help="Slurm's id of this job.")
+@click.option("--life", default=0, help="How often Slurm has restarted it.")
+@_SET
+@click.option("--resume", default="auto", help="As of train.")
+@click.argument("config", type=click.Path())
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def supervise(
+    job: str, life: int, overrides: tuple[str, ...], resume: str, config: str, command: tuple[str, ...]
+) -> None:
+    """The batch process of slurm/train.sbatch: runs COMMAND until the run that CONFIG names is finished.
+
+    \b
+    Example:
+      qlora-dist supervise --job 17 run.yaml -- srun torchrun --rdzv-id={id} ... -m qlora_dist train run.yaml
+    """
+    from .preempt import StopSignal
+
+    with StopSignal() as stop:
+        from .config import load_config
+        from .supervise import Job
+        from .supervise import supervise as run_supervisor
+
+        code = run_supervisor(Job(job, life), Path(load_config(config, overrides).run_dir), command, stop)
+    raise click.exceptions.Exit(code)
 
 
 @cli.command()
@@ -100,6 +131,34 @@ def data(config: str, overrides: tuple[str, ...], show: int, html: str | None) -
     from .model import load_tokenizer
 
     run_data_command(loaded, load_tokenizer(loaded.model.name, loaded.model.revision), show, html)
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@_SET
+@click.option("--steps", default=4, show_default=True, help="Optimizer updates of each run.")
+@click.option("--ranks", default=2, show_default=True, help="Processes to compare with one.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(config: str, overrides: tuple[str, ...], steps: int, ranks: int, as_json: bool) -> None:
+    """Prove on your own model, data and strategy that the mathematics holds, in a few steps and a temporary folder.
+
+    Packed = alone, accumulation = one batch, N ranks = 1 rank, strategy = ddp, resumed = uninterrupted, saved = loaded
+    in stock PEFT, loss = transformers' own. Exit code 1 when a claim fails.
+
+    \b
+    Example:
+      qlora-dist verify launch/recipes/demo.yaml --ranks 2
+    """
+    from .config import load_config
+
+    loaded = load_config(config, overrides)
+    with contextlib.redirect_stdout(sys.stderr):  # deepspeed greets on stdout when it is imported
+        from .proofs import prove
+
+        report = prove(loaded, steps=steps, ranks=ranks)
+    click.echo(json.dumps(report.as_json(), indent=2) if as_json else f"{report.table()}\n{report.sentence()}")
+    if report.failures:
+        raise click.exceptions.Exit(1)
 
 
 @cli.command()
@@ -324,10 +383,9 @@ def invoke(arguments: list[str]) -> int:
     the launcher end them; what only they found is said by them, with their rank.
     """
     try:
-        cli.main(arguments, standalone_mode=False)
-        return 0
-    except click.exceptions.Exit as request:
-        return request.exit_code
+        # click catches its own Exit and returns the code
+        code = cli.main(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()
         return 2

@@ -47,9 +47,10 @@ class ModelConfig(_Section):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of activations, of dequantized matrices, and of what is not quantized (norms, embeddings, head)."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    """flash: flash-attn; varlen: torch's varlen attention; sdpa: one call a document. auto: the first of these."""
+    """Packed attention: flash-attn, torch's varlen, or one SDPA call a document. auto: the first that can be used."""
     kernels: Literal["auto", "off"] = "auto"
-    """auto: this package's own LoRA forward (no copies of the base output). off: PEFT's layers as they are."""
+    """auto: this package's own LoRA forward (adapters cast once to the compute type, no copies of the base output).
+    off: PEFT's layers as they are."""
 
 
 class LoraConfig(_Section):
@@ -124,6 +125,8 @@ class DataConfig(_Section):
     """How a conversation becomes text: a named template (chatml, llama2, llama3, mistral, gemma, alpaca, vicuna,
     zephyr, none), tokenizer, or the path of a .jinja file. auto: the tokenizer's own; without one alpaca for
     instructions, none for input-output and prompt-completion, vicuna for conversations."""
+    require_eos: bool = True
+    """Refuse data whose answers never end in a special token: the model would not learn to stop. Texts are exempt."""
     num_workers: int | None = Field(None, ge=1)
     """Processes that tokenize. null: one for small data, up to eight for large."""
     cache_dir: str = "~/.cache/qlora_dist"
@@ -142,6 +145,12 @@ class BatchConfig(_Section):
     """Rows of one optimizer update over all ranks. This is the batch size: it does not depend on the hardware."""
     micro_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Rows that one rank holds in memory at a time. auto: the most that fit by the memory plan (on a CPU 1)."""
+
+    @property
+    def settled_rows(self) -> int:
+        """`micro_rows` as a number: the trainer replaces auto before it uses it."""
+        assert self.micro_rows != "auto", "trainer.fitting.settle comes first"
+        return self.micro_rows
 
 
 class OptimConfig(_Section):
@@ -188,10 +197,9 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _length(self) -> TrainConfig:
+        found = f"found steps={self.steps}, epochs={self.epochs}"
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(
-                f"give exactly one of train.steps and train.epochs, found steps={self.steps}, epochs={self.epochs}"
-            )
+            raise ValueError(f"give exactly one of train.steps and train.epochs, {found}")
         return self
 
 
@@ -212,11 +220,16 @@ class MemoryConfig(_Section):
 
 class StrategyConfig(_Section):
     name: Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp"] = "ddp"
-    """Sharded: ddp nothing; zero1 optimizer states; zero2 also gradients (offload: on host); zero3, fsdp the base."""
+    """What is sharded: ddp nothing; zero1 optimizer states; zero2 gradients too (offload: on host); zero3 all, of a
+    plain base; fsdp the base, also in 4 bit: a layer is gathered, bit-exactly, when it runs."""
     ds_config: str | None = None
-    """DeepSpeed config of a zero strategy. null: the one that is shipped under the strategy's name (ds_configs/)."""
+    """DeepSpeed config of a zero strategy. null: the shipped one of that name (ds_configs/)."""
     offload: bool = False
     """fsdp: keep each rank's share of the base in (pinned) host memory between uses."""
+    mixed_devices: bool = False
+    """Allow GPUs of different kinds or memory in one run: every step then waits for the slowest of them."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """Longest wait within a step: then all ranks end and name the missing ones. Outside of steps, three times that."""
 
 
 class LoggingConfig(_Section):
@@ -346,7 +359,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node: Any = raw
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise UserError(
@@ -358,7 +370,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             index = part
         else:
             raise UserError(f"--set {override!r}: {'.'.join(parts[:depth])} is a value, not a section")
-        if last:
+        if depth == len(parts) - 1:
             node[index] = value
         else:
             if isinstance(node, dict) and node.get(index) is None:

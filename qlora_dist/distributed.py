@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +27,31 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import RunFailed, UserError
 from .flat import Span
+from .preempt import StopRequested, StopSignal
+from .pulse import Pulse
 
 BUCKET_BYTES = 32 * 2**20  # large enough for full link bandwidth, small enough to start before the backward pass ends
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+TIMEOUT_SECONDS = 600.0
+WAIT_FACTOR = 3  # outside of steps: ranks load, evaluate and save at different speeds
+# torch's own limit comes last: it ends a process without a word about the others
+_BACKEND_MARGIN_SECONDS = 120.0
 BUILD_TIMEOUT_SECONDS = 24 * 3600.0  # tokenizing a large corpus takes hours; a dead builder is noticed by its launcher
 
 
 def launched_rank() -> int:
     """This process's rank as its launcher says it, before any process group exists (0 without a launcher)."""
     return int(os.environ.get("RANK", "0"))
+
+
+def _backend_timeout(timeout_seconds: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=WAIT_FACTOR * timeout_seconds + _BACKEND_MARGIN_SECONDS)
+
+
+def child_environment(hide_gpus: bool) -> dict[str, str]:
+    """This process's environment for a launcher that it starts itself: without what a launcher around it has set."""
+    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    return {**kept, "CUDA_VISIBLE_DEVICES": ""} if hide_gpus else kept
 
 
 def require_own_strategy(name: str) -> None:
@@ -87,12 +103,22 @@ class ShardGroup:
         return values
 
 
+def launched_job() -> tuple[str | None, int]:
+    """Slurm's id of the job that this process belongs to, if any, and how often it was requeued."""
+    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 class World:
     """This process among `size` ranks. Made once, by `World.init`."""
 
-    def __init__(self, accelerator: Accelerator, trackers: Sequence[str]) -> None:
+    _has_group_of_one = False
+
+    def __init__(
+        self, accelerator: Accelerator, trackers: Sequence[str], stop: StopSignal, timeout_seconds: float
+    ) -> None:
         self._accelerator = accelerator
         self._trackers = tuple(trackers)
+        self._stop = stop
         self.rank: int = accelerator.process_index
         self.size: int = accelerator.num_processes
         self.local_rank: int = accelerator.local_process_index
@@ -101,11 +127,23 @@ class World:
         self.is_main: bool = self.rank == 0
         self._reducer: GradientReducer | None = None
         self._builds = 0
+        self._has_stepped = False
+        store = dist.distributed_c10d._get_default_store().clone() if self.size > 1 else None  # type: ignore[attr-defined]
+        self._pulse = Pulse(store, self.rank, self.size, socket.gethostname(), stop, WAIT_FACTOR * timeout_seconds)
+        self._timeout_seconds = timeout_seconds
 
     @classmethod
-    def init(cls, trackers: Sequence[str] = (), logging_dir: str = ".") -> World:
+    def init(
+        cls,
+        trackers: Sequence[str] = (),
+        logging_dir: str = ".",
+        stop: StopSignal | None = None,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> World:
         """Joins the process group that the launcher (accelerate, torchrun, srun, none) describes.
 
+        `stop` is heard during the parts that are `stoppable`. `timeout_seconds` limits a wait within a training step,
+        three times that any other.
         Raises UserError when the launcher's variables contradict the machine.
         """
         has_cuda = torch.cuda.is_available()
@@ -116,25 +154,59 @@ class World:
                 "GPUs are visible; start one process a GPU (num_processes, --nproc-per-node), or check "
                 "CUDA_VISIBLE_DEVICES"
             )
+        timeout = _backend_timeout(timeout_seconds)
         try:
             accelerator = Accelerator(
                 cpu=not has_cuda,
                 log_with=list(trackers) or None,
                 project_dir=logging_dir,
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
             )
         except ValueError as error:
             raise UserError(f"logging.trackers {list(trackers)}: {error}") from None
         if has_cuda:
             torch.cuda.set_device(accelerator.device)
-        return cls(accelerator, trackers)
+        return cls(accelerator, trackers, stop if stop is not None else StopSignal(), timeout_seconds)
 
     def close(self) -> None:
         """Ends trackers and the process group. After a failure it is not called: the launcher ends the others."""
+        self._pulse.close()
         if self._trackers:
             self._accelerator.end_training()
-        if dist.is_initialized():
+        if dist.is_initialized() and not World._has_group_of_one:
             dist.destroy_process_group()
+
+    # --- signs of life ------------------------------------------------------------------------------------------------
+
+    def doing(self, what: str, limit_seconds: float | None = None) -> None:
+        """What this rank does from now on, for the others' error messages, and how long it, or a wait in it, may last.
+
+        Without a limit only waiting for the others has one, three times that of a step.
+        """
+        self._pulse.mark(what, limit_seconds)
+
+    def stepping(self, step: int) -> None:
+        """This rank begins a training step. The first of a process may compile: it is not limited as a step."""
+        self.doing(f"step {step}", self._timeout_seconds if self._has_stepped else None)
+        self._has_stepped = True
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what ends only when all ranks have come to it."""
+        self._pulse.mark(is_waiting=True)
+        yield
+        self._pulse.mark()
+
+    def explained(self, error: RuntimeError) -> RuntimeError:
+        """The error itself, or for one of a collective a RunFailed that says which rank was lost. Takes seconds."""
+        is_of_collective = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if self.size == 1 or not is_of_collective:
+            return error
+        cause = str(error).strip().splitlines()[0]
+        return RunFailed(
+            f"the connection to another rank was lost; {self._pulse.who_is_missing()}. Checkpoints are good: start the "
+            f"same command again to go on from the newest. The collective said: {cause}"
+        )
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 
@@ -146,11 +218,13 @@ class World:
     def accumulate(self, is_last: bool) -> Iterator[None]:
         """Around each micro-step: gradients add up locally; during the last one they are summed over ranks."""
         assert self._reducer is not None, "prepare comes first"
+        self._pulse.mark()  # a step may have many micro-steps: each has the step's limit
         if is_last and self.size > 1:
             self._reducer.arm()
         yield
         if is_last and self.size > 1:
-            self._reducer.finish()
+            with self.waiting():
+                self._reducer.finish()
 
     def own_gradients_are_finite(self) -> bool:
         """Whether this rank's part of the last summed gradients was finite; to find the culprit after a failure."""
@@ -170,26 +244,46 @@ class World:
         """Sums a tensor over ranks; returns a new tensor, equal on all ranks."""
         values = values.clone()
         if self.size > 1:
-            dist.all_reduce(values)
+            with self.waiting():
+                dist.all_reduce(values)
         return values
 
     def max(self, value: float) -> float:
         """The largest of the ranks' values."""
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        if self.size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.item()
+        with self.waiting():
+            if self.size > 1:
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            return tensor.item()
 
     def any(self, flag: bool) -> bool:
         """True on all ranks when it is true on one."""
         return self.max(float(flag)) > 0
+
+    def first(self, value: str | None) -> str:
+        """The first rank's value that is not None; one of them must not be."""
+        return next(found for found in self.gather(value) if found is not None)
+
+    @contextmanager
+    def stoppable(self, what: str, has_collectives: bool = False) -> Iterator[None]:
+        """A long part of the start, which a stop signal to any rank ends on all: at once, or at its end when it has
+        collectives of its own, which no rank may leave alone.
+
+        Raises StopRequested on all ranks after it.
+        """
+        self.doing(what)
+        with suppress(StopRequested), nullcontext() if has_collectives else self._stop.interrupting():
+            yield
+        if self.any(self._stop.requested):
+            raise StopRequested
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's plain-data value, in rank order, on every rank."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
-            dist.all_gather_object(values, value)
+            with self.waiting():
+                dist.all_gather_object(values, value)
         return values
 
     def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
@@ -203,9 +297,11 @@ class World:
 
     def require_group(self) -> None:
         """Makes a process group of one where there is no launcher: DeepSpeed wants a group in any case."""
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed's stage 3 reads it
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            World._has_group_of_one = True  # for as long as the process lives: DeepSpeed keeps groups made from it
 
     def from_main(self, function: Callable[[], Any]) -> Any:
         """Runs a function on rank 0 only and gives its plain-data result to all.
@@ -222,7 +318,8 @@ class World:
                 failure = error
                 outcome = ["user" if isinstance(error, UserError) else "run", str(error) or repr(error), None]
         if self.size > 1:
-            dist.broadcast_object_list(outcome, src=0)
+            with self.waiting():
+                dist.broadcast_object_list(outcome, src=0)
         if failure is not None:
             raise failure
         kind, text, result = outcome
@@ -255,7 +352,10 @@ class World:
             try:
                 yield
             except BaseException as error:
-                store.set(key, f"{'user' if isinstance(error, UserError) else 'run'} failed: {error}")
+                kind = {UserError: "user", StopRequested: "stop"}.get(type(error), "run")
+                store.set(key, f"{kind} failed: {error}")
+                if kind == "stop":
+                    raise  # the others have been asked too, and all agree next
                 # the store lives in rank 0: the others must have read this before it ends
                 others, deadline = self.local_size - 1, time.monotonic() + 10
                 while store.add(f"{key}/seen", 0) < others and time.monotonic() < deadline:
@@ -272,6 +372,8 @@ class World:
         store.add(f"{key}/seen", 1)
         if state != "done":
             kind, _, text = state.partition(" ")
+            if kind == "stop":
+                raise StopRequested
             raise (UserError if kind == "user" else RunFailed)(f"{what}: rank {node} of this node {text}")
         yield
 
@@ -283,7 +385,7 @@ class World:
         """
         if self.size == 1:
             return None
-        group = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
+        group = dist.new_group(timeout=_backend_timeout(self._timeout_seconds))
         mesh = DeviceMesh.from_group(group, self.device.type)
         return ShardGroup(mesh, self.rank, self.size, self.device)
 

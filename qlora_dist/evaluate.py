@@ -12,6 +12,7 @@ import torch
 
 from .model import evaluation_mode
 from .packing import Batch
+from .preempt import StopRequested
 
 
 class Summer(Protocol):
@@ -20,6 +21,8 @@ class Summer(Protocol):
     device: torch.device
 
     def sum(self, values: torch.Tensor) -> torch.Tensor: ...
+
+    def any(self, flag: bool) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,24 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, batches: Sequence[Batch], nll_sum: Callable[[Batch], torch.Tensor], world: Summer
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    nll_sum: Callable[[Batch], torch.Tensor],
+    world: Summer,
+    stop_requested: Callable[[], bool] | None = None,
 ) -> EvalResult:
     """Mean NLL over the labels of all ranks' batches. Every rank calls it; ranks without labels bring filler.
 
-    `nll_sum` gives the () sum of one batch's label NLL.
+    `nll_sum` gives the () sum of one batch's label NLL. Raises StopRequested on all ranks when one was asked to stop:
+    a part of the held-out data is no figure.
     """
     started = time.perf_counter()
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)
     with evaluation_mode(model):
         for batch in batches:
+            # agreed on before each batch: its forward pass may hold collectives (FSDP2)
+            if stop_requested is not None and world.any(stop_requested()):
+                raise StopRequested
             totals[0] += nll_sum(batch.to(world.device)).double()
             totals[1] += batch.num_labels
     nll, num_labels = world.sum(totals).tolist()

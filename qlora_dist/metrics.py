@@ -58,6 +58,21 @@ class Metrics:
 
             self._writer = SummaryWriter(str(self._run.tensorboard), purge_step=step + 1)
 
+    def lacks_evaluation(self) -> bool:
+        """Whether the last line of metrics.jsonl has no held-out values. Rank 0 only."""
+        last = list(read_metrics(self._run.metrics))[-1:]
+        return bool(last) and "eval_loss" not in last[0]
+
+    def amend(self, values: dict[str, Any]) -> None:
+        """Adds held-out values to the last line of metrics.jsonl. Rank 0 only."""
+        assert self._file is not None, "start comes first"
+        lines = list(read_metrics(self._run.metrics))
+        lines[-1] |= values
+        self._file.close()
+        write_atomically(self._run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = open(self._run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
+        self.say(f"step {lines[-1]['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
+
     def __enter__(self) -> Metrics:
         return self
 

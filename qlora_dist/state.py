@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from .errors import UserError
+from .runlock import LOCK
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class TrainState:
     step: int = 0  # optimizer updates done
     num_tokens: int = 0  # seen so far, all ranks
     num_labels: int = 0
+    stopped_by: str | None = None  # the signal that ended this start of the run before its last step
 
     def after(self, stats: StepStats) -> TrainState:
         """The state after one more update."""
@@ -56,6 +58,7 @@ FREE_FIELDS = (
     "train.longest_first",
     "data.num_workers",
     "data.cache_dir",
+    "data.require_eos",
 )
 
 
@@ -93,6 +96,11 @@ class RunDir:
     def completed(self) -> Path:
         return self.path / "completed"
 
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint by its name, -1 without one. Nothing is verified, and no clock is asked."""
+        names = [path.parent.name for path in self.checkpoints.glob("step-*/manifest.json")]
+        return max((int(name.removeprefix("step-")) for name in names if name[5:].isdigit()), default=-1)
+
     def completed_steps(self, length: dict[str, Any]) -> int | None:
         """Steps of the finished run if it was finished at this length (train.steps, train.epochs), else None."""
         try:
@@ -110,6 +118,24 @@ class RunDir:
 
         `free_fields` may differ besides FREE_FIELDS.
         """
+        self.make()
+        if self.config.exists():
+            changed = config_changes(self.config.read_text(encoding="utf-8"), config_text, free_fields)
+            if changed:
+                raise UserError(
+                    f"run_dir {self.path} holds a run of another config:\n"
+                    + "\n".join(changed)
+                    + "\nchoose another run_dir, or set these back to continue that run"
+                )
+        elif others := sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)[:5]:
+            raise UserError(
+                f"run_dir {self.path} is not empty and holds no run (no config.yaml; found {', '.join(others)}); "
+                "choose another folder"
+            )
+        write_atomically(self.config, config_text)
+
+    def make(self) -> None:
+        """Makes the folder. Raises UserError when it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".write-test-{os.getpid()}"
@@ -119,21 +145,6 @@ class RunDir:
             raise UserError(
                 f"run_dir {self.path}: cannot be written ({error.strerror}); choose another folder or mend its rights"
             ) from None
-        if self.config.exists():
-            changed = config_changes(self.config.read_text(encoding="utf-8"), config_text, free_fields)
-            if changed:
-                raise UserError(
-                    f"run_dir {self.path} holds a run of another config:\n"
-                    + "\n".join(changed)
-                    + "\nchoose another run_dir, or set these back to continue that run"
-                )
-        elif any(self.path.iterdir()):
-            others = sorted(entry.name for entry in self.path.iterdir())[:5]
-            raise UserError(
-                f"run_dir {self.path} is not empty and holds no run (no config.yaml; found {', '.join(others)}); "
-                "choose another folder"
-            )
-        write_atomically(self.config, config_text)
 
 
 def config_changes(there: str, now: str, free_fields: tuple[str, ...] = ()) -> list[str]:

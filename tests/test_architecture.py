@@ -8,23 +8,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_dist"
 
 LEVELS = {
-    0: ["errors", "config", "state", "flat", "provenance"],
+    0: ["errors", "config", "runlock", "state", "flat", "provenance", "outcome"],
     1: [
-        "distributed",
-        "packing",
-        "loss",
-        "lowrank",
-        "offload",
-        "optim",
-        "update",
-        "memory",
-        "metrics",
-        "preempt",
-        "templates",
+        "preempt", "pulse", "distributed", "packing", "loss", "lowrank", "offload", "optim", "update", "memory",
+        "metrics", "supervise", "templates",
     ],
     2: ["formats", "examples", "loader", "attention", "model", "adapters", "kernels"],
     3: ["checkpoint", "verify", "evaluate", "mmlu", "generate", "merge", "audit", "doctor", "planning"],
-    4: ["trainer"],
+    4: ["trainer", "proofs"],
     5: ["cli", "__main__", "__init__"],
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
@@ -41,7 +32,7 @@ HOMES = {
     "transformers": {"model", "attention"},
     "peft": {"adapters"},
     "triton": {"kernels"},
-    "safetensors": {"checkpoint", "adapters", "trainer", "merge", "model"},
+    "safetensors": {"checkpoint", "adapters", "trainer", "proofs", "merge", "model"},
     "bitsandbytes": {"optim", "model"},
     "click": {"cli"},
 }

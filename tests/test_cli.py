@@ -169,7 +169,7 @@ def test_the_same_command_extends_a_run_with_a_constant_rate_and_refuses_with_a_
     assert "train.steps: 5 there, 7 now" in _fails(capsys, cosine, "--set", "train.steps=7")
 
 
-@pytest.mark.parametrize("command", ["train", "data", "evaluate", "generate", "merge", "schema", "doctor"])
+@pytest.mark.parametrize("command", ["train", "data", "verify", "evaluate", "generate", "merge", "schema", "doctor"])
 def test_every_command_has_help_with_an_example(command, capsys):
     assert cli.invoke([command, "--help"]) == 0
     assert "Example:" in capsys.readouterr().out

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as functional
 import pytest
 import torch
-from helpers.ranks import run_python
+from helpers.ranks import on_ranks, run_python
 from helpers.tiny_models import FAMILIES, save_model, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -29,6 +28,7 @@ from qlora_dist.model import (
     load_base,
     quantize,
     quantize_model,
+    streaming,
 )
 from qlora_dist.model.files import BadFile, WeightFiles
 from qlora_dist.model.quantize import Range, block_share, make_state, quantize_range
@@ -138,6 +138,28 @@ def test_a_family_whose_files_must_be_converted_is_loaded_by_transformers_and_sa
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
+_FROM_HUB = """
+    import sys
+    import torch
+    from qlora_dist.model import base_fingerprint, load_base
+    for name in sys.argv[1:]:
+        model = load_base(name, quantization="nf4", double_quant=True, compute_dtype=torch.bfloat16,
+                          attention="auto", device=torch.device("cpu"))
+        print(base_fingerprint(model), model.generation_config.temperature)
+"""
+
+
+def test_a_model_of_the_hubs_local_cache_is_streamed_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "hub" / "models--some--model"
+    snapshot = save_model(repository / "snapshots" / ("0" * 40))
+    (snapshot / "generation_config.json").write_text(json.dumps({"temperature": 0.25, "do_sample": True}))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    by_name, by_folder = run_python(_FROM_HUB, "some/model", str(snapshot), timeout=240).stdout.splitlines()
+    assert by_name == by_folder and by_name.endswith(" 0.25")
+
+
 def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
     whole = (folder / "model.safetensors").read_bytes()
@@ -152,6 +174,18 @@ def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
             WeightFiles([tmp_path / "model.safetensors"])
         with pytest.raises(UserError, match=f"weights cannot be read .*{message}"):
             load(tmp_path)
+
+
+def test_progress_is_said_in_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="qlora_dist"):
+        progress = streaming.Progress("reading", 200, every_seconds=0.0)
+        progress.add(50)
+        progress.add(150)
+        progress.close()
+        silent = streaming.Progress("often", 2)  # seconds apart: a short load says nothing
+        silent.add(1)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(" after ")[0] for line in said] == ["reading: 25%", "reading: 100%"]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -216,10 +250,13 @@ def test_memory_is_bounded_by_what_is_kept_and_a_constant_far_below_the_model(
 ) -> None:
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
     assert size > 600e6
-    before, peak, held = map(int, run_python(_PEAK, what, str(large), str(tmp_path / "out")).stdout.split())
-    # pieces of 8 MiB in several types, one 32 MiB file while it is written, and what the allocator keeps: 160 MiB in
-    # all, a quarter of the model; a copy of it would be 600 MB
-    assert peak - before < held + 160 * 2**20, f"{(peak - before) / 2**20:.0f} MiB, {held / 2**20:.0f} of them held"
+    before, peak, held = map(
+        int, run_python(_PEAK, what, str(large), str(tmp_path / "out"), timeout=280).stdout.split()
+    )
+    # pieces of 2 M weights in several types and what the allocator keeps; when a file of 32 MiB is written also its
+    # tensors and their serialized form. A fifth and a third of the model
+    constant = {"load": 128, "quantize": 192}[what] * 2**20
+    assert peak - before < held + constant, f"{(peak - before) / 2**20:.0f} MiB, {held / 2**20:.0f} of them held"
     assert (held > 150e6) == (what == "load")
 
 
@@ -321,9 +358,7 @@ def test_a_copy_that_lost_a_part_is_made_anew_and_one_that_was_left_by_a_killed_
 
 
 def test_of_several_processes_one_makes_the_copy(folder: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    with context.Pool(3) as pool:
-        results = pool.starmap(_copy_and_count, [(folder, tmp_path / "cache")] * 3)
+    results = on_ranks(_copy_and_count, 3, folder, tmp_path / "cache")
     assert len({path for path, _ in results}) == 1
     assert sum(built for _, built in results) == 1
 

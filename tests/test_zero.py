@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.ranks import on_ranks, outcome
-from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of
+from helpers.ranks import ROOT, clean_environment, on_ranks, outcome, run_python
+from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of, write_config
 from safetensors.torch import load_file
 
+from qlora_dist.distributed import World, require_own_strategy
+from qlora_dist.errors import UserError
 from qlora_dist.trainer import train
+from qlora_dist.trainer.update import build_update
+from qlora_dist.update.deepspeed_config import STAGES, fill_ds_config, find_ds_config
 
-ZERO = ["zero1", "zero2", "zero2_offload"]
+ZERO = ["zero1", "zero2", "zero2_offload", "zero3"]
 RANKS = 2
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     return changed(make_inputs(tmp_path_factory.mktemp("inputs")), batch__rows_per_step=8, batch__micro_rows=2)
+
+
+@pytest.fixture(scope="module")
+def zero3_config(tmp_path_factory):
+    """The shipped file, but without its exemption of small weights: all weights of the tiny model are small."""
+    config = json.loads((DS_CONFIGS / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = tmp_path_factory.mktemp("ds") / "zero3.json"
+    path.write_text(json.dumps(config))
+    return str(path)
 
 
 @pytest.fixture
@@ -36,16 +56,21 @@ def _figures(run_dir):
 
 
 def _watched(raw):
-    """A run, and what this rank's learner looks like after it."""
+    """A run, and what this rank holds of it just before it ends."""
     from qlora_dist.model import base_fingerprint
-    from qlora_dist.trainer import stages
+    from qlora_dist.trainer import keeping, stages
 
     seen = {}
-    build = stages.build_learner
+    build, build_update, finish = stages.build_learner, stages.build_update, keeping.finish
+
+    def fingerprinting(config, world, model, head_weight):
+        seen["base"] = base_fingerprint(model)
+        seen["base_bytes"] = _base_bytes(model)
+        seen["dtypes"] = {name: p.dtype for name, p in model.named_parameters()}
+        return build_update(config, world, model, head_weight)
 
     def watching(config, world):
-        seen["learner"] = learner = build(config, world)
-        seen["base"] = base_fingerprint(learner.model)
+        learner = build(config, world)
         seen["start"] = learner.update.digest()
         accumulate = learner.update.accumulate
 
@@ -58,42 +83,62 @@ def _watched(raw):
         learner.update.accumulate = measured
         return learner
 
-    stages.build_learner = watching
-    _train(raw)
-    learner = seen["learner"]
-    trained = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
-    optimizer = getattr(learner.update, "_optimizer", None) or learner.update._zero.optimizer
-    return {
-        "base_kept": base_fingerprint(learner.model) == seen["base"],
-        "moved": learner.update.digest() != seen["start"],
-        "digest": learner.update.digest(),
-        "dtypes": {str(p.dtype) for p in trained.values()},
-        "all_b_moved": all(bool(p.any()) for name, p in trained.items() if "lora_B" in name),
-        "base_dtypes": {str(p.dtype) for name, p in learner.model.named_parameters() if "lora_" not in name},
-        "state_bytes": sum(
+    def looking(config, run, world, learner, *rest):
+        model, update = learner.model, learner.update
+        optimizer = getattr(update, "_optimizer", None) or update._zero.optimizer
+        seen["base_share"] = _base_bytes(model) / seen["base_bytes"]
+        with _whole(model):
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            seen["base_kept"] = base_fingerprint(model) == seen["base"]
+            seen["all_b_moved"] = all(bool(p.any()) for name, p in trained.items() if "lora_B" in name)
+            seen["dtypes_kept"] = {name: p.dtype for name, p in model.named_parameters()} == seen["dtypes"]
+            seen["trained_dtypes"] = {str(p.dtype) for p in trained.values()}
+            seen["weight_bytes"] = sum(p.numel() * 4 for p in trained.values())
+        seen["digest"] = update.digest()
+        seen["state_bytes"] = sum(
             value.numel() * value.element_size()
             for state in optimizer.state.values()
             for value in state.values()
             if isinstance(value, torch.Tensor) and value.ndim
-        ),
-        "gradient_bytes": seen["gradient_bytes"],
-        "weight_bytes": sum(p.numel() * 4 for p in trained.values()),
-    }
+        )
+        return finish(config, run, world, learner, *rest)
+
+    stages.build_update, stages.build_learner, keeping.finish = fingerprinting, watching, looking
+    _train(raw)
+    del seen["dtypes"]
+    return seen
+
+
+def _whole(model):
+    """Inside, all weights are whole, also those that ZeRO-3 has cut."""
+    parameters = list(model.parameters())
+    if not hasattr(parameters[0], "ds_tensor"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def _base_bytes(model):
+    """What this rank holds of the base's weights: its part where they are cut."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    held = [p.ds_tensor if hasattr(p, "ds_tensor") and p.numel() == 0 else p for p in frozen]
+    return sum(p.numel() * p.element_size() for p in held)
 
 
 def _gradient_bytes(learner):
     """Bytes of gradients that are held between the last micro-step and the update."""
     zero = getattr(learner.update, "_zero", None)
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
-    held = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in parameters if p.grad is not None}
+    held = [p.grad for p in parameters if p.grad is not None]
     if zero is not None:
-        parts = [part for group in zero.averaged_gradients.values() if group is not None for part in group]
-        held |= {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
-    return sum(held.values())
+        held += [part for group in zero.averaged_gradients.values() if group is not None for part in group]
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in held}
+    return sum(storages.values())
 
 
 @pytest.fixture(scope="module")
-def runs(inputs, tmp_path_factory):
+def runs(inputs, zero3_config, tmp_path_factory):
     """Strategy -> (run directory of ten steps with accumulation and clipping, what each rank held), made when asked."""
     made = {}
 
@@ -101,6 +146,7 @@ def runs(inputs, tmp_path_factory):
         if strategy not in made:
             run = str(tmp_path_factory.mktemp(strategy) / "run")
             changes = {"run_dir": run, "strategy__name": strategy, "train__steps": 10}
+            changes |= {"strategy__ds_config": zero3_config} if strategy == "zero3" else {}
             made[strategy] = (run, on_ranks(_watched, RANKS, changed(inputs, **changes)))
         return made[strategy]
 
@@ -111,11 +157,15 @@ def runs(inputs, tmp_path_factory):
 def test_a_zero_strategy_gives_ddps_losses_norms_and_adapter_and_holds_less(runs, strategy):
     (run, results), (ddp, ddp_results) = runs(strategy), runs("ddp")
     expected = _figures(ddp)
-    assert expected.shape == (10, 3) and expected[9, 0] < 0.7 * expected[0, 0], "a run that learns nothing shows nothing"
+    assert expected.shape == (10, 3) and expected[9, 0] < 0.7 * expected[0, 0], (
+        "a run that learns nothing shows nothing"
+    )
     # fp32 sums in another order, ten updates deep
     torch.testing.assert_close(_figures(run), expected, rtol=1e-5, atol=0)
-    assert all(result["base_kept"] and result["moved"] and result["all_b_moved"] for result in results)
-    assert results[0]["digest"] == results[1]["digest"] and results[0]["dtypes"] == {"torch.float32"}
+    for result in results:
+        assert result["base_kept"] and result["dtypes_kept"] and result["all_b_moved"]
+        assert result["trained_dtypes"] == {"torch.float32"}
+        assert result["start"] == ddp_results[0]["start"] != result["digest"] == results[0]["digest"]
     for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000010/optimizer.safetensors"):
         mine, theirs = load_file(Path(run) / name), load_file(Path(ddp) / name)
         assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
@@ -124,8 +174,9 @@ def test_a_zero_strategy_gives_ddps_losses_norms_and_adapter_and_holds_less(runs
     for result, whole in zip(results, ddp_results):
         assert whole["state_bytes"] >= 2 * result["weight_bytes"]
         assert result["state_bytes"] == pytest.approx(2 * result["weight_bytes"] / RANKS, rel=0.01)
-        if strategy == "zero2":  # a weight on the border between two parts lies on both sides
+        if strategy in ("zero2", "zero3"):  # in zero2 a weight on the border between two parts lies on both sides
             assert result["gradient_bytes"] < 0.75 * whole["gradient_bytes"]
+        assert result["base_share"] == pytest.approx(1 / RANKS if strategy == "zero3" else 1.0, rel=0.01)
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero2_offload"])
@@ -140,7 +191,7 @@ def test_an_interrupted_run_goes_on_bit_identically(runs, raw, strategy):
 
 
 def test_strategies_and_numbers_of_ranks_go_on_from_each_others_checkpoints(runs, raw):
-    plan = [("ddp", 2, 3), ("zero2", 2, 5), ("zero1", 1, 8), ("ddp", 2, 10)]
+    plan = [("ddp", 2, 2), ("zero2", 2, 4), ("zero3", 2, 6), ("zero1", 1, 8), ("ddp", 2, 10)]
     for strategy, num_ranks, steps in plan:
         on_ranks(_train, num_ranks, changed(raw, strategy__name=strategy, train__steps=steps))
     ddp, _ = runs("ddp")
@@ -148,42 +199,46 @@ def test_strategies_and_numbers_of_ranks_go_on_from_each_others_checkpoints(runs
     torch.testing.assert_close(_figures(raw["run_dir"]), _figures(ddp), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("strategy", "where"), [("zero1", "loss"), ("zero2", "gradient")])
+@pytest.mark.parametrize(("strategy", "where"), [("zero2", "gradient"), ("zero3", "loss")])
 def test_a_value_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_update(raw, strategy, where):
     raw = changed(raw, strategy__name=strategy, train__save_every=2, train__steps=6)
-    for name, text in on_ranks(_poisoned, RANKS, raw, where, 3):
-        assert name == "RunFailed"
+    for name, text, num_updates in on_ranks(_poisoned, RANKS, raw, where, 3):
+        assert name == "RunFailed" and num_updates == 3
         assert "step 4:" in text and "rank 1" in text and f"{where} of rows [" in text and "rank 0" not in text
     assert len(losses_of(raw["run_dir"])) == 3
     assert [p.name for p in (Path(raw["run_dir"]) / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def _poisoned(raw, where, step):
-    """What training raises, with a bad value on rank 1 in the second of two micro-steps, and weights before and after."""
+    """What training raises with a bad value on rank 1 in the second of two micro-steps, and the number of updates."""
     from qlora_dist.trainer import stages
     from qlora_dist.trainer import step as step_module
 
     original, build = step_module.Learner.nll_sum, stages.build_learner
-    count, seen = 0, {}
+    num_losses = num_updates = 0
 
-    def watching(config, world):
-        seen["learner"] = build(config, world)
-        return seen["learner"]
+    def counting(config, world):
+        learner = build(config, world)
+        update = learner.update.step
+
+        def counted(*arguments):
+            nonlocal num_updates
+            num_updates += 1
+            update(*arguments)
+
+        learner.update.step = counted
+        return learner
 
     def poisoned(self, batch):
-        nonlocal count
+        nonlocal num_losses
         nll = original(self, batch)
-        count += 1
-        if count == 2 * step + 1:
-            seen["before"] = self.update.digest()
-        if os.environ["RANK"] == "1" and count == 2 * step + 2:
+        num_losses += 1
+        if os.environ["RANK"] == "1" and num_losses == 2 * step + 2:
             return nll * float("nan") if where == "loss" else _BadGradient.apply(nll)
         return nll
 
-    stages.build_learner, step_module.Learner.nll_sum = watching, poisoned
-    raised = outcome(train, config_of(raw))
-    assert seen["learner"].update.digest() == seen["before"], "the update was made"
-    return raised
+    stages.build_learner, step_module.Learner.nll_sum = counting, poisoned
+    return *outcome(train, config_of(raw)), num_updates
 
 
 class _BadGradient(torch.autograd.Function):
@@ -194,3 +249,213 @@ class _BadGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * float("inf")
+
+
+# --- what is refused, and what the files say --------------------------------------------------------------------------
+
+OWNED = [
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16.enabled",
+    "fp16.enabled",
+]
+
+
+def _fill(file, strategy="zero2", **changes):
+    values = {"rows_per_step": 16, "micro_rows": 2, "accumulation": 4, "max_grad_norm": 0.3, **changes}
+    return fill_ds_config(file, strategy=strategy, **values)
+
+
+def _value(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def test_every_shipped_file_leaves_to_the_run_config_what_it_owns():
+    assert {path.stem for path in DS_CONFIGS.glob("*.json")} == set(STAGES)
+    for strategy, stage in STAGES.items():
+        file = find_ds_config(strategy, None)
+        config = json.loads(file.read_text())
+        assert {key: _value(config, key) for key in OWNED} == dict.fromkeys(OWNED, "auto"), strategy
+        assert "optimizer" not in config and "scheduler" not in config
+        assert config["zero_optimization"]["stage"] == stage
+        filled = _fill(file, strategy)
+        assert [_value(filled, key) for key in OWNED] == [16, 2, 4, 0.3, False, False]
+        assert "auto" not in json.dumps(filled)
+        assert _fill(file, strategy, max_grad_norm=None)["gradient_clipping"] == 0.0
+        assert filled["zero_optimization"]["offload_optimizer"]["device"] == (
+            "cpu" if strategy == "zero2_offload" else "none"
+        )
+        # what is the user's goes to DeepSpeed as it is
+        assert filled["zero_optimization"]["reduce_bucket_size"] == config["zero_optimization"]["reduce_bucket_size"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "messages"),
+    [
+        ("train_batch_size", 32, ["train_batch_size is 32", "batch.rows_per_step makes it 16"]),
+        ("train_micro_batch_size_per_gpu", 1, ["is 1", "batch.micro_rows makes it 2"]),
+        ("gradient_accumulation_steps", 1, ["gradient_accumulation_steps is 1", "makes it 4"]),
+        ("gradient_clipping", 1.0, ["gradient_clipping is 1.0", "optim.max_grad_norm", "makes it 0.3"]),
+        ("bf16.enabled", True, ["bf16.enabled is True", "fp32 masters"]),
+        ("zero_optimization.stage", 3, ["stage is 3", "strategy.name zero2 makes it 2"]),
+        (
+            "zero_optimization.offload_optimizer.device",
+            "cpu",
+            ["device is 'cpu'", "strategy.name zero2 makes it 'none'"],
+        ),
+        ("optimizer", {"type": "AdamW"}, ["optimizer is not this file's to say", "optim.name"]),
+        ("communication_data_type", "bf16", ["communication_data_type is 'bf16'", "reduced in fp32"]),
+        ("gradient_allreduce_op", "sum", ["gradient_allreduce_op is 'sum'"]),
+        ("zero_optimization.reduce_bucket_size", "auto", ['reduce_bucket_size is "auto"', "write a number"]),
+    ],
+)
+def test_a_ds_config_that_contradicts_the_run_config_is_refused(tmp_path, key, value, messages):
+    config = json.loads((DS_CONFIGS / "zero2.json").read_text())
+    *sections, last = key.split(".")
+    node = config
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[last] = value
+    (tmp_path / "mine.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        _fill(tmp_path / "mine.json")
+    for message in ["mine.json", *messages]:
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        (
+            {"strategy__name": "zero2_offload", "optim__name": "paged_adamw_32bit"},
+            ["zero2_offload", "optim.name=adamw"],
+        ),
+        ({"strategy__name": "zero3", "optim__name": "adamw_8bit"}, ["zero3", "optim.name=paged_adamw_32bit"]),
+        ({"strategy__name": "zero3", "model__quantization": "int8"}, ["int8", "model.quantization=nf4"]),
+        ({"strategy__name": "zero3", "memory__recompute": "none"}, ["recompute none", "memory.recompute=full"]),
+        ({"strategy__name": "zero3", "lora__variant": "dora"}, ["dora", "lora.variant=rslora"]),
+        ({"strategy__name": "ddp", "strategy__ds_config": "x.json"}, ["x.json", "does not use DeepSpeed"]),
+        ({"strategy__name": "zero2", "strategy__ds_config": "nowhere.json"}, ["nowhere.json", "no such file"]),
+    ],
+    ids=["offload", "zero3 8-bit", "zero3 int8", "zero3 recompute", "zero3 dora", "ddp", "missing"],
+)
+def test_an_unsound_pair_is_refused_before_the_model_is_read(raw, monkeypatch, changes, messages):
+    from qlora_dist import model as base_model
+
+    def refuse(*_, **__):
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr(base_model, "load_base", refuse)
+    with pytest.raises(UserError) as caught:
+        train(config_of(raw, **changes))
+    for message in messages:
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "refused"),
+    [
+        (
+            "ddp",
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+            "DEEPSPEED with ZeRO stage 2",
+        ),
+        ("zero3", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "strategy.name=zero3"),
+        ("zero2", {"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ("zero2", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, None),
+        ("ddp", {}, None),
+    ],
+)
+def test_a_launcher_that_asks_for_another_strategy_is_refused(monkeypatch, name, variables, refused):
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            require_own_strategy(name)
+    else:
+        require_own_strategy(name)
+        assert "ACCELERATE_USE_DEEPSPEED" not in os.environ, "Accelerator would make a plugin of its own"
+
+
+def test_8bit_states_go_on_under_another_strategy_where_their_blocks_line_up(raw, tmp_path):
+    raw = changed(raw, optim__name="adamw_8bit", lora__rank=8)  # every weight has a multiple of 256 elements
+    for strategy, steps in (("zero2", 2), ("ddp", 4)):
+        on_ranks(_train, RANKS, changed(raw, strategy__name=strategy, train__steps=steps))
+    on_ranks(_train, RANKS, changed(raw, run_dir=str(tmp_path / "ddp"), train__steps=4))
+    assert load_file(tmp_path / "ddp/checkpoints/step-00000004/optimizer.safetensors")["0.state1"].dtype == torch.uint8
+    # the same codes but where a sum's last bit crosses a border between two
+    torch.testing.assert_close(_figures(raw["run_dir"]), _figures(tmp_path / "ddp"), rtol=1e-4, atol=0)
+
+
+def test_8bit_states_are_refused_where_their_blocks_would_span_weights(raw):
+    raw = changed(raw, strategy__name="zero2", optim__name="adamw_8bit")
+    for name, text in on_ranks(_outcome_of_training, RANKS, raw):
+        assert name == "UserError" and "one scale for 256 elements" in text and "paged_adamw_32bit" in text
+
+
+def test_experts_are_refused_since_a_rank_may_have_no_gradient_for_them(raw):
+    model = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+    with pytest.raises(UserError, match=r"cannot train the experts of a mixture \(experts.0.weight"):
+        build_update(config_of(raw, strategy__name="zero2"), World.init(), model, torch.empty(0))
+
+
+def _outcome_of_training(raw):
+    return outcome(train, config_of(raw))
+
+
+# --- launched for real ------------------------------------------------------------------------------------------------
+
+
+def test_one_process_without_a_launcher_trains_under_one_strategy_after_another(raw, tmp_path):
+    plan = [("zero3", str(tmp_path / "a")), ("ddp", str(tmp_path / "b")), ("zero1", str(tmp_path / "c"))]
+    for strategy, run in plan:
+        write_config(tmp_path / f"{strategy}.yaml", raw, run_dir=run, strategy__name=strategy, train__steps=2)
+    code = """
+        import sys
+        from qlora_dist.config import load_config
+        from qlora_dist.trainer import train
+        for path in sys.argv[1:]:
+            train(load_config(path))
+    """
+    done = run_python(code, *(str(tmp_path / f"{strategy}.yaml") for strategy, _ in plan), timeout=200)
+    zero3, ddp, zero1 = (torch.tensor(losses_of(run)) for _, run in plan)
+    torch.testing.assert_close(zero3, ddp, rtol=1e-5, atol=0)  # fp32 sums in another order
+    torch.testing.assert_close(zero1, ddp, rtol=1e-5, atol=0)
+    assert "strategy zero3 on cpu: base, trained weights, gradients and optimizer states are sharded" in done.stdout
+
+
+def test_two_nodes_of_accelerate_train_with_zero2_from_another_folder(raw, runs, tmp_path):
+    config = write_config(tmp_path / "c.yaml", raw, strategy__name="zero2", train__steps=3)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    start += [str(ROOT / "launch/accelerate/nodes-2.yaml"), "--num_processes", "2", "--main_process_port", str(port)]
+    train_it = ["-m", "qlora_dist", "train", str(config)]
+    nodes = [
+        subprocess.Popen(
+            [*start, "--machine_rank", str(rank), *train_it],
+            env=clean_environment(),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [node.communicate(timeout=200)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+    zero2, _ = runs("zero2")
+    assert losses_of(raw["run_dir"]) == losses_of(zero2)[:3]
+    assert "strategy zero2 on cpu: every rank holds the whole base and trained weights; gradients and" in said[0]
+    # DeepSpeed keeps quiet, and rank 0 speaks
+    assert "DeepSpeed" not in said[0] + said[1] and "real_accelerator" not in said[0] + said[1]
+    assert "finished" in said[0] and "step" not in said[1]

@@ -43,7 +43,7 @@ def check_packages(requirements: Sequence[str] | None = None) -> Iterator[Findin
     tested = tested_versions()
     for text in requires() if requirements is None else requirements:
         name, needed, extra = _split_requirement(text)
-        if extra is not None and name not in OPTIONAL:
+        if extra is not None and OPTIONAL.get(name) != extra:  # once, though another extra may bring it too
             continue
         yield _check_package(name, needed, is_optional=extra is not None, tested=tested.get(name))
 

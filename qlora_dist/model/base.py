@@ -45,6 +45,7 @@ def load_base(
     compute_dtype: torch.dtype,
     attention: str,
     device: torch.device,
+    run_device: torch.device | None = None,
     attention_dtype: torch.dtype | None = None,
     weights: Weights = "files",
     seed: int = 0,
@@ -53,6 +54,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The base on one device: quantized while it is read, in `compute_dtype` elsewhere, frozen, dropout off.
 
+    `run_device` is where it is moved afterwards, when that is not `device`.
     `attention_dtype` is the type that queries arrive in when it is not `compute_dtype` (fp32 weights under autocast).
     `attention` is auto, flash, varlen or sdpa (packed batches, see `hidden_states`), or INFERENCE (generation).
     `weights` random needs config.json only and draws them by `seed`.
@@ -65,7 +67,7 @@ def load_base(
         check_weight_files(name)
     is_packed = attention != INFERENCE
     needs = attention_needs(config, attention_dtype or compute_dtype)
-    backend = packed_attention.resolve_backend(attention, device, needs) if is_packed else ""
+    backend = packed_attention.resolve_backend(attention, run_device or device, needs) if is_packed else ""
     settings = quantization_settings(name, config, quantization, double_quant, compute_dtype)
     implementation = PACKED if is_packed else None
     model = None

@@ -39,6 +39,8 @@ class ModelFacts:
     vocab_size: int
     max_positions: int | None  # longest document that the positions were made for, tokens
     linear_names: tuple[str, ...]  # every linear layer but the output head
+    linear_shapes: dict[str, tuple[int, int]]  # by the same names: (outputs, inputs)
+    num_parameters: int  # tied weights once
 
 
 def check_config(
@@ -65,7 +67,7 @@ def check_config(
     if quantization != "none":
         _check_experts(name, model)
     if quantization in ("nf4", "fp4") and device_type == "cpu":
-        check_cpu_shapes({key: _in_features(layer) for key, layer in layers.items()})
+        check_cpu_shapes({key: _shape(layer)[1] for key, layer in layers.items()})
     text = config.get_text_config()
     _check_packing(name, model, text)
     max_positions = getattr(text, "max_position_embeddings", None)
@@ -79,6 +81,8 @@ def check_config(
         text.vocab_size,
         max_positions,
         tuple(layers),
+        {key: _shape(layer) for key, layer in layers.items()},
+        sum(parameter.numel() for parameter in model.parameters()),
     )
 
 
@@ -117,10 +121,11 @@ def resolve_targets(linear_names: tuple[str, ...], target_modules: str | tuple[s
     return [name for name in linear_names if name in chosen]
 
 
-def _in_features(layer: torch.nn.Module) -> int:
+def _shape(layer: torch.nn.Module) -> tuple[int, int]:
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
-    return weight.shape[0] if is_conv1d(layer) else weight.shape[1]
+    first, second = weight.shape
+    return (second, first) if is_conv1d(layer) else (first, second)
 
 
 def _check_experts(name: str, model: PreTrainedModel) -> None:

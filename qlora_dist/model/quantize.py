@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .loading import BLOCK, bitsandbytes
 
-PIECE = 2**22  # weights a time: 8 MiB of bf16. Host memory is bounded by a few of them, not by a tensor
+PIECE = 2**21  # weights a time: 4 MiB of bf16. Host memory is bounded by a few of them, not by a tensor
 NESTED_BLOCK = 256  # first-level constants that share one second-level constant
 
 Read = Callable[[int, int], Tensor]  # (first, last + 1) weight in storage order -> 1-D tensor, any float type

@@ -110,7 +110,8 @@ def check_head(model: nn.Module) -> None:
     """
     base = unwrap(model)
     _require_packed(base)
-    device = next(base.parameters()).device
+    # where it computes: norms lie there even when shared matrices are kept in host memory
+    device = next(one.device for one in base.parameters() if not isinstance(one, DTensor))
     vocabulary = base.config.get_text_config().vocab_size
     tokens = torch.tensor([(7 + 13 * i) % vocabulary for i in range(8)], device=device)
     both, second = _documents(tokens, (4, 4)), _documents(tokens[4:], (4,))

@@ -145,7 +145,7 @@ def wrap(model: PreTrainedModel, group: ShardGroup, offload: bool) -> None:
     fully_shard(model.base_model, ignored_params=rest, **options)  # the root, which holds nothing itself
     head: Any = model.get_output_embeddings()
     if not isinstance(head.weight, DTensor):
-        head.weight = _parameter(_rows_of(head.weight, group), head.weight, group)
+        head.weight = _cut(head.weight, group)
     head.forward = MethodType(_gathered_linear, head)
 
 
@@ -166,18 +166,25 @@ def _to_bytes(name: str, layer: Any) -> None:
         layer.register_parameter(attribute, nn.Parameter(empty, requires_grad=False))
 
 
-def _rows_of(weight: Tensor, group: ShardGroup) -> Tensor:
-    """This rank's rows of a tensor, as torch.chunk cuts them; empty for the last ranks of a short one."""
-    per_rank = -(-len(weight) // group.size)
-    return weight[group.rank * per_rank : (group.rank + 1) * per_rank].detach()
+def _own_rows(num_rows: int, group: ShardGroup) -> tuple[int, int]:
+    """(first, last + 1) of this rank's rows, as torch.chunk cuts them; the last ranks of a short tensor have none."""
+    per_rank = -(-num_rows // group.size)
+    first, last = (min(num_rows, per_rank * index) for index in (group.rank, group.rank + 1))
+    return first, last
 
 
-def _parameter(local: Tensor, whole: Any, group: ShardGroup) -> nn.Parameter:
-    """A parameter of the shape of `whole`, of which this rank holds `local`."""
+def _cut(whole: Tensor, group: ShardGroup) -> nn.Parameter:
+    """A parameter without storage that ranks share, in the place of one that each has."""
+    first, last = _own_rows(len(whole), group)
     shared = DTensor.from_local(
-        local, group.mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        whole[first:last].detach(), group.mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
     )
     return nn.Parameter(shared, requires_grad=False)
+
+
+def _filled(empty: Any, local: Tensor) -> nn.Parameter:
+    """The same parameter with this rank's part. Not by `from_local`, which would move an offloaded part to the GPU."""
+    return nn.Parameter(DTensor(local, empty._spec, requires_grad=False), requires_grad=False)
 
 
 def _place_rows(
@@ -192,11 +199,10 @@ def _place_rows(
     """This rank's rows of a plain weight."""
     whole: Any = module._parameters[attribute]
     width = whole.shape.numel() // len(whole)
-    per_rank = -(-len(whole) // group.size)
-    first, last = (min(len(whole), per_rank * index) for index in (group.rank, group.rank + 1))
+    first, last = _own_rows(len(whole), group)
     local = torch.empty((last - first, *whole.shape[1:]), dtype=skeleton.dtype, device=home)
     read_plain(local.view(-1), source, name, Range(first * width, last * width))
-    module._parameters[attribute] = _parameter(local, whole, group)
+    module._parameters[attribute] = _filled(whole, local)
 
 
 def _place_codes(
@@ -223,9 +229,8 @@ def _place_codes(
         state = make_state(absmax, layer.codes_shape, layer.quant_type, skeleton.dtype, layer.is_nested)
     constants = state.absmax[part.start // BLOCK : part.stop // BLOCK].clone().view(torch.uint8)
     for attribute, local in (("weight", codes), ("absmax", constants)):
-        whole = layer._parameters[attribute]
-        rows = local.view(-1, whole.shape[1]).to(home)
-        layer._parameters[attribute] = _parameter(rows, whole, group)
+        empty = layer._parameters[attribute]
+        layer._parameters[attribute] = _filled(empty, local.view(-1, empty.shape[1]).to(home))
     layer.state_dtype = state.dtype
     layer.register_buffer("code", state.code, persistent=False)
     if layer.is_nested:
@@ -300,9 +305,4 @@ def _equals_source(shared: Shared, name: str, module: Any, attribute: str) -> bo
 
 def held_bytes(model: nn.Module) -> int:
     """Bytes of the base that this rank holds between steps, on the device or, offloaded, in host memory."""
-    seen: dict[int, int] = {}
-    for _, tensor in base_weights(model):
-        local = own_part(tensor)
-        if local.numel():
-            seen[local.data_ptr()] = local.nbytes
-    return sum(seen.values())
+    return sum(own_part(tensor).nbytes for _, tensor in base_weights(model))

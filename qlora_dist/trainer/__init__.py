@@ -1,7 +1,9 @@
 """Config -> data -> rows -> model -> steps -> checkpoints. Read this file first: `train` is the table of contents.
 
 trainer.stages               what happens once: the parts of a run, made from the config
+trainer.preflight            what all ranks must agree on before the model is read
 trainer.fitting              what fits in memory, and what it means when it does not
+trainer.update               the strategy: what turns gradients into an update
 trainer.keeping              checkpoints, resume, results
 trainer.step                 what happens again and again: one optimizer update
 examples, packing, loader    sources -> documents -> rows -> this rank's micro-batches
@@ -17,7 +19,7 @@ import time
 
 from ..config import RunConfig
 from ..metrics import Metrics
-from ..preempt import StopSignal
+from ..preempt import StopRequested, StopSignal
 from ..state import TrainState
 from ..verify import check_first_update
 from . import fitting, keeping, stages
@@ -30,13 +32,12 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
     Raises UserError (what the user gave) before the model is read wherever that can be known, RunFailed (what went
     wrong while running) on all ranks together.
     """
-    with StopSignal() as stop, stages.join(config) as world:
-        run = stages.open_run(config, world, resume)
+    with StopSignal() as stop, stages.join(config, stop) as world, stages.open_run(config, world, resume) as run:
         if (done := world.from_main(lambda: run.completed_steps(config.train.length))) is not None:
             return stages.say_completed(run, world, done)
         fit = fitting.settle(config, world)
         config = fit.config  # from here on no `auto` in what decides memory
-        stages.check(config, world)
+        stages.check(config, world, run)
 
         # data: sources -> documents -> rows -> who trains what at which step
         data = stages.build_data(config, world)
@@ -49,16 +50,19 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
 
             # model: 4-bit base -> adapters -> what updates them
             progress.learner = learner = stages.build_learner(config, world)
+            metrics.say(stages.check_base(config, world, learner))
             state = keeping.resume(config, run, world, learner, data, metrics, resume)
             metrics.start(state.step)
             world.start_trackers(config.logging.project, config.model_dump(mode="json"))
             fitting.try_longest(config, world, learner, data, state, num_steps, progress, metrics)
-            before = stages.evaluate_start(config, run, world, learner, data, state, metrics)
+            before = stages.evaluate_start(config, run, world, learner, data, state, metrics, stop)
+            stages.evaluate_owed(config, world, learner, data, state, num_steps, metrics, stop)
 
-            waited_since = time.perf_counter()
+            waited_since, is_stopping = time.perf_counter(), False
             for rows in data.loader.iterate(state.step, num_steps, pin_memory=world.device.type == "cuda"):
                 started = time.perf_counter()
                 progress.place = f"step {state.step + 1}"
+                world.stepping(state.step + 1)
                 stats = train_step(
                     world,
                     learner,
@@ -75,9 +79,13 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                 values = stages.step_values(
                     world, state, stats, rows, lr, time.perf_counter() - started, started - waited_since
                 )
-                is_last = state.step == num_steps or stats.stop_requested
-                if is_last or stages.is_due(state.step, config.train.eval_every):
-                    values |= stages.evaluate_held_out(config, world, learner, data)
+                is_stopping = stats.stop_requested
+                if not is_stopping and (state.step == num_steps or stages.is_due(state.step, config.train.eval_every)):
+                    try:
+                        values |= stages.evaluate_held_out(world, learner, data, stop)
+                    except StopRequested:
+                        is_stopping = True
+                is_last = state.step == num_steps or is_stopping
                 metrics.step(values)
                 world.log(values, state.step)
                 if is_last or stages.is_due(state.step, config.train.save_every):
@@ -85,6 +93,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                 if is_last:
                     break
                 waited_since = time.perf_counter()
-            if state.step < num_steps:
-                return keeping.say_stopped(run, world, state, stop.name)
+            if is_stopping:
+                return keeping.say_stopped(run, world, state, stop)
             return keeping.finish(config, run, world, learner, data, state, before, metrics, fit.plan)
+    return TrainState(stopped_by=stop.name)  # before the first step

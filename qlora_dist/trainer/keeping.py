@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict
+import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from ..distributed import World
 from ..errors import UserError
 from ..memory import MemoryPlan
 from ..metrics import GIB, Metrics, median_tokens_per_second, peak_bytes
+from ..preempt import StopSignal
 from ..provenance import commit, device_name, versions
 from ..state import RunDir, TrainState, config_changes, read_metrics, write_json
+from ..verify import base_checksum, check_base_unchanged
 from .stages import Data, free_fields
 from .step import Learner
 from .weights import export_trained, load_trained, save_trained, verify_trained
@@ -26,6 +29,7 @@ def resume(
     config: RunConfig, run: RunDir, world: World, learner: Learner, data: Data, metrics: Metrics, choice: str
 ) -> TrainState:
     """Puts weights and optimizer back to the newest checkpoint that verifies (or the one that was named)."""
+    world.doing("reading the newest checkpoint")
     path, said = world.from_main(lambda: _choose_checkpoint(config, run, data, choice))
     for line in said:
         metrics.say(line)
@@ -79,18 +83,32 @@ def _choose_checkpoint(config: RunConfig, run: RunDir, data: Data, choice: str) 
 
 
 def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: Data, state: TrainState) -> None:
-    """A checkpoint of this state, written and verified by rank 0; a failure ends all ranks."""
+    """A checkpoint of this state, written and verified by rank 0; a failure ends all ranks.
+
+    Weights are read back and compared before the checkpoint gets its name and before an older one is deleted. No rank's
+    base may have changed since it was loaded.
+    """
+    world.doing(f"saving step {state.step}")
+    if learner.base_checksum is not None:
+        is_changed = base_checksum(learner.model) != learner.base_checksum
+        check_base_unchanged(world.gather((socket.gethostname(), is_changed)), f"after step {state.step}")
+
+    def write_weights(folder: Path) -> None:
+        save_trained(learner.model, folder, config.model.name, config.lora is None)
+        verify_trained(learner.model, folder, config.lora is None)
 
     tensors, numbers = learner.update.state()  # of all ranks, on rank 0
 
     def save_on_main() -> None:
-        path = checkpoint.save_checkpoint(
+        checkpoint.save_checkpoint(
             run.checkpoints,
             state.step,
-            write_weights=lambda folder: save_trained(learner.model, folder, config.model.name, config.lora is None),
+            write_weights=write_weights,
             optimizer_tensors=tensors,
             state={
-                **asdict(state),
+                "step": state.step,
+                "num_tokens": state.num_tokens,
+                "num_labels": state.num_labels,
                 "config": dump_yaml(config),
                 "data_fingerprint": data.documents.fingerprint,
                 "layout": learner.update.layout(),
@@ -101,7 +119,6 @@ def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: D
             },
             keep=config.train.keep,
         )
-        verify_trained(learner.model, path, config.lora is None)
 
     with learner.update.whole_weights():
         world.from_main(save_on_main)
@@ -110,14 +127,16 @@ def save(config: RunConfig, run: RunDir, world: World, learner: Learner, data: D
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def say_stopped(run: RunDir, world: World, state: TrainState, signal_name: str | None) -> TrainState:
-    """After a stop signal: what was saved and how to go on."""
+def say_stopped(run: RunDir, world: World, state: TrainState, stop: StopSignal) -> TrainState:
+    """After a stop signal: what was saved and how to go on. Called by all ranks: one may have heard another signal."""
+    name = world.first(stop.name)
     if world.is_main:
         print(
-            f"stopped by {signal_name or 'a signal to another rank'} after step {state.step}; checkpoint saved in "
-            f"{run.checkpoints}. Start the same command again to go on"
+            f"stopped by {name} after step {state.step}; checkpoint saved in {run.checkpoints}. Start the same command "
+            "again to go on",
+            flush=True,
         )
-    return state
+    return replace(state, stopped_by=name)
 
 
 def finish(
@@ -132,6 +151,7 @@ def finish(
     plan: MemoryPlan,
 ) -> TrainState:
     """Exports the weights, writes summary.json, and marks the run as completed, in this order."""
+    world.doing("writing the results")
     peak = world.max(peak_bytes(world.device))
 
     def finish_on_main() -> None:

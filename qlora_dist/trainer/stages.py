@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,21 +13,33 @@ from typing import Any
 
 import torch
 
-from .. import __version__, adapters
+from .. import adapters
 from .. import model as base_model
 from ..config import DataConfig, RunConfig, SourceConfig, dump_yaml
-from ..distributed import World, require_own_strategy
-from ..errors import UserError
-from ..evaluate import EvalResult, evaluate
+from ..distributed import World, launched_job, require_own_strategy
+from ..errors import RunFailed, UserError
+from ..evaluate import evaluate
 from ..examples import Documents, build_documents, split_sources
 from ..loader import Loader, StepRows, derive_accumulation, eval_batches
-from ..metrics import Metrics, format_evaluation, peak_bytes
+from ..metrics import GIB, Metrics, format_evaluation, peak_bytes
 from ..offload import ActivationOffload
 from ..optim import lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
+from ..preempt import StopRequested, StopSignal
+from ..runlock import RunLock
 from ..state import RunDir, StepStats, TrainState, write_json
+from ..verify import (
+    base_checksum,
+    check_base_bytes,
+    check_ends_are_learned,
+    check_every_step_has_labels,
+    check_source_bits,
+    held_base_bytes,
+    promised_base_bytes,
+)
+from . import preflight
 from .step import Learner
-from .update import build_update, check_update, describe_strategy, micro_rows
+from .update import build_update, check_update, describe_strategy, load_device
 
 
 @dataclass
@@ -40,20 +53,41 @@ class Data:
 
 
 @contextmanager
-def join(config: RunConfig) -> Iterator[World]:
-    """This process's place among the ranks; left in order at the end, and left to the launcher after a failure."""
+def join(config: RunConfig, stop: StopSignal) -> Iterator[World]:
+    """This process's place among the ranks; left in order at the end, and left to the launcher after a failure.
+
+    A stop signal before the first step ends the block: all ranks have agreed then, and there is nothing to save.
+    """
     others = [name for name in config.logging.trackers if name != "tensorboard"]
     require_own_strategy(config.strategy.name)
-    world = World.init(others, config.run_dir)
-    yield world
+    world = World.init(others, config.run_dir, stop, config.strategy.timeout_seconds)
+    try:
+        yield world
+    except RunFailed:
+        raise
+    except RuntimeError as error:
+        raise world.explained(error) from error
+    except StopRequested:
+        stop.name = world.first(stop.name)
+        if world.is_main:
+            print(
+                f"stopped by {stop.name} before the first step; nothing is lost. Start the same command again to go on"
+            )
     world.close()
 
 
-def open_run(config: RunConfig, world: World, resume: str) -> RunDir:
-    """The run directory with its resolved config. Refuses another run's, and `--resume never` where there is a run."""
+@contextmanager
+def open_run(config: RunConfig, world: World, resume: str) -> Iterator[RunDir]:
+    """The run directory with its resolved config, for this job alone.
+
+    Refuses another run's, one that another job is at work in, and `--resume never` where there is a run.
+    """
     run = RunDir(Path(config.run_dir))
+    lock = RunLock(run.path, *launched_job())
 
     def open_on_main() -> None:
+        run.make()
+        lock.acquire()
         run.open(dump_yaml(config), free_fields(config))
         if resume == "never" and run.checkpoints.is_dir() and any(run.checkpoints.glob("step-*")):
             raise UserError(
@@ -61,8 +95,11 @@ def open_run(config: RunConfig, world: World, resume: str) -> RunDir:
                 "run_dir, or use --resume auto to go on"
             )
 
-    world.from_main(open_on_main)
-    return run
+    try:
+        world.from_main(open_on_main)
+        yield run
+    finally:
+        lock.release()
 
 
 def free_fields(config: RunConfig) -> tuple[str, ...]:
@@ -78,13 +115,27 @@ def say_completed(run: RunDir, world: World, steps: int) -> TrainState:
     return TrainState(step=steps)
 
 
-def check(config: RunConfig, world: World) -> None:
-    """What can be known before data or weights are read: same config on all ranks, batch, model kind, targets."""
+def check(config: RunConfig, world: World, run: RunDir) -> None:
+    """What can be known before data or weights are read: same config and code on all ranks, batch, model kind, targets,
+    devices, network, disk. Rank 0 says where the run starts."""
     world.require_equal(dump_yaml(config), "the resolved config")
-    world.require_equal(f"{__version__} {torch.__version__}", "the version of qlora_dist or torch")
-    derive_accumulation(config.batch.rows_per_step, micro_rows(config), world.size)
+    derive_accumulation(config.batch.rows_per_step, config.batch.settled_rows, world.size)
     check_update(config, world)
-    base_model.check_config(
+    facts = check_model(config, world)
+    started = preflight.check_start(
+        world,
+        run.path,
+        checkpoint_bytes=preflight.checkpoint_bytes(_count_trainable(config, facts), config.optim.name),
+        keep=config.train.keep,
+        allow_mixed=config.strategy.mixed_devices,
+    )
+    if world.is_main:
+        print(started, flush=True)
+
+
+def check_model(config: RunConfig, world: World) -> base_model.ModelFacts:
+    """What config.json alone says about the model. Raises UserError when it cannot be trained as asked."""
+    return base_model.check_config(
         config.model.name,
         revision=config.model.revision,
         quantization=config.model.quantization,
@@ -95,17 +146,29 @@ def check(config: RunConfig, world: World) -> None:
     )
 
 
+def _count_trainable(config: RunConfig, facts: base_model.ModelFacts) -> int:
+    lora = config.lora
+    if lora is None:
+        return facts.num_parameters
+    targets = base_model.resolve_targets(facts.linear_names, lora.target_modules)
+    shapes = [facts.linear_shapes[name] for name in targets]
+    has_magnitudes = lora.variant == "dora"
+    return sum(lora.rank * (outputs + inputs) + has_magnitudes * outputs for outputs, inputs in shapes)
+
+
 def build_data(config: RunConfig, world: World) -> Data:
     """Sources -> documents -> rows -> loader. The first rank of each node tokenizes; the others read its cache."""
     tokenizer = base_model.load_tokenizer(config.model.name, config.model.revision)
     train_sources, eval_sources = split_sources(config.data.train, config.data.eval)
     documents = build_source_documents(config.data, train_sources, tokenizer, world, "data.train", config.seed)
+    if config.data.require_eos:
+        check_ends_are_learned(documents, tokenizer, config.seed)
     rows = build_rows(config.data, documents, config.seed)
     loader = Loader(
         documents,
         rows,
         rows_per_step=config.batch.rows_per_step,
-        micro_rows=micro_rows(config),
+        micro_rows=config.batch.settled_rows,
         rank=world.rank,
         world_size=world.size,
         seed=config.seed,
@@ -115,7 +178,7 @@ def build_data(config: RunConfig, world: World) -> Data:
     if eval_sources:
         unseen = build_source_documents(config.data, eval_sources, tokenizer, world, "data.eval", config.seed)
         unseen_rows = build_rows(config.data, unseen, config.seed)
-        held_out = eval_batches(unseen, unseen_rows, micro_rows(config), world.rank, world.size)
+        held_out = eval_batches(unseen, unseen_rows, config.batch.settled_rows, world.rank, world.size)
     return Data(documents, rows, loader, held_out)
 
 
@@ -123,7 +186,7 @@ def build_source_documents(
     data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, world: World, what: str, seed: int
 ) -> Documents:
     """Tokenized documents, the same on every rank. The store's lock also keeps other jobs from building them twice."""
-    with world.local_main_first(f"preparing {what}"):
+    with world.stoppable(f"preparing {what}"), world.local_main_first(f"preparing {what}"):
         documents = build_documents(
             sources,
             tokenizer,
@@ -151,20 +214,21 @@ def count_steps(config: RunConfig, data: Data) -> int:
     """Number of optimizer updates of the whole run."""
     steps = config.train.steps if config.train.steps is not None else data.loader.num_steps
     assert steps is not None
+    check_every_step_has_labels(data.documents, data.rows, data.loader.rows_of_step, steps)
     return steps
 
 
 def describe(config: RunConfig, world: World, data: Data, num_steps: int) -> str:
     """What is about to run, in one paragraph."""
     batch, stats = config.batch, data.documents.stats
-    accumulation = derive_accumulation(batch.rows_per_step, micro_rows(config), world.size)
+    accumulation = derive_accumulation(batch.rows_per_step, batch.settled_rows, world.size)
     return (
         f"{len(data.documents):,} documents in {len(data.rows):,} rows of up to {config.data.row_tokens:,} tokens "
         f"({data.rows.efficiency:.1%} full; truncated {stats.total('truncated'):,}, dropped {stats.total('dropped'):,}"
         f", bad {stats.total('bad'):,})\n"
         f"{num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps x "
-        f"{micro_rows(config)} rows; strategy {config.strategy.name} on {world.device.type}: "
-        f"{describe_strategy(config)}"
+        f"{batch.settled_rows} rows; strategy {config.strategy.name} on {world.device.type}: "
+        f"{describe_strategy(config, world.size)}"
     )
 
 
@@ -176,21 +240,25 @@ def build_learner(config: RunConfig, world: World) -> Learner:
     settings = config.model
     compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
     is_full = config.lora is None
-    model: torch.nn.Module = base_model.load_base(
-        _base_files(config, world),
-        revision=settings.revision,
-        quantization=settings.quantization,
-        double_quant=settings.double_quant,
-        # full fine-tuning keeps fp32 masters and computes under autocast
-        compute_dtype=torch.float32 if is_full else compute_dtype,
-        attention=settings.attention,
-        attention_dtype=compute_dtype,
-        device=world.device,
-        weights=settings.weights,
-        seed=config.seed,
-        shards=world.shard_group() if config.strategy.name == "fsdp" else None,
-        offload=config.strategy.offload,
-    )
+    files = _base_files(config, world)
+    shards = world.shard_group() if config.strategy.name == "fsdp" else None
+    with world.stoppable(f"loading {settings.name}", has_collectives=shards is not None):
+        model: torch.nn.Module = base_model.load_base(
+            files,
+            revision=settings.revision,
+            quantization=settings.quantization,
+            double_quant=settings.double_quant,
+            # full fine-tuning keeps fp32 masters and computes under autocast
+            compute_dtype=torch.float32 if is_full else compute_dtype,
+            attention=settings.attention,
+            attention_dtype=compute_dtype,
+            device=load_device(config, world),
+            run_device=world.device,
+            weights=settings.weights,
+            seed=config.seed,
+            shards=shards,
+            offload=config.strategy.offload,
+        )
     if config.lora is None:
         model.requires_grad_(True)
     else:
@@ -204,6 +272,7 @@ def build_learner(config: RunConfig, world: World) -> Learner:
             seed=config.seed,
             init_from=config.lora.init_from,
             kernels=settings.kernels,
+            device=world.device,
         )
     num_base, num_trainable = adapters.count_parameters(model)
     assert config.memory.recompute != "auto", "fitting.settle comes first"
@@ -243,6 +312,40 @@ def _base_files(config: RunConfig, world: World) -> str:
             compute_dtype=getattr(torch, settings.compute_dtype),
             device=world.device,
         )
+
+
+def check_base(config: RunConfig, world: World, learner: Learner) -> str:
+    """The base as it lies in memory, before the first step: bytes by rank, bits of one layer. Notes its checksum.
+
+    Says what was compared. Full fine-tuning has no frozen base.
+    """
+    if config.lora is None:
+        return "no frozen base: all weights are trained"
+    if config.strategy.name == "zero3":
+        return "base: cut by DeepSpeed, which gathers and drops weights by itself: not compared"
+    settings = config.model
+    dtype: torch.dtype = getattr(torch, settings.compute_dtype)
+    promised = promised_base_bytes(
+        settings.name,
+        revision=settings.revision,
+        quantization=settings.quantization,
+        double_quant=settings.double_quant,
+        dtype=dtype,
+    )
+    is_shared = config.strategy.name == "fsdp"
+    expected = promised.on_each_rank(world.size if is_shared else 1)
+    held = world.gather((socket.gethostname(), held_base_bytes(learner.model)))
+    check_base_bytes(held, expected, config.strategy.name)
+    if is_shared:
+        compared = "a gathered layer is bit-equal to its quantized source"  # build_learner has checked it
+    elif settings.weights != "files":
+        compared = "its weights are random, of no file"
+    else:
+        compared = check_source_bits(
+            learner.model, settings.name, revision=settings.revision, compute_dtype=dtype, seed=config.seed
+        )
+    learner.base_checksum = base_checksum(learner.model)
+    return f"base: {expected / GIB:.2f} GiB on each rank, as {config.strategy.name} promises; {compared}"
 
 
 def scheduled_lr(config: RunConfig, step: int, num_steps: int) -> float:
@@ -286,12 +389,17 @@ def is_due(step: int, every: int | None) -> bool:
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluate_held_out(config: RunConfig, world: World, learner: Learner, data: Data) -> dict[str, float]:
-    """Held-out values for a line of metrics.jsonl; nothing without data.eval."""
+def evaluate_held_out(world: World, learner: Learner, data: Data, stop: StopSignal) -> dict[str, float]:
+    """Held-out values for a line of metrics.jsonl; nothing without data.eval. Raises StopRequested on all ranks."""
     if not data.held_out:
         return {}
-    result: EvalResult = evaluate(
-        learner.model, data.held_out, lambda batch: learner.update.run(partial(learner.nll_sum, batch)), world
+    world.doing("evaluation")
+    result = evaluate(
+        learner.model,
+        data.held_out,
+        lambda batch: learner.update.run(partial(learner.nll_sum, batch)),
+        world,
+        lambda: stop.requested,
     )
     return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_seconds": result.seconds}
 
@@ -304,12 +412,30 @@ def evaluate_start(
     data: Data,
     state: TrainState,
     metrics: Metrics,
+    stop: StopSignal,
 ) -> dict[str, float]:
     """Held-out values before the first update, kept for the summary also over a resume."""
     kept = run.path / "eval_start.json"
     if state.step > 0 or not data.held_out or not config.train.eval_at_start:
         return world.from_main(lambda: json.loads(kept.read_text()) if kept.exists() else {})
-    values = evaluate_held_out(config, world, learner, data)
+    values = evaluate_held_out(world, learner, data, stop)
     world.from_main(lambda: write_json(kept, values))
     metrics.say(f"before training: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
     return values
+
+
+def evaluate_owed(
+    config: RunConfig,
+    world: World,
+    learner: Learner,
+    data: Data,
+    state: TrainState,
+    num_steps: int,
+    metrics: Metrics,
+    stop: StopSignal,
+) -> None:
+    """After a resume: makes up for the evaluation of the checkpoint's step if a stop signal cut it short."""
+    was_due = state.step == num_steps or is_due(state.step, config.train.eval_every)
+    if state.step > 0 and was_due and data.held_out and world.from_main(metrics.lacks_evaluation):
+        values = evaluate_held_out(world, learner, data, stop)
+        world.from_main(lambda: metrics.amend(values))

@@ -33,6 +33,7 @@ class Learner:
     computing: Callable[[], AbstractContextManager[object]]  # around every forward pass: autocast, offload, or nothing
     num_base_parameters: int
     num_trainable_parameters: int
+    base_checksum: str | None = None  # of this rank's base as it was loaded; None: the base is what is trained
 
     def nll_sum(self, batch: Batch) -> torch.Tensor:
         """() sum of the batch's label NLL."""
@@ -64,11 +65,18 @@ def train_step(
         nll = learner.update.accumulate(partial(learner.nll_sum, batch.to(world.device)), is_last)
         losses.append(nll.double())
 
-    local = torch.stack([torch.stack(losses).sum(), torch.tensor(float(stop_requested)).to(losses[0])])
+    own = [float(stop_requested), float(sum(batch.num_labels for batch in rows.microbatches))]
+    local = torch.cat([torch.stack(losses).sum()[None], torch.tensor(own).to(losses[0])])
     total = world.sum(local)
     num_labels = max(rows.num_labels, 1)
     # the one host sync of a step: the summed gradients are equal on all ranks, so all decide alike
-    nll_total, stops, grad_norm = torch.cat([total, learner.update.grad_norm().double()[None]]).tolist()
+    with world.waiting():
+        nll_total, stops, trained, grad_norm = torch.cat([total, learner.update.grad_norm().double()[None]]).tolist()
+    if trained != rows.num_labels or not trained:
+        raise RunFailed(
+            f"step {step + 1}: {trained:.0f} labels were computed over all ranks, its rows have {rows.num_labels:,}: "
+            "rows were lost, doubled or have no label. Stopped before the update; earlier checkpoints are good"
+        )
     grad_norm /= num_labels
     if not (math.isfinite(nll_total) and math.isfinite(grad_norm)):
         raise RunFailed(

@@ -20,15 +20,15 @@ from ..update.zero import ZeroUpdate, require_deepspeed
 from ..update.zero3 import Zero3Update
 
 
-def micro_rows(config: RunConfig) -> int:
-    """`batch.micro_rows` as a number."""
-    assert config.batch.micro_rows != "auto", "fitting.settle comes first"
-    return config.batch.micro_rows
-
-
-def describe_strategy(config: RunConfig) -> str:
+def describe_strategy(config: RunConfig, num_ranks: int) -> str:
     """What each rank replicates, shards, and keeps in host memory."""
-    return REPLICATES[config.strategy.name]
+    if config.strategy.name != "fsdp":
+        return REPLICATES[config.strategy.name]
+    where = " in host memory" if config.strategy.offload else ""
+    return (
+        f"every rank holds 1/{num_ranks} of the base's matrices and constants{where}, and whole norms and adapters; "
+        "a layer is gathered when it runs"
+    )
 
 
 def check_update(config: RunConfig, world: World) -> None:
@@ -36,8 +36,15 @@ def check_update(config: RunConfig, world: World) -> None:
 
     Raises UserError.
     """
+    _check_fsdp(config)
     if config.strategy.name in STAGES:
-        check_pairs(config.strategy.name, config.optim.name, config.model.quantization)
+        check_pairs(
+            config.strategy.name,
+            optimizer=config.optim.name,
+            quantization=config.model.quantization,
+            recompute=config.memory.recompute,
+            variant=None if config.lora is None else config.lora.variant,
+        )
         _ds_config(config, world)
         require_deepspeed()
     elif config.strategy.ds_config is not None:
@@ -47,11 +54,41 @@ def check_update(config: RunConfig, world: World) -> None:
         )
 
 
+def _check_fsdp(config: RunConfig) -> None:
+    """What fsdp cannot do, with what can."""
+    strategy = config.strategy
+    if strategy.offload and strategy.name != "fsdp":
+        raise UserError(f"strategy.offload is true, which only strategy fsdp does; strategy.name is {strategy.name}")
+    if strategy.name != "fsdp":
+        return
+    if config.lora is None:
+        raise UserError("strategy fsdp shares a frozen base; full fine-tuning has none: use strategy ddp")
+    if config.model.quantization == "int8":
+        raise UserError("strategy fsdp cannot cut int8 weights; use quantization nf4, fp4 or none, or strategy ddp")
+    if config.lora.variant == "dora":
+        raise UserError("lora.variant dora needs whole weights outside of a layer's run; use lora, or strategy ddp")
+
+
+def load_device(config: RunConfig, world: World) -> torch.device:
+    """Where the base is read to: host memory where DeepSpeed then moves a part of each weight to the device.
+
+    Not so a quantized base: bitsandbytes quantizes on the device, and its constants stay where they were made.
+    """
+    is_cut = config.strategy.name == "zero3" and config.model.quantization == "none"
+    return torch.device("cpu") if is_cut else world.device
+
+
 def build_update(config: RunConfig, world: World, model: torch.nn.Module, head_weight: torch.Tensor) -> Update:
     """Takes charge of the model's trainable weights, which are on their device and stay there."""
     parameters = trainable_parameters(model)
     is_zero = config.strategy.name in STAGES
     groups = ParameterGroups(parameters, decays) if is_zero else FlatParameters(parameters, decays)
+    if is_zero and (experts := [name for name in parameters if "expert" in name]):
+        raise UserError(
+            f"strategy.name {config.strategy.name} cannot train the experts of a mixture ({experts[0]}, ...): "
+            "DeepSpeed sums gradients in the order in which they come, and a rank whose tokens go to others has none; "
+            "leave them out of lora.target_modules, or set strategy.name=ddp"
+        )
     optim = config.optim
     optimizer = build_optimizer(
         groups, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
@@ -70,7 +107,7 @@ def _ds_config(config: RunConfig, world: World) -> dict[str, Any]:
         find_ds_config(strategy.name, strategy.ds_config),
         strategy=strategy.name,
         rows_per_step=batch.rows_per_step,
-        micro_rows=micro_rows(config),
-        accumulation=derive_accumulation(batch.rows_per_step, micro_rows(config), world.size),
+        micro_rows=batch.settled_rows,
+        accumulation=derive_accumulation(batch.rows_per_step, batch.settled_rows, world.size),
         max_grad_norm=config.optim.max_grad_norm,
     )

@@ -1,12 +1,13 @@
-"""What turns gradients into an update of the trained weights. Two implementations, one contract.
+"""What turns gradients into an update of the trained weights: one contract, with or without DeepSpeed.
 
     replicated.ReplicatedUpdate   every rank holds all trained weights, gradients and optimizer states (ddp)
-    zero.ZeroUpdate               DeepSpeed holds a part of them on each rank (zero1, zero2, zero2_offload, zero3)
+    zero.ZeroUpdate               a rank holds a part of them, by DeepSpeed (zero1, zero2, zero2_offload)
+    zero3.Zero3Update             the same, and a part of the base
 
-The trainer chooses once, when it builds the learner; a training step asks no strategy's name. Whatever is chosen, the
-update is the same: gradients of the sum of label NLL are summed over micro-steps and ranks in fp32, divided once by the
-number of labels of the global step, clipped by their global norm, and given to AdamW with fp32 weights. States leave and
-enter in one layout (`flat.Layout`), so a checkpoint of one strategy and number of ranks goes on under another.
+The trainer chooses once, when it builds the learner; a training step asks for no strategy's name. The update is the
+same: gradients of the sum of label NLL are summed over micro-steps and ranks in fp32, divided once by the number of
+labels of the global step, clipped by their global norm, and given to AdamW with fp32 weights. States leave and enter
+in one layout (`ParameterGroups.layout`), so a checkpoint of one strategy and number of ranks goes on under another.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Update(Protocol):
         """One update by gradients / num_labels, clipped; `grad_norm` is their norm after that division."""
 
     def whole_weights(self) -> AbstractContextManager[object]:
-        """Inside, the trained weights are whole on every rank: to read them, or to copy the same values in everywhere."""
+        """Inside, trained weights are whole on every rank: to read them, or to write the same values everywhere."""
 
     def layout(self) -> list[list[list[object]]]:
         """Plain data that two runs must share to exchange states: name, start, shape of each weight, by group."""

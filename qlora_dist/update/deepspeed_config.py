@@ -1,4 +1,4 @@
-"""ds_configs/*.json -> the config that DeepSpeed is initialized with. Pure: needs neither DeepSpeed nor a process group.
+"""ds_configs/*.json -> the config that DeepSpeed is initialized with. Needs neither DeepSpeed nor a process group.
 
 Values that the run config owns are "auto" in the file and filled here; written out, they must say the same. What is not
 owned (bucket sizes, overlap_comm, ...) is the user's and goes to DeepSpeed as it is.
@@ -15,13 +15,12 @@ from ..errors import UserError
 
 STAGES = {"zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3}
 REPLICATES = {
-    "ddp": "every rank holds the whole base, all adapters, gradients and optimizer states",
-    "zero1": "every rank holds the whole base, adapters and gradients; optimizer states are sharded",
-    "zero2": "every rank holds the whole base and adapters; gradients and optimizer states are sharded",
-    "zero2_offload": "every rank holds the whole base and adapters; gradients and optimizer states are sharded and kept "
-    "in host memory, where the update is computed",
-    "zero3": "every rank holds a part of base, adapters, gradients and optimizer states; layers are gathered when they run",
-    "fsdp": "every rank holds a part of the base and all of the rest; a layer is gathered when it runs",
+    "ddp": "every rank holds the whole base and all that is trained, its gradients and optimizer states",
+    "zero1": "every rank holds the whole base, trained weights and gradients; optimizer states are sharded",
+    "zero2": "every rank holds the whole base and trained weights; gradients and optimizer states are sharded",
+    "zero2_offload": "every rank holds the whole base and trained weights; gradients and optimizer states are sharded, "
+    "in host memory, where torch's AdamW updates",
+    "zero3": "base, trained weights, gradients and optimizer states are sharded; a layer is gathered while it runs",
 }
 
 # values that would change the mathematics, or that this package's own bookkeeping cannot follow
@@ -56,13 +55,37 @@ REFUSED = {
 }
 
 
-def check_pairs(strategy: str, optimizer: str, quantization: str) -> None:
-    """Raises UserError for an optimizer or base that a ZeRO strategy cannot train soundly."""
+def check_pairs(strategy: str, *, optimizer: str, quantization: str, recompute: str | int, variant: str | None) -> None:
+    """Raises UserError for what a ZeRO strategy cannot train soundly; see zero3.py for the evidence."""
     if strategy == "zero2_offload" and optimizer != "adamw":
         raise UserError(
-            f"strategy.name zero2_offload keeps optimizer states in host memory and updates there, but optim.name is "
-            f"{optimizer}, which bitsandbytes makes for device memory; set optim.name=adamw (torch's fused kernel, which "
-            "needs no compiler when a run starts), or strategy.name=zero2"
+            "strategy.name zero2_offload keeps optimizer states in host memory and updates there; optim.name "
+            f"{optimizer} is bitsandbytes', made for device memory. Set optim.name=adamw (torch's fused kernel, "
+            "which needs no compiler when a run starts), or strategy.name=zero2"
+        )
+    if strategy != "zero3":
+        return
+    if "8bit" in optimizer:
+        raise UserError(
+            f"strategy.name zero3 cuts each weight by itself, so the blocks of {optimizer}'s states would differ from "
+            "one number of ranks to the next and no checkpoint could go on; set optim.name=paged_adamw_32bit"
+        )
+    if quantization == "int8":
+        raise UserError(
+            "strategy.name zero3 with model.quantization int8: bitsandbytes' int8 layers keep copies of codes and "
+            "scales that DeepSpeed does not know, so nothing would be sharded; set model.quantization=nf4, or "
+            "strategy.name=zero2"
+        )
+    if quantization != "none" and recompute == "none":
+        raise UserError(
+            f"strategy.name zero3 with model.quantization {quantization} and memory.recompute none: gathered layers "
+            "would be kept until their backward pass, so nothing would be saved; set memory.recompute=full, or "
+            "strategy.name=zero2"
+        )
+    if variant == "dora":
+        raise UserError(
+            "strategy.name zero3 with lora.variant dora: its forward pass reads base weights outside of their layer, "
+            "where they are not gathered; set lora.variant=rslora, or strategy.name=zero2"
         )
 
 
@@ -82,8 +105,8 @@ def find_ds_config(strategy: str, path: str | None) -> Path:
         if (file := folder / f"{strategy}.json").is_file():
             return file
     raise UserError(
-        f"strategy.name {strategy}: {strategy}.json is in neither {folders[0]} nor {folders[1]}; reinstall the package, "
-        "or name a file with strategy.ds_config"
+        f"strategy.name {strategy}: {strategy}.json is in neither {folders[0]} nor {folders[1]}; reinstall the "
+        "package, or name a file with strategy.ds_config"
     )
 
 
@@ -122,7 +145,8 @@ def fill_ds_config(
         found = _get(config, key)
         if found not in (None, "auto", value):
             raise UserError(
-                f"{file}: {key} is {found!r}, but {owner} makes it {value!r}; write \"auto\" there, or change the run config"
+                f"{file}: {key} is {found!r}, but {owner} makes it {value!r}; "
+                'write "auto" there, or change the run config'
             )
         _set(config, key, value)
     for key, why in REFUSED.items():

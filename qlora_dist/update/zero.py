@@ -1,15 +1,15 @@
 """zero1, zero2, zero2_offload: DeepSpeed shards optimizer states, and gradients, of what is trained.
 
-DeepSpeed is given a module that holds the trained weights and nothing else. Its engine may cast, move, broadcast and flatten
-all that it is given; the frozen base, whose 4-bit codes and bf16 norms must stay bit by bit what they are, is out of its
-reach. The model runs as under ddp; DeepSpeed sees gradients arrive through its hooks on the weights.
+DeepSpeed is given a module that holds the trained weights and nothing else. Its engine may cast, move, broadcast and
+flatten what it is given; the frozen base, whose 4-bit codes and bf16 norms must stay bit by bit what they are, is out
+of its reach. The model runs as under ddp; DeepSpeed sees gradients arrive through its hooks on the weights.
 
-Made with `deepspeed.initialize` on the process group that Accelerate has made, not with `Accelerator.prepare`: its wrapper
-steps inside of `backward`, which leaves no place between the reduction and the update to see a value that is not finite,
-and its plugin must be known before the first `Accelerator`, and would make transformers load the model by its own rules.
+The engine is made by `deepspeed.initialize` on the process group that Accelerate has made, not by
+`Accelerator.prepare`: that wrapper steps inside of `backward`, which leaves no place between reduction and update to
+see a value that is not finite, and its plugin would make transformers load the model by rules of its own.
 
-Scale. DeepSpeed averages over ranks, and divides by a loss scale just before the update, on the fp32 partition. The loss scale
-of a step is set to (labels / ranks) then, so gradients are the sum over ranks / labels, as under ddp; a scaled loss would
+Scale. DeepSpeed averages over ranks, and divides by a loss scale just before the update, on the fp32 partition. It is
+set to labels / ranks for that moment, so gradients are the sum over ranks / labels, as under ddp; a scaled loss would
 have been rounded to the activations' type. Accumulation does not divide (`scale_wrt_gas=False`).
 """
 
@@ -88,7 +88,8 @@ class ZeroUpdate:
 
     def grad_norm(self) -> torch.Tensor:
         norm = self._averaged_norm() * self._world.size
-        return torch.where(norm >= 0, norm, torch.nan).to(self._world.device)  # DeepSpeed marks what is not finite by -1
+        # DeepSpeed marks what is not finite by -1
+        return torch.where(norm >= 0, norm, torch.nan).to(self._world.device)
 
     def own_gradients_are_finite(self) -> bool:
         return bool(torch.stack(self._own_norms).isfinite().all())
@@ -97,9 +98,7 @@ class ZeroUpdate:
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._zero.override_loss_scale(num_labels / self._world.size)
-        with quiet_paging(), warnings.catch_warnings():
-            # torch 2.13 renames it; delete when DeepSpeed calls it by its new name
-            warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
+        with quiet_paging():
             self._engine.step()  # clips by the file's gradient_clipping, which is optim.max_grad_norm
         self._zero.custom_loss_scaler = False  # or the next backward pass would scale the loss
         assert not self._zero.overflow, "a norm that is not finite never comes here"
@@ -122,9 +121,10 @@ class ZeroUpdate:
         tensors = {}
         for name, own in partitions.items():
             index, kind = self._group_and_kind(name, own)
-            parts = [own] if kind == "replicated" else self._world.gather_tensor(own)
-            if parts is not None:
-                tensors[name] = self._to_layout(index, parts) if kind == "elements" else torch.cat(parts) if kind == "blocks" else own
+            if kind == "replicated":
+                tensors[name] = own
+            elif (parts := self._world.gather_tensor(own)) is not None:
+                tensors[name] = self._to_layout(index, parts) if kind == "elements" else torch.cat(parts)
         return (tensors, numbers) if self._world.is_main else ({}, {})
 
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
@@ -206,11 +206,11 @@ class ZeroUpdate:
         for index, partition in enumerate(self._partitions):
             odd = [weight for weight, (mine, theirs, _) in self._starts(index).items() if mine != theirs]
             if odd or partition.numel() % ALIGNMENT:
-                what = f"weight {odd[0]} starts" if odd else f"the part of a rank ({partition.numel():,} elements) ends"
+                what = f"weight {odd[0]} starts" if odd else f"a rank's part ({partition.numel():,} elements) ends"
                 raise UserError(
-                    f"optim.name {name}: its 8-bit states have one scale for {ALIGNMENT} elements, and {what} inside of "
-                    "such a block in DeepSpeed's flat storage: a checkpoint would hold for this strategy and number of "
-                    "ranks only; set optim.name=paged_adamw_32bit, or strategy.name=ddp"
+                    f"{name}: its 8-bit states have one scale for {ALIGNMENT} elements, and {what} inside of such a "
+                    "block in DeepSpeed's flat storage: a checkpoint would hold for this strategy and number of ranks "
+                    "only; set optim.name=paged_adamw_32bit, or strategy.name=ddp"
                 )
 
 
@@ -224,12 +224,14 @@ def require_deepspeed() -> Any:
             import deepspeed
     except ImportError as error:
         raise UserError(
-            f"strategy.name zero* needs DeepSpeed, which cannot be imported ({error}); install torch first, then "
-            "DS_BUILD_OPS=0 pip install --no-build-isolation 'qlora-dist[deepspeed]', or set strategy.name=ddp"
+            f"strategy.name zero* needs DeepSpeed, which cannot be imported ({error}); install it "
+            "with DS_BUILD_OPS=0 pip install 'qlora-dist[deepspeed]', or set strategy.name=ddp"
         ) from None
     finally:
         logging.disable(previous)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # torch 2.13 renames collectives; delete when DeepSpeed calls them by their new names
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     # on a CPU it would compile shared-memory collectives when the process group is wrapped: minutes, and a compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

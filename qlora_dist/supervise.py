@@ -1,0 +1,141 @@
+"""One Slurm job's batch process: starts the launcher, forwards the warning before the time limit, starts again.
+
+    launcher ends because     this process                                          exit code
+    the run is finished       ends                                                  0
+    USR1 (time limit is near) `scontrol requeue`; the next life goes on             killed by Slurm
+    TERM to the steps only    the job is preempted: the same, unless Slurm does it  killed by Slurm
+    TERM to this process too  scancel, or a preemption's last word: only ends       143
+    the user's mistake        ends: another try would find the same                 2
+    a crash                   starts the launcher again, with a new rendezvous      93 after three without progress
+
+Restarts are made here and not by torchrun: with --max-restarts >= 1 its workers read keys of the last attempt in the
+reused store and mostly fail or hang (pytorch #135712, #167288). Nothing starts within a preemption's grace time.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .outcome import Outcome, read_outcome
+from .preempt import StopSignal
+from .state import RunDir
+
+MAX_TRIES = 3  # without a new checkpoint
+NO_PROGRESS_CODE = 93  # by convention: do not requeue
+TERMINATED_CODE = 143  # 128 + SIGTERM, what a shell says of a terminated command
+MISTAKE_CODE = 2
+FORWARD_SECONDS = 5.0  # a process that is still being started loses a signal, so it is sent again
+KILL_SECONDS = 300.0  # to be killed by Slurm after a requeue or a TERM (its KillWait is 30 s by default)
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """The Slurm job that this process is the batch process of."""
+
+    id: str
+    life: int  # how often Slurm has started it before
+
+    def requeue(self) -> str | None:
+        """Asks Slurm to start this job again; what it says when it refuses."""
+        done = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
+        return None if done.returncode == 0 else (done.stderr.strip() or f"exit code {done.returncode}")
+
+    def is_being_preempted(self) -> bool:
+        """Whether the grace time of a preemption runs, in which nothing may be started."""
+        shown = subprocess.run(["scontrol", "show", "job", "--oneliner", self.id], capture_output=True, text=True)
+        fields = dict(part.split("=", 1) for part in shown.stdout.split() if "=" in part)
+        return fields.get("PreemptTime", "None") not in ("None", "N/A") or fields.get("JobState") == "PREEMPTED"
+
+
+def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal) -> int:
+    """Runs the launcher until the run is finished, the job is to end, or nothing helps. Returns the exit code.
+
+    `{id}`, `{port}` and `{outcome}` in the command become new ones for each try: rendezvous id, port, outcome file.
+    """
+    run = RunDir(run_dir)
+    tries, attempt = 0, 0
+    while True:
+        before = run.newest_step()
+        outcome_file = run_dir.parent / f".{run_dir.name}.outcome-{job.id}-{job.life}-{attempt}"
+        code = _launch(_filled(command, job, attempt, outcome_file), stop)
+        outcome = read_outcome(outcome_file)
+        outcome_file.unlink(missing_ok=True)
+        after = run.newest_step()
+        why = f"exit code {code}" if outcome is None else outcome.kind.replace("_", " ")
+        _say(f"job {job.id}, life {job.life}, try {attempt}: {why}; newest checkpoint: {before} -> {after}")
+
+        ended = _end(job, outcome, stop)
+        if ended is not None:
+            return ended
+        attempt += 1
+        tries = 1 if after != before else tries + 1
+        if tries >= MAX_TRIES:
+            _say(
+                f"{MAX_TRIES} tries in a row ended without a new checkpoint (newest: step {after}); giving up with "
+                f"exit code {NO_PROGRESS_CODE}. The errors above name the rank and the cause; lower train.save_every "
+                "if it crashes before the first checkpoint"
+            )
+            return NO_PROGRESS_CODE
+
+
+def _end(job: Job, outcome: Outcome | None, stop: StopSignal) -> int | None:
+    """The exit code if the job ends here, None for another try."""
+    if outcome is not None and outcome.kind == "finished":
+        return 0
+    if outcome is not None and outcome.kind == "user_error":
+        return MISTAKE_CODE
+    if stop.name in ("SIGTERM", "SIGINT"):
+        return _wait_for_the_end("asked to end (scancel, or Slurm requeues a preempted job by itself)")
+    signal_name = stop.name or (outcome.signal if outcome is not None else None)
+    if signal_name is None and not job.is_being_preempted():
+        return None
+    refused = job.requeue()
+    if refused is None:
+        return _wait_for_the_end(f"{signal_name or 'preempted'}: requeued, the next life goes on from the checkpoint")
+    if stop.name == "SIGTERM":  # it came meanwhile
+        return _wait_for_the_end("asked to end")
+    _say(f"cannot requeue ({refused}): submit the job again to go on from the checkpoint")
+    return TERMINATED_CODE
+
+
+def _launch(command: list[str], stop: StopSignal) -> int:
+    """Runs the launcher to its end. SIGUSR1 goes on to it; SIGTERM was sent to the steps by Slurm itself."""
+    with subprocess.Popen(command) as launcher:
+        forwarded = -FORWARD_SECONDS
+        while launcher.poll() is None:
+            if stop.name == "SIGUSR1" and time.monotonic() - forwarded >= FORWARD_SECONDS:
+                launcher.send_signal(signal.SIGUSR1)
+                forwarded = time.monotonic()
+            time.sleep(POLL_SECONDS)
+        return launcher.returncode
+
+
+def _wait_for_the_end(why: str) -> int:
+    """Sits still until Slurm ends the job: an exit code of its own would race with the requeue."""
+    _say(why)
+    time.sleep(KILL_SECONDS)
+    return TERMINATED_CODE
+
+
+def _filled(command: Sequence[str], job: Job, attempt: int, outcome: Path) -> list[str]:
+    number = int("".join(filter(str.isdigit, job.id)) or 0)
+    values = {
+        "{id}": f"{job.id}-{job.life}-{attempt}",
+        "{port}": str(20000 + (number * 7 + job.life * 3 + attempt) % 10000),
+        "{outcome}": str(outcome),
+    }
+    filled = list(command)
+    for name, value in values.items():
+        filled = [part.replace(name, value) for part in filled]
+    return filled
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervise: {text}", file=sys.stderr, flush=True)

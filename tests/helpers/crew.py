@@ -1,0 +1,110 @@
+"""The ranks of a run as processes that nobody looks after: what each does when another one dies is its own doing.
+
+Forked from a server with the imports done, so that a run takes about a second; each runs the real command line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Fault = dict[str, Any]  # as tests/faults/sitecustomize.py explains
+
+
+@dataclass
+class Ended:
+    """How one rank's process ended."""
+
+    code: int  # negative: the signal
+    said: str
+    at: float  # time.monotonic()
+
+
+class Crew:
+    """Context manager: ranks that train a config. `late_seconds`: how much later the last one starts."""
+
+    def __init__(
+        self, config: Path, folder: Path, *faults: Fault, ranks: int = 2, late_seconds: float = 0.0, job: str = ""
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["helpers.warm"])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        folder.mkdir(exist_ok=True)
+        self._logs = [folder / f"rank-{rank}-{time.monotonic_ns()}.log" for rank in range(ranks)]
+        self.processes = [
+            context.Process(target=_main, args=(rank, ranks, port, str(config), str(self._logs[rank]), faults, job))
+            for rank in range(ranks)
+        ]
+        for rank, process in enumerate(self.processes):
+            if rank == ranks - 1:
+                time.sleep(late_seconds)
+            process.start()
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def wait(self, timeout: float = 120) -> list[Ended]:
+        """Until all have ended; AssertionError with what they said when they do not."""
+        ends: dict[int, float] = {}
+        deadline = time.monotonic() + timeout
+        while len(ends) < len(self.processes):
+            for rank, process in enumerate(self.processes):
+                if rank not in ends and not process.is_alive():
+                    ends[rank] = time.monotonic()
+            assert time.monotonic() < deadline, f"only ranks {sorted(ends)} ended within {timeout} s\n{self.said()}"
+            time.sleep(0.02)
+        return [
+            Ended(process.exitcode or 0, log.read_text(), ends[rank])
+            for rank, (process, log) in enumerate(zip(self.processes, self._logs))
+        ]
+
+    def wait_for_rank(self, rank: int, timeout: float = 120) -> Ended:
+        self.processes[rank].join(timeout)
+        assert not self.processes[rank].is_alive(), f"rank {rank} lives after {timeout} s\n{self.said()}"
+        return Ended(self.processes[rank].exitcode or 0, self._logs[rank].read_text(), time.monotonic())
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        os.kill(self.processes[rank].pid or 0, number)
+
+    def said(self) -> str:
+        return "\n".join(f"== {log.name}\n{log.read_text()}" for log in self._logs if log.exists())
+
+
+def _main(rank: int, ranks: int, port: int, config: str, log: str, faults: tuple[Fault, ...], job: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if job:
+        os.environ["SLURM_JOB_ID"] = job
+    import torch
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+    kit = importlib.import_module("sitecustomize")
+    for module in {where for where, _ in kit.PLACES.values()}:
+        kit.apply(importlib.import_module(module), faults)
+    from qlora_dist.cli import invoke
+
+    code = invoke(["train", config])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
