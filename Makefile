@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 # DeepSpeed's own kernels are not used: without this its installation may look for a compiler and CUDA
 export DS_BUILD_OPS := 0
 
-.PHONY: env test lint format demo bench bench-gpu clean
+.PHONY: env test lint format demo bench bench-ratios bench-gpu clean
 
 env: .venv/ready
 
@@ -52,6 +52,11 @@ bench: env
 	$(BIN)/python -m benchmarks.throughput --preset cpu --out benchmarks/results/cpu $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.planned --out benchmarks/results/cpu/planned.json $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.report
+
+# The ratios that the regression test compares a fresh run with. Record them anew when they changed for a good reason.
+bench-ratios: env
+	$(BIN)/python -m benchmarks.throughput --preset tiny --out build/bench-tiny $(BENCH_ARGS) \
+	  --ratios benchmarks/results/cpu/ratios.json
 
 # One GPU: what is still unmeasured for this code, most valuable first. Start it again with the same OUT to go on.
 bench-gpu: OUT ?= build/gpu

@@ -179,9 +179,9 @@ def gpu_shape(shape: str, layers: int | None, row_tokens: int = 2048) -> tuple[G
     )
 
 
-def gpu(shape: str = "1b", layers: int | None = None) -> Preset:
+def gpu(shape: str = "1b", layers: int | None = None, row_tokens: int = 2048) -> Preset:
     """One shape on one GPU."""
-    return Preset(gpu_shape(shape, layers), 20, 50, 1, 3, 600)
+    return Preset(gpu_shape(shape, layers, row_tokens), 20, 50, 1, 3, 600)
 
 
 def peaks() -> Preset:
@@ -196,9 +196,11 @@ def peaks() -> Preset:
     return Preset((Group(tuple(cells), False, "peaks"),), 1, 3, 1, 0, 300)
 
 
-def scaling(shape: str, layers: int | None, ranks: tuple[int, ...], strategies: tuple[str, ...]) -> Preset:
+def scaling(
+    shape: str, layers: int | None, ranks: tuple[int, ...], strategies: tuple[str, ...], row_tokens: int = 2048
+) -> Preset:
     """The same global batch on 1 to N ranks."""
     most = max(ranks)
-    base = Cell("ours", "nf4-dq", shape, 2048, layers=layers, data="drawn", rows_per_step=4 * most)
+    base = Cell("ours", "nf4-dq", shape, row_tokens, layers=layers, data="drawn", rows_per_step=4 * most)
     cells = tuple(replace(base, ranks=n, strategy=s) for s in strategies for n in ranks)
     return Preset((Group(cells, False, "ranks"),), 5, 20, 1, 3, 900)

@@ -67,7 +67,7 @@ def number(value: float) -> str:
     """Four digits that matter: 12,340 or 123.4 or 0.1234."""
     if value == 0:
         return "0"
-    digits = max(0, 3 - len(str(int(abs(value))))) if abs(value) >= 1 else 3
+    digits = max(0, 4 - len(str(int(abs(value))))) if abs(value) >= 1 else 3
     return f"{value:,.{digits}f}"
 
 

@@ -129,17 +129,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def tensor_bytes(tensors: Any) -> int:
     """Bytes of the distinct storages behind tensors."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {_storage(tensor).data_ptr(): _storage(tensor).nbytes() for tensor in tensors}
     return sum(storages.values())
+
+
+def _storage(tensor: Any) -> torch.UntypedStorage:
+    """What lies behind a tensor on this rank; of a sharded one its own share."""
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.untyped_storage()
 
 
 def items(model: torch.nn.Module, optimizer: Any, trainable: Any, gradients: Any) -> dict[str, int]:
     """Bytes that stay over a step, counted on the live tensors of any engine: base, adapters, gradients, states."""
     trainable = list(trainable)
-    own = {tensor.untyped_storage().data_ptr() for tensor in trainable}
+    own = {_storage(tensor).data_ptr() for tensor in trainable}
     base = []
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.untyped_storage().data_ptr() not in own:
+        if _storage(tensor).data_ptr() not in own:
             base.append(tensor)
         base += _quantization_constants(tensor)
     for module in model.modules():
@@ -156,7 +162,7 @@ def items(model: torch.nn.Module, optimizer: Any, trainable: Any, gradients: Any
 
 def _states(optimizer: Any) -> list[dict[str, Any]]:
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    return list(inner.state.values())
+    return [] if inner is None else list(inner.state.values())
 
 
 def _quantization_constants(tensor: Any) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qlora_dist.config import RunConfig, parse_config
 from qlora_dist.distributed import World
 from qlora_dist.model import unwrap
 from qlora_dist.packing import Batch
+from qlora_dist.state import StepStats
 from qlora_dist.trainer import stages
 from qlora_dist.trainer.step import Learner, train_step
 
@@ -70,13 +72,25 @@ class TimedWorld:
         with self._conductor.phase("communication"):  # what of the sums did not overlap with the backward pass
             inner.__exit__(None, None, None)
 
-    def backward(self, nll_sum: torch.Tensor) -> None:
-        with self._conductor.phase("backward"):
-            self._world.backward(nll_sum)
-
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         with self._conductor.phase("communication"):
             return self._world.sum(values)
+
+
+class TimedUpdate:
+    """The strategy's update with a clock: what of a micro-step is neither forward nor communication is backward (under
+    ZeRO and FSDP with the communication that they do inside of it)."""
+
+    def __init__(self, update: Any, conductor: Conductor) -> None:
+        self._update, self._conductor = update, conductor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._update, name)
+
+    def accumulate(self, loss_sum: Any, is_last: bool) -> torch.Tensor:
+        with self._conductor.phase("backward", besides=("forward", "communication")):
+            loss: torch.Tensor = self._update.accumulate(loss_sum, is_last)
+        return loss
 
 
 @dataclass
@@ -99,10 +113,11 @@ def run(
         stages.check(config, world)
         data = stages.build_data(config, world)
         watch.imported()
-        learner = stages.build_learner(config, world)
+        timed_world: Any = TimedWorld(world, conductor)
+        learner = stages.build_learner(config, timed_world)
         timed = TimedLearner(**{f.name: getattr(learner, f.name) for f in fields(Learner)}, conductor=conductor)
+        timed.update = TimedUpdate(learner.update, conductor)
         step_fn = _ScaledStep(timed) if cell.method == "full-fp16" else train_step
-        timed_world = TimedWorld(world, conductor)
         watch.loaded()
         conductor.start()
         first: dict[str, Any] = {}
@@ -110,13 +125,12 @@ def run(
         for step, rows in enumerate(data.loader.iterate(0, 1_000_000, pin_memory=world.device.type == "cuda")):
             conductor.add("data", time.perf_counter() - waited)
             stats = step_fn(
-                timed_world,  # type: ignore[arg-type]
+                timed_world,
                 timed,
                 rows,
                 step=step,
                 seed=config.seed,
                 lr=LR,
-                max_grad_norm=MAX_GRAD_NORM,
                 stop_requested=False,
             )
             if step == 0:
@@ -128,17 +142,14 @@ def run(
             for phase in conductor.phases:  # the rest of train_step: norm, scaling, update
                 parts = sum(phase[name] for name in ("data", "forward", "backward", "communication"))
                 phase["optimizer"] = max(0.0, phase["total"] - parts)
+        trainable = trainable_parameters(learner.model)
+        gradients = [parameter.grad for parameter in trainable.values() if parameter.grad is not None]
         return {
             "first": first,
             "attention": getattr(unwrap(learner.model), "packed_backend", None),
             "base_parameters": learner.num_base_parameters,
             "trainable_parameters": learner.num_trainable_parameters,
-            "items": items(
-                learner.model,
-                learner.optimizer,
-                [group.weight for group in learner.flat.groups],
-                learner.flat.grads,
-            ),
+            "items": items(learner.model, getattr(learner.update, "_optimizer", None), trainable.values(), gradients),
             "world_size": world.size,
             "rank": world.rank,
         }
@@ -152,27 +163,29 @@ class _ScaledStep:
     """
 
     def __init__(self, learner: Learner) -> None:
-        device = learner.flat.grads[0].device.type
+        update: Any = learner.update  # of ddp: the only strategy whose parts are in reach
+        self._flat, self._optimizer = update._flat, update._optimizer
+        device = self._flat.grads[0].device.type
         self._scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
         learner.compute_dtype = torch.float16
         learner.computing = lambda: torch.autocast(device, torch.float16)
 
-    def __call__(self, world: Any, learner: Learner, rows: Any, *, lr: float, max_grad_norm: float, **_: Any) -> Any:
-        from qlora_dist.state import StepStats
-
-        learner.flat.zero_grad()
+    def __call__(self, world: Any, learner: Learner, rows: Any, *, lr: float, **_: Any) -> StepStats:
+        self._flat.zero_grad()
         losses = []
         for index, batch in enumerate(rows.microbatches):
-            with world.accumulate(is_last=index == len(rows.microbatches) - 1):
-                nll = learner.nll_sum(batch.to(world.device)) / rows.num_labels  # a sum would overflow fp16
-                world.backward(self._scaler.scale(nll))
-            losses.append(nll.detach())
+            is_last = index == len(rows.microbatches) - 1
+            loss = partial(self._scaled_loss, learner, batch.to(world.device), rows.num_labels)
+            losses.append(learner.update.accumulate(loss, is_last) / self._scaler.get_scale())
         total = world.sum(torch.stack(losses).sum())
-        self._scaler.unscale_(learner.optimizer)
-        norm = float(learner.flat.grad_norm())
-        learner.flat.scale_grads(min(1.0, max_grad_norm / (norm + 1e-6)) if norm < float("inf") else 1.0)
-        for group in learner.optimizer.param_groups:
+        self._scaler.unscale_(self._optimizer)
+        norm = float(self._flat.grad_norm())
+        self._flat.scale_grads(min(1.0, MAX_GRAD_NORM / (norm + 1e-6)) if norm < float("inf") else 1.0)
+        for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._scaler.step(learner.optimizer)  # skips an update whose gradients overflowed
+        self._scaler.step(self._optimizer)  # skips an update whose gradients overflowed
         self._scaler.update()
         return StepStats(float(total), norm, rows.num_labels, rows.num_tokens, False)
+
+    def _scaled_loss(self, learner: Learner, batch: Batch, num_labels: int) -> torch.Tensor:
+        return self._scaler.scale(learner.nll_sum(batch) / num_labels)  # a sum over the step would overflow fp16

@@ -1,7 +1,7 @@
 """LLaMA-65B on one card of 48 GB: the recipe of the paper, for real or with weights made on the spot.
 
-    python benchmarks/repro_65b.py --random-weights --out benchmarks/results/h100/repro_65b.json
-    python benchmarks/repro_65b.py            # the reproduction itself: real weights, 1,875 steps
+    python -m benchmarks.repro_65b --random-weights --out benchmarks/results/h100/repro_65b.json
+    python -m benchmarks.repro_65b            # the reproduction itself: real weights, 1,875 steps
 
 With `--random-weights` memory and speed are proven without the 130 GB checkpoint and without a network: the model is
 made tensor by tensor from its shapes and quantized at once, the data are random tokens that fill every row, which is
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import shutil
 import statistics
@@ -31,9 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_dist import provenance
 from qlora_dist.config import RunConfig, load_config
 from qlora_dist.trainer import train
+
+from . import provenance
 
 GIB = 2**30
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "repro_65b_48gb.yaml"
@@ -151,11 +151,10 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
     is_full_size = (arguments.layers, arguments.hidden) == (LAYERS, HIDDEN)
     return {
         "benchmark": "repro_65b",
-        "command": "python benchmarks/repro_65b.py " + " ".join(arguments.command),
-        "commit": provenance.commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": summary["device"],
-        "versions": provenance.versions(),
+        "provenance": provenance.collect(
+            provenance.this_command("benchmarks.repro_65b", arguments.command),
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        ),
         "weights": "random" if arguments.random_weights else "files",
         "is_full_size": is_full_size,
         "config": config.model_dump(mode="json"),

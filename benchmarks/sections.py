@@ -311,17 +311,23 @@ def quantization(raw: Any) -> Section | None:
         return None
     tables = []
     for model in content["perplexity"]:
-        rows = [
-            [e["type"], e["block"], e["bits"], e["perplexity"], _raw(raw, "quantization")] for e in model["results"]
-        ]
-        title = f"Perplexity of {model['model']} on {model['text']} ({model['num_tokens']} tokens)"
-        tables.append(Table(title, ["type", "block", "bits a weight", "perplexity", "raw"], rows))
-    rows = [[e["matrix"], e["type"], e["block"], e["relative_error"], _raw(raw, "quantization")]
-            for e in content["weight_error"] if e["block"] in (None, 64)]  # fmt: skip
-    if rows:
-        header = ["matrix", "type", "block", "relative error", "raw"]
-        tables.append(Table("Error of real weights at block 64", header, rows))
+        title = f"Perplexity of {model['model']} on {model['text']} ({model['num_tokens']} tokens), by block"
+        tables.append(_by_block(raw, title, model["results"], "perplexity"))
+    for matrix in dict.fromkeys(entry["matrix"] for entry in content["weight_error"]):
+        entries = [entry for entry in content["weight_error"] if entry["matrix"] == matrix]
+        tables.append(_by_block(raw, f"Relative error of {matrix}, by block", entries, "relative_error"))
     return Section(f"{raw.name}: quality of the data types", " ".join(findings(content)), tables)
+
+
+def _by_block(raw: Any, title: str, entries: list[dict[str, Any]], name: str) -> Table:
+    """A type a row, a block size a column; types without blocks have one value."""
+    blocks = sorted({entry["block"] for entry in entries if entry["block"]})
+    at = {(entry["type"], entry["block"]): entry[name] for entry in entries}
+    rows = []
+    for kind in dict.fromkeys(entry["type"] for entry in entries):
+        values = [at.get((kind, block)) for block in blocks]
+        rows.append([kind, at.get((kind, None)), *values, _raw(raw, "quantization")])
+    return Table(title, ["type", "no blocks", *map(str, blocks), "raw"], rows)
 
 
 def ceilings(raw: Any) -> Section | None:

@@ -334,6 +334,7 @@ def run_as_rank(preset: Preset, out: Path, *, command: str, scratch: Path) -> No
     world_size = int(os.environ["WORLD_SIZE"])
     job = os.environ.get("TORCHELASTIC_RUN_ID", os.environ.get("SLURM_JOB_ID", "job"))
     own = scratch / f"{socket.gethostname()}-{job}"
+    own.mkdir(parents=True, exist_ok=True)
     cells_here = [cell for group in preset.groups for cell in group.cells if cell.ranks == world_size]
     if not cells_here:
         raise UserError(f"no cell of this preset has {world_size} ranks; give --ranks {world_size}")
@@ -357,6 +358,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=("tiny", "cpu", "cpu-all", "gpu", "peaks", "scaling"), default="cpu")
     parser.add_argument("--shape", default="1b", help="gpu, scaling: one of benchmarks.shapes")
     parser.add_argument("--layers", type=int, help="gpu, scaling: only the first N layers of the shape")
+    parser.add_argument("--row-tokens", type=int, default=2048, help="gpu, scaling: tokens of a row")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="scaling: numbers of ranks")
     parser.add_argument("--strategies", nargs="+", default=["ddp"], help="scaling: strategy.name of the config")
     parser.add_argument("--only", default="", help="only cells whose name contains this")
@@ -373,9 +375,13 @@ def main() -> None:
         "cpu": cells.cpu,
         "cpu-all": cells.cpu_all,
         "peaks": cells.peaks,
-        "gpu": lambda: cells.gpu(arguments.shape, arguments.layers),
+        "gpu": lambda: cells.gpu(arguments.shape, arguments.layers, arguments.row_tokens),
         "scaling": lambda: cells.scaling(
-            arguments.shape, arguments.layers, tuple(arguments.ranks), tuple(arguments.strategies)
+            arguments.shape,
+            arguments.layers,
+            tuple(arguments.ranks),
+            tuple(arguments.strategies),
+            arguments.row_tokens,
         ),
     }[arguments.preset]()
     try:

@@ -49,7 +49,8 @@ class ModelConfig(_Section):
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Packed attention: flash-attn, torch's varlen, or one SDPA call a document. auto: the first that can be used."""
     kernels: Literal["auto", "off"] = "auto"
-    """auto: this package's own LoRA forward (no copies of the base output). off: PEFT's layers as they are."""
+    """auto: this package's own LoRA forward (adapters cast once to the compute type, no copies of the base output).
+    off: PEFT's layers as they are."""
 
 
 class LoraConfig(_Section):
@@ -144,6 +145,12 @@ class BatchConfig(_Section):
     """Rows of one optimizer update over all ranks. This is the batch size: it does not depend on the hardware."""
     micro_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Rows that one rank holds in memory at a time. auto: the most that fit by the memory plan (on a CPU 1)."""
+
+    @property
+    def settled_rows(self) -> int:
+        """`micro_rows` as a number: the trainer replaces auto before it uses it."""
+        assert self.micro_rows != "auto", "trainer.fitting.settle comes first"
+        return self.micro_rows
 
 
 class OptimConfig(_Section):

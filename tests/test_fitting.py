@@ -130,7 +130,7 @@ def test_on_a_cpu_auto_is_one_row_and_full_recomputation_and_the_reason_is_said(
 
 
 def test_the_rank_with_the_least_memory_decides_for_all():
-    assert on_ranks(_usable, 3) == [5 * GIB] * 3
+    assert on_ranks(_usable, 2) == [6 * GIB] * 2
 
 
 def _usable() -> int | None:

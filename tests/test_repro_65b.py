@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -11,21 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import repro_65b as repro
 from qlora_dist.config import load_config
 from qlora_dist.memory import plan_memory, shapes_from_config
-
-ROOT = Path(__file__).parents[1]
-
-
-def _module() -> Any:
-    spec = importlib.util.spec_from_file_location("repro_65b", ROOT / "benchmarks" / "repro_65b.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-repro = _module()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +57,9 @@ def test_a_scaled_model_trains_by_the_recipe_without_any_weight_file(scaled: tup
     assert list((work / "run").glob("adapter/adapter_model.safetensors"))
     assert result["weights"] == "random" and result["is_full_size"] is False and result["recipe_hours"] is None
     assert result["tokens_per_second"] > 0 and result["peak_bytes"] > 0
-    assert result["commit"] and result["versions"]["torch"] and "--random-weights" in result["command"]
+    origin = result["provenance"]
+    assert origin["code_hash"] and origin["versions"]["torch"]
+    assert origin["command"].startswith("python -m benchmarks.repro_65b --random-weights --layers 2")
 
 
 def test_a_scaled_run_changes_nothing_of_the_recipe_but_data_length_and_size(

@@ -50,7 +50,7 @@ ITEMS = (
     _grid("65b", "65b", None, "ours_nf4-dq_t2048x1_", "65B at full depth, drawn 4-bit base", 44),
     _grid("70b", "70b", None, "ours_nf4-dq_t2048x1_", "70B at full depth, drawn 4-bit base", 46),
     Item("plan-peaks", _throughput("--preset peaks"), 590, "the plan's peaks beside measured ones", resumes=True),
-    Item("repro-65b", "python -m benchmarks.repro_65b --out {out}/repro_65b.json", 600,
+    Item("repro-65b", "python -m benchmarks.repro_65b --random-weights --crowd --out {out}/repro_65b.json", 600,
          "the paper's headline: 65B within 48 GB", device_gib=48),
     Item("scaling-8b", _throughput("--preset scaling --shape 8b --ranks 1 2 4 8"), 900,
          "scaling over the GPUs of a node", gpus=2, resumes=True),

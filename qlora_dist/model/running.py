@@ -152,7 +152,10 @@ def decoder_layers(model: nn.Module) -> list[Any]:
 def set_recompute(model: nn.Module, recompute: Literal["full", "none"] | int) -> None:
     """Gradient checkpointing of all, no, or the first N decoder layers.
 
-    Non-reentrant: it works with a frozen embedding, keeps DDP's hooks in order and recomputes only what is needed.
+    Non-reentrant: it works with a frozen embedding, keeps DDP's hooks in order and recomputes only what is needed: with
+    `lowrank`, not the last linear layer. Of all that a layer could keep (attention's output, queries, gate and up),
+    every byte spares about the same work, so whole layers are the unit, and none pays for a mode that sorts operators.
+    The last layers are those that keep: theirs is the memory that the backward pass frees first.
     """
     layers = decoder_layers(model)
     count = {"full": len(layers), "none": 0}.get(recompute, recompute) if isinstance(recompute, str) else recompute
