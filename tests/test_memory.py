@@ -10,9 +10,10 @@ import torch
 from helpers.tiny_models import FAMILIES, save_model, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_dist import adapters, distributed, flat, loss, offload
+from qlora_dist import adapters, flat, loss, offload
 from qlora_dist import model as base_model
 from qlora_dist.config import RunConfig, parse_config
+from qlora_dist.distributed import reducer
 from qlora_dist.errors import UserError
 from qlora_dist.memory import (
     MemoryPlan,
@@ -159,7 +160,7 @@ def test_bytes_of_the_base_are_those_of_a_base_that_was_read(tmp_path, double_qu
 def test_constants_that_the_plan_repeats_are_those_of_the_code():
     """The plan imports no torch, so it writes them down again."""
     assert loss.CHUNK_BYTES["cuda"] == CHUNK_BYTES
-    assert (flat.ALIGNMENT, distributed.BUCKET_BYTES) == (ALIGNMENT, BUCKET_BYTES)
+    assert (flat.ALIGNMENT, reducer.BUCKET_BYTES) == (ALIGNMENT, BUCKET_BYTES)
     assert offload.AHEAD_BYTES == OFFLOAD_AHEAD_BYTES
     from qlora_dist.model import loading
 
