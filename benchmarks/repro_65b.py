@@ -1,16 +1,17 @@
 """LLaMA-65B on one card of 48 GB: the recipe of the paper, for real or with weights made on the spot.
 
-    python benchmarks/repro_65b.py --random-weights --steps 5 --out benchmarks/results/h100/repro_65b.json
-    python benchmarks/repro_65b.py                                      # the reproduction itself: 1,875 steps, real weights
+    python benchmarks/repro_65b.py --random-weights --out benchmarks/results/h100/repro_65b.json
+    python benchmarks/repro_65b.py            # the reproduction itself: real weights, 1,875 steps
 
-With `--random-weights` memory and speed are proven without the 130 GB checkpoint and without a network: the model is made
-tensor by tensor from its shapes and quantized at once, the data are random tokens that fill every row, which is the most
-work a row can be. Training, memory and checkpoints are those of `qlora-dist train launch/recipes/repro_65b_48gb.yaml`.
+With `--random-weights` memory and speed are proven without the 130 GB checkpoint and without a network: the model is
+made tensor by tensor from its shapes and quantized at once, the data are random tokens that fill every row, which is
+the most work that a row can be. Training, memory and checkpoints are those of
+`qlora-dist train launch/recipes/repro_65b_48gb.yaml`.
 
 The card is cut down to `--cap-gib` (47.54 GiB: what an RTX A6000 shows): PyTorch may not allocate more, CUDA context
-included. Paged optimizer states are not PyTorch's and stay on a larger card as long as it has room; with `--crowd` another
-process holds the rest of the card, so that they have no more room than there. `--set` changes the recipe, for example
-rows of 2,048 tokens (see the recipe's head); `--layers` and `--hidden` make the model smaller.
+included. Paged optimizer states are not PyTorch's and stay on a larger card as long as it has room; with `--crowd`
+another process holds the rest of the card, so that they have no more room than there. `--set` changes the recipe, for
+example to rows of 2,048 tokens (see the recipe's head); `--layers` and `--hidden` make the model smaller.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from qlora_dist.trainer import train
 
 GIB = 2**30
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "repro_65b_48gb.yaml"
-RECIPE_STEPS = 1875
+MEASURED_STEPS = 5  # with random weights; the first is not timed
 A6000_GIB = 47.54
 HIDDEN, INNER, HEAD, LAYERS, VOCABULARY = 8192, 22016, 128, 80, 32000  # LLaMA-65B
 
@@ -86,7 +87,7 @@ def configure(arguments: argparse.Namespace) -> RunConfig:
     if not arguments.random_weights:
         steps = [] if arguments.steps is None else [f"train.steps={arguments.steps}"]
         return load_config(RECIPE, (*arguments.overrides, *run, *steps))
-    steps = 5 if arguments.steps is None else arguments.steps
+    steps = MEASURED_STEPS if arguments.steps is None else arguments.steps
     shapes = llama_65b(arguments.layers, arguments.hidden)
     write_inputs(arguments.work, shapes, config.data.row_tokens, config.batch.rows_per_step * min(steps, 16))
     made = (
@@ -119,7 +120,10 @@ def smaller_card(cap_gib: float, is_crowded: bool) -> Iterator[dict[str, Any]]:
     if not is_crowded:
         yield facts
         return
-    hold = "import sys, torch; x = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device='cuda'); print(1, flush=True); input()"
+    hold = (
+        "import sys, torch; x = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device='cuda'); "
+        "print('ready', flush=True); sys.stdin.readline()"
+    )
     # the other process has a context of its own, about as large as ours
     command = [sys.executable, "-c", hold, str(total - cap - context)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as neighbour:
@@ -139,10 +143,12 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
     timed = lines[1:] or lines  # the first step warms up kernels and makes the optimizer's states
     seconds = [line["step_seconds"] + line["data_seconds"] for line in timed]
     step_seconds = statistics.median(seconds)
-    recipe_steps = load_config(RECIPE, tuple(arguments.overrides)).train.steps or RECIPE_STEPS
+    recipe_steps = load_config(RECIPE, tuple(arguments.overrides)).train.steps
+    assert recipe_steps is not None
     paged = 8 * summary["trainable_parameters"] if config.optim.name == "paged_adamw_32bit" else None
     peak = summary["peak_bytes_max"]
     total = peak + (card["context_bytes"] or 0)
+    is_full_size = (arguments.layers, arguments.hidden) == (LAYERS, HIDDEN)
     return {
         "benchmark": "repro_65b",
         "command": "python benchmarks/repro_65b.py " + " ".join(arguments.command),
@@ -151,7 +157,7 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
         "device": summary["device"],
         "versions": provenance.versions(),
         "weights": "random" if arguments.random_weights else "files",
-        "is_full_size": (arguments.layers, arguments.hidden) == (LAYERS, HIDDEN),
+        "is_full_size": is_full_size,
         "config": config.model_dump(mode="json"),
         "base_parameters": summary["base_parameters"],
         "trainable_parameters": summary["trainable_parameters"],
@@ -166,7 +172,7 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
         "step_seconds_median": step_seconds,
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in timed),
         "recipe_steps": recipe_steps,
-        "recipe_hours": step_seconds * recipe_steps / 3600,
+        "recipe_hours": step_seconds * recipe_steps / 3600 if is_full_size else None,
         "losses": [line["loss"] for line in lines],
     }
 
@@ -176,7 +182,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--random-weights", action="store_true", help="Make the model and the data on the spot.")
     parser.add_argument("--cap-gib", type=float, default=A6000_GIB, help="Memory of the card that is stood for.")
     parser.add_argument("--crowd", action="store_true", help="Another process holds the rest of the card.")
-    parser.add_argument("--steps", type=int, help="Updates (default: 5 with random weights, else the recipe's).")
+    parser.add_argument(
+        "--steps", type=int, help=f"Updates (default: {MEASURED_STEPS} with random weights, else the recipe's)."
+    )
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--hidden", type=int, default=HIDDEN)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")

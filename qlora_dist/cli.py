@@ -137,29 +137,61 @@ def verify(config: str, overrides: tuple[str, ...], steps: int, ranks: int, as_j
 @click.option("--base", help="The base model, when it has moved.")
 @click.option("--micro-rows", default=1, show_default=True, help="Rows in memory at a time.")
 @click.option("--with-base", is_flag=True, help="Evaluate the base without the adapter too.")
+@click.option("--tasks", default="perplexity", show_default=True, help="perplexity, mmlu, or both with a comma.")
+@click.option(
+    "--mmlu", type=click.Path(), metavar="DIR", help="MMLU's original release: a folder with dev/, val/, test/."
+)
+@click.option("--mmlu-split", default="test", show_default=True)
+@click.option("--mmlu-shots", default=5, show_default=True, help="Worked questions shown before each question.")
+@click.option(
+    "--mmlu-tokens", default=2048, show_default=True, help="Longest prompt; longer ones show fewer questions."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
-    run_or_adapter: str, config: str | None, base: str | None, micro_rows: int, with_base: bool, as_json: bool
+    run_or_adapter: str,
+    config: str | None,
+    base: str | None,
+    micro_rows: int,
+    with_base: bool,
+    tasks: str,
+    mmlu: str | None,
+    mmlu_split: str,
+    mmlu_shots: int,
+    mmlu_tokens: int,
+    as_json: bool,
 ) -> None:
-    """Held-out loss and perplexity of a run or adapter, by the loss code of training.
+    """Held-out loss and perplexity of a run or adapter, by the loss code of training, and MMLU.
 
     \b
     Example:
-      qlora-dist evaluate runs/alpaca-7b --with-base
+      qlora-dist evaluate runs/alpaca-7b --with-base --tasks perplexity,mmlu --mmlu data/mmlu
     """
     from dataclasses import asdict
 
-    from .metrics import format_evaluation
-    from .trainer.evaluation import evaluate_trained
+    wanted = {task.strip() for task in tasks.split(",")}
+    if wanted - {"perplexity", "mmlu"}:
+        raise UserError(f"--tasks {tasks}: expected perplexity, mmlu, or perplexity,mmlu")
+    if ("mmlu" in wanted) != (mmlu is not None):
+        raise UserError("--tasks mmlu and --mmlu DIR (the folder of MMLU's original release) go together")
+    from .trainer.evaluation import MmluTask, describe, evaluate_trained
 
-    results = evaluate_trained(run_or_adapter, config=config, base=base, micro_rows=micro_rows, with_base=with_base)
+    results = evaluate_trained(
+        run_or_adapter,
+        config=config,
+        base=base,
+        micro_rows=micro_rows,
+        with_base=with_base,
+        perplexity="perplexity" in wanted,
+        mmlu=MmluTask(mmlu, mmlu_split, mmlu_shots, mmlu_tokens) if mmlu is not None else None,
+    )
     if _rank():
         return
     if as_json:
         click.echo(json.dumps({name: asdict(result) for name, result in results.items()}))
         return
     for name, result in results.items():
-        click.echo(f"{name}: {format_evaluation(result.loss, result.perplexity)} ({result.num_labels:,} labels)")
+        for line in describe(result):
+            click.echo(f"{name}: {line}")
 
 
 @cli.command()

@@ -47,10 +47,9 @@ class ModelConfig(_Section):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of activations, of dequantized matrices, and of what is not quantized (norms, embeddings, head)."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    """Packed attention: flash-attn, torch's varlen, or one SDPA call a document. auto: the first that can be used."""
+    """flash: flash-attn; varlen: torch's varlen attention; sdpa: one call a document. auto: the first of these."""
     kernels: Literal["auto", "off"] = "auto"
-    """auto: this package's own LoRA forward (adapters cast once to the compute type, no copies of the base output).
-    off: PEFT's layers as they are."""
+    """auto: this package's own LoRA forward (no copies of the base output). off: PEFT's layers as they are."""
 
 
 class LoraConfig(_Section):
@@ -146,12 +145,6 @@ class BatchConfig(_Section):
     micro_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Rows that one rank holds in memory at a time. auto: the most that fit by the memory plan (on a CPU 1)."""
 
-    @property
-    def settled_rows(self) -> int:
-        """`micro_rows` as a number: the trainer replaces auto before it uses it."""
-        assert self.micro_rows != "auto", "trainer.fitting.settle comes first"
-        return self.micro_rows
-
 
 class OptimConfig(_Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "paged_adamw_32bit"
@@ -221,9 +214,7 @@ class MemoryConfig(_Section):
 
 class StrategyConfig(_Section):
     name: Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp"] = "ddp"
-    """How ranks share the work. ddp: each holds all. DeepSpeed shards optimizer states (zero1), gradients too (zero2),
-    in host memory (zero2_offload), the base too (zero3, not quantized). fsdp: as ddp, but a rank holds its share of the
-    base; a layer is gathered, bit-exactly, when it runs."""
+    """What is sharded: zero1 optimizer states; zero2 gradients too (offload: on the host); zero3, fsdp the base too."""
     ds_config: str | None = None
     """DeepSpeed config of a zero strategy. null: the one that is shipped under the strategy's name (ds_configs/)."""
     offload: bool = False
@@ -271,10 +262,7 @@ class RunConfig(_Section):
                 "weights cannot be trained; set model.quantization=none, or give a lora section"
             )
         if self.model.compute_dtype == "float16":
-            raise ValueError(
-                "model.compute_dtype is float16, which needs loss scaling and overflows in QLoRA runs; "
-                "use bfloat16, or float32 on hardware without it"
-            )
+            raise ValueError("model.compute_dtype is float16, which overflows in QLoRA runs; use bfloat16, or float32")
         has_held_out = self.data.eval or any(source.hold_out is not None for source in self.data.train)
         if self.train.eval_every is not None and not has_held_out:
             raise ValueError(

@@ -10,11 +10,20 @@ PACKAGE = Path(__file__).parents[1] / "qlora_dist"
 LEVELS = {
     0: ["errors", "config", "state", "flat", "provenance"],
     1: [
-        "distributed", "packing", "loss", "lowrank", "offload", "optim", "update", "memory", "metrics", "preempt",
+        "distributed",
+        "packing",
+        "loss",
+        "lowrank",
+        "offload",
+        "optim",
+        "update",
+        "memory",
+        "metrics",
+        "preempt",
         "templates",
     ],
     2: ["formats", "examples", "loader", "attention", "model", "adapters", "kernels"],
-    3: ["checkpoint", "verify", "evaluate", "generate", "merge", "audit", "doctor", "planning"],
+    3: ["checkpoint", "verify", "evaluate", "mmlu", "generate", "merge", "audit", "doctor", "planning"],
     4: ["trainer", "proofs"],
     5: ["cli", "__main__", "__init__"],
 }

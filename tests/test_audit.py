@@ -4,12 +4,13 @@ import io
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 from helpers.tiny_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 from rich.console import Console
 
-from qlora_dist.audit import audit, run_data_command, sample_of, write_html
+from qlora_dist.audit import audit, print_audit, run_data_command, sample_of, write_html
 from qlora_dist.config import SourceConfig, parse_config
 from qlora_dist.examples import build_documents
 from qlora_dist.packing import pack_best_fit
@@ -130,9 +131,22 @@ def test_the_command_prints_sources_lengths_packing_and_samples_of_both_sides(tm
     audits = run_data_command(config_of(tmp_path), byte_level_tokenizer(), show=1, console=console)
     assert [(one.name, one.sources[0].examples) for one in audits] == [("data.train", 25), ("data.eval", 5)]
     plain = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
-    for part in ("data.train", "data.eval", "train.jsonl", "label share", "tokens of a document", "rows of 256 tokens"):
+    for part in ("data.train", "data.eval", "train.jsonl", "share", "tokens of a document", "rows of 256 tokens"):
         assert part in plain
     assert "\x1b[" in out.getvalue() and "### Instruction:" in plain and "<|endoftext|>" in plain
+
+
+def test_a_large_source_with_a_long_path_is_readable_in_80_columns(tmp_path):
+    _, result = audit_of(tmp_path, [{"instruction": "a", "output": "b"}])
+    source = replace(
+        result.sources[0], path="data/" + "long/" * 30 + "train.jsonl", records=12_345_678, tokens=9_876_543_210
+    )
+    out = io.StringIO()
+    print_audit(replace(result, sources=[source]), Console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("12,345,678" in line and "9,876,543,210" in line for line in lines), "numbers stay whole, in one line"
+    assert all(head in out.getvalue() for head in ("records", "tokens", "labels", "dropped", "bad"))
 
 
 def test_the_page_is_well_formed_self_contained_and_escapes_the_data(tmp_path):

@@ -192,8 +192,8 @@ def test_after_training_a_run_is_evaluated_generated_from_and_merged(raw, tmp_pa
     assert cli.invoke(["evaluate", raw["run_dir"], "--with-base", "--json"]) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     # other rows in other micro-batches: sums in another order
-    assert results["trained"]["loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
-    assert results["base"]["loss"] == pytest.approx(summary["eval_loss_start"], rel=1e-5)
+    assert results["trained"]["held_out"]["loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
+    assert results["base"]["held_out"]["loss"] == pytest.approx(summary["eval_loss_start"], rel=1e-5)
     assert cli.invoke(["generate", raw["run_dir"], "--prompt", "w20 w21 w22", "--max-new-tokens", "4"]) == 0
     assert "w6" in capsys.readouterr().out
     assert cli.invoke(["merge", raw["run_dir"], str(tmp_path / "merged"), "--dtype", "float32"]) == 0

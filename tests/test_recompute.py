@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from helpers.tiny_models import random_batch, save_model, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from qlora_dist.adapters import attach_lora, trainable_parameters
 from qlora_dist.model import decoder_layers, hidden_states, load_base, set_recompute
@@ -209,3 +211,40 @@ def test_a_tensor_that_several_operators_save_is_copied_once_and_small_ones_stay
     expected = torch.autograd.grad((x * x).sum() + (x.exp() * x).sum(), x)[0]
     assert torch.equal(x.grad, expected)
     assert torch.equal(small.grad, 2 * small.detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams, events and pinned memory")
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_on_a_gpu_asynchronous_offload_gives_the_same_bits_and_holds_less(is_checkpointed: bool) -> None:
+    device, width, depth = torch.device("cuda", 0), 4096, 16
+    generator = torch.Generator(device).manual_seed(0)
+    weights = [torch.randn(width, width, device=device, generator=generator) / 64 for _ in range(depth)]
+    for weight in weights:
+        weight.requires_grad_()
+    x = torch.randn(8192, width, device=device, generator=generator)  # 128 MiB a layer
+    offload = ActivationOffload(device)
+
+    def layer(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(states @ weight)
+
+    def run(is_offloaded: bool) -> tuple[list[torch.Tensor], int]:
+        torch.cuda.reset_peak_memory_stats(device)
+        with offload if is_offloaded else contextlib.nullcontext():
+            states = x
+            for weight in weights:
+                states = (
+                    checkpoint(layer, states, weight, use_reentrant=False) if is_checkpointed else layer(states, weight)
+                )
+            loss = states.square().sum()
+        gradients = list(torch.autograd.grad(loss, weights))
+        torch.cuda.synchronize()
+        return gradients, torch.cuda.max_memory_allocated(device)
+
+    expected, most = run(False)
+    for _ in range(3):  # buffers are used again, while copies of the round before may still run
+        found, peak = run(True)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert peak < most - depth // 2 * x.nbytes
+        held = offload.host_bytes
+    assert held == offload.host_bytes <= (2 * depth + 2) * x.nbytes

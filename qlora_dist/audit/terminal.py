@@ -9,12 +9,13 @@ from rich.text import Text
 from .measure import Audit, Sample
 
 COLUMNS = ("records", "examples", "tokens", "labels", "truncated", "dropped", "bad", "duplicates")
+_HEADS = {"truncated": "trun-\ncated", "duplicates": "dupli-\ncates"}  # ten columns of millions fit into 80 letters
 
 
 def print_audit(audit: Audit, console: Console) -> None:
     """Sources, lengths, packing, warnings and samples, in this order."""
     console.rule(audit.name)
-    console.print(_source_table(audit))
+    _print_sources(audit, console)
     console.print(_histogram(audit))
     console.print(
         f"packing: {audit.num_rows:,} rows of {audit.row_tokens:,} tokens, {audit.packed_share:.2%} full; padded to "
@@ -28,17 +29,19 @@ def print_audit(audit: Audit, console: Console) -> None:
         console.print(_sample(sample))
 
 
-def _source_table(audit: Audit) -> Table:
-    table = Table()
-    for column in ("source", "format", "template"):
-        table.add_column(column, overflow="fold")
-    for column in (*COLUMNS, "label share"):
-        table.add_column(column, justify="right")
-    for source in audit.sources:
+def _print_sources(audit: Audit, console: Console) -> None:
+    """Each source's name in a line of its own, since paths are long; its numbers in a table below, under its number."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for head in ("", *(_HEADS.get(column, column) for column in COLUMNS), "label\nshare"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for number, source in enumerate(audit.sources, 1):
+        text = f"{number}  {source.path}: format {source.format} ({source.why}), template {source.template}"
+        console.print(Text(text))
         share = f"{source.labels / max(1, source.tokens):.1%}"
-        numbers = [f"{getattr(source, column):,}" for column in COLUMNS]
-        table.add_row(Text(source.path), f"{source.format} ({source.why})", source.template, *numbers, share)
-    return table
+        table.add_row(str(number), *(f"{getattr(source, column):,}" for column in COLUMNS), share)
+    console.print()
+    console.print(table)
+    console.print()
 
 
 def _histogram(audit: Audit, width: int = 50) -> Text:

@@ -188,10 +188,14 @@ def _changes(config: RunConfig, plan: MemoryPlan, world_size: int) -> Iterator[t
     if not config.optim.name.startswith("paged"):
         paged = "paged_adamw_8bit" if config.optim.name.endswith("8bit") else "paged_adamw_32bit"
         yield f"optim.name={paged}", changed_config(config, optim={"name": paged}), plan.micro_rows
-    if world_size > 1:
-        for name in STRATEGIES:
-            if name != config.strategy.name:
-                yield f"strategy.name={name}", changed_config(config, strategy={"name": name}), plan.micro_rows
+    for name in STRATEGIES:
+        # alone, a rank has nobody to share with but the host
+        if name != config.strategy.name and (world_size > 1 or name == "zero2_offload"):
+            changed, text = changed_config(config, strategy={"name": name}), f"strategy.name={name}"
+            if name == "zero2_offload" and config.optim.name != "adamw":
+                changed = changed_config(changed, optim={"name": "adamw"})
+                text += " with optim.name=adamw"
+            yield text, changed, plan.micro_rows
     if config.lora is not None and config.model.quantization in ("none", "int8"):
         changed = changed_config(config, model={"quantization": "nf4", "double_quant": True})
         yield "model.quantization=nf4", changed, plan.micro_rows

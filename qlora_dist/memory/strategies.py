@@ -56,7 +56,7 @@ def sharing(strategy: str, world_size: int) -> Sharing:
         "fsdp": Sharing(strategy, world_size),
         "zero1": Sharing(strategy, world_size, optimizer=part, has_master_partition=True),
         "zero2": Sharing(strategy, world_size, gradients=part, optimizer=part, has_master_partition=True),
-        "zero2_offload": Sharing(strategy, world_size, gradients=part, optimizer=part, is_offloaded=True),
+        "zero2_offload": Sharing(strategy, world_size, gradients=0.0, optimizer=part, is_offloaded=True),
         "zero3": Sharing(
             strategy, world_size, adapters=part, gradients=part, optimizer=part, has_master_partition=True
         ),

@@ -37,7 +37,7 @@ from ..verify import (
 )
 from . import preflight
 from .step import Learner
-from .update import build_update, check_update, describe_strategy
+from .update import build_update, check_update, describe_strategy, micro_rows
 
 
 @dataclass
@@ -93,7 +93,7 @@ def check(config: RunConfig, world: World, run: RunDir) -> None:
     """What can be known before data or weights are read: same config and code on all ranks, batch, model kind, targets,
     devices, network, disk. Rank 0 says where the run starts."""
     world.require_equal(dump_yaml(config), "the resolved config")
-    derive_accumulation(config.batch.rows_per_step, config.batch.settled_rows, world.size)
+    derive_accumulation(config.batch.rows_per_step, micro_rows(config), world.size)
     check_update(config, world)
     facts = check_model(config, world)
     started = preflight.check_start(
@@ -142,7 +142,7 @@ def build_data(config: RunConfig, world: World) -> Data:
         documents,
         rows,
         rows_per_step=config.batch.rows_per_step,
-        micro_rows=config.batch.settled_rows,
+        micro_rows=micro_rows(config),
         rank=world.rank,
         world_size=world.size,
         seed=config.seed,
@@ -152,7 +152,7 @@ def build_data(config: RunConfig, world: World) -> Data:
     if eval_sources:
         unseen = build_source_documents(config.data, eval_sources, tokenizer, world, "data.eval", config.seed)
         unseen_rows = build_rows(config.data, unseen, config.seed)
-        held_out = eval_batches(unseen, unseen_rows, config.batch.settled_rows, world.rank, world.size)
+        held_out = eval_batches(unseen, unseen_rows, micro_rows(config), world.rank, world.size)
     return Data(documents, rows, loader, held_out)
 
 
@@ -195,13 +195,14 @@ def count_steps(config: RunConfig, data: Data) -> int:
 def describe(config: RunConfig, world: World, data: Data, num_steps: int) -> str:
     """What is about to run, in one paragraph."""
     batch, stats = config.batch, data.documents.stats
-    accumulation = derive_accumulation(batch.rows_per_step, batch.settled_rows, world.size)
+    accumulation = derive_accumulation(batch.rows_per_step, micro_rows(config), world.size)
     return (
         f"{len(data.documents):,} documents in {len(data.rows):,} rows of up to {config.data.row_tokens:,} tokens "
         f"({data.rows.efficiency:.1%} full; truncated {stats.total('truncated'):,}, dropped {stats.total('dropped'):,}"
         f", bad {stats.total('bad'):,})\n"
         f"{num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps x "
-        f"{batch.settled_rows} rows; strategy {config.strategy.name} on {world.device.type}: {describe_strategy(config)}"
+        f"{micro_rows(config)} rows; strategy {config.strategy.name} on {world.device.type}: "
+        f"{describe_strategy(config)}"
     )
 
 

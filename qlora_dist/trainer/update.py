@@ -20,6 +20,12 @@ from ..update.zero import ZeroUpdate, require_deepspeed
 from ..update.zero3 import Zero3Update
 
 
+def micro_rows(config: RunConfig) -> int:
+    """`batch.micro_rows` as a number."""
+    assert config.batch.micro_rows != "auto", "fitting.settle comes first"
+    return config.batch.micro_rows
+
+
 def describe_strategy(config: RunConfig) -> str:
     """What each rank replicates, shards, and keeps in host memory."""
     return REPLICATES[config.strategy.name]
@@ -64,7 +70,7 @@ def _ds_config(config: RunConfig, world: World) -> dict[str, Any]:
         find_ds_config(strategy.name, strategy.ds_config),
         strategy=strategy.name,
         rows_per_step=batch.rows_per_step,
-        micro_rows=batch.settled_rows,
-        accumulation=derive_accumulation(batch.rows_per_step, batch.settled_rows, world.size),
+        micro_rows=micro_rows(config),
+        accumulation=derive_accumulation(batch.rows_per_step, micro_rows(config), world.size),
         max_grad_norm=config.optim.max_grad_norm,
     )
