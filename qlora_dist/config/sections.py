@@ -264,10 +264,7 @@ class RunConfig(_Section):
                 "weights cannot be trained; set model.quantization=none, or give a lora section"
             )
         if self.model.compute_dtype == "float16":
-            raise ValueError(
-                "model.compute_dtype is float16, which needs loss scaling and overflows in QLoRA runs; "
-                "use bfloat16, or float32 on hardware without it"
-            )
+            raise ValueError("model.compute_dtype is float16, which needs loss scaling; use bfloat16, or float32")
         has_held_out = self.data.eval or any(source.hold_out is not None for source in self.data.train)
         if self.train.eval_every is not None and not has_held_out:
             raise ValueError(
