@@ -278,18 +278,36 @@ def test_strategies_share_what_they_say_they_share():
         for name in STRATEGIES
     }  # fmt: skip
     ddp = made["ddp"]
-    assert made["fsdp"]["base"].size == ddp["base"].size // 8
+    for shared in ("base", "quantization constants"):
+        assert made["fsdp"][shared].size == ddp[shared].size // 8
+    tables, norms = 2 * 32000 * 4096 * 2, (2 * 32 + 1) * 4096 * 2
+    assert made["fsdp"]["embeddings, head, norms"].size == tables // 8 + norms
     for name in ("zero1", "zero2", "zero2_offload"):
         assert made[name]["base"] == ddp["base"]
     assert made["zero1"]["gradients"] == ddp["gradients"]
     assert made["zero1"]["optimizer"].size < ddp["optimizer"].size / 5
     assert made["zero2"]["gradients"].size == ddp["gradients"].size // 8
+    assert made["fsdp"]["communication"].size == 32000 * 4096 * 2  # the head, gathered for the loss
+    assert made["zero2"]["communication"].size == 64 * MIB
     assert "optimizer" not in made["zero2_offload"]
     with pytest.raises(UserError, match=r"strategy.name is 'fsdp3'; expected one of ddp, zero1"):
         plan_memory(
             changed_config(config(), strategy={"name": "fsdp3"}), shapes, world_size=1, local_world_size=1,
             device_bytes=None,
         )  # fmt: skip
+
+
+def test_full_fine_tuning_needs_16_bytes_a_weight_and_says_what_it_does_not_know():
+    shapes = llama("7B")
+    adapted = config(model__quantization="none", optim__name="adamw", lora__rank=1)
+    everything = adapted.model_copy(update={"lora": None})
+    sizes = {"world_size": 1, "local_world_size": 1, "device_bytes": 80 * GIB}
+    few, trained = (plan_memory(one, shapes, **sizes) for one in (adapted, everything))
+    assert trained.trainable_parameters == shapes.base_parameters
+    states = sum(trained.items[name].size for name in ("weights", "gradients", "optimizer"))
+    assert states == 16 * shapes.base_parameters
+    assert few.fits and not trained.fits
+    assert "activations are taken to be those of a frozen base" in trained.remarks[0]
 
 
 def test_gpus_are_named_or_given_by_their_memory():

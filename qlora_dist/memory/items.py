@@ -65,16 +65,23 @@ def compute_size(config: RunConfig) -> int:
 
 def persistent(config: RunConfig, shapes: ModelShapes, aligned: int, shared: Sharing) -> dict[str, Item]:
     if config.lora is None:
-        items = {"weights": Item(4 * shapes.base_parameters, "fp32 masters of all weights")}
+        items = {"weights": Item(int(4 * shapes.base_parameters * shared.adapters), "fp32 masters of all weights")}
+        if compute_size(config) != 4:
+            cast = 2 * (shapes.linear_weights + shapes.head_weights)
+            items["weights, cast"] = Item(cast, "autocast keeps them from forward to backward, in the compute type")
     else:
         base, constants, what = base_bytes(config, shapes)
-        size = compute_size(config)
+        size, tables = compute_size(config), shapes.embedding_weights + shapes.head_weights
         items = {
             "base": Item(int(base * shared.base(config.model.quantization)), what),
             "quantization constants": Item(
-                constants, "double quantization" if config.model.double_quant else "one fp32 for 64 weights"
+                int(constants * shared.base(config.model.quantization)),
+                "double quantization" if config.model.double_quant else "one fp32 for 64 weights",
             ),
-            "embeddings, head, norms": Item(shapes.other_weights * size, f"not quantized, {size} bytes a weight"),
+            "embeddings, head, norms": Item(
+                int((shapes.other_weights - tables + tables * shared.tables) * size),
+                f"not quantized, {size} bytes a weight",
+            ),
             "adapters": Item(int(4 * aligned * shared.adapters), "fp32 masters of A and B"),
         }
     items["gradients"] = Item(

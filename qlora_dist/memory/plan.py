@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config import RunConfig
 from .constants import CONTEXT_BYTES, NCCL_BYTES, RESERVE_SHARE, WORKSPACE_BYTES, Item
-from .items import adapter_sizes, aligned_size, base_bytes, host, persistent
+from .items import adapter_sizes, aligned_size, base_bytes, compute_size, host, persistent
 from .moments import largest_moment
 from .shapes import ModelShapes
 from .strategies import sharing
@@ -138,8 +138,10 @@ def plan_memory(
         sizes = adapter_sizes(lora.rank, lora.target_modules, shapes, lora.variant == "dora")
         trainable, aligned = sum(sizes), sum(aligned_size(size) for size in sizes)
     moment = largest_moment(config, shapes, rows, count)
-    layer = base_bytes(config, shapes)[0] // shapes.num_layers
-    items = persistent(config, shapes, aligned, shared) | moment.items | shared.buffers(4 * aligned, layer)
+    base, constants, _ = base_bytes(config, shapes)
+    head = shapes.vocabulary * shapes.hidden * compute_size(config)
+    buffers = shared.buffers(4 * aligned, (base + constants) // shapes.num_layers, head)
+    items = persistent(config, shapes, aligned, shared) | moment.items | buffers
     items["cuBLAS workspace"] = Item(WORKSPACE_BYTES, "allocated once by PyTorch; 32 MiB on Hopper, 8 MiB before")
     tensors = sum(item.size for item in items.values() if item.is_tensor)
     items["CUDA context"] = Item(CONTEXT_BYTES, "kernels and stacks of the driver, outside of PyTorch", is_tensor=False)
@@ -183,6 +185,10 @@ def _remarks(config: RunConfig, shapes: ModelShapes) -> tuple[str, ...]:
     remarks = []
     if not shapes.is_exact:
         remarks.append(f"{shapes.family} is not listed here: its layers are assumed to work like Llama's")
+    if config.lora is None:
+        remarks.append("full fine-tuning: activations are taken to be those of a frozen base, which saves fewer")
+    if config.strategy.name == "zero3" and config.model.quantization != "none":
+        remarks.append("zero3 partitions a quantized base only after it was whole on every rank: it is counted whole")
     if config.lora is not None and config.lora.variant == "dora":
         remarks.append("dora needs more than lora for a moment; not counted here")
     if shapes.has_softcap and config.model.attention != "sdpa":

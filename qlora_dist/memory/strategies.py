@@ -9,7 +9,7 @@ from .constants import Item
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp")
 BUCKET_BYTES = 32 * 2**20  # distributed.reducer.BUCKET_BYTES
-DEEPSPEED_BUCKET_BYTES = 4 * 5 * 10**7  # reduce_bucket_size and allgather_bucket_size of 5e7 fp32 elements
+DEEPSPEED_BUCKET_BYTES = 4 * 16_777_216  # ds_configs/*.json: reduce_bucket_size elements of fp32; no second one fills
 GATHERED_LAYERS = 2  # the one that computes, and the next, which is fetched meanwhile
 
 
@@ -31,18 +31,23 @@ class Sharing:
         is_sharded = self.name == "fsdp" or (self.name == "zero3" and quantization == "none")
         return 1.0 / self.world_size if is_sharded else 1.0
 
-    def buffers(self, trained_bytes: int, layer_bytes: int) -> dict[str, Item]:
+    @property
+    def tables(self) -> float:
+        """Share of the embedding and the head that stays on a rank."""
+        return 1.0 / self.world_size if self.name == "fsdp" else 1.0
+
+    def buffers(self, trained_bytes: int, layer_bytes: int, head_bytes: int) -> dict[str, Item]:
         """What exists only because there are several ranks. `layer_bytes`: base weights of one decoder layer."""
         if self.world_size == 1 and self.name in ("ddp", "fsdp"):
             return {}
         if self.name == "ddp":
             # buckets are views of the gradients; the look whether they are finite makes |x| and two masks
             size, what = min(BUCKET_BYTES, trained_bytes) * 6 // 4, "a bucket's look for values that are not finite"
-        elif self.name == "fsdp":
-            size, what = GATHERED_LAYERS * layer_bytes, f"{GATHERED_LAYERS} gathered layers, one of them fetched ahead"
+        elif self.name in ("fsdp", "zero3"):
+            size = max(GATHERED_LAYERS * layer_bytes, head_bytes)
+            what = f"{GATHERED_LAYERS} gathered layers, one of them fetched ahead; or the head, for the loss"
         else:
-            size = 2 * min(DEEPSPEED_BUCKET_BYTES, trained_bytes)
-            what = "DeepSpeed's buckets, one filling while another is reduced"
+            size, what = min(DEEPSPEED_BUCKET_BYTES, trained_bytes), "DeepSpeed's bucket of gradients to be reduced"
         return {"communication": Item(size, what)}
 
 
