@@ -3,9 +3,9 @@
     python benchmarks/loading.py --out benchmarks/results/cpu/loading.json
 
 A Llama with random bf16 weights is written in several safetensors files and read back (from the page cache: times say
-what the processor does, not the disk). Two peaks are recorded: resident memory, which counts pages of mapped files, and
-the anonymous part of it, which no other process shares. `held` is the base itself; on a GPU it would not be in host
-memory, so what is above it is the figure to look at.
+what the processor does, not the disk). `shared` is strategy fsdp on two ranks, the larger figure of the two. Two peaks
+are recorded: resident memory, which counts pages of mapped files, and the anonymous part of it, which no other process
+shares. `held` is the base itself; on a GPU it would not be in host memory: look at what is above it.
 """
 
 from __future__ import annotations
@@ -61,11 +61,13 @@ def measure(how: str, source: str, out: str) -> dict[str, float]:
     """In a process of its own: peaks over the state after the imports, seconds, bytes of the base in memory."""
     import torch
 
-    from qlora_dist.model import base_weights, load_base, quantize_model
+    from qlora_dist.distributed import World
+    from qlora_dist.model import held_bytes, load_base, quantize_model
     from qlora_dist.model.loading import bitsandbytes
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # isort: skip
 
     torch.set_num_threads(1)
+    world = World.init()
     bitsandbytes.functional.quantize_4bit(torch.ones(64))
     fields = {"resident": "VmRSS", "anonymous": "RssAnon"}
     before = {name: status(field) for name, field in fields.items()}
@@ -81,9 +83,9 @@ def measure(how: str, source: str, out: str) -> dict[str, float]:
     watcher.start()
     started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
     model: Any = None
-    if how == "load_base":
+    if how in ("load_base", "shared"):
         model = load_base(source, quantization="nf4", double_quant=True, compute_dtype=torch.bfloat16,
-                          attention="auto", device=torch.device("cpu"))  # fmt: skip
+                          attention="auto", device=world.device, shards=world.shard_group())  # fmt: skip
     elif how == "from_pretrained":
         settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                       bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
@@ -97,7 +99,7 @@ def measure(how: str, source: str, out: str) -> dict[str, float]:
     watcher.join()
     return {
         **{f"{name}_peak_bytes": peaks[name] - before[name] for name in fields},
-        "held_bytes": 0 if model is None else sum(tensor.nbytes for _, tensor in base_weights(model)),
+        "held_bytes": 0 if model is None else held_bytes(model),
         "seconds": seconds,
         "processor_seconds": resource.getrusage(resource.RUSAGE_SELF).ru_utime - used,
     }
@@ -110,7 +112,7 @@ def main() -> None:
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(*options.measure)))
+        print(json.dumps(measure(*options.measure)), flush=True)
         return
     from qlora_dist import provenance
 
@@ -120,11 +122,15 @@ def main() -> None:
         source.mkdir()
         size = write_model(source, options.layers)
         results = {}
-        for how in ("load_base", "from_pretrained", "quantize"):
+        for how in ("load_base", "shared", "from_pretrained", "quantize"):
             out = Path(temporary) / how
-            command = [sys.executable, __file__, "--out", "-", "--measure", how, str(source), str(out)]
+            launcher = [sys.executable]
+            if how == "shared":
+                launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+            command = [*launcher, __file__, "--out", "-", "--measure", how, str(source), str(out)]
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1800)
-            results[how] = json.loads(done.stdout.splitlines()[-1])
+            ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            results[how] = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
             shutil.rmtree(out, ignore_errors=True)
             figures = {key: round(value / MIB) for key, value in results[how].items() if key.endswith("bytes")}
             print(f"{how}: {figures} MiB, {results[how]['processor_seconds']:.0f} s of one core")

@@ -7,6 +7,7 @@ nothing to save yet, a signal may break off what is going on (`interrupting`).
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.name: str | None = None
         self.is_listening = False
+        self._process = os.getpid()
         self._previous: dict[int, object] = {}
         self._interrupts = False
 
@@ -70,6 +72,9 @@ class StopSignal:
             self._interrupts = False
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker, that tokenizes: it has nothing to save
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
         if self.name != "SIGTERM":  # the last word: a job that is told to end is not requeued by its own

@@ -106,7 +106,7 @@ class Pulse:
             if before is not None and before["beat"] == sign["beat"]:
                 age = max(time.time() - sign["time"], 0.0)
                 what = f"was last seen in {sign['what']}, about {age:.0f} s ago"
-                silent.append(f"{name} {what}: killed, stopped, or its host is lost")
+                silent.append(f"{name} {what}: it has ended, is stopped, or its host is lost")
             elif not sign["is_waiting"]:
                 elsewhere.append(f"{name} is not waiting: for {sign['seconds']:.0f} s in {sign['what']}")
         found = silent or elsewhere or ["all ranks are alive and wait for each other: look at devices and network"]
@@ -130,9 +130,8 @@ class Pulse:
                     os.kill(os.getpid(), signal.Signals[name])  # its handler runs in the main thread
                 if self._store.check([f"pulse/dump/{self._rank}"]):
                     self._dump("another rank waits for it")
-            except (
-                RuntimeError
-            ):  # the store is gone: rank 0 has ended, and this rank will notice in its next collective
+            except RuntimeError:
+                # the store is gone: rank 0 has ended, and this rank will notice in its next collective
                 if self._ended.wait(BEAT_SECONDS):
                     return
             doing = self._doing

@@ -2,11 +2,11 @@
 
     launcher ends because     this process                                          exit code
     the run is finished       ends                                                  0
-    USR1 (time limit is near) `scontrol requeue`; the next life goes on             killed by Slurm
-    TERM to the steps only    the job is preempted: the same, unless Slurm does it  killed by Slurm
-    TERM to this process too  scancel, or a preemption's last word: only ends       143
+    USR1 (time limit is near) `scontrol requeue`; the next life goes on             143
+    TERM to the steps only    the job is preempted: the same, without waiting       143
+    TERM to this process too  scancel, or the end of a grace time: only ends        143
     the user's mistake        ends: another try would find the same                 2
-    a crash                   starts the launcher again, with a new rendezvous      93 after three without progress
+    a crash                   starts the launcher again, with a new rendezvous      93 after three without
 
 Restarts are made here and not by torchrun: with --max-restarts >= 1 its workers read keys of the last attempt in the
 reused store and mostly fail or hang (pytorch #135712, #167288). Nothing starts within a preemption's grace time.
@@ -14,6 +14,7 @@ reused store and mostly fail or hang (pytorch #135712, #167288). Nothing starts 
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from .outcome import Outcome, read_outcome
 from .preempt import StopSignal
-from .state import RunDir
+from .state import RunDir, write_atomically
 
 MAX_TRIES = 3  # without a new checkpoint
 NO_PROGRESS_CODE = 93  # by convention: do not requeue
@@ -47,11 +48,10 @@ class Job:
         done = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
         return None if done.returncode == 0 else (done.stderr.strip() or f"exit code {done.returncode}")
 
-    def is_being_preempted(self) -> bool:
-        """Whether the grace time of a preemption runs, in which nothing may be started."""
-        shown = subprocess.run(["scontrol", "show", "job", "--oneliner", self.id], capture_output=True, text=True)
-        fields = dict(part.split("=", 1) for part in shown.stdout.split() if "=" in part)
-        return fields.get("PreemptTime", "None") not in ("None", "N/A") or fields.get("JobState") == "PREEMPTED"
+    def shown(self) -> dict[str, str]:
+        """What Slurm says of this job; nothing when it does not answer."""
+        done = subprocess.run(["scontrol", "show", "job", "--oneliner", self.id], capture_output=True, text=True)
+        return dict(part.split("=", 1) for part in done.stdout.split() if "=" in part)
 
 
 def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal) -> int:
@@ -60,6 +60,7 @@ def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal)
     `{id}`, `{port}` and `{outcome}` in the command become new ones for each try: rendezvous id, port, outcome file.
     """
     run = RunDir(run_dir)
+    first = run.newest_step()
     tries, attempt = 0, 0
     while True:
         before = run.newest_step()
@@ -71,9 +72,16 @@ def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal)
         why = f"exit code {code}" if outcome is None else outcome.kind.replace("_", " ")
         _say(f"job {job.id}, life {job.life}, try {attempt}: {why}; newest checkpoint: {before} -> {after}")
 
-        ended = _end(job, outcome, stop)
-        if ended is not None:
-            return ended
+        if outcome is not None and outcome.kind == "finished":
+            _num_idle_lives(job, run_dir, is_idle=False)
+            return 0
+        if outcome is not None and outcome.kind == "user_error":
+            return MISTAKE_CODE
+        if _is_to_end(job, outcome, stop):
+            if stop.name == "SIGUSR1" and _num_idle_lives(job, run_dir, is_idle=after == first) >= MAX_TRIES:
+                _say(f"{MAX_TRIES} lives in a row reached the time limit without a new checkpoint: raise --time")
+                return NO_PROGRESS_CODE
+            return _end(job, stop)
         attempt += 1
         tries = 1 if after != before else tries + 1
         if tries >= MAX_TRIES:
@@ -85,43 +93,53 @@ def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal)
             return NO_PROGRESS_CODE
 
 
-def _end(job: Job, outcome: Outcome | None, stop: StopSignal) -> int | None:
-    """The exit code if the job ends here, None for another try."""
-    if outcome is not None and outcome.kind == "finished":
-        return 0
-    if outcome is not None and outcome.kind == "user_error":
-        return MISTAKE_CODE
-    if stop.name in ("SIGTERM", "SIGINT"):
-        return _wait_for_the_end("asked to end (scancel, or Slurm requeues a preempted job by itself)")
-    signal_name = stop.name or (outcome.signal if outcome is not None else None)
-    if signal_name is None and not job.is_being_preempted():
-        return None
-    refused = job.requeue()
-    if refused is None:
-        return _wait_for_the_end(f"{signal_name or 'preempted'}: requeued, the next life goes on from the checkpoint")
-    if stop.name == "SIGTERM":  # it came meanwhile
-        return _wait_for_the_end("asked to end")
-    _say(f"cannot requeue ({refused}): submit the job again to go on from the checkpoint")
+def _is_to_end(job: Job, outcome: Outcome | None, stop: StopSignal) -> bool:
+    """Whether this life of the job is over; after a crash that is for Slurm to say: nothing starts in a grace time."""
+    was_asked = stop.requested or (outcome is not None and outcome.kind == "stopped")
+    shown = {} if was_asked else job.shown()
+    return was_asked or shown.get("PreemptTime", "None") != "None" or shown.get("JobState", "RUNNING") != "RUNNING"
+
+
+def _end(job: Job, stop: StopSignal) -> int:
+    """Gives the nodes back: requeued, unless Slurm has this job in hand already (scancel, the end of a preemption)."""
+    if stop.name in ("SIGTERM", "SIGINT") or job.shown().get("JobState") != "RUNNING":
+        _say("asked to end: Slurm requeues the job itself if it was preempted, and nobody does after scancel")
+    elif refused := job.requeue():
+        _say(f"cannot requeue ({refused}): submit the job again to go on from the checkpoint")
+        return TERMINATED_CODE
+    else:
+        _say("requeued: the next life goes on from the newest checkpoint")
+    # Slurm ends this process: an exit of its own would race with the requeue
+    deadline = time.monotonic() + KILL_SECONDS
+    while stop.name != "SIGTERM" and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
     return TERMINATED_CODE
+
+
+def _num_idle_lives(job: Job, run_dir: Path, is_idle: bool) -> int:
+    """Lives of this job in a row that brought no checkpoint, counted in a file beside the run directory."""
+    file = run_dir.parent / f".{run_dir.name}.idle-lives-{job.id}"
+    if not is_idle:
+        file.unlink(missing_ok=True)
+        return 0
+    try:
+        number = 1 + int(file.read_text())
+    except (OSError, ValueError):
+        number = 1
+    write_atomically(file, str(number))
+    return number
 
 
 def _launch(command: list[str], stop: StopSignal) -> int:
     """Runs the launcher to its end. SIGUSR1 goes on to it; SIGTERM was sent to the steps by Slurm itself."""
     with subprocess.Popen(command) as launcher:
-        forwarded = -FORWARD_SECONDS
+        forwarded = -math.inf
         while launcher.poll() is None:
             if stop.name == "SIGUSR1" and time.monotonic() - forwarded >= FORWARD_SECONDS:
                 launcher.send_signal(signal.SIGUSR1)
                 forwarded = time.monotonic()
             time.sleep(POLL_SECONDS)
         return launcher.returncode
-
-
-def _wait_for_the_end(why: str) -> int:
-    """Sits still until Slurm ends the job: an exit code of its own would race with the requeue."""
-    _say(why)
-    time.sleep(KILL_SECONDS)
-    return TERMINATED_CODE
 
 
 def _filled(command: Sequence[str], job: Job, attempt: int, outcome: Path) -> list[str]:

@@ -92,10 +92,10 @@ def test_when_the_builder_fails_the_others_fail_at_once_for_the_same_reason():
 
 def _reduce(shuffled):
     """Gradients that differ by rank, in an order of parameters that differs by rank; one rank lacks one."""
-    from qlora_dist import distributed
+    from qlora_dist.distributed import reducer
     from qlora_dist.flat import FlatParameters
 
-    distributed.BUCKET_BYTES = 4096  # several buckets
+    reducer.BUCKET_BYTES = 4096  # several buckets
     world = World.init()
     parameters = {f"p{i}": torch.nn.Parameter(torch.ones(300 + i)) for i in range(8)}
     flat = FlatParameters(parameters, lambda _: False)

@@ -77,7 +77,9 @@ def test_a_rank_killed_in_a_step_is_named_by_the_others_and_the_run_goes_on(conf
     with Crew(config, tmp_path, {"do": "SIGKILL", **IN_STEP_4}, {"do": "sleep", "seconds": 2.5, **IN_STEP_4}) as crew:
         killed, other = reversed(crew.wait())
     assert (killed.code, other.code) == (-signal.SIGKILL, 1)
-    assert re.search(r"lost; rank 1 \(.*, process \d+\) was last seen in step 4, about \d+ s ago: killed", other.said)
+    assert re.search(
+        r"lost; rank 1 \(.*, process \d+\) was last seen in step 4, about \d+ s ago: it has ended", other.said
+    )
     assert "rank 0 (" not in other.said
     lost = _done(tmp_path) - _finish(config, tmp_path, sound)
     assert lost == 1
@@ -243,7 +245,7 @@ def test_a_rank_that_hangs_is_named_after_the_timeout_and_prints_where_it_hangs(
     else:
         assert re.search(
             r"error: rank 0 \(.*\) was in step 4 for more than 4 s, waiting for other ranks; rank 1 \(.*, process "
-            r"\d+\) was last seen in step 4, about \d+ s ago: killed, stopped, or its host is lost",
+            r"\d+\) was last seen in step 4, about \d+ s ago: it has ended, is stopped, or its host is lost",
             waiting.said,
         )
     lost = _done(tmp_path) - _finish(config, tmp_path, sound)

@@ -79,3 +79,14 @@ def test_after_a_failure_sigterm_ends_the_process_again():
     """
     done = run_python(code, check=False)
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
+
+
+def test_a_forked_worker_is_ended_by_a_signal_as_if_nobody_listened():
+    with StopSignal() as stop:
+        worker = os.fork()
+        if worker == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(worker, 0)
+        assert os.WTERMSIG(status) == signal.SIGTERM
+        assert not stop.requested

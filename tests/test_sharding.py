@@ -19,6 +19,7 @@ from qlora_dist.model import (
     base_weights,
     check_gathered_layer,
     check_head,
+    check_shares,
     decoder_layers,
     held_bytes,
     hidden_states,
@@ -256,6 +257,29 @@ def test_one_changed_bit_on_one_rank_stops_all_ranks_with_the_name_of_the_weight
         assert "the gathered weight model.layers.0.mlp.up_proj.weight is not what its source gives (1 weights" in text
 
 
+def _check_with_a_whole_weight(folder: str, name: str) -> tuple[str, str]:
+    from qlora_dist.model.running import gathered
+
+    world, shards = world_and_shards()
+    model = load(folder, shards)
+    check_shares(model)
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    module._parameters[attribute] = torch.nn.Parameter(gathered(getattr(module, attribute)), requires_grad=False)
+    result = outcome(check_shares, model)
+    world.close()
+    return result
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_a_weight_that_is_whole_on_a_rank_is_an_error_with_its_name(name: str, tmp_path: Path) -> None:
+    save_model(tmp_path, tokenizer=False)
+    for kind, text in on_ranks(_check_with_a_whole_weight, 2, str(tmp_path), name):
+        assert kind == "RunFailed"
+        assert f"1 large weights are whole on rank {'0' if 'rank 0' in text else '1'} instead of cut into 2" in text
+        assert f"such as {name} with" in text
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +367,7 @@ def test_a_run_goes_on_under_another_strategy_bit_by_bit(inputs: dict[str, Any],
     raw = changed(inputs, lora__dropout=0.1)
     on_ranks(_train, 2, changed(raw, run_dir=str(tmp_path / "whole"), train__steps=6))
     moved = changed(raw, run_dir=str(tmp_path / "moved"))
-    for steps, strategy in ((2, "fsdp"), (4, "ddp"), (5, "fsdp"), (6, "fsdp")):
+    for steps, strategy in ((2, "fsdp"), (4, "ddp"), (6, "fsdp")):
         on_ranks(_train, 2, changed(moved, train__steps=steps, strategy__name=strategy))
     assert losses_of(tmp_path / "moved") == losses_of(tmp_path / "whole")
     last = "checkpoints/step-00000006"

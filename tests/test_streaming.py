@@ -12,7 +12,7 @@ import torch
 from helpers.ranks import on_ranks, run_python
 from helpers.tiny_models import FAMILIES, save_model, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_dist.cli import invoke
 from qlora_dist.errors import UserError
@@ -282,6 +282,17 @@ def test_a_quantized_checkpoint_loads_in_stock_transformers_and_here_to_the_bits
     assert (out / "tokenizer.json").exists()
     with pytest.raises(UserError, match="the run asks for none"):
         load(out, "none")
+
+
+def test_codes_that_were_saved_under_a_float_type_are_read_as_the_bytes_they_are(folder: Path, tmp_path: Path) -> None:
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_quant_storage=BF16)  # fmt: skip
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, quantization_config=settings, device_map="cpu")
+    stock.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == BF16
+    model = load(tmp_path)
+    assert linear_layers(model)["model.layers.0.mlp.up_proj"].weight.dtype == torch.uint8
+    assert base_fingerprint(model) == base_fingerprint(load(folder))
 
 
 def test_the_quantized_checkpoint_is_split_into_files_and_appears_whole_or_not_at_all(

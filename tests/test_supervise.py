@@ -13,6 +13,7 @@ from helpers.ranks import ROOT, clean_environment
 from qlora_dist.errors import RunFailed, UserError
 from qlora_dist.outcome import Outcome, read_outcome, report_outcome
 from qlora_dist.state import TrainState
+from qlora_dist.supervise import Job, _num_idle_lives
 
 # a launcher: writes down how it was started, saves a checkpoint where told to, and ends as told
 LAUNCHER = """
@@ -100,3 +101,9 @@ def test_the_outcome_says_how_a_start_ended_and_a_crash_says_nothing(tmp_path):
     with pytest.raises(UserError):  # any rank
         report_outcome(file, False, lambda: fail(UserError("no such file")))
     assert read_outcome(file) == Outcome("user_error", text="no such file")
+
+
+def test_lives_that_all_reach_the_time_limit_without_a_checkpoint_are_counted(tmp_path):
+    found = [_num_idle_lives(Job("17", life), tmp_path / "run", is_idle=life != 1) for life in range(4)]
+    assert found == [1, 0, 1, 2]  # three in a row end the job
+    assert _num_idle_lives(Job("18", 0), tmp_path / "run", is_idle=True) == 1

@@ -100,6 +100,29 @@ def test_a_base_that_is_not_quantized_or_not_sharded_is_named_with_rank_and_host
         check_base_bytes([("a", whole), ("b", whole)], promised.on_each_rank(2), "fsdp")
 
 
+def _shared_base(raw):
+    from qlora_dist.distributed import World
+    from qlora_dist.trainer import fitting, stages
+
+    world = World.init()
+    config = fitting.settle(config_of(raw, strategy__name="fsdp"), world).config
+    learner = stages.build_learner(config, world)
+    said = stages.check_base(config, world, learner)
+    kept, learner.base_checksum = learner.base_checksum, None
+    if world.rank == 1:  # one byte of this rank's part
+        next(p for p in learner.model.parameters() if p.dtype == torch.uint8).to_local()[0, 0] ^= 1
+    is_changed = base_checksum(learner.model) != kept
+    stages.base_model.unwrap(learner.model).waste = torch.nn.Parameter(torch.ones(2**16))
+    return said, is_changed, outcome(stages.check_base, config, world, learner)
+
+
+def test_ranks_that_share_a_base_hold_half_each_and_see_a_change_of_their_part(raw):
+    for rank, (said, is_changed, failure) in enumerate(on_ranks(_shared_base, 2, raw)):
+        assert "as fsdp promises; a gathered layer is bit-equal to its quantized source" in said
+        assert is_changed is (rank == 1)
+        assert failure[0] == "RunFailed" and "strategy fsdp promises" in failure[1]
+
+
 def test_a_small_view_of_a_large_buffer_costs_the_buffer(folder):
     model = base_of(folder)
     before = held_base_bytes(model)

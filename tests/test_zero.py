@@ -34,9 +34,10 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zero3_config(tmp_path_factory):
-    """The shipped file, but without its exemption of small weights: all weights of the tiny model are small."""
+    """The shipped file, but without what it keeps whole: small weights, and weights that are soon used again."""
     config = json.loads((DS_CONFIGS / "zero3.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    for what in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+        config["zero_optimization"][f"stage3_{what}"] = 0
     path = tmp_path_factory.mktemp("ds") / "zero3.json"
     path.write_text(json.dumps(config))
     return str(path)
@@ -147,6 +148,8 @@ def runs(inputs, zero3_config, tmp_path_factory):
             run = str(tmp_path_factory.mktemp(strategy) / "run")
             changes = {"run_dir": run, "strategy__name": strategy, "train__steps": 10}
             changes |= {"strategy__ds_config": zero3_config} if strategy == "zero3" else {}
+            held_out = Path(inputs["data"]["train"][0]["path"]).with_name("held_out.json")
+            changes |= {"data__eval": [{"path": str(held_out), "format": "input-output"}]}
             made[strategy] = (run, on_ranks(_watched, RANKS, changed(inputs, **changes)))
         return made[strategy]
 
@@ -154,7 +157,7 @@ def runs(inputs, zero3_config, tmp_path_factory):
 
 
 @pytest.mark.parametrize("strategy", ZERO)
-def test_a_zero_strategy_gives_ddps_losses_norms_and_adapter_and_holds_less(runs, strategy):
+def test_a_zero_strategy_gives_ddps_losses_norms_and_adapter_and_holds_less(runs, inputs, strategy):
     (run, results), (ddp, ddp_results) = runs(strategy), runs("ddp")
     expected = _figures(ddp)
     assert expected.shape == (10, 3) and expected[9, 0] < 0.7 * expected[0, 0], (
@@ -162,6 +165,9 @@ def test_a_zero_strategy_gives_ddps_losses_norms_and_adapter_and_holds_less(runs
     )
     # fp32 sums in another order, ten updates deep
     torch.testing.assert_close(_figures(run), expected, rtol=1e-5, atol=0)
+    mine, theirs = (json.loads((Path(folder) / "summary.json").read_text()) for folder in (run, ddp))
+    for key in ("eval_loss_start", "eval_loss"):
+        assert mine[key] == pytest.approx(theirs[key], rel=1e-5)
     for result in results:
         assert result["base_kept"] and result["dtypes_kept"] and result["all_b_moved"]
         assert result["trained_dtypes"] == {"torch.float32"}
@@ -171,12 +177,24 @@ def test_a_zero_strategy_gives_ddps_losses_norms_and_adapter_and_holds_less(runs
         assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
         for key, value in theirs.items():
             torch.testing.assert_close(mine[key], value, rtol=1e-3, atol=1e-5)  # Adam divides small by small
+    assert _loads_in_stock_peft(inputs["model"]["name"], Path(run) / "adapter")
     for result, whole in zip(results, ddp_results):
         assert whole["state_bytes"] >= 2 * result["weight_bytes"]
         assert result["state_bytes"] == pytest.approx(2 * result["weight_bytes"] / RANKS, rel=0.01)
         if strategy in ("zero2", "zero3"):  # in zero2 a weight on the border between two parts lies on both sides
             assert result["gradient_bytes"] < 0.75 * whole["gradient_bytes"]
         assert result["base_share"] == pytest.approx(1 / RANKS if strategy == "zero3" else 1.0, rel=0.01)
+
+
+def _loads_in_stock_peft(base, adapter):
+    """Whether every weight of the file arrives in the model that PEFT makes of it."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    loaded, stored = get_peft_model_state_dict(model), load_file(adapter / "adapter_model.safetensors")
+    return loaded.keys() == stored.keys() and all(torch.equal(loaded[key], value) for key, value in stored.items())
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero2_offload"])
@@ -308,6 +326,9 @@ def test_every_shipped_file_leaves_to_the_run_config_what_it_owns():
             ["device is 'cpu'", "strategy.name zero2 makes it 'none'"],
         ),
         ("optimizer", {"type": "AdamW"}, ["optimizer is not this file's to say", "optim.name"]),
+        ("elasticity", {"enabled": True}, ["elasticity is not this file's to say", "batch.rows_per_step"]),
+        ("zero_optimization.sub_group_size", 1000, ["sub_group_size", "remove it"]),
+        ("zero_optimization.zero_hpz_partition_size", 2, ["zero_hpz_partition_size is 2, expected 1"]),
         ("communication_data_type", "bf16", ["communication_data_type is 'bf16'", "reduced in fp32"]),
         ("gradient_allreduce_op", "sum", ["gradient_allreduce_op is 'sum'"]),
         ("zero_optimization.reduce_bucket_size", "auto", ['reduce_bucket_size is "auto"', "write a number"]),
@@ -366,6 +387,11 @@ def test_an_unsound_pair_is_refused_before_the_model_is_read(raw, monkeypatch, c
         ),
         ("zero3", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "strategy.name=zero3"),
         ("zero2", {"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        (
+            "zero2",
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "my.json"},
+            "set strategy.ds_config=my.json",
+        ),
         ("zero2", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, None),
         ("ddp", {}, None),
     ],

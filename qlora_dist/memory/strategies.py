@@ -8,7 +8,7 @@ from ..errors import UserError
 from .constants import Item
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp")
-BUCKET_BYTES = 32 * 2**20  # distributed.BUCKET_BYTES
+BUCKET_BYTES = 32 * 2**20  # distributed.reducer.BUCKET_BYTES
 DEEPSPEED_BUCKET_BYTES = 4 * 5 * 10**7  # reduce_bucket_size and allgather_bucket_size of 5e7 fp32 elements
 GATHERED_LAYERS = 2  # the one that computes, and the next, which is fetched meanwhile
 

@@ -34,7 +34,7 @@ from .running import (
     strip_wrappers,
     unwrap,
 )
-from .sharding import check_gathered_layer, held_bytes
+from .sharding import check_gathered_layer, check_shares, held_bytes
 
 __all__ = [
     "INFERENCE",
@@ -47,6 +47,7 @@ __all__ = [
     "check_config",
     "check_gathered_layer",
     "check_head",
+    "check_shares",
     "decoder_layers",
     "evaluation_mode",
     "gathered_head",

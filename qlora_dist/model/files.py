@@ -67,12 +67,17 @@ class WeightFiles:
         stop = entry.numel if stop is None else stop
         assert 0 <= start <= stop <= entry.numel, f"{name}: {start} to {stop} of {entry.numel} elements"
         size = entry.dtype.itemsize
-        buffer = torch.empty((stop - start) * size, dtype=torch.uint8)
+        return self.read_bytes(name, start * size, stop * size).view(entry.dtype)
+
+    def read_bytes(self, name: str, start: int, stop: int) -> Tensor:
+        """(stop - start,) bytes of a tensor, whatever its type, uint8 on the CPU."""
+        entry = self.entries[name]
+        buffer = torch.empty(stop - start, dtype=torch.uint8)
         if buffer.numel():
             with open(entry.path, "rb", buffering=0) as file:
-                file.seek(entry.start + start * size)
+                file.seek(entry.start + start)
                 _read_into(file, buffer.numpy().data, entry.path)
-        return buffer.view(entry.dtype)
+        return buffer
 
 
 def _read_into(file: object, view: memoryview, path: Path) -> None:

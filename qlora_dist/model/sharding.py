@@ -101,6 +101,7 @@ def load_shared(
     """The base with this rank's part of every large weight on the device (with `offload` in host memory).
 
     Raises UserError for families without decoder layers, and for weights that are no whole number of blocks.
+    Raises RunFailed when a large weight was left whole.
     """
     model: Any = skeleton.model
     weights = [(name, module, attribute, weight_size(module, attribute))
@@ -119,6 +120,7 @@ def load_shared(
     finish(skeleton, source, tied, group.device)
     progress.close()
     model.shared = Shared(group, skeleton, source)
+    check_shares(model)
     return model
 
 
@@ -301,6 +303,37 @@ def _equals_source(shared: Shared, name: str, module: Any, attribute: str) -> bo
     return torch.equal(value.view(-1, 1), codes) and all(
         torch.equal(ours[key], constant) for key, constant in theirs.as_dict(packed=True).items()
     )
+
+
+def check_shares(model: nn.Module) -> None:
+    """Every large weight of a shared base is this rank's part only. Raises RunFailed naming one that is not.
+
+    Not a collective: each rank looks at what it holds. A base that is not shared passes.
+    """
+    base: Any = unwrap(model)
+    shared: Shared | None = getattr(base, "shared", None)
+    if shared is None:
+        return
+    prefixes = tuple(f"{name}." for name, module in base.named_modules() if module in set(decoder_layers(base)))
+    tables = (base.get_input_embeddings().weight, base.get_output_embeddings().weight)
+    large = {
+        name: value
+        for name, value in base.named_parameters()
+        if any(value is table for table in tables)
+        or (value.ndim > 1 and name.startswith(prefixes) and "lora_" not in name)
+    }
+    whole = {
+        name: own_part(value).nbytes
+        for name, value in large.items()
+        if not isinstance(value, DTensor) or len(own_part(value)) > -(-len(value) // shared.group.size)
+    }
+    if whole:
+        name, size = max(whole.items(), key=lambda item: item[1])
+        raise RunFailed(
+            f"strategy fsdp: {len(whole)} large weights are whole on rank {shared.group.rank} instead of cut into "
+            f"{shared.group.size}, such as {name} with {size:,} bytes: the memory that was planned is not saved. Use "
+            "another torch, or strategy ddp"
+        )
 
 
 def held_bytes(model: nn.Module) -> int:

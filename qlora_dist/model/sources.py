@@ -58,9 +58,14 @@ class FileSource:
         return shape[::-1] if name in self._transposed and self.packed(name) is None else shape
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements of a weight. A transposed one is held whole while its parts are read."""
+        """Elements of a weight; of one stored in 4 bit its bytes, which other tools may have labelled as a float type.
+
+        A transposed weight is held whole while its parts are read.
+        """
         key = self._key_of[name]
-        if name not in self._transposed or f"{key}.absmax" in self._files.entries:
+        if f"{key}.absmax" in self._files.entries:
+            return self._files.read_bytes(key, start, stop)
+        if name not in self._transposed:
             return self._files.read(key, start, stop)
         if self._whole is None or self._whole[0] != name:
             stored = self._files.read(key).view(self._files.entries[key].shape)

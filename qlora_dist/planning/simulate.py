@@ -16,7 +16,7 @@ Not simulated: several ranks, activation offload, CUDA context, allocator.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,22 +71,46 @@ def simulate(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> Trace:
     _make_tables(config.model.quantization)
     model = _meta_model(config, plan, pretrained)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(_workspaces()) as live, _as_on_a_gpu():
-        head, optimizer = _fill(config, model, live)
-        batch = _batch(plan.micro_rows, plan.row_tokens, live)
-        live.reset_peak()
-        chunk = max(1, CHUNK_BYTES["cuda"] // (4 * head.weight.shape[0]))
-        with live.category("saved activations"):
-            hidden = base_model.hidden_states(model, batch)
-            hidden = hidden.to(_dtype(config))
-        with live.category("loss"):
-            nll = nll_sum(hidden, head, batch.label_positions, batch.labels, chunk)
-        del hidden
-        with live.category("backward"):
-            nll.backward()
-        del nll
-        with live.category("optimizer step"):
-            step_optimizer(optimizer, 1e-4)
+        _run_step(config, plan, model, live)
     return Trace(live.peak_bytes, live.peak_at, dict(live.peak), simulated_bytes(plan))
+
+
+def measure(config: RunConfig, plan: MemoryPlan, pretrained: Any, device: torch.device) -> Trace:
+    """The same step on a device, with real tensors of no meaning. On CUDA `peak_bytes` is the allocator's own figure,
+    and `planned_bytes` all that the plan expects of it."""
+    model = _meta_model(config, plan, pretrained)
+    is_cuda = device.type == "cuda"
+    with torch.device(device), LiveBytes({} if is_cuda else _workspaces()) as live:
+        _run_step(config, plan, model, live, torch.cuda.reset_peak_memory_stats if is_cuda else lambda: None)
+    if is_cuda:
+        return Trace(torch.cuda.max_memory_allocated(device), live.peak_at, dict(live.peak), plan.tensor_bytes)
+    return Trace(live.peak_bytes, live.peak_at, dict(live.peak), simulated_bytes(plan))
+
+
+def _run_step(
+    config: RunConfig,
+    plan: MemoryPlan,
+    model: torch.nn.Module,
+    live: LiveBytes,
+    at_start: Callable[[], None] = lambda: None,
+) -> None:
+    """Forward, loss, backward, update, in the order and with the lifetimes of `trainer.step`."""
+    head, optimizer = _fill(config, model, live)
+    batch = _batch(plan.micro_rows, plan.row_tokens, live)
+    at_start()
+    live.reset_peak()
+    chunk = max(1, CHUNK_BYTES["cuda"] // (4 * head.weight.shape[0]))
+    with live.category("saved activations"):
+        hidden = base_model.hidden_states(model, batch)
+        hidden = hidden.to(_dtype(config))
+    with live.category("loss"):
+        nll = nll_sum(hidden, head, batch.label_positions, batch.labels, chunk)
+    del hidden
+    with live.category("backward"):
+        nll.backward()
+    del nll
+    with live.category("optimizer step"):
+        step_optimizer(optimizer, 1e-4)
 
 
 def _meta_model(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> torch.nn.Module:
@@ -138,7 +162,7 @@ def _batch(rows: int, row_tokens: int, live: LiveBytes) -> Batch:
     with live.category("batch"):
         tokens = rows * row_tokens
         ids, places, positions, labels = (torch.zeros(tokens, dtype=torch.int64) for _ in range(4))
-        borders = torch.zeros(rows + 1, dtype=torch.int32)
+        borders = torch.arange(rows + 1, dtype=torch.int32) * row_tokens
     return Batch(
         ids[None], places[None], borders, row_tokens, positions, labels, tuple(range(rows)), (row_tokens,) * rows
     )

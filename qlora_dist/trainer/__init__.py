@@ -5,6 +5,7 @@ trainer.preflight            what all ranks must agree on before the model is re
 trainer.fitting              what fits in memory, and what it means when it does not
 trainer.update               the strategy: what turns gradients into an update
 trainer.keeping              checkpoints, resume, results
+trainer.held_out             evaluation while training
 trainer.step                 what happens again and again: one optimizer update
 examples, packing, loader    sources -> documents -> rows -> this rank's micro-batches
 model, attention, adapters   4-bit base -> packed attention -> LoRA in fp32
@@ -19,10 +20,10 @@ import time
 
 from ..config import RunConfig
 from ..metrics import Metrics
-from ..preempt import StopRequested, StopSignal
+from ..preempt import StopSignal
 from ..state import TrainState
 from ..verify import check_first_update
-from . import fitting, keeping, stages
+from . import fitting, held_out, keeping, stages
 from .step import train_step
 
 
@@ -55,8 +56,8 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
             metrics.start(state.step)
             world.start_trackers(config.logging.project, config.model_dump(mode="json"))
             fitting.try_longest(config, world, learner, data, state, num_steps, progress, metrics)
-            before = stages.evaluate_start(config, run, world, learner, data, state, metrics, stop)
-            stages.evaluate_owed(config, world, learner, data, state, num_steps, metrics, stop)
+            before = held_out.evaluate_start(config, run, world, learner, data, state, metrics, stop)
+            held_out.evaluate_owed(config, world, learner, data, state, num_steps, metrics, stop)
 
             waited_since, is_stopping = time.perf_counter(), False
             for rows in data.loader.iterate(state.step, num_steps, pin_memory=world.device.type == "cuda"):
@@ -81,10 +82,8 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                 )
                 is_stopping = stats.stop_requested
                 if not is_stopping and (state.step == num_steps or stages.is_due(state.step, config.train.eval_every)):
-                    try:
-                        values |= stages.evaluate_held_out(world, learner, data, stop)
-                    except StopRequested:
-                        is_stopping = True
+                    found, is_stopping = held_out.evaluate_unless_stopped(world, learner, data, stop)
+                    values |= found
                 is_last = state.step == num_steps or is_stopping
                 metrics.step(values)
                 world.log(values, state.step)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,15 @@ from .. import model as base_model
 from ..config import DataConfig, RunConfig, SourceConfig, dump_yaml
 from ..distributed import World, launched_job, require_own_strategy
 from ..errors import RunFailed, UserError
-from ..evaluate import evaluate
 from ..examples import Documents, build_documents, split_sources
 from ..loader import Loader, StepRows, derive_accumulation, eval_batches
-from ..metrics import GIB, Metrics, format_evaluation, peak_bytes
+from ..metrics import GIB, peak_bytes
 from ..offload import ActivationOffload
 from ..optim import lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..preempt import StopRequested, StopSignal
 from ..runlock import RunLock
-from ..state import RunDir, StepStats, TrainState, write_json
+from ..state import RunDir, StepStats, TrainState
 from ..verify import (
     base_checksum,
     check_base_bytes,
@@ -384,58 +381,3 @@ def step_values(
 def is_due(step: int, every: int | None) -> bool:
     """Whether something that happens every N steps happens after this one."""
     return every is not None and step % every == 0
-
-
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
-def evaluate_held_out(world: World, learner: Learner, data: Data, stop: StopSignal) -> dict[str, float]:
-    """Held-out values for a line of metrics.jsonl; nothing without data.eval. Raises StopRequested on all ranks."""
-    if not data.held_out:
-        return {}
-    world.doing("evaluation")
-    result = evaluate(
-        learner.model,
-        data.held_out,
-        lambda batch: learner.update.run(partial(learner.nll_sum, batch)),
-        world,
-        lambda: stop.requested,
-    )
-    return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_seconds": result.seconds}
-
-
-def evaluate_start(
-    config: RunConfig,
-    run: RunDir,
-    world: World,
-    learner: Learner,
-    data: Data,
-    state: TrainState,
-    metrics: Metrics,
-    stop: StopSignal,
-) -> dict[str, float]:
-    """Held-out values before the first update, kept for the summary also over a resume."""
-    kept = run.path / "eval_start.json"
-    if state.step > 0 or not data.held_out or not config.train.eval_at_start:
-        return world.from_main(lambda: json.loads(kept.read_text()) if kept.exists() else {})
-    values = evaluate_held_out(world, learner, data, stop)
-    world.from_main(lambda: write_json(kept, values))
-    metrics.say(f"before training: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
-    return values
-
-
-def evaluate_owed(
-    config: RunConfig,
-    world: World,
-    learner: Learner,
-    data: Data,
-    state: TrainState,
-    num_steps: int,
-    metrics: Metrics,
-    stop: StopSignal,
-) -> None:
-    """After a resume: makes up for the evaluation of the checkpoint's step if a stop signal cut it short."""
-    was_due = state.step == num_steps or is_due(state.step, config.train.eval_every)
-    if state.step > 0 and was_due and data.held_out and world.from_main(metrics.lacks_evaluation):
-        values = evaluate_held_out(world, learner, data, stop)
-        world.from_main(lambda: metrics.amend(values))

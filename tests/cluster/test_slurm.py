@@ -143,7 +143,7 @@ def test_a_rank_killed_in_the_middle_of_a_step_is_named_and_the_job_finishes(clu
 
 def test_three_tries_without_progress_end_with_93(cluster, run):
     config, _, log = run
-    crash = {"do": "exit", "at": "data"}
+    crash = {"do": "exit", "at": "import"}
     job = cluster.submit("--gpus-per-node=0", "slurm/train.sbatch", str(config), log=log, **faults(crash))
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "FAILED"
     assert cluster.job(job)["ExitCode"] == "93:0"
@@ -157,6 +157,16 @@ def test_a_users_mistake_ends_the_job_at_once(cluster, run):
     job = cluster.submit("--gpus-per-node=0", "slurm/train.sbatch", *arguments, log=log)
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "FAILED"
     assert cluster.job(job)["ExitCode"] == "2:0" and log.read_text().count("supervise: job") == 1
+
+
+def test_a_benchmark_runs_on_one_node_and_on_all(cluster, tmp_path):
+    script, log = tmp_path / "bench.py", tmp_path / "job.log"
+    script.write_text("import os, sys; open(sys.argv[1] + os.environ['RANK'], 'w').write(os.environ['WORLD_SIZE'])")
+    options = ["--nodes=2", "--gpus-per-node=1", "slurm/bench.sbatch"]
+    job = cluster.submit(*options, str(script), f"{tmp_path}/nodes-{{nodes}}-rank-", log=log)
+    assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "COMPLETED", log.read_text()
+    found = {file.name: file.read_text() for file in tmp_path.glob("nodes-*")}
+    assert found == {"nodes-1-rank-0": "1", "nodes-2-rank-0": "2", "nodes-2-rank-1": "2"}
 
 
 def _num_steps(run_dir: Path) -> int:

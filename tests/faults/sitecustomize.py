@@ -3,7 +3,7 @@
 FAULTS holds a JSON list of {"do": ..., "at": ..., "rank": ..., "step": ..., "once": file}.
 do    sleep (with "seconds"), wait (until "file" exists), exit, disk full, wrong clock, or the name of a signal that the
       process sends to itself (with "times")
-at    where: a key of PLACES, before each call of that function
+at    where: a key of PLACES, before each call of that function, or import: before the trainer is imported
 rank  only there; step (0-based): only then; nth: only at that call, from 1; without them on all ranks, at each call
 once  a file: not again once it exists
 """
@@ -75,7 +75,7 @@ def strike(fault):
 
 def apply(module, faults):
     for fault in faults:
-        where, name = PLACES[fault["at"]]
+        where, name = PLACES.get(fault["at"], ("", ""))
         if where == module.__name__:
             setattr(module, name, wrap(fault, getattr(module, name)))
 
@@ -93,6 +93,9 @@ class Finder(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def exec_module(module):
+            for fault in self.faults if name == "qlora_dist.trainer" else ():
+                if fault["at"] == "import":
+                    strike(fault)
             execute(module)
             apply(module, self.faults)
 

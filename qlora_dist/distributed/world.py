@@ -1,12 +1,6 @@
 """World: who this process is among the ranks, and the few things ranks do together.
 
-The only module that imports accelerate and torch.distributed. One implementation serves 1..N processes:
-`world.size > 1` is asked here and nowhere else.
-
-Gradients of the trainable weights live in one flat buffer (`flat.FlatParameters`), summed over ranks in buckets that
-never change. torch's DistributedDataParallel rebuilds its buckets after its first iteration, so that the first step of
-each life of a job sums in another order and a resumed run differs in the last bits at 4 ranks and more; fixed buckets
-keep a resumed run bit-identical, and the reduction still overlaps with the backward pass.
+One implementation serves 1..N processes: `world.size > 1` is asked here and nowhere else.
 """
 
 from __future__ import annotations
@@ -17,7 +11,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +18,13 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.distributed.device_mesh import DeviceMesh
 
-from .errors import RunFailed, UserError
-from .flat import Span
-from .preempt import StopRequested, StopSignal
-from .pulse import Pulse
+from ..errors import RunFailed, UserError
+from ..flat import Span
+from ..preempt import StopRequested, StopSignal
+from ..pulse import Pulse
+from .reducer import GradientReducer
+from .shards import ShardGroup
 
-BUCKET_BYTES = 32 * 2**20  # large enough for full link bandwidth, small enough to start before the backward pass ends
 TIMEOUT_SECONDS = 600.0
 WAIT_FACTOR = 3  # outside of steps: ranks load, evaluate and save at different speeds
 # torch's own limit comes last: it ends a process without a word about the others
@@ -38,74 +32,8 @@ _BACKEND_MARGIN_SECONDS = 120.0
 BUILD_TIMEOUT_SECONDS = 24 * 3600.0  # tokenizing a large corpus takes hours; a dead builder is noticed by its launcher
 
 
-def launched_rank() -> int:
-    """This process's rank as its launcher says it, before any process group exists (0 without a launcher)."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def _backend_timeout(timeout_seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=WAIT_FACTOR * timeout_seconds + _BACKEND_MARGIN_SECONDS)
-
-
-def child_environment(hide_gpus: bool) -> dict[str, str]:
-    """This process's environment for a launcher that it starts itself: without what a launcher around it has set."""
-    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in dropped}
-    return {**kept, "CUDA_VISIBLE_DEVICES": ""} if hide_gpus else kept
-
-
-def require_own_strategy(name: str) -> None:
-    """The run config names the strategy; a launcher that asks for another one is refused, the same one is ignored.
-
-    accelerate's launcher says in variables that it wants DeepSpeed or FSDP. `Accelerator` would then make a plugin of
-    its own, with values that the run config does not know, and transformers would load the model through it.
-    """
-    asked = {
-        kind: os.environ.pop(variable)
-        for kind, variable in (("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP"))
-        if os.environ.get(variable, "false").lower() == "true"
-    }
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-    for kind in asked:
-        fits = name.startswith(f"zero{stage or ''}") if kind == "DEEPSPEED" else name == "fsdp"
-        if not fits:
-            what = f"DEEPSPEED with ZeRO stage {stage}" if kind == "DEEPSPEED" and stage else kind
-            raise UserError(
-                f"the launcher's config asks for distributed_type {what}, the run config for strategy.name={name}; the "
-                "run config decides: launch with launch/accelerate/ddp.yaml (it fits every strategy) and set "
-                "strategy.name"
-            )
-
-
-@dataclass(frozen=True)
-class ShardGroup:
-    """The ranks that share one base, each holding a part. Its collectives do not mix with those of `World`."""
-
-    mesh: DeviceMesh
-    rank: int
-    size: int
-    device: torch.device
-
-    def gather(self, own: torch.Tensor, total: int) -> torch.Tensor:
-        """(total,) all ranks' parts of a 1-D tensor, one after another; each is ceil(total / size) long or the rest."""
-        per_rank = -(-total // self.size)
-        padded = own.new_zeros(per_rank)
-        padded[: len(own)] = own
-        whole = own.new_empty(per_rank * self.size)
-        parts = list(whole.split(per_rank))
-        dist.all_gather(parts, padded, group=self.mesh.get_group())
-        return whole[:total]
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's plain-data value, in rank order."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.mesh.get_group())
-        return values
-
-
-def launched_job() -> tuple[str | None, int]:
-    """Slurm's id of the job that this process belongs to, if any, and how often it was requeued."""
-    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 class World:
@@ -212,7 +140,7 @@ class World:
 
     def prepare(self, flat_grads: Sequence[torch.Tensor], spans: Sequence[Sequence[Span]]) -> None:
         """Takes charge of the flat gradient buffers of the trainable weights, one per parameter group."""
-        self._reducer = GradientReducer(self, flat_grads, spans)
+        self._reducer = GradientReducer(self.size, flat_grads, spans)
 
     @contextmanager
     def accumulate(self, is_last: bool) -> Iterator[None]:
@@ -400,64 +328,3 @@ class World:
         """Hands values to accelerate's trackers."""
         if self._trackers:
             self._accelerator.log(values, step=step)
-
-
-class GradientReducer:
-    """Sums flat gradient buffers over ranks in fixed buckets, while the backward pass still runs.
-
-    Buckets are filled from the end of the buffers, since the last layer's gradients come first. A bucket is sent when
-    all of its gradients are there and all buckets before it were sent, so every rank sends in the same order
-    whatever order its gradients come in; `finish` sends what is left, so a rank whose rows gave no gradient to some
-    weight takes part in every sum.
-    """
-
-    def __init__(self, world: World, flat_grads: Sequence[torch.Tensor], spans: Sequence[Sequence[Span]]) -> None:
-        self._buckets: list[torch.Tensor] = []
-        self._bucket_of: dict[torch.nn.Parameter, int] = {}
-        self._num_parameters: list[int] = []
-        for flat, group in zip(flat_grads, spans, strict=True):
-            limit = BUCKET_BYTES // flat.element_size()
-            stop = flat.numel()
-            members: list[torch.nn.Parameter] = []
-            for span in reversed(group):
-                members.append(span.parameter)
-                if stop - span.start >= limit or span is group[0]:
-                    start = 0 if span is group[0] else span.start
-                    self._bucket_of.update(dict.fromkeys(members, len(self._buckets)))
-                    self._num_parameters.append(len(members))
-                    self._buckets.append(flat[start:stop])
-                    stop, members = start, []
-        self._missing: list[int] = []
-        self._works: list[dist.Work] = []
-        self.own_are_finite = torch.ones((), dtype=torch.bool)  # this rank's gradients, before the last sum
-        if world.size > 1:
-            for parameter in self._bucket_of:
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
-
-    def arm(self) -> None:
-        """Before the last micro-step's backward pass: from now on full buckets are sent."""
-        self._missing = list(self._num_parameters)
-        self._works = []
-        self.own_are_finite = torch.ones((), dtype=torch.bool, device=self._buckets[0].device)
-
-    def _on_gradient(self, parameter: torch.nn.Parameter) -> None:
-        if not self._missing:
-            return
-        self._missing[self._bucket_of[parameter]] -= 1
-        while len(self._works) < len(self._buckets) and self._missing[len(self._works)] == 0:
-            self._send()
-
-    def _send(self) -> None:
-        bucket = self._buckets[len(self._works)]
-        self.own_are_finite &= bucket.isfinite().all()  # afterwards nobody can tell whose gradient it was
-        work = dist.all_reduce(bucket, async_op=True)
-        assert work is not None
-        self._works.append(work)
-
-    def finish(self) -> None:
-        """After the last micro-step: all buckets are summed when it returns (on CUDA: in stream order)."""
-        while len(self._works) < len(self._buckets):
-            self._send()
-        for work in self._works:
-            work.wait()
-        self._missing = []

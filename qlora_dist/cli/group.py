@@ -1,0 +1,32 @@
+"""The command group, and what commands share."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import click
+
+from .. import __version__
+
+SET = click.option(
+    "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a config value; may be repeated."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show the traceback of user errors too, and debug logs.")
+def cli(debug: bool) -> None:
+    """Distributed QLoRA fine-tuning: exact over ranks, packed, resumable, measured."""
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("qlora_dist").setLevel(logging.DEBUG if debug else _log_level())
+
+
+def _log_level() -> int:
+    return logging.INFO if rank() == 0 else logging.WARNING  # rank 0 speaks
+
+
+def rank() -> int:
+    """This process's rank, as its launcher says it; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
