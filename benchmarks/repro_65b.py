@@ -76,7 +76,8 @@ def write_inputs(folder: Path, shapes: dict[str, Any], row_tokens: int, num_rows
     generator = np.random.default_rng(0)
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         for _ in range(num_rows):
-            ids = generator.integers(3, shapes["vocab_size"], row_tokens).tolist()
+            # an end is learned, as the trainer asks of any data
+            ids = [*generator.integers(3, shapes["vocab_size"], row_tokens - 1).tolist(), shapes["eos_token_id"]]
             file.write(json.dumps({"input_ids": ids}) + "\n")
 
 
