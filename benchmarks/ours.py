@@ -17,6 +17,7 @@ from qlora_dist.config import RunConfig, parse_config
 from qlora_dist.distributed import World
 from qlora_dist.model import unwrap
 from qlora_dist.packing import Batch
+from qlora_dist.preempt import StopSignal
 from qlora_dist.state import StepStats
 from qlora_dist.trainer import stages
 from qlora_dist.trainer.step import Learner, train_step
@@ -109,8 +110,8 @@ def run(
 ) -> dict[str, Any]:
     """Trains until the conductor says stop; facts for the raw result (on every rank; rank 0 writes)."""
     config = config_of(cell, model_folder, data_folder, scratch)
-    with stages.join(config) as world:
-        stages.check(config, world)
+    with StopSignal() as stop, stages.join(config, stop) as world:
+        stages.check_model(config, world)  # not `check`: no checkpoint is written, so no disk is needed for one
         data = stages.build_data(config, world)
         watch.imported()
         timed_world: Any = TimedWorld(world, conductor)
