@@ -2,7 +2,9 @@
 
     shapes      config.json -> ModelShapes (no torch, no weights)
     tape        lifetimes of tensors in a forward and backward pass, as sizes
-    layers      a decoder layer, the last norm and the loss, written on a tape
+    layers      a decoder layer, written on a tape
+    head        the last norm and the loss on a tape
+    devices     GPUs by name, and a rough speed
     strategies  what each strategy keeps on a rank
     items       what stays for a whole run
     moments     what comes and goes within a step
