@@ -49,7 +49,7 @@ from .streaming import (
 
 from transformers import GenerationConfig  # isort: skip
 
-SHARD_BYTES = 512 * 2**20  # of a file; host memory holds one file's tensors until they are written
+SHARD_BYTES = 512 * 2**20  # of a file, which is in host memory twice while safetensors serializes it
 FORMAT = 1  # part of every fingerprint: raise it when the same inputs give another folder
 MANIFEST = "manifest.json"
 
@@ -67,7 +67,7 @@ def quantize_model(
 ) -> int:
     """Writes the 4-bit form of a 16-bit model with its tokenizer into the new folder `out`; returns its bytes.
 
-    Memory: one file's tensors and a few pieces of a weight, at most the largest weight that is not quantized.
+    Memory: twice the tensors of one file (`shard_bytes`, or a larger single weight) and a few pieces of a weight.
     Raises UserError for an output in use, a model that is quantized already, and files that must be converted.
     """
     out = Path(out).expanduser()
