@@ -111,6 +111,7 @@ class Run:
     ) -> None:
         self.preset, self.out, self.scratch, self.origin = preset, out, scratch, origin
         self.resume, self.joined = resume, joined
+        self.is_main = not joined or os.environ["RANK"] == "0"  # whose results are the run's
         self.workers: list[Worker] = []  # all that were started
         out.mkdir(parents=True, exist_ok=True)
         scratch.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,8 @@ class Run:
         gemm = next((result for result in results if result["cell"]["engine"] == "gemm"), None)
         for result in results:
             self._write(group, result, gemm)
-            print(f"{result['name']}: {figures.one_line(result)}", flush=True)
+            if self.is_main:
+                print(f"{result['name']}: {figures.one_line(result)}", flush=True)
         return results
 
     def _write(self, group: Group, result: dict[str, Any], gemm: dict[str, Any] | None) -> None:
@@ -392,7 +394,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cells end with this process
     started = time.monotonic()
     command = provenance.this_command("benchmarks.throughput")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "WORLD_SIZE" in os.environ:
         shared = arguments.scratch or Path(tempfile.gettempdir()) / "benchmark-ranks"
         run_as_rank(preset, arguments.out, command=command, scratch=shared)
         return
