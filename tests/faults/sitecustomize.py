@@ -23,7 +23,7 @@ PLACES = {
     "save": ("qlora_dist.checkpoint", "_write_text"),  # twice a checkpoint: state.json, manifest.json
     "data": ("qlora_dist.trainer.stages", "build_documents"),
     "load": ("qlora_dist.model", "load_base"),
-    "evaluate": ("qlora_dist.trainer.stages", "evaluate"),
+    "evaluate": ("qlora_dist.trainer.held_out", "evaluate"),
 }
 
 
