@@ -94,8 +94,8 @@ def to_markdown(parts: list[sections.Section]) -> str:
 INTRODUCTION = (
     "Made by `python -m benchmarks.report` from the raw files that each row names; do not edit. Tokens are real tokens "
     "(padding is not counted), rates are medians over the timed steps with quartiles in brackets. Memory is the peak "
-    "of the training steps: on a CPU (where blocks of 1 MiB and more go back to the system when they are freed, in every "
-    "cell alike) the anonymous resident memory above what interpreter and libraries took before "
+    "of the training steps: on a CPU (where freed blocks of 1 MiB and more go back to the system, in every cell alike) "
+    "the anonymous resident memory above what interpreter and libraries took before "
     "the model was read (the absolute figure stands beside it), on a GPU what the allocator gave out."
 )
 

@@ -278,8 +278,8 @@ def _without_result(cell: Cell, status: str, reason: str) -> dict[str, Any]:
 def _environment(cell: Cell, rank: int | None, port: int) -> dict[str, str]:
     """rank None: this process's own place among the ranks, as its launcher says it."""
     environment = {
-        # glibc keeps freed blocks below a threshold that grows with use: resident memory then says how the heap broke up
-        # (0.4 to 1 GiB for one 4-bit model), not what was needed. Fixed, large blocks go back at once, in every cell
+        # glibc keeps freed blocks below a threshold that grows with use: resident memory then says how the heap broke
+        # up (0.4 to 1 GiB for one 4-bit model), not what was needed. Fixed, large blocks go back at once, everywhere
         "MALLOC_MMAP_THRESHOLD_": str(2**20),
         **os.environ,
         "HF_HUB_OFFLINE": "1",
