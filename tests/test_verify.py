@@ -27,6 +27,7 @@ from qlora_dist.verify import (
     held_base_bytes,
     promised_base_bytes,
 )
+from qlora_dist.verify.base import local_part
 
 CPU = torch.device("cpu")
 PACKAGE = Path(qlora_dist.__file__).parent
@@ -83,7 +84,9 @@ def test_the_bytes_in_memory_are_those_that_the_shapes_promise(family, quantizat
         str(tmp_path), quantization=quantization, double_quant=double_quant, dtype=torch.float32
     )
     assert held_base_bytes(model) == promised.on_each_rank()  # exactly: storages of one rank, nothing is estimated
-    assert promised.matrices > 0 and promised.on_each_rank(2) == -(-promised.matrices // 2) + promised.others
+    assert promised.matrices > 0
+    cut = promised.matrices + promised.constants
+    assert promised.on_each_rank("fsdp", 2) == -(-cut // 2) + promised.vectors + promised.nested
 
 
 def test_a_base_that_is_not_quantized_or_not_sharded_is_named_with_rank_and_host(folder):
@@ -97,30 +100,33 @@ def test_a_base_that_is_not_quantized_or_not_sharded_is_named_with_rank_and_host
         check_base_bytes([("a", whole), ("b", plain)], promised.on_each_rank(), "ddp")
     # a rank of two that holds everything
     with pytest.raises(RunFailed, match=r"strategy fsdp promises .* rank 0 \(a\) holds .*; rank 1 \(b\) holds"):
-        check_base_bytes([("a", whole), ("b", whole)], promised.on_each_rank(2), "fsdp")
+        check_base_bytes([("a", whole), ("b", whole)], promised.on_each_rank("fsdp", 2), "fsdp")
 
 
-def _shared_base(raw):
+def _shared_base(raw, strategy):
     from qlora_dist.distributed import World
     from qlora_dist.trainer import fitting, stages
 
     world = World.init()
-    config = fitting.settle(config_of(raw, strategy__name="fsdp"), world).config
+    config = fitting.settle(config_of(raw, strategy__name=strategy), world).config
     learner = stages.build_learner(config, world)
     said = stages.check_base(config, world, learner)
     kept, learner.base_checksum = learner.base_checksum, None
     if world.rank == 1:  # one byte of this rank's part
-        next(p for p in learner.model.parameters() if p.dtype == torch.uint8).to_local()[0, 0] ^= 1
+        local_part(next(p for p in learner.model.parameters() if p.dtype == torch.uint8)).view(-1)[0] ^= 1
     is_changed = base_checksum(learner.model) != kept
     stages.base_model.unwrap(learner.model).waste = torch.nn.Parameter(torch.ones(2**16))
     return said, is_changed, outcome(stages.check_base, config, world, learner)
 
 
-def test_ranks_that_share_a_base_hold_half_each_and_see_a_change_of_their_part(raw):
-    for rank, (said, is_changed, failure) in enumerate(on_ranks(_shared_base, 2, raw)):
-        assert "as fsdp promises; a gathered layer is bit-equal to its quantized source" in said
+@pytest.mark.parametrize(
+    ("strategy", "compared"), [("fsdp", "is bit-equal to its"), ("zero3", "is not compared with its")]
+)
+def test_ranks_that_share_a_base_hold_half_each_and_see_a_change_of_their_part(raw, strategy, compared):
+    for rank, (said, is_changed, failure) in enumerate(on_ranks(_shared_base, 2, raw, strategy)):
+        assert f"as {strategy} promises; a gathered layer {compared}" in said
         assert is_changed is (rank == 1)
-        assert failure[0] == "RunFailed" and "strategy fsdp promises" in failure[1]
+        assert failure[0] == "RunFailed" and f"strategy {strategy} promises" in failure[1]
 
 
 def test_a_small_view_of_a_large_buffer_costs_the_buffer(folder):

@@ -52,6 +52,9 @@ ITEMS = (
     Item("plan-peaks", _throughput("--preset peaks"), 590, "the plan's peaks beside measured ones", resumes=True),
     Item("repro-65b", "python -m benchmarks.repro_65b --random-weights --crowd --out {out}/repro_65b.json", 600,
          "the paper's headline: 65B within 48 GB", device_gib=48),
+    Item("pytest-multi-gpu", "python -m pytest -m multi_gpu -q -rs --junitxml={out}/junit.xml", 900,
+         "strategies over NCCL: ddp, zero2, fsdp", needs=("bitsandbytes", "pydantic", "datasets", "deepspeed", "pytest"),
+         gpus=2),
     Item("scaling-8b", _throughput("--preset scaling --shape 8b --ranks 1 2 4 8"), 900,
          "scaling over the GPUs of a node", gpus=2, resumes=True),
 )  # fmt: skip

@@ -318,8 +318,6 @@ def check_base(config: RunConfig, world: World, learner: Learner) -> str:
     """
     if config.lora is None:
         return "no frozen base: all weights are trained"
-    if config.strategy.name == "zero3":
-        return "base: cut by DeepSpeed, which gathers and drops weights by itself: not compared"
     settings = config.model
     dtype: torch.dtype = getattr(torch, settings.compute_dtype)
     promised = promised_base_bytes(
@@ -329,11 +327,13 @@ def check_base(config: RunConfig, world: World, learner: Learner) -> str:
         double_quant=settings.double_quant,
         dtype=dtype,
     )
-    is_shared = config.strategy.name == "fsdp"
-    expected = promised.on_each_rank(world.size if is_shared else 1)
+    strategy = config.strategy.name
+    expected = promised.on_each_rank(strategy, world.size)
     held = world.gather((socket.gethostname(), held_base_bytes(learner.model)))
-    check_base_bytes(held, expected, config.strategy.name)
-    if is_shared:
+    check_base_bytes(held, expected, strategy)
+    if strategy == "zero3":
+        compared = "a gathered layer is not compared with its source: DeepSpeed gathers and drops weights by itself"
+    elif strategy == "fsdp":
         compared = "a gathered layer is bit-equal to its quantized source"  # build_learner has checked it
     elif settings.weights != "files":
         compared = "its weights are random, of no file"
@@ -342,7 +342,7 @@ def check_base(config: RunConfig, world: World, learner: Learner) -> str:
             learner.model, settings.name, revision=settings.revision, compute_dtype=dtype, seed=config.seed
         )
     learner.base_checksum = base_checksum(learner.model)
-    return f"base: {expected / GIB:.2f} GiB on each rank, as {config.strategy.name} promises; {compared}"
+    return f"base: {expected / GIB:.2f} GiB on each rank, as {strategy} promises; {compared}"
 
 
 def scheduled_lr(config: RunConfig, step: int, num_steps: int) -> float:

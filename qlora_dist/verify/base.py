@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RunFailed
-from ..model import base_weights, is_4bit, linear_layers, load_config, plain_name, unwrap
+from ..model import base_weights, is_4bit, linear_layers, load_config, own_part, plain_name, unwrap
 from ..model.original import has_quantized_files, read_source_weight, same_as_quantized
 from ..model.preflight import build_on_meta
 
@@ -29,12 +29,19 @@ COLUMNS = 128  # of the checksum
 class BaseBytes:
     """Bytes of the base, from config.json alone."""
 
-    matrices: int  # codes with their first constants, embedding, head: what strategy fsdp cuts
-    others: int  # norms, biases, second-level constants: whole on every rank
+    matrices: int  # codes, embedding, head, what is not quantized
+    constants: int  # of the first level
+    vectors: int  # norms, biases
+    nested: int  # constants of the second level
 
-    def on_each_rank(self, num_shards: int = 1) -> int:
-        """What one of `num_shards` ranks holds; 1: every rank holds all of it (ddp, ZeRO)."""
-        return -(-self.matrices // num_shards) + self.others
+    def on_each_rank(self, strategy: str = "ddp", num_ranks: int = 1) -> int:
+        """What one rank holds: all of it, but for fsdp a share of matrices and constants, for zero3 of all weights."""
+        cut, whole = 0, self.matrices + self.constants + self.vectors + self.nested
+        if strategy == "fsdp":
+            cut = self.matrices + self.constants
+        elif strategy == "zero3":
+            cut = self.matrices + self.vectors
+        return -(-cut // num_ranks) + whole - cut
 
 
 def promised_base_bytes(
@@ -50,7 +57,7 @@ def promised_base_bytes(
         for key, layer in layers.items()
         if quantization != "none" and not any(part in key for part in skipped)
     }
-    matrices = others = 0
+    matrices = constants = vectors = nested = 0
     for parameter in model.parameters():  # tied weights come once
         num_weights = parameter.numel()
         num_constants = -(-num_weights // BLOCK)
@@ -58,15 +65,15 @@ def promised_base_bytes(
             if parameter.ndim > 1:
                 matrices += num_weights * dtype.itemsize
             else:
-                others += num_weights * dtype.itemsize
+                vectors += num_weights * dtype.itemsize
         elif quantization == "int8":
-            matrices += num_weights + 4 * quantized[id(parameter)]  # one fp32 scale a row
-        elif double_quant:
-            matrices += num_weights // 2 + num_constants
-            others += 4 * -(-num_constants // NESTED_BLOCK)
+            matrices += num_weights
+            constants += 4 * quantized[id(parameter)]  # one fp32 scale a row
         else:
-            matrices += num_weights // 2 + 4 * num_constants
-    return BaseBytes(matrices, others)
+            matrices += num_weights // 2
+            constants += num_constants * (1 if double_quant else 4)
+            nested += 4 * -(-num_constants // NESTED_BLOCK) if double_quant else 0
+    return BaseBytes(matrices, constants, vectors, nested)
 
 
 def held_base_bytes(model: nn.Module) -> int:
@@ -86,7 +93,7 @@ def _held(model: nn.Module) -> Iterator[Tensor]:
     for name, parameter in base.named_parameters():
         if "lora_" in name:
             continue
-        yield local_part(parameter.detach())
+        yield local_part(parameter)
         state: Any = getattr(parameter, "quant_state", None)
         if state is not None:
             yield local_part(state.absmax)
@@ -103,9 +110,9 @@ def _held(model: nn.Module) -> Iterator[Tensor]:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor itself."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
+    """This rank's part of a tensor that FSDP2 or ZeRO-3 has cut; any other tensor itself."""
+    partition: Tensor | None = getattr(tensor, "ds_tensor", None)
+    return own_part(tensor if partition is None else partition).detach()
 
 
 def check_base_bytes(held: list[tuple[str, int]], promised: int, strategy: str, slack: float = 0.01) -> None:
@@ -170,7 +177,7 @@ def base_checksum(model: nn.Module) -> str:
     for name, tensor in base_weights(model):
         if name.endswith("inv_freq"):
             continue  # made from the config, and made anew by models whose positions scale with the length
-        part = local_part(tensor.detach())
+        part = local_part(tensor)
         digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
         sums.setdefault(part.device, []).append(_column_sums(part))
     for columns in sums.values():  # one copy to the host for each device
