@@ -53,8 +53,8 @@ ITEMS = (
     Item("repro-65b", "python -m benchmarks.repro_65b --random-weights --crowd --out {out}/repro_65b.json", 600,
          "the paper's headline: 65B within 48 GB", device_gib=48),
     Item("pytest-multi-gpu", "python -m pytest -m multi_gpu -q -rs --junitxml={out}/junit.xml", 900,
-         "strategies over NCCL: ddp, zero2, fsdp", needs=("bitsandbytes", "pydantic", "datasets", "deepspeed", "pytest"),
-         gpus=2),
+         "strategies over NCCL: ddp, zero2, fsdp", gpus=2,
+         needs=("bitsandbytes", "pydantic", "datasets", "deepspeed", "pytest")),
     Item("scaling-8b", _throughput("--preset scaling --shape 8b --ranks 1 2 4 8"), 900,
          "scaling over the GPUs of a node", gpus=2, resumes=True),
 )  # fmt: skip
