@@ -20,6 +20,8 @@ SET = click.option(
 def cli(debug: bool) -> None:
     """Distributed QLoRA fine-tuning: exact over ranks, packed, resumable, measured."""
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+    # transformers imports DeepSpeed where it is installed, also for commands that have nothing to do with it
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
     logging.getLogger("qlora_dist").setLevel(logging.DEBUG if debug else _log_level())
 
 
