@@ -454,6 +454,7 @@ def test_one_process_without_a_launcher_trains_under_one_strategy_after_another(
     assert "strategy zero3 on cpu: base, trained weights, gradients and optimizer states are sharded" in done.stdout
 
 
+@pytest.mark.timeout(800)
 def test_two_nodes_of_accelerate_train_with_zero2_from_another_folder(raw, runs, tmp_path):
     config = write_config(tmp_path / "c.yaml", raw, strategy__name="zero2", train__steps=3)
     with socket.socket() as probe:
@@ -462,22 +463,23 @@ def test_two_nodes_of_accelerate_train_with_zero2_from_another_folder(raw, runs,
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     start += [str(ROOT / "launch/accelerate/nodes-2.yaml"), "--num_processes", "2", "--main_process_port", str(port)]
     train_it = ["-m", "qlora_dist", "train", str(config)]
-    nodes = [
-        subprocess.Popen(
-            [*start, "--machine_rank", str(rank), *train_it],
-            env=clean_environment(),
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    logs = [tmp_path / f"node{rank}.log" for rank in range(2)]
+    nodes = []
+    for rank, log in enumerate(logs):
+        with open(log, "w") as stream:
+            command = [*start, "--machine_rank", str(rank), *train_it]
+            # as in slurm/: workers that share the agents' store depend on the order in which agents end
+            environment = {**clean_environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            nodes.append(
+                subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=stream, stderr=subprocess.STDOUT)
+            )
     try:
-        said = [node.communicate(timeout=200)[0] for node in nodes]
+        for node in nodes:
+            node.wait(timeout=350)  # an agent waits 300 s for one that has failed: that one's log says why
     finally:
         for node in nodes:
             node.kill()
+        said = [log.read_text() for log in logs]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
     zero2, _ = runs("zero2")
     assert losses_of(raw["run_dir"]) == losses_of(zero2)[:3]

@@ -72,7 +72,10 @@ def invoke(arguments: list[str]) -> int:
 def main() -> None:
     """Entry point."""
     code = invoke(sys.argv[1:])
-    if code:
+    # Not sys.exit. After a failure threads of a broken process group could keep the process alive. After success under
+    # a launcher all is closed, and what libraries still tear down (groups that DeepSpeed keeps) can only fail, where a
+    # rank that ended a moment earlier is gone
+    if code or "WORLD_SIZE" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # not sys.exit: threads of a broken process group could keep the process alive
+        os._exit(code)

@@ -98,6 +98,8 @@ class World:
 
     def close(self) -> None:
         """Ends trackers and the process group. After a failure it is not called: the launcher ends the others."""
+        with self.waiting():
+            self.any(False)  # together: a rank that leaves early breaks connections which others still use
         self._pulse.close()
         if self._trackers:
             self._accelerator.end_training()
