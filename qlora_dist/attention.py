@@ -95,6 +95,16 @@ def resolve_backend(requested: str, device: torch.device, needs: AttentionNeeds 
     return chosen
 
 
+def leave_cudnn_out(device: torch.device) -> None:
+    """Keeps this process's scaled_dot_product_attention from cuDNN, which torch prefers on Hopper.
+
+    cuDNN builds a plan for each new shape, and here every document, in generation every token, has a length of its own.
+    """
+    if device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled():
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        log.info("attention: cuDNN's is left out: it builds a plan for every length of a document")
+
+
 def _why_not(backend: str, device: torch.device, needs: AttentionNeeds) -> str:
     """The reason why a backend cannot serve, or an empty text."""
     if backend == "sdpa":
@@ -328,12 +338,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, scal
 
     has = _varlen_keywords()
     keywords: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in has:
-            keywords["enable_gqa"] = True
-        else:  # before torch 2.12 the kernel wants one key head a query head
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    # before torch 2.12 the kernel takes grouped heads, too: only the word for them is not there yet
+    if q.shape[1] != k.shape[1] and "enable_gqa" in has:
+        keywords["enable_gqa"] = True
     if "window_size" in has:
         keywords["window_size"] = (left, 0)
     else:

@@ -62,11 +62,13 @@ class FlatGroup(ParameterGroup):
         super().__init__(parameters, decays)
         device = next(iter(parameters.values())).device
         self.weight = torch.nn.Parameter(torch.zeros(self.size, device=device))
-        self.weight.grad = torch.zeros(self.size, device=device)
         for placement, parameter in zip(self.placements, parameters.values()):
             view = self.view(self.weight.data, placement)
             view.copy_(parameter.data)
             parameter.data = view
+        # only now, when the weights' old storages are free: a build must not peak above the steps
+        self.weight.grad = torch.zeros(self.size, device=device)
+        for placement, parameter in zip(self.placements, parameters.values()):
             parameter.grad = self.view(self.weight.grad, placement)  # autograd then accumulates in place
 
     @property

@@ -22,6 +22,7 @@ import torch
 from . import adapters as lora
 from .checkpoint import find_newest
 from .config import DataConfig, ModelConfig, RunConfig, load_config
+from .distributed import own_device
 from .errors import UserError
 from .examples import Documents, build_documents
 from .examples.encode import Encoder
@@ -326,7 +327,7 @@ def generate(
     conversations = read_prompts(prompts) if prompts is not None else None  # before the model is loaded
     numbers = {name: _number(name, value) for name, value in parse_named(weights, "--weight").items()}
     folders = {name: Path(folder) for name, folder in parse_named(adapters, "--adapter").items()}
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = own_device(None if device is None else torch.device(device))
     writer = open_writer(find_trained(path, base), on, adapters=folders, weights=numbers, how=how, template=template)
     if conversations is not None:
         answers = writer.answer(conversations, sampling, batch_size=batch_size)

@@ -47,6 +47,7 @@ class _Update(torch.autograd.Function):
         # the masters are saved, not their casts: parameters cost nothing, casts of all layers would
         ctx.save_for_backward(x, low, a, b)
         ctx.mark_non_differentiable(low)
+        ctx.set_materialize_grads(False)  # or autograd makes zeros for `low` in every backward pass
         ctx.scale = scale
         token = x.new_empty(()).expand(*x.shape[:-1], b.shape[0])  # y's shape without y's memory
         return token, low

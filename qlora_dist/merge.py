@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import adapters as lora
+from .distributed import own_device
 from .errors import UserError
 from .generate import Trained, find_trained, first_documents
 from .model import (
@@ -86,7 +87,7 @@ def merge(
         raise UserError(f"--onto {onto}: expected base or dequantized")
     _check_original(trained.model.name, load_config(trained.model.name, trained.model.revision))
     adapter = Adapter.read(trained.adapter)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or own_device()
     samples = sample_ids(trained)
     reference = _trained_logits(trained, samples, device)
 

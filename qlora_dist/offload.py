@@ -31,6 +31,9 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self, device: torch.device, min_bytes: int | None = None) -> None:
         super().__init__(self._pack, self._unpack)
+        assert device.type == "cpu" or device.index is not None, (
+            f"{device} equals no tensor's device: nothing would move"
+        )
         self._device = device
         self._min_bytes = MIN_BYTES.get(device.type, 1) if min_bytes is None else min_bytes
         self._buffers = _Buffers(is_pinned=device.type == "cuda")

@@ -9,7 +9,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 # the fork server of helpers.ranks reads it: without it its preload finds nothing, and says nothing
-os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+from helpers.ranks import python_path  # noqa: E402
+
+os.environ["PYTHONPATH"] = python_path()
 sys.dont_write_bytecode = True
 
 import torch  # noqa: E402  (after the environment is set)

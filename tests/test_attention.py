@@ -131,6 +131,18 @@ def test_calls_that_packing_cannot_serve_are_refused() -> None:
         packed_attention(module, q, k, v, None, dropout=0.1, packed=documents)
 
 
+def test_sdpa_on_cuda_leaves_cudnn_out_for_training_and_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        attention.leave_cudnn_out(CPU)
+        assert torch.backends.cuda.cudnn_sdp_enabled(), "nothing to leave out on a CPU"
+        attention.leave_cudnn_out(torch.device("cuda", 0))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_auto_on_a_cpu_is_sdpa_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="qlora_dist.attention"):
         assert resolve_backend("auto", CPU) == "sdpa"
@@ -174,7 +186,9 @@ def test_varlen_of_torch_2_10_to_2_13_is_called_so_that_it_means_the_same(
 
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **given):  # type: ignore[no-untyped-def]
         assert given.keys() <= known and max_q == max_k == max(LENGTHS)
-        assert q.shape[1] == k.shape[1] or given["enable_gqa"]
+        # grouped heads as they are, said where there is a word for it: repeated they would be kept for every layer
+        assert (q.shape[1], k.shape[1], v.shape[1]) == (4, 2, 2)
+        assert given.get("enable_gqa", False) == ("enable_gqa" in known)
         left, right = given.get("window_size", (-1, 0 if given.get("is_causal") else -1))
         assert right == 0
         parts = []

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.ranks import on_ranks, outcome
 
-from qlora_dist.distributed import World
+from qlora_dist.distributed import World, own_device
 from qlora_dist.errors import RunFailed, UserError
+from qlora_dist.preempt import StopSignal
 
 
 def test_one_process_is_a_world_of_one():
@@ -22,6 +24,18 @@ def test_one_process_is_a_world_of_one():
     assert world.from_main(lambda: 5) == 5
     with world.local_main_first("nothing"):
         pass
+
+
+def test_a_cuda_device_always_has_its_index(monkeypatch):
+    """Without a launcher Accelerate gives `cuda`, which is no tensor's device and which set_device refuses."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert own_device(torch.device("cuda")) == torch.device("cuda", 0)
+    assert own_device(torch.device("cuda", 3)) == torch.device("cuda", 3)
+    assert own_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert own_device() == torch.device("cuda", 0)
+    accelerator = SimpleNamespace(process_index=0, num_processes=1, local_process_index=0, device=torch.device("cuda"))
+    assert World(accelerator, (), StopSignal(), 1.0).device == torch.device("cuda", 0)
 
 
 def _collectives():

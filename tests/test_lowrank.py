@@ -7,10 +7,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_dist.lowrank import lowrank_forward
 
 INPUTS, OUTPUTS, RANK = 5, 4, 2
+
+
+class Ops(TorchDispatchMode):
+    """Names of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def parts(num_updates: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
@@ -69,3 +82,12 @@ def test_all_is_saved_before_the_product_of_the_base_and_masters_are_saved_as_th
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert a.grad is not None and a.grad.dtype == torch.float32
+
+
+def test_the_backward_pass_makes_no_zeros_for_what_has_no_gradient() -> None:
+    """Autograd would, for `low`, in every layer of every micro-step: a launch and T x r elements each."""
+    x, weight, [(a, b)] = parts(1, torch.float32)
+    y = lowrank_forward(lambda states: states @ weight.t(), x, [(x, a, b, 1.0)])
+    with Ops() as ops:
+        y.backward(torch.ones_like(y))
+    assert ops.names and not [name for name in ops.names if "zeros" in name]

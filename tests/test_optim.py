@@ -7,6 +7,7 @@ import torch
 
 from qlora_dist.flat import FlatParameters
 from qlora_dist.optim import build_optimizer, decays, load_optimizer_state, lr_at, optimizer_state, step_optimizer
+from qlora_dist.planning.live import LiveBytes
 
 NAMES = ["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
@@ -113,6 +114,15 @@ def test_states_of_another_optimizer_are_refused():
     tensors, numbers = optimizer_state(optimizer)
     with pytest.raises(ValueError, match="are not those of this optimizer"):
         load_optimizer_state(_optimizer(_flat(), "paged_adamw_8bit"), tensors, numbers)
+
+
+def test_making_the_flat_storages_never_holds_more_than_a_step():
+    """Weights move one by one, and gradients come after: old weights, new weights and gradients would be three."""
+    with LiveBytes({}) as live:
+        flat = FlatParameters({f"w{i}": torch.nn.Parameter(torch.ones(64, 64)) for i in range(8)}, decays)
+        weights = 8 * 64 * 64 * 4
+        assert live.total == 2 * weights and len(flat.groups) == 1  # weights and gradients
+        assert live.peak_bytes <= 2 * weights + 64 * 64 * 4
 
 
 def test_weights_and_gradients_are_views_of_one_storage_and_no_group_is_empty():

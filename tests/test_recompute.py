@@ -213,23 +213,31 @@ def test_a_tensor_that_several_operators_save_is_copied_once_and_small_ones_stay
     assert torch.equal(small.grad, 2 * small.detach())
 
 
+def test_offload_refuses_a_device_without_an_index() -> None:
+    """`cuda` equals no tensor's device, so that nothing would ever move."""
+    with pytest.raises(AssertionError, match="cuda equals no tensor's device"):
+        ActivationOffload(torch.device("cuda"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams, events and pinned memory")
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_on_a_gpu_asynchronous_offload_gives_the_same_bits_and_holds_less(is_checkpointed: bool) -> None:
-    device, width, depth = torch.device("cuda", 0), 4096, 16
+    # wide rows and narrow weights: the gradients, which stay on the device, must not hide what is saved
+    device, tokens, width, depth = torch.device("cuda", 0), 32768, 1024, 16
     generator = torch.Generator(device).manual_seed(0)
-    weights = [torch.randn(width, width, device=device, generator=generator) / 64 for _ in range(depth)]
-    for weight in weights:
-        weight.requires_grad_()
-    x = torch.randn(8192, width, device=device, generator=generator)  # 128 MiB a layer
+    weights = [torch.randn(width, width, device=device, generator=generator) / 32 for _ in range(depth)]
+    weights = [torch.nn.Parameter(weight) for weight in weights]  # other leaves would be offloaded
+    x = torch.randn(tokens, width, device=device, generator=generator)  # 128 MiB a layer
     offload = ActivationOffload(device)
 
     def layer(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.tanh(states @ weight)
 
     def run(is_offloaded: bool) -> tuple[list[torch.Tensor], int]:
+        """Gradients in host memory, and the peak beyond what was there before."""
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         with offload if is_offloaded else contextlib.nullcontext():
             states = x
             for weight in weights:
@@ -237,9 +245,8 @@ def test_on_a_gpu_asynchronous_offload_gives_the_same_bits_and_holds_less(is_che
                     checkpoint(layer, states, weight, use_reentrant=False) if is_checkpointed else layer(states, weight)
                 )
             loss = states.square().sum()
-        gradients = list(torch.autograd.grad(loss, weights))
-        torch.cuda.synchronize()
-        return gradients, torch.cuda.max_memory_allocated(device)
+        gradients = [gradient.cpu() for gradient in torch.autograd.grad(loss, weights)]
+        return gradients, torch.cuda.max_memory_allocated(device) - before
 
     expected, most = run(False)
     for _ in range(3):  # buffers are used again, while copies of the round before may still run

@@ -10,6 +10,7 @@ import torch
 from helpers.ranks import on_ranks, outcome
 from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of
 
+from qlora_dist import model as base_model
 from qlora_dist.trainer import train
 
 
@@ -245,6 +246,19 @@ def test_full_fine_tuning_trains_and_resumes(raw, tmp_path):
     on_ranks(_train_until_signal, 1, broken, 2)
     on_ranks(_train, 1, broken)
     assert losses_of(tmp_path / "broken") == pytest.approx(losses_of(raw["run_dir"]), rel=1e-6)
+
+
+def test_full_fine_tuning_checks_its_head_as_a_step_computes(raw, monkeypatch):
+    """Weights are fp32, kernels of attention take 16 bits: outside of autocast they would refuse."""
+    seen, check_head = [], base_model.check_head
+
+    def checking(model):
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        check_head(model)
+
+    monkeypatch.setattr(base_model, "check_head", checking)
+    train(config_of(raw, lora=None, model__quantization="none", model__compute_dtype="bfloat16", train__steps=1))
+    assert seen == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])

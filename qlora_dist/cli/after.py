@@ -185,6 +185,7 @@ def quantize(model: str, out: str, quantization: str, double_quant: bool, dtype:
     """
     import torch
 
+    from ..distributed import own_device
     from ..model import quantize_model
 
     size = quantize_model(
@@ -194,6 +195,6 @@ def quantize(model: str, out: str, quantization: str, double_quant: bool, dtype:
         quantization=quantization,  # type: ignore[arg-type]
         double_quant=double_quant,
         compute_dtype=getattr(torch, dtype),
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=own_device(),
     )
     click.echo(f"{out}: {size / 2**30:.2f} GiB of {quantization}, double_quant={double_quant}")

@@ -6,6 +6,14 @@ The only module that imports accelerate and the collectives of torch.distributed
 from .launcher import child_environment, launched_job, require_own_strategy
 from .reducer import GradientReducer
 from .shards import ShardGroup
-from .world import World
+from .world import World, own_device
 
-__all__ = ["GradientReducer", "ShardGroup", "World", "child_environment", "launched_job", "require_own_strategy"]
+__all__ = [
+    "GradientReducer",
+    "ShardGroup",
+    "World",
+    "child_environment",
+    "launched_job",
+    "own_device",
+    "require_own_strategy",
+]

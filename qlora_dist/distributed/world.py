@@ -32,6 +32,19 @@ _BACKEND_MARGIN_SECONDS = 120.0
 BUILD_TIMEOUT_SECONDS = 24 * 3600.0  # tokenizing a large corpus takes hours; a dead builder is noticed by its launcher
 
 
+def own_device(device: torch.device | None = None) -> torch.device:
+    """The device of this process, a CUDA device with its index; None: the current CUDA device, or the CPU.
+
+    Without a launcher Accelerate's device is `cuda`, which `torch.cuda.set_device` refuses and which equals no tensor's
+    device (`cuda:0`): code that compares devices would do nothing, and say nothing.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def _backend_timeout(timeout_seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=WAIT_FACTOR * timeout_seconds + _BACKEND_MARGIN_SECONDS)
 
@@ -51,7 +64,7 @@ class World:
         self.size: int = accelerator.num_processes
         self.local_rank: int = accelerator.local_process_index
         self.local_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))  # ranks on this node
-        self.device: torch.device = accelerator.device
+        self.device: torch.device = own_device(accelerator.device)
         self.is_main: bool = self.rank == 0
         self._reducer: GradientReducer | None = None
         self._builds = 0
@@ -93,7 +106,7 @@ class World:
         except ValueError as error:
             raise UserError(f"logging.trackers {list(trackers)}: {error}") from None
         if has_cuda:
-            torch.cuda.set_device(accelerator.device)
+            torch.cuda.set_device(own_device(accelerator.device))
         return cls(accelerator, trackers, stop if stop is not None else StopSignal(), timeout_seconds)
 
     def close(self) -> None:

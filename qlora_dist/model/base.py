@@ -68,6 +68,8 @@ def load_base(
     is_packed = attention != INFERENCE
     needs = attention_needs(config, attention_dtype or compute_dtype)
     backend = packed_attention.resolve_backend(attention, run_device or device, needs) if is_packed else ""
+    if backend in ("sdpa", ""):
+        packed_attention.leave_cudnn_out(run_device or device)
     settings = quantization_settings(name, config, quantization, double_quant, compute_dtype)
     implementation = PACKED if is_packed else None
     model = None

@@ -15,6 +15,7 @@ Not simulated: several ranks, activation offload, CUDA context, allocator.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,14 +77,16 @@ def simulate(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> Trace:
 
 
 def measure(config: RunConfig, plan: MemoryPlan, pretrained: Any, device: torch.device) -> Trace:
-    """The same step on a device, with real tensors of no meaning. On CUDA `peak_bytes` is the allocator's own figure,
-    and `planned_bytes` all that the plan expects of it."""
-    model = _meta_model(config, plan, pretrained)
+    """The same step on a device, with real tensors of no meaning. On CUDA `peak_bytes` is the allocator's own figure
+    beyond what was allocated before, and `planned_bytes` all that the plan expects of it."""
+    gc.collect()  # a model is full of reference cycles: one that was measured before would still be there
     is_cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if is_cuda else 0
+    model = _meta_model(config, plan, pretrained)
     with torch.device(device), LiveBytes({} if is_cuda else _workspaces()) as live:
         _run_step(config, plan, model, live, torch.cuda.reset_peak_memory_stats if is_cuda else lambda: None)
     if is_cuda:
-        return Trace(torch.cuda.max_memory_allocated(device), live.peak_at, dict(live.peak), plan.tensor_bytes)
+        return Trace(torch.cuda.max_memory_allocated(device) - before, live.peak_at, dict(live.peak), plan.tensor_bytes)
     return Trace(live.peak_bytes, live.peak_at, dict(live.peak), simulated_bytes(plan))
 
 

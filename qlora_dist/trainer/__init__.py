@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 
 from ..config import RunConfig
-from ..metrics import Metrics
+from ..metrics import Metrics, restart_peak
 from ..preempt import StopSignal
 from ..state import TrainState
 from ..verify import check_first_update
@@ -52,6 +52,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
             # model: 4-bit base -> adapters -> what updates them
             progress.learner = learner = stages.build_learner(config, world)
             metrics.say(stages.check_base(config, world, learner))
+            learner.build_peak_bytes = restart_peak(world.device)
             state = keeping.resume(config, run, world, learner, data, metrics, resume)
             metrics.start(state.step)
             world.start_trackers(config.logging.project, config.model_dump(mode="json"))

@@ -152,11 +152,13 @@ def finish(
 ) -> TrainState:
     """Exports the weights, writes summary.json, and marks the run as completed, in this order."""
     world.doing("writing the results")
-    peak = world.max(peak_bytes(world.device))
+    peak = int(world.max(peak_bytes(world.device)))
+    build_peak = int(world.max(learner.build_peak_bytes))
 
     def finish_on_main() -> None:
         _export(config, run, learner)
-        write_json(run.summary, _summary(config, run, world, learner, data, state, before, int(peak), plan))
+        summary = _summary(config, run, world, learner, data, state, before, peak, plan)
+        write_json(run.summary, summary | {"build_peak_bytes": build_peak})
         run.mark_completed(state.step, config.train.length)
 
     with learner.update.whole_weights():

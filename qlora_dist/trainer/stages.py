@@ -277,9 +277,6 @@ def build_learner(config: RunConfig, world: World) -> Learner:
     model.train()
     head = base_model.output_head(model)
     update = build_update(config, world, model, head.weight)
-    update.run(lambda: base_model.check_head(model))
-    base_model.check_gathered_layer(model)
-    world.require_equal(update.digest(), "the initial trainable weights")
     offload = ActivationOffload(world.device) if config.memory.offload_activations else None
 
     @contextmanager
@@ -291,6 +288,10 @@ def build_learner(config: RunConfig, world: World) -> Learner:
                 stack.enter_context(offload)
             yield
 
+    with computing():  # as a step computes: full fine-tuning has fp32 weights and kernels of 16 bits
+        update.run(lambda: base_model.check_head(model))
+    base_model.check_gathered_layer(model)
+    world.require_equal(update.digest(), "the initial trainable weights")
     return Learner(model, head, update, compute_dtype, computing, num_base, num_trainable)
 
 

@@ -34,6 +34,7 @@ class Learner:
     num_base_parameters: int
     num_trainable_parameters: int
     base_checksum: str | None = None  # of this rank's base as it was loaded; None: the base is what is trained
+    build_peak_bytes: int = 0  # what making all this took at most on this rank
 
     def nll_sum(self, batch: Batch) -> torch.Tensor:
         """() sum of the batch's label NLL."""
@@ -65,9 +66,10 @@ def train_step(
         nll = learner.update.accumulate(partial(learner.nll_sum, batch.to(world.device)), is_last)
         losses.append(nll.double())
 
-    own = [float(stop_requested), float(sum(batch.num_labels for batch in rows.microbatches))]
-    local = torch.cat([torch.stack(losses).sum()[None], torch.tensor(own).to(losses[0])])
-    total = world.sum(local)
+    nll = torch.stack(losses).sum()
+    own_labels = sum(batch.num_labels for batch in rows.microbatches)
+    # filled on the device: numbers copied from the host would be a second host sync
+    total = world.sum(torch.stack([nll, nll.new_full((), stop_requested), nll.new_full((), own_labels)]))
     num_labels = max(rows.num_labels, 1)
     # the one host sync of a step: the summed gradients are equal on all ranks, so all decide alike
     with world.waiting():
@@ -94,7 +96,7 @@ def try_batch(world: World, learner: Learner, batch: Batch, later_bytes: int) ->
     (optimizer states). Raises torch.OutOfMemoryError where it does not fit.
     """
     first = next(parameter for parameter in learner.model.parameters() if parameter.requires_grad)
-    devices = [world.device.index or 0] if world.device.type == "cuda" else []
+    devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         held = torch.empty(later_bytes if devices else 0, dtype=torch.uint8, device=world.device)
         # not `backward`: no weight's gradient is written, so no strategy's hook sees this pass

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.ranks import ROOT, on_ranks
+from helpers.ranks import ROOT, on_ranks, python_path
 from helpers.slurm_cluster import GRACE_SECONDS, wait_for
 from helpers.tiny_run import changed, config_of, losses_of, write_config
 
@@ -47,8 +47,7 @@ def _train(raw):
 
 def faults(*faults: dict[str, object]) -> dict[str, str]:
     """Environment for a job whose processes suffer these faults (tests/faults/sitecustomize.py)."""
-    paths = [str(ROOT / "tests" / "faults"), str(ROOT)]
-    return {"FAULTS": json.dumps(faults), "PYTHONPATH": ":".join(paths)}
+    return {"FAULTS": json.dumps(faults), "PYTHONPATH": f"{ROOT / 'tests' / 'faults'}:{python_path()}"}
 
 
 SLOW = {"do": "sleep", "seconds": 0.5, "at": "step"}

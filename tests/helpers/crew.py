@@ -6,7 +6,6 @@ Forked from a server with the imports done, so that a run takes about a second; 
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -15,6 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from helpers.ranks import process_context
 
 Fault = dict[str, Any]  # as tests/faults/sitecustomize.py explains
 
@@ -34,8 +35,7 @@ class Crew:
     def __init__(
         self, config: Path, folder: Path, *faults: Fault, ranks: int = 2, late_seconds: float = 0.0, job: str = ""
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["helpers.warm"])
+        context = process_context()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -14,7 +14,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def python_path() -> str:
+    """PYTHONPATH of child interpreters: the project, its tests, and what was on it already (libraries, on some
+    machines)."""
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(dict.fromkeys([str(ROOT), str(ROOT / "tests"), *filter(None, before)]))
+
+
+def process_context() -> multiprocessing.context.BaseContext:
+    """How tests start processes: forked from a server with the imports done, or spawned where there is a CUDA device,
+    which those imports ask for and which no forked process can use after that."""
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.warm"])
+    return context
 
 
 def clean_environment() -> dict[str, str]:
@@ -27,7 +46,7 @@ def clean_environment() -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": python_path(),
     }
 
 
@@ -49,8 +68,7 @@ def on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, time
     rank raises, AssertionError shows every traceback; when one hangs, all are killed after `timeout` seconds.
     A result that is an exception instance is the caller's to look at (see `outcome`).
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers.warm"])
+    context = process_context()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
