@@ -5,6 +5,7 @@ The only module that imports tensorboard.
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import shutil
@@ -29,11 +30,14 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def restart_peak(device: torch.device) -> int:
-    """Ends the building of a model: its peak, bytes. From here on `peak_bytes` of a GPU is that of what follows, and
-    freed blocks are back on the device: kept in the cache, split where building used them, they would not fit a step's
-    requests (65B, r = 64: 3.4 GiB more reserved). A CPU's peak is that of the whole process.
+    """The peak until now, bytes; from here on `peak_bytes` of a GPU is that of what follows (a CPU's is that of the
+    whole process, always).
+
+    What is dead goes back to the device: models are full of reference cycles and outlive their run, and blocks that
+    were split while a model was built do not fit a step's requests (65B, r = 64: 3.4 GiB more would be reserved).
     """
     peak = peak_bytes(device)
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlora_dist.errors import RunFailed
-from qlora_dist.metrics import Metrics, format_seconds, median_tokens_per_second, peak_bytes
+from qlora_dist.metrics import Metrics, format_seconds, median_tokens_per_second, peak_bytes, restart_peak
 from qlora_dist.preempt import StopSignal
 from qlora_dist.state import RunDir, config_changes, read_metrics, write_atomically, write_json
 from qlora_dist.verify import check_first_update
@@ -127,3 +127,20 @@ def test_files_are_replaced_whole_and_json_has_no_nan(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, "new")
     assert json.loads(path.read_text())["b"][0] == 1.5 and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_peak_begins_anew_with_what_is_dead_given_back():
+    device = torch.device("cuda", torch.cuda.current_device())
+    restart_peak(device)
+    before, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    circle = [torch.empty(2**26, dtype=torch.uint8, device=device)]
+    circle.append(circle)  # as a model that keeps its own method
+    del circle
+    assert restart_peak(device) >= before + 2**26
+    assert (peak_bytes(device), torch.cuda.memory_reserved(device)) == (before, reserved)
+
+
+def test_the_peak_of_a_cpu_is_that_of_its_process():
+    assert restart_peak(torch.device("cpu")) == peak_bytes(torch.device("cpu")) > 0

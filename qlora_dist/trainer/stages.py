@@ -18,7 +18,7 @@ from ..distributed import World, launched_job, require_own_strategy
 from ..errors import RunFailed, UserError
 from ..examples import Documents, build_documents, split_sources
 from ..loader import Loader, StepRows, derive_accumulation, eval_batches
-from ..metrics import GIB, peak_bytes
+from ..metrics import GIB, peak_bytes, restart_peak
 from ..offload import ActivationOffload
 from ..optim import lr_at
 from ..packing import Batch, Rows, one_document_per_row, pack_best_fit
@@ -58,6 +58,7 @@ def join(config: RunConfig, stop: StopSignal) -> Iterator[World]:
     others = [name for name in config.logging.trackers if name != "tensorboard"]
     require_own_strategy(config.strategy.name)
     world = World.init(others, config.run_dir, stop, config.strategy.timeout_seconds)
+    restart_peak(world.device)  # an earlier run in this process is neither planned nor measured with this one
     try:
         yield world
     except RunFailed:
