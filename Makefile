@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 # DeepSpeed's own kernels are not used: without this its installation may look for a compiler and CUDA
 export DS_BUILD_OPS := 0
 
-.PHONY: env test lint format demo bench bench-ratios bench-gpu clean
+.PHONY: env test test-oldest test-null lint format demo bench bench-ratios bench-gpu clean
 
 env: .venv/ready
 
@@ -21,6 +21,27 @@ TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
 test: env
 	$(BIN)/python -m pytest $(ARGS)
+
+# The oldest supported versions, in an environment of their own: the CUDA build of torch, several GB.
+OLDEST := build/oldest
+OLDEST_PYTHON ?= python3.12
+$(OLDEST)/ready: pyproject.toml constraints-oldest.txt
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt torch numpy
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable ".[dev]"
+	touch $@
+
+test-oldest: $(OLDEST)/ready
+	CUDA_VISIBLE_DEVICES= $(OLDEST)/bin/python -m pytest $(ARGS)
+
+# The same environment with a GPU that accepts every call and computes nothing: what ends there ends on a card.
+# Needs gcc, g++ and the headers of a CUDA toolkit (CUDA_HOME).
+build/null/python: $(OLDEST)/ready $(wildcard tests/null/device/*)
+	tests/null/device/build.sh $(OLDEST)/bin/python build/null
+
+test-null: env build/null/python
+	QLORA_DIST_NULL_PYTHON=$(CURDIR)/build/null/python $(BIN)/python -m pytest -m null $(ARGS)
 
 lint: env
 	$(BIN)/ruff check --no-cache .
