@@ -45,13 +45,21 @@ class Job:
 
     def requeue(self) -> str | None:
         """Asks Slurm to start this job again; what it says when it refuses."""
-        done = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
+        done = _scontrol("requeue", self.id)
         return None if done.returncode == 0 else (done.stderr.strip() or f"exit code {done.returncode}")
 
     def shown(self) -> dict[str, str]:
         """What Slurm says of this job; nothing when it does not answer."""
-        done = subprocess.run(["scontrol", "show", "job", "--oneliner", self.id], capture_output=True, text=True)
+        done = _scontrol("show", "job", "--oneliner", self.id)
         return dict(part.split("=", 1) for part in done.stdout.split() if "=" in part)
+
+
+def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
+    """Asks Slurm. Where its client is absent (a container without it) the answer is a failure that says so."""
+    try:
+        return subprocess.run(["scontrol", *words], capture_output=True, text=True)
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(words, 127, "", "scontrol is not on PATH: bind Slurm's client and its files")
 
 
 def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal) -> int:
@@ -102,7 +110,7 @@ def _is_to_end(job: Job, outcome: Outcome | None, stop: StopSignal) -> bool:
 
 def _end(job: Job, stop: StopSignal) -> int:
     """Gives the nodes back: requeued, unless Slurm has this job in hand already (scancel, the end of a preemption)."""
-    if stop.name in ("SIGTERM", "SIGINT") or job.shown().get("JobState") != "RUNNING":
+    if stop.name in ("SIGTERM", "SIGINT") or job.shown().get("JobState", "RUNNING") != "RUNNING":
         _say("asked to end: Slurm requeues the job itself if it was preempted, and nobody does after scancel")
     elif refused := job.requeue():
         _say(f"cannot requeue ({refused}): submit the job again to go on from the checkpoint")

@@ -34,7 +34,7 @@ sys.exit(act.get("code", 1))
 
 
 def _supervise(tmp_path: Path, *plan: dict[str, object]) -> tuple[int, list[str], str]:
-    """(exit code, "id port" of each start, what was said)."""
+    """(exit code, "id port" of each start, what was said). Slurm's client is not on PATH, as in many a container."""
     config = tmp_path / "config.yaml"
     config.write_text(
         f"run_dir: {tmp_path}/run\nmodel: {{name: m}}\ndata: {{train: [{{path: d.json}}]}}\ntrain: {{steps: 5}}\n"
@@ -42,7 +42,12 @@ def _supervise(tmp_path: Path, *plan: dict[str, object]) -> tuple[int, list[str]
     command = [sys.executable, "-m", "qlora_dist", "supervise", "--job", "17", "--life", "2", str(config), "--"]
     launcher = [sys.executable, "-c", LAUNCHER, str(tmp_path / "run"), json.dumps(plan), "{id}", "{port}", "{outcome}"]
     done = subprocess.run(
-        [*command, *launcher], env=clean_environment(), capture_output=True, text=True, timeout=120, cwd=ROOT
+        [*command, *launcher],
+        env=clean_environment() | {"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
     )
     assert not list(tmp_path.glob(".run.outcome*")), "an outcome file was left"
     return done.returncode, (tmp_path / "starts").read_text().splitlines(), done.stderr
