@@ -8,6 +8,7 @@
 Codes are never seen as a float type. The usual recipe stores them as bfloat16 so that FSDP accepts them, and its
 gather then copies them as floats, which on CUDA rewrites NaN patterns (pytorch #159333): the base that is trained on
 is another one, silently. Plain uint8 parameters are gathered byte by byte; each run proves it once on one layer.
+FSDP2 does so in every torch that the package takes, but before 2.12 it cannot cut them: `_cut_layer` helps it there.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from .streaming import (
 from transformers import PreTrainedModel  # isort: skip
 
 CODES_PER_BLOCK = BLOCK // 2  # bytes
-TORCH_NEEDED = (2, 12)  # from here on fully_shard takes plain uint8 parameters
+STAND_IN = torch.float8_e5m2  # a float type of one byte, see `_cut_layer`
 
 
 @dataclass
@@ -126,12 +127,6 @@ def load_shared(
 
 def wrap(model: PreTrainedModel, group: ShardGroup, offload: bool) -> None:
     """Cuts the parameters, still without storage, and puts FSDP2's hooks on decoder layers, embedding and root."""
-    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if found < TORCH_NEEDED:
-        raise UserError(
-            f"strategy fsdp needs torch {TORCH_NEEDED[0]}.{TORCH_NEEDED[1]}, which shards packed codes byte by byte; "
-            f"found {torch.__version__}. Use strategy ddp, or a newer torch"
-        )
     layers = decoder_layers(model)
     if not layers:
         raise UserError(f"strategy fsdp: {type(model).__name__} has no decoder layers that can be gathered one by one")
@@ -141,7 +136,7 @@ def wrap(model: PreTrainedModel, group: ShardGroup, offload: bool) -> None:
     policy = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if offload else OffloadPolicy()
     options: dict[str, Any] = {"mesh": group.mesh, "reshard_after_forward": True, "offload_policy": policy}
     for layer in layers:
-        fully_shard(layer, ignored_params={one for one in layer.parameters() if one.ndim < 2}, **options)
+        _cut_layer(layer, group, options)
     fully_shard(model.get_input_embeddings(), **options)
     rest = {one for one in model.base_model.parameters() if not isinstance(one, DTensor)}
     fully_shard(model.base_model, ignored_params=rest, **options)  # the root, which holds nothing itself
@@ -166,6 +161,27 @@ def _to_bytes(name: str, layer: Any) -> None:
     for attribute, width in rows.items():
         empty = torch.empty(blocks, width, dtype=torch.uint8, device="meta")
         layer.register_parameter(attribute, nn.Parameter(empty, requires_grad=False))
+
+
+def _cut_layer(layer: Any, group: ShardGroup, options: dict[str, Any]) -> None:
+    """Cuts the large parameters of one decoder layer and puts FSDP2's hooks on it.
+
+    Before torch 2.12 fully_shard lets each parameter require a gradient while it cuts it, which bytes cannot (pytorch
+    #177844). So there is a stand-in of a float type in the place of bytes until the layer is cut. Neither has storage:
+    no code is ever a float, and FSDP2 gathers in the type that it finds before the first forward pass. Delete the
+    stand-ins when 2.12 is the oldest torch.
+    """
+    empty_bytes = {
+        (module, attribute): parameter
+        for module in layer.modules()
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None and parameter.dtype == torch.uint8
+    }
+    for (module, attribute), empty in empty_bytes.items():
+        module._parameters[attribute] = nn.Parameter(empty.to(STAND_IN), requires_grad=False)
+    fully_shard(layer, ignored_params={one for one in layer.parameters() if one.ndim < 2}, **options)
+    for (module, attribute), empty in empty_bytes.items():
+        module._parameters[attribute] = _cut(empty, group)
 
 
 def _own_rows(num_rows: int, group: ShardGroup) -> tuple[int, int]:
@@ -300,9 +316,8 @@ def _equals_source(shared: Shared, name: str, module: Any, attribute: str) -> bo
     codes = torch.empty((value.numel(), 1), dtype=torch.uint8, device=device)
     theirs = read_4bit(codes, source, name, module, skeleton)
     ours = module.gathered_state().as_dict(packed=True)
-    return torch.equal(value.view(-1, 1), codes) and all(
-        torch.equal(ours[key], constant) for key, constant in theirs.as_dict(packed=True).items()
-    )
+    is_equal = value.dtype == codes.dtype and torch.equal(value.view(-1, 1), codes)
+    return is_equal and all(torch.equal(ours[key], constant) for key, constant in theirs.as_dict(packed=True).items())
 
 
 def check_shares(model: nn.Module) -> None:
