@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .profiling import WARMUP_STEPS
+
 METHODS = {
     # name: (quantization of the base, double quantization, is full fine-tuning)
     "full-bf16": ("none", False, True),
@@ -15,6 +17,7 @@ METHODS = {
     "fp4": ("fp4", False, False),
     "int8": ("int8", False, False),
 }
+FEW_STEPS = (3, 12, 1, 2)  # warm-up, timed, turns, instrumented
 ENGINES = ("ours", "trainer", "trl", "unsloth", "gemm")
 
 
@@ -95,6 +98,13 @@ class Preset:
     turns: int
     instrumented_steps: int
     timeout_seconds: float  # of one cell
+    profile_steps: int = 0  # under torch's profiler, after all others
+
+    @property
+    def num_steps(self) -> int:
+        """Most steps that a cell takes: what its data must be enough for."""
+        counted = self.warmup_steps + self.steps + self.turns + self.instrumented_steps
+        return counted + self.profile_steps + (WARMUP_STEPS if self.profile_steps else 0) + 1
 
 
 def tiny() -> Preset:
@@ -177,6 +187,41 @@ def gpu_shape(shape: str, layers: int | None, row_tokens: int = 2048) -> tuple[G
         Group(full_rows, False, f"{shape} full rows"),
         Group(capped, False, f"{shape} equal memory"),
     )
+
+
+def fair(shape: str = "8b", layers: int | None = None) -> Preset:
+    """One shape beside its peers in minutes: packed full rows of 2,048 tokens, 8,192 a micro-step.
+
+    Every document fills its row, so that nobody pads and all attend to the same lengths: what is left is the step. In
+    order of value, for a time limit that cuts the list. 3 + 12 + 2 steps a cell: at these sizes a step takes about a
+    second, and the median of 12 is steady to a few percent.
+    """
+    ours = Cell("ours", "nf4-dq", shape, 2048, layers=layers, data="full", rows_per_step=4, micro_rows=4)
+    trl = replace(ours, engine="trl", variant="best")
+    cells = (
+        replace(ours, engine="gemm", method="bf16"),
+        replace(ours, recompute="none"),
+        ours,
+        replace(trl, recompute="none"),
+        trl,
+        replace(trl, engine="trainer", recompute="none"),
+        replace(trl, variant="default", packing=False),
+    )
+    return Preset((Group(cells, False, f"{shape} full rows"),), *FEW_STEPS, 300)
+
+
+def depth() -> Preset:
+    """8B whole, in minutes: a large micro-step and a small one, recomputed or not, and the best of TRL."""
+    large = Cell("ours", "nf4-dq", "8b", 2048, data="full", rows_per_step=4, micro_rows=4)
+    small = replace(large, rows_per_step=1, micro_rows=1)
+    cells = (
+        replace(large, recompute="none"),
+        large,
+        replace(small, recompute="none"),
+        small,
+        replace(large, engine="trl", variant="best", recompute="none"),
+    )
+    return Preset((Group(cells, False, "8b full rows"),), *FEW_STEPS, 300)
 
 
 def gpu(shape: str = "1b", layers: int | None = None, row_tokens: int = 2048) -> Preset:

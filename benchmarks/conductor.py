@@ -15,6 +15,9 @@ from typing import IO, Any
 
 import torch
 
+from . import provenance
+from .profiling import StepProfile
+
 PHASES = ("data", "forward", "backward", "communication", "optimizer")
 
 
@@ -22,7 +25,7 @@ class Conductor:
     """Called by an engine after every step; says whether to go on.
 
     Steps: warm-up, then timed ones in turns, then instrumented ones (with a device synchronization at every border of
-    a phase, so they are kept apart from the timed ones).
+    a phase, so they are kept apart from the timed ones), then those under the profiler, where it is asked for.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Conductor:
         warmup_steps: int,
         steps: int,
         instrumented_steps: int,
+        profile_steps: int = 0,
         orders: IO[str] | None = None,
         answers: IO[str] | None = None,
     ) -> None:
@@ -40,6 +44,9 @@ class Conductor:
         self._alone_steps = steps
         self._instrumented_left = instrumented_steps
         self._orders, self._answers = orders, answers
+        self._profile = StepProfile(device, profile_steps, self._sync)
+        self._is_profiled = False
+        self.state_after: dict[str, float | None] | None = None  # of the device, right after the last timed step
         self._turn_left = 0
         self._events: list[Any] = []
         self._pending: list[dict[str, Any]] = []
@@ -52,9 +59,9 @@ class Conductor:
         self.startup_seconds = 0.0
 
     @property
-    def num_steps(self) -> int:
-        """Upper bound of the steps that an engine must have data for."""
-        return self._warmup_left + self._alone_steps + self._instrumented_left + 1
+    def profile(self) -> dict[str, Any] | None:
+        """Table of kernels (`profiling.table_of`); None where none was asked for, or its steps are not done."""
+        return self._profile.table
 
     def start(self) -> None:
         """Everything is loaded; the first step begins."""
@@ -63,6 +70,8 @@ class Conductor:
 
     def step_done(self, num_tokens: int, num_labels: int, loss: float | None = None) -> bool:
         """After a step. False: stop."""
+        if self._is_profiled:
+            return self._profile.step_done()
         if self.is_instrumented:
             self._sync()
             total = time.perf_counter() - self._mark
@@ -70,7 +79,7 @@ class Conductor:
             self._current = {}
             self._instrumented_left -= 1
             self._mark = time.perf_counter()
-            return self._instrumented_left > 0
+            return self._instrumented_left > 0 or self._start_profile()
         if self._warmup_left > 0:
             self._warmup_left -= 1
             if self._warmup_left > 0:
@@ -137,9 +146,16 @@ class Conductor:
             self._turn_left = int(order[1])
             self._resume()
             return True
+        if event == "turn":  # before anything else runs: the clocks are still those of the load
+            self.state_after = provenance.device_state(self._device)
         self.is_instrumented = self._instrumented_left > 0
         self._resume()
-        return self.is_instrumented
+        return self.is_instrumented or self._start_profile()
+
+    def _start_profile(self) -> bool:
+        self.is_instrumented = False  # no synchronization at the borders of phases any more
+        self._is_profiled = self._profile.start()
+        return self._is_profiled
 
     def _ask(self, event: str) -> list[str]:
         if self._orders is None or self._answers is None:

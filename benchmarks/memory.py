@@ -79,7 +79,6 @@ class MemoryWatch:
         if self._device.type == "cuda":
             found["allocated_bytes"] = torch.cuda.max_memory_allocated(self._device)
             found["reserved_bytes"] = torch.cuda.max_memory_reserved(self._device)
-            found["device_used_bytes"] = device_used_bytes(self._device)
             found["peak_bytes"] = found["allocated_bytes"]
         return found
 

@@ -139,10 +139,9 @@ def run(
             if not conductor.step_done(stats.num_tokens, stats.num_labels, stats.loss):
                 break  # all ranks count the same steps
             waited = time.perf_counter()
-        if conductor.is_instrumented:
-            for phase in conductor.phases:  # the rest of train_step: norm, scaling, update
-                parts = sum(phase[name] for name in ("data", "forward", "backward", "communication"))
-                phase["optimizer"] = max(0.0, phase["total"] - parts)
+        for phase in conductor.phases:  # the rest of train_step: norm, scaling, update
+            parts = sum(phase[name] for name in ("data", "forward", "backward", "communication"))
+            phase["optimizer"] = max(0.0, phase["total"] - parts)
         trainable = trainable_parameters(learner.model)
         gradients = [parameter.grad for parameter in trainable.values() if parameter.grad is not None]
         return {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -18,17 +18,22 @@ import torch
 from qlora_dist import provenance
 from qlora_dist.errors import UserError
 
+from . import nvml
+
 ROOT = Path(__file__).resolve().parents[1]
 # every raw file has these; `report` refuses one that lacks any
 FIELDS = ("commit", "code_hash", "command", "date", "device", "hardware", "driver", "versions")
 RESULTS = ("benchmarks/results", "benchmarks/RESULTS.md", "benchmarks/results.html")  # what the suite itself writes
+STATED_BY, STATED_IN = "QLORA_DIST_COMMIT", "build/COMMIT"  # where .git does not come along
 PEERS = ("trl", "unsloth", "deepspeed", "flash-attn", "triton", "liger-kernel", "numpy")
 
 
 def collect(command: str, device: torch.device) -> dict[str, Any]:
     """The provenance of numbers measured now, on this machine."""
+    known, source = commit_and_source()
     return {
-        "commit": commit(),
+        "commit": known,
+        "commit_source": source,
         "code_hash": code_hash(),
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -41,10 +46,14 @@ def collect(command: str, device: torch.device) -> dict[str, Any]:
 
 def require_clean(allow_dirty: bool) -> None:
     """Raises UserError where the numbers could not be traced to a commit."""
-    found_commit = commit()
+    found_commit, _ = commit_and_source()
     if allow_dirty or (found_commit is not None and not found_commit.endswith("-dirty")):
         return
-    found = "this is no git checkout" if found_commit is None else f"files differ from commit {found_commit[:12]}"
+    found = (
+        f"this is no git checkout and neither {STATED_BY} nor {STATED_IN} says its commit"
+        if found_commit is None
+        else f"files differ from commit {found_commit[:12]}"
+    )
     raise UserError(
         f"{found}: its numbers could not be traced to code; commit first, or give --allow-dirty, which marks them"
     )
@@ -62,6 +71,25 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def commit_and_source() -> tuple[str | None, str]:
+    """The commit, and who says so: `git`; `stated`, by the environment or build/COMMIT, where no .git came along (a
+    copy on another machine: nothing checks it but the code hash); `none`. Raises UserError where what is stated is no
+    commit."""
+    known = commit()
+    if known is not None:
+        return known, "git"
+    file = ROOT / STATED_IN
+    stated = os.environ.get(STATED_BY, "").strip() or (file.read_text().strip() if file.exists() else "")
+    if not stated:
+        return None, "none"
+    if not re.fullmatch(r"[0-9a-f]{40}(-dirty)?", stated):
+        raise UserError(
+            f"{STATED_BY} or {STATED_IN} is {stated[:60]!r}, not a commit of 40 hex digits (or those and -dirty); "
+            f"write one with: git rev-parse HEAD > {STATED_IN}"
+        )
+    return stated, "stated"
 
 
 def code_hash() -> str:
@@ -120,22 +148,32 @@ def driver_version() -> str | None:
     return done.stdout.split("\n")[0].strip() or None
 
 
-def energy_joules(index: int = 0) -> float | None:
-    """Energy that the GPU has used since its driver was loaded, joules; None where NVML does not say.
+def device_state(device: torch.device) -> dict[str, float | None] | None:
+    """What the GPU holds and how it runs at this moment; None on a CPU. Read before and after a measurement.
 
-    Through the driver's own library: no Python package is needed for one call.
+    Bytes: `allocated_bytes` and `reserved_bytes` of PyTorch's allocator now, `allocated_peak_bytes` and
+    `reserved_peak_bytes` since their last reset, `device_used_bytes` of the whole card (all processes), and
+    `context_bytes`: what of the card is not the allocator's. Read before anything is loaded, that is the CUDA context
+    (and what others hold); later kernels, libraries and managed memory are in it too. Then the `nvml.READINGS`: clocks
+    right after a measurement are those of the load, the power is the driver's mean over up to a second.
     """
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+    if device.type != "cuda":
         return None
-    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
-    failed = (
-        nvml.nvmlInit_v2()
-        or nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
-        or nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
-    )
-    return None if failed else millijoules.value / 1000
+    reserved = torch.cuda.memory_reserved(device)
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+        used = total - free
+    except RuntimeError:  # a kernel has failed: the device answers nothing any more, and that result must be written
+        used = None
+    return {
+        "allocated_bytes": torch.cuda.memory_allocated(device),
+        "allocated_peak_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_bytes": reserved,
+        "reserved_peak_bytes": torch.cuda.max_memory_reserved(device),
+        "device_used_bytes": used,
+        "context_bytes": None if used is None else used - reserved,
+        **nvml.readings(device.index or 0),
+    }
 
 
 def _peer_versions() -> dict[str, str]:

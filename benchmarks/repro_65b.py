@@ -10,8 +10,9 @@ the most work that a row can be. Training, memory and checkpoints are those of
 
 The card is cut down to `--cap-gib` (47.54 GiB: what an RTX A6000 shows): PyTorch may not allocate more, CUDA context
 included. Paged optimizer states are not PyTorch's and stay on a larger card as long as it has room; with `--crowd`
-another process holds the rest of the card, so that they have no more room than there. `--set` changes the recipe, for
-example to rows of 2,048 tokens (see the recipe's head); `--layers` and `--hidden` make the model smaller.
+another process holds the rest of the card, so that they have no more room than there. That is for a card of your own:
+managed memory beyond what is free can hang one, and `--crowd` refuses where it sees that coming. `--set` changes the
+recipe, for example to rows of 2,048 tokens (see the recipe's head); `--layers` and `--hidden` make the model smaller.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ import numpy as np
 import torch
 
 from qlora_dist.config import RunConfig, load_config
+from qlora_dist.memory import choose
+from qlora_dist.planning import read_shapes
 from qlora_dist.trainer import train
 
 from . import provenance
@@ -104,6 +107,21 @@ def configure(arguments: argparse.Namespace) -> RunConfig:
     return load_config(RECIPE, (*arguments.overrides, *run, *made))
 
 
+def require_room(config: RunConfig, cap_bytes: int) -> None:
+    """With a neighbour that holds the rest of the card, paged states that do not fit are managed memory beyond what is
+    free, which can hang a GPU. Raises SystemExit where the plan sees that coming."""
+    shapes = read_shapes(config.model.name, config.model.revision)
+    plan = choose(config, shapes, world_size=1, local_world_size=1, device_bytes=cap_bytes)
+    if plan.fits and not plan.paged_out_bytes:
+        return
+    lacking = max(plan.paged_out_bytes, plan.peak_bytes - cap_bytes)
+    raise SystemExit(
+        f"--crowd: of {plan.peak_bytes / GIB:.2f} GiB planned, {lacking / GIB:.2f} GiB have no room on a card of "
+        f"{cap_bytes / GIB:.2f} GiB whose rest another process holds; managed memory beyond what is free can hang it. "
+        "Leave --crowd out, raise --cap-gib, or make the run smaller (--set)"
+    )
+
+
 @contextlib.contextmanager
 def smaller_card(cap_gib: float, is_crowded: bool) -> Iterator[dict[str, Any]]:
     """Leaves this process `cap_gib` of the GPU, context included. Nothing to cap on a CPU."""
@@ -147,8 +165,10 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
     recipe_steps = load_config(RECIPE, tuple(arguments.overrides)).train.steps
     assert recipe_steps is not None
     paged = 8 * summary["trainable_parameters"] if config.optim.name == "paged_adamw_32bit" else None
-    peak = summary["peak_bytes_max"]
-    total = peak + (card["context_bytes"] or 0)
+    peak = max(summary["peak_bytes_max"], summary["build_peak_bytes"])
+    context = card["context_bytes"] or 0
+    reserved = torch.cuda.max_memory_reserved() if card["cap_bytes"] is not None else peak
+    held = reserved + context  # what the card must have: the allocator's holes are not free for anybody else
     is_full_size = (arguments.layers, arguments.hidden) == (LAYERS, HIDDEN)
     return {
         "benchmark": "repro_65b",
@@ -163,9 +183,12 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
         "trainable_parameters": summary["trainable_parameters"],
         **card,
         "peak_bytes": peak,
-        "peak_with_context_bytes": total,
+        "build_peak_bytes": summary["build_peak_bytes"],
+        "reserved_bytes": reserved,
+        "peak_with_context_bytes": peak + context,
+        "reserved_with_context_bytes": held,
         "paged_optimizer_bytes": paged,
-        "fits_cap_without_paging": None if card["cap_bytes"] is None else total + (paged or 0) <= card["cap_bytes"],
+        "fits_cap_without_paging": None if card["cap_bytes"] is None else held + (paged or 0) <= card["cap_bytes"],
         "planned_peak_bytes": summary["planned_peak_bytes"],
         "plan_error": summary["plan_error"],
         "step_seconds": seconds,
@@ -201,9 +224,14 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True, exist_ok=True)
     config = configure(arguments)
+    if arguments.crowd:
+        require_room(config, int(arguments.cap_gib * GIB))
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with smaller_card(arguments.cap_gib, arguments.crowd) as card:
+        before = provenance.device_state(device)
         train(config)
-    result = summarize(config, card, arguments)
+        states = {"before": before, "after": provenance.device_state(device)}
+    result = summarize(config, card, arguments) | {"device_state": states}
     text = json.dumps(result, indent=1)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

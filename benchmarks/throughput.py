@@ -1,9 +1,13 @@
 """Tokens a second and peak memory of a grid of cells, each in a process of its own, peers beside it in the same run.
 
     python -m benchmarks.throughput --preset cpu --out benchmarks/results/cpu
+    python -m benchmarks.throughput --preset fair --shape 8b --layers 8 --profile --out OUT
     python -m benchmarks.throughput --preset gpu --shape 8b --layers 8 --out OUT
     python -m benchmarks.throughput --preset scaling --shape 8b --ranks 1 2 4 8 --out OUT
     torchrun ... -m benchmarks.throughput --preset scaling --shape 8b --ranks 16 --out OUT   (one process a rank)
+
+Presets: tiny (for tests), cpu and cpu-all; on a GPU fair (one shape beside its peers, few steps: for minutes), depth
+(8B whole, few steps), gpu (the wide grid, for hours), peaks (the plan's), scaling (ranks).
 
 Cells of a group are loaded together and step in turns (small models on a CPU), or run one after another (GPUs). A cell
 that fails, does not fit or takes too long says so in its raw file; the others go on. Every raw file holds the samples
@@ -19,13 +23,12 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,73 +37,11 @@ from safetensors.torch import load_file
 
 from qlora_dist.errors import UserError
 
-from . import cells, figures, inputs, peers, provenance, work
+from . import cells, figures, inputs, peers, provenance, work, workers
 from .cells import Cell, Group, Preset
 
-ROOT = provenance.ROOT
-
-
-@dataclass
-class Worker:
-    """A running cell."""
-
-    cell: Cell
-    out: Path
-    log: Path
-    processes: list[subprocess.Popen[str]]
-    deadline: float
-    has_timed_out: bool = False
-
-    @property
-    def is_running(self) -> bool:
-        return any(process.poll() is None for process in self.processes)
-
-    def ask(self, order: str | None) -> bool:
-        """Gives an order (None: only wait) and waits for the answer. False: no more turns from this one."""
-        main = self.processes[0]
-        assert main.stdin is not None and main.stdout is not None
-        try:
-            if order is not None:
-                main.stdin.write(order + "\n")
-                main.stdin.flush()
-        except BrokenPipeError:
-            return False
-        with _alarm(self):
-            return bool(main.stdout.readline())
-
-    def wait(self) -> None:
-        """Until all its processes have ended, or its time is up."""
-        for process in self.processes:
-            try:
-                process.wait(max(0.1, self.deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                self.has_timed_out = True
-                break
-        self.kill()
-
-    def kill(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-@contextlib.contextmanager
-def _alarm(worker: Worker) -> Any:
-    """Ends a worker that does not answer within its time: its pipe then closes and the read returns."""
-
-    def expire(*_: Any) -> None:
-        worker.has_timed_out = True
-        worker.kill()
-
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, max(0.1, worker.deadline - time.monotonic()))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+PRESETS = ("tiny", "cpu", "cpu-all", "fair", "depth", "gpu", "peaks", "scaling")
+PROFILED_STEPS = 3
 
 
 class Run:
@@ -112,20 +53,34 @@ class Run:
         self.preset, self.out, self.scratch, self.origin = preset, out, scratch, origin
         self.resume, self.joined = resume, joined
         self.is_main = not joined or os.environ["RANK"] == "0"  # whose results are the run's
-        self.workers: list[Worker] = []  # all that were started
+        self.workers: list[workers.Worker] = []  # all that were started
+        self.measured: dict[str, dict[str, Any]] = {}  # by the cell's name, of the groups so far
         out.mkdir(parents=True, exist_ok=True)
         scratch.mkdir(parents=True, exist_ok=True)
 
     def group(self, group: Group) -> list[dict[str, Any]]:
-        """Measures the cells of a group and writes their raw files."""
-        results = list(self._in_turns(group) if group.in_turns else self._one_by_one(group))
-        self._check_same_work(results)
-        gemm = next((result for result in results if result["cell"]["engine"] == "gemm"), None)
-        for result in results:
-            self._write(group, result, gemm)
+        """Measures the cells of a group and writes their raw files. A cell of an earlier group is not measured again:
+        it stands there, and is only compared with here."""
+        known = [self.measured[cell.name] for cell in group.cells if cell.name in self.measured]
+        cells_left = tuple(cell for cell in group.cells if cell.name not in self.measured)
+        fresh = Group(cells_left, group.in_turns, group.title)
+        results: list[dict[str, Any]] = []
+        for result in self._in_turns(fresh) if group.in_turns else self._one_by_one(fresh):
+            results.append(result)
+            self._check_same_work([*known, *results])
+            self._write(group, result, self._gemm([*known, *results]))  # at once: a time limit keeps what is there
             if self.is_main:
                 print(f"{result['name']}: {figures.one_line(result)}", flush=True)
+        gemm = self._gemm([*known, *results])
+        self._check_same_work([*known, *results])
+        for result in results:  # again, for those that came before what they are compared with
+            self._write(group, result, gemm)
+        self.measured |= {result["name"]: result for result in results}
         return results
+
+    @staticmethod
+    def _gemm(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+        return next((result for result in results if result["cell"]["engine"] == "gemm"), None)
 
     def _write(self, group: Group, result: dict[str, Any], gemm: dict[str, Any] | None) -> None:
         result["group"] = group.title
@@ -146,7 +101,7 @@ class Run:
     # --- how cells are run ---
 
     def _in_turns(self, group: Group) -> list[dict[str, Any]]:
-        workers: list[Worker] = []
+        running: list[workers.Worker] = []
         skipped = []
         for cell in group.cells:
             if reason := peers.missing(cell):
@@ -155,16 +110,16 @@ class Run:
             worker = self._start(cell, turns=True)
             worker.ask(None)  # loaded and warm, or ended
             worker.deadline = time.monotonic() + self.preset.timeout_seconds
-            workers.append(worker)
+            running.append(worker)
         steps = -(-self.preset.steps // self.preset.turns)
         for turn in range(self.preset.turns):
             # there and back, so that a drift of the machine does not favour the first or the last
-            for worker in workers if turn % 2 == 0 else workers[::-1]:
+            for worker in running if turn % 2 == 0 else running[::-1]:
                 if worker.is_running:
                     worker.deadline = time.monotonic() + self.preset.timeout_seconds
                     worker.ask(f"turn {steps}")
         results = []
-        for worker in workers:
+        for worker in running:
             if worker.is_running:
                 with contextlib.suppress(BrokenPipeError):
                     assert worker.processes[0].stdin is not None
@@ -176,7 +131,6 @@ class Run:
         return results + skipped
 
     def _one_by_one(self, group: Group) -> Iterator[dict[str, Any]]:
-        gemm = None
         for cell in group.cells:
             result = self._earlier(cell)
             if result is None and (reason := peers.missing(cell) or inputs.too_large(cell, self.scratch)):
@@ -185,16 +139,13 @@ class Run:
                 worker = self._start(cell, turns=False)
                 worker.wait()
                 result = self._collect(worker)
-            gemm = result if cell.engine == "gemm" else gemm
-            self._write(group, result, gemm)  # at once: a time limit keeps what is there
             yield result
 
-    def _start(self, cell: Cell, turns: bool) -> Worker:
+    def _start(self, cell: Cell, turns: bool) -> workers.Worker:
         place = f"-rank{os.environ['RANK']}" if self.joined else ""
         folder = self.scratch / "cells" / f"{cell.name}{place}"
         folder.mkdir(parents=True, exist_ok=True)
         preset = self.preset
-        num_steps = preset.warmup_steps + preset.steps + preset.turns + preset.instrumented_steps + 1
         for left in ("result.json", "result.gradients"):  # of an earlier run with this scratch folder
             (folder / left).unlink(missing_ok=True)
         spec = {
@@ -204,32 +155,18 @@ class Run:
             "warmup_steps": preset.warmup_steps,
             "steps": preset.steps,
             "instrumented_steps": preset.instrumented_steps,
-            **inputs.prepare(cell, self.scratch, num_steps),
+            "profile_steps": preset.profile_steps,
+            **inputs.prepare(cell, self.scratch, preset.num_steps),
         }
         (folder / "spec.json").write_text(json.dumps(spec))
         command = [sys.executable, "-m", "benchmarks.worker", str(folder / "spec.json"), *(["--turns"] * turns)]
-        port = _free_port()
-        processes = []
         log = folder / "log.txt"
-        for rank in range(1 if self.joined else cell.ranks):
-            with log.open("a") as stderr:
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        cwd=ROOT,
-                        env=_environment(cell, None if self.joined else rank, port),
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=stderr,
-                        text=True,
-                        start_new_session=True,
-                    )
-                )
-        worker = Worker(cell, folder / "result.json", log, processes, time.monotonic() + preset.timeout_seconds)
+        processes = workers.start(cell, command, log, joined=self.joined)
+        worker = workers.Worker(cell, folder / "result.json", log, processes, time.monotonic() + preset.timeout_seconds)
         self.workers.append(worker)
         return worker
 
-    def _collect(self, worker: Worker) -> dict[str, Any]:
+    def _collect(self, worker: workers.Worker) -> dict[str, Any]:
         worker.kill()
         if worker.out.exists():
             result: dict[str, Any] = json.loads(worker.out.read_text())
@@ -272,32 +209,8 @@ class Run:
 
 def _without_result(cell: Cell, status: str, reason: str) -> dict[str, Any]:
     empty: dict[str, Any] = {"cell": cell.as_dict(), "name": cell.name, "status": status, "reason": reason}
-    return {**empty, "samples": [], "phases": {}, "memory": {}, "first_loss": None}
-
-
-def _environment(cell: Cell, rank: int | None, port: int) -> dict[str, str]:
-    """rank None: this process's own place among the ranks, as its launcher says it."""
-    environment = {
-        # glibc keeps freed blocks below a threshold that grows with use: resident memory then says how the heap broke
-        # up (0.4 to 1 GiB for one 4-bit model), not what was needed. Fixed, large blocks go back at once, everywhere
-        "MALLOC_MMAP_THRESHOLD_": str(2**20),
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    if cell.threads is not None:
-        environment["OMP_NUM_THREADS"] = str(cell.threads)
-    if cell.ranks > 1 and rank is not None:
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cell.ranks)}
-        environment |= {"LOCAL_WORLD_SIZE": str(cell.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return environment
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    nothing: dict[str, Any] = {"samples": [], "phases": {}, "memory": {}, "first_loss": None, "profile": None}
+    return {**empty, **nothing, "device_state": {"before": None, "after": None}}
 
 
 def run(
@@ -343,11 +256,10 @@ def run_as_rank(preset: Preset, out: Path, *, command: str, scratch: Path) -> No
     cells_here = [cell for group in preset.groups for cell in group.cells if cell.ranks == world_size]
     if not cells_here:
         raise UserError(f"no cell of this preset has {world_size} ranks; give --ranks {world_size}")
-    num_steps = preset.warmup_steps + preset.steps + preset.turns + preset.instrumented_steps + 1
     for cell in cells_here:
         made = own / f"{cell.name}.made"
         if local_rank == 0:
-            inputs.prepare(cell, own, num_steps)
+            inputs.prepare(cell, own, preset.num_steps)
             made.touch()
         while not made.exists():
             time.sleep(0.2)
@@ -360,12 +272,17 @@ def run_as_rank(preset: Preset, out: Path, *, command: str, scratch: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("tiny", "cpu", "cpu-all", "gpu", "peaks", "scaling"), default="cpu")
-    parser.add_argument("--shape", default="1b", help="gpu, scaling: one of benchmarks.shapes")
-    parser.add_argument("--layers", type=int, help="gpu, scaling: only the first N layers of the shape")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--shape", default="1b", help="fair, gpu, scaling: one of benchmarks.shapes")
+    parser.add_argument("--layers", type=int, help="fair, gpu, scaling: only the first N layers of the shape")
     parser.add_argument("--row-tokens", type=int, default=2048, help="gpu, scaling: tokens of a row")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="scaling: numbers of ranks")
     parser.add_argument("--strategies", nargs="+", default=["ddp"], help="scaling: strategy.name of the config")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help=f"after a cell's steps {PROFILED_STEPS} more under torch's profiler: a table of kernels in its raw file",
+    )
     parser.add_argument("--only", default="", help="only cells whose name contains this")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
     parser.add_argument("--scratch", type=Path, help="folder for models and data, kept; default: a temporary one")
@@ -380,6 +297,8 @@ def main() -> None:
         "cpu": cells.cpu,
         "cpu-all": cells.cpu_all,
         "peaks": cells.peaks,
+        "fair": lambda: cells.fair(arguments.shape, arguments.layers),
+        "depth": cells.depth,
         "gpu": lambda: cells.gpu(arguments.shape, arguments.layers, arguments.row_tokens),
         "scaling": lambda: cells.scaling(
             arguments.shape,
@@ -389,6 +308,7 @@ def main() -> None:
             arguments.row_tokens,
         ),
     }[arguments.preset]()
+    preset = replace(preset, profile_steps=PROFILED_STEPS if arguments.profile else 0)
     try:
         provenance.require_clean(arguments.allow_dirty)
     except UserError as error:

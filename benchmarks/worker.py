@@ -25,7 +25,7 @@ from typing import IO, Any  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from . import memory, peers, provenance  # noqa: E402
+from . import memory, nvml, peers, provenance  # noqa: E402
 from .cells import Cell  # noqa: E402
 from .conductor import Conductor  # noqa: E402
 from .shapes import shape_of  # noqa: E402
@@ -71,11 +71,13 @@ def measure(spec: dict[str, Any], orders: IO[str] | None, answers: IO[str] | Non
         warmup_steps=spec["warmup_steps"],
         steps=spec["steps"],
         instrumented_steps=spec["instrumented_steps"],
+        profile_steps=0 if cell.engine == "gemm" else spec.get("profile_steps", 0),
         orders=orders,
         answers=answers,
     )
+    before = provenance.device_state(device)  # nothing is loaded: what is used is the context
     cap: dict[str, int] = {}
-    energy = provenance.energy_joules(device.index or 0) if device.type == "cuda" else None
+    energy = nvml.energy_joules(device.index or 0) if device.type == "cuda" else None
     try:
         if cell.cap_gib is not None:
             cap = memory.set_cap(int(cell.cap_gib * memory.GIB), device)
@@ -89,7 +91,8 @@ def measure(spec: dict[str, Any], orders: IO[str] | None, answers: IO[str] | Non
     first = facts.pop("first", {})
     if first.get("gradients"):
         save_file(first["gradients"], Path(spec["out"]).with_suffix(".gradients"))
-    used = None if energy is None else (provenance.energy_joules(device.index or 0) or energy) - energy
+    after = conductor.state_after or provenance.device_state(device)  # the latter where it did not come so far
+    used = None if energy is None else (nvml.energy_joules(device.index or 0) or energy) - energy
     return {
         "cell": cell.as_dict(),
         "name": cell.name,
@@ -100,11 +103,20 @@ def measure(spec: dict[str, Any], orders: IO[str] | None, answers: IO[str] | Non
         "phases": conductor.split(),
         "phase_samples": conductor.phases,
         "startup_seconds": conductor.startup_seconds + IMPORT_SECONDS,  # from the first line of this file
-        "memory": watch.result() | cap,
+        "memory": watch.result() | _of_device(before, after) | cap,
+        "device_state": {"before": before, "after": after},
+        "profile": conductor.profile,
         "energy_joules": used,
         "num_threads": torch.get_num_threads(),
         **facts,
     }
+
+
+def _of_device(before: Any, after: Any) -> dict[str, int | None]:
+    """What belongs beside the allocator's peaks. Used bytes of the timed steps: a profiler takes device memory too."""
+    if before is None:
+        return {}
+    return {"context_bytes": before["context_bytes"], "device_used_bytes": after["device_used_bytes"]}
 
 
 def _run(cell: Cell, spec: dict[str, Any], conductor: Conductor, watch: Any, device: torch.device) -> dict[str, Any]:
@@ -140,7 +152,7 @@ def _run_gemm(cell: Cell, conductor: Conductor, watch: Any, device: torch.device
             for x, w in operands:
                 torch.nn.functional.linear(x, w)
             if not conductor.step_done(tokens, 0) or conductor.is_instrumented:
-                break
+                break  # it has no phases to tell apart
     return {"flops_per_step": flops, "dtype": cell.method, "tokens": tokens, "first": {}}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cells, figures, inputs, provenance, report, throughput, work, worker
+from benchmarks import cells, figures, inputs, profiling, provenance, report, throughput, work, worker
 from benchmarks.cells import Cell, Group, Preset
 from benchmarks.conductor import Conductor
 from benchmarks.shapes import SHAPES, shape_of
@@ -88,7 +88,9 @@ def test_every_raw_file_says_where_it_comes_from(measured):
         origin = json.loads(path.read_text())["provenance"]
         assert all(name in origin for name in provenance.FIELDS)
         assert origin["code_hash"] == provenance.code_hash()
-        assert origin["versions"]["torch"] == torch.__version__
+        # a CUDA build's own version has its variant, 2.11.0+cu130; the package's metadata do not
+        assert origin["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+        assert origin["commit_source"] == "git"
         assert origin["hardware"]["num_cpus"] >= 1
 
 
@@ -283,3 +285,50 @@ def test_every_cell_of_every_preset_has_a_name_of_its_own():
         names = [cell.name for group in preset.groups for cell in group.cells]
         assert len(set(names)) == len({cell for group in preset.groups for cell in group.cells})
         assert preset.steps >= 20 or preset == cells.peaks()
+
+
+def test_a_cell_of_two_groups_is_measured_once(tmp_path, monkeypatch):
+    started = []
+
+    def one_by_one(run, group):
+        for cell in group.cells:
+            started.append(cell.name)
+            yield throughput._without_result(cell, "failed", "a test")
+
+    monkeypatch.setattr(throughput.Run, "_one_by_one", one_by_one)
+    preset = cells.gpu("8b", 8)
+    names = [cell.name for group in preset.groups for cell in group.cells]
+    assert len(names) > len(set(names)), "no cell is in two groups: this shows nothing"
+    results = throughput.run(preset, tmp_path / "out", command="a test", scratch=tmp_path / "scratch")
+    assert sorted(started) == sorted(set(names))
+    assert {result["name"] for result in results} == set(names)
+
+
+def test_presets_for_lent_minutes_are_few_steps_in_order_of_value():
+    fair, depth = cells.fair("8b", 8), cells.depth()
+    kinds = [(cell.engine, cell.variant, cell.recompute) for group in fair.groups for cell in group.cells]
+    assert kinds[:3] == [("gemm", "", "full"), ("ours", "", "none"), ("ours", "", "full")]
+    assert kinds[3:6] == [("trl", "best", "none"), ("trl", "best", "full"), ("trainer", "best", "none")]
+    assert kinds[6:] == [("trl", "default", "full")]
+    for preset in (fair, depth):
+        assert (preset.warmup_steps, preset.steps, preset.instrumented_steps) == (3, 12, 2)
+        packed = [cell for group in preset.groups for cell in group.cells]
+        assert all(cell.data == "full" and cell.row_tokens == 2048 for cell in packed)
+    assert all(cell.layers is None for group in depth.groups for cell in group.cells)
+
+
+def test_profiled_steps_come_last_and_leave_a_table_of_operators():
+    conductor = Conductor(CPU, warmup_steps=1, steps=2, instrumented_steps=1, profile_steps=2)
+    conductor.start()
+    going, count = True, 0
+    while going:
+        with conductor.phase("forward"):
+            torch.ones(64, 64) @ torch.ones(64, 64)
+        count += 1
+        going = conductor.step_done(10, 5)
+    assert count == 1 + 2 + 1 + profiling.WARMUP_STEPS + 2
+    assert len(conductor.samples) == 2 and len(conductor.phases) == 1
+    table = conductor.profile
+    products = [row for row in table["kernels"] if row["name"] == "aten::mm"]
+    assert products and products[0]["calls_per_step"] == 1.0
+    assert 0 < table["kernel_microseconds_per_step"] <= table["wall_microseconds_per_step"] * 1.05

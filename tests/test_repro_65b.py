@@ -83,6 +83,16 @@ def test_overrides_reach_the_run() -> None:
     assert config.model.name == "huggyllama/llama-65b" and config.model.weights == "files"
 
 
+def test_a_crowded_card_is_refused_where_paged_states_would_have_no_room(tmp_path: Path) -> None:
+    """Managed memory beyond what is free can hang a GPU: said before the card is touched."""
+    arguments = repro.parse(["--random-weights", "--work", str(tmp_path / "work"), "--steps", "1"])
+    arguments.work.mkdir()
+    config = repro.configure(arguments)
+    repro.require_room(config, int(repro.A6000_GIB * repro.GIB))
+    with pytest.raises(SystemExit, match=r"--crowd: of 46\.5\d GiB planned, .* no room on a card of 44\.00 GiB"):
+        repro.require_room(config, 44 * repro.GIB)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: what is measured is its memory")
 @pytest.mark.parametrize("is_crowded", [False, True])

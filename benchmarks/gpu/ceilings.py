@@ -5,6 +5,8 @@
 GEMM at several numbers of tokens x real shapes, plain and with 64 more columns of K (room for adapters), copy
 bandwidth, pinned transfers, bitsandbytes' dequantization, attention forward and backward, launch overhead. Operands
 are random: zeros draw less power and run faster. Runs on a CPU at tiny sizes too (--tiny).
+
+About 100 cases of at least `AT_LEAST_SECONDS`: an estimated 100 seconds on an H100, operands and warm-up included.
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ import inspect
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +27,10 @@ from qlora_dist.errors import UserError
 
 from .. import provenance
 from ..shapes import SHAPES
+from .timing import num_sets, seconds_of
 
-
-def seconds_of(work: Callable[[], Any], device: torch.device, at_least: float) -> list[float]:
-    """Seconds of single calls, after a warm-up, over at least `at_least` seconds and three calls."""
-    for _ in range(3):
-        work()
-    _sync(device)
-    samples: list[float] = []
-    ends = time.perf_counter() + at_least
-    while len(samples) < 3 or (time.perf_counter() < ends and len(samples) < 2000):
-        if device.type == "cuda":
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            first.record()
-            work()
-            last.record()
-            last.synchronize()
-            samples.append(first.elapsed_time(last) / 1000)
-        else:
-            started = time.perf_counter()
-            work()
-            samples.append(time.perf_counter() - started)
-    return samples
-
-
-def _sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+AT_LEAST_SECONDS = 0.7  # of a case
+PARTS = ("gemm", "bandwidth", "dequantization", "attention", "launches")
 
 
 class Ceilings:
@@ -60,20 +38,29 @@ class Ceilings:
 
     def __init__(self, device: torch.device, is_tiny: bool) -> None:
         self.device, self.is_tiny = device, is_tiny
-        self.at_least = 0.02 if is_tiny else 1.0
+        self.at_least = 0.02 if is_tiny else AT_LEAST_SECONDS
+        self.cache_bytes = _cache_bytes(device)
         self.results: list[dict[str, Any]] = []
 
-    def measure(self, what: str, case: str, unit: str, amount: float, work: Callable[[], Any]) -> None:
-        """value = amount / median seconds, in `unit`."""
+    def measure(self, what: str, case: str, unit: str, amount: float, works: Sequence[Callable[[], Any]]) -> None:
+        """value = amount / median seconds of a call, in `unit`. `works`: one call on each set of operands."""
         try:
-            samples = seconds_of(work, self.device, self.at_least)
+            samples, calls = seconds_of(works, self.device, self.at_least)
         except Exception as error:  # a kernel that is not there must not end the others
             text = f"{type(error).__name__}: {error}"[:300]
             self.results.append({"what": what, "case": case, "value": None, "unit": unit, "reason": text})
             return
         value = amount / statistics.median(samples)
-        self.results.append({"what": what, "case": case, "value": value, "unit": unit, "samples_seconds": samples})
+        result = {"what": what, "case": case, "value": value, "unit": unit, "samples_seconds": samples}
+        state = provenance.device_state(self.device) or {}  # power and heat decide a clock, and the clock the value
+        names = ("sm_clock_mhz", "memory_clock_mhz", "power_watts", "temperature_celsius")
+        clocks = {name: state[name] for name in names if name in state}
+        self.results.append(result | {"calls_per_sample": calls, "num_sets": len(works), **clocks})
         print(f"{what} {case}: {value:,.2f} {unit}", flush=True)
+
+    def sets_of(self, make: Callable[[], Callable[[], Any]], set_bytes: float) -> list[Callable[[], Any]]:
+        """As many sets of operands as no cache can hold (`num_sets`), and the call on each."""
+        return [make() for _ in range(num_sets(set_bytes, self.cache_bytes))]
 
     def gemm(self) -> None:
         names = ("tiny",) if self.is_tiny else ("8b", "13b", "70b")
@@ -83,23 +70,31 @@ class Ceilings:
             for count in tokens:
                 for outputs, inputs in sizes:
                     for extra in (0, 64):
-                        x, w = self._random(count, inputs + extra), self._random(outputs, inputs + extra)
-                        flops = 2 * count * outputs * (inputs + extra)
                         case = f"{count} x {outputs} x {inputs}" + (f" + {extra}" if extra else "")
-                        self.measure("gemm bf16", case, "TFLOP/s", flops / 1e12, lambda x=x, w=w: F.linear(x, w))
+                        self._gemm(case, count, outputs, inputs + extra)
+
+    def _gemm(self, case: str, count: int, outputs: int, inputs: int) -> None:
+        def make() -> Callable[[], Any]:
+            x, w = self._random(count, inputs), self._random(outputs, inputs)
+            return lambda: F.linear(x, w)
+
+        works = self.sets_of(make, 2 * inputs * (count + outputs))
+        self.measure("gemm bf16", case, "TFLOP/s", 2 * count * outputs * inputs / 1e12, works)
 
     def bandwidth(self) -> None:
+        """One set each: what is copied is many times larger than any cache."""
         count = 1 << (20 if self.is_tiny else 31)
         source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        self.measure("copy", f"{count >> 20} MiB, read + write", "GB/s", 2 * count / 1e9, lambda: target.copy_(source))
+        case = f"{count >> 20} MiB, read + write"
+        self.measure("copy", case, "GB/s", 2 * count / 1e9, [lambda: target.copy_(source)])
         if self.device.type != "cuda":
             return
-        host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
-        part = source[: 1 << 30]
-        gigabytes = (1 << 30) / 1e9
-        self.measure("pinned", "host to device", "GB/s", gigabytes, lambda: part.copy_(host, non_blocking=True))
-        self.measure("pinned", "device to host", "GB/s", gigabytes, lambda: host.copy_(part, non_blocking=True))
+        part = source[: min(count, 1 << 30)]
+        host = torch.empty(len(part), dtype=torch.uint8, pin_memory=True)
+        amount = len(part) / 1e9
+        self.measure("pinned", "host to device", "GB/s", amount, [lambda: part.copy_(host, non_blocking=True)])
+        self.measure("pinned", "device to host", "GB/s", amount, [lambda: host.copy_(part, non_blocking=True)])
 
     def dequantization(self) -> None:
         """Bytes read and written by one nf4 weight: 0.5 code, its constants, 2 result."""
@@ -108,41 +103,53 @@ class Ceilings:
         shapes = ((128, 128),) if self.is_tiny else ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192))
         for shape in shapes:
             for is_double in (False, True):
-                weight = self._random(*shape)
-                packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=is_double)
                 constants = 1 / 64 + 4 / 16384 if is_double else 4 / 64
-                moved = weight.numel() * (0.5 + constants + 2)
+                weights = shape[0] * shape[1]
+
+                def make(shape: tuple[int, int] = shape, is_double: bool = is_double) -> Callable[[], Any]:
+                    packed, state = bnb.quantize_4bit(
+                        self._random(*shape), quant_type="nf4", compress_statistics=is_double
+                    )
+                    return lambda: bnb.dequantize_4bit(packed, state)
+
                 case = f"{shape[0]} x {shape[1]}" + (", double" if is_double else "")
-                self.measure("dequantize nf4", case, "GB/s", moved / 1e9,
-                             lambda packed=packed, state=state: bnb.dequantize_4bit(packed, state))  # fmt: skip
+                works = self.sets_of(make, weights * (0.5 + constants))  # what is read: results rotate with the calls
+                self.measure("dequantize nf4", case, "GB/s", weights * (0.5 + constants + 2) / 1e9, works)
 
     def attention(self) -> None:
+        """The same documents in every kernel. On a GPU `sdpa` is torch's own choice, which on Hopper is cuDNN before
+        flash attention: peers without flash-attn run on that."""
         lengths = (32,) if self.is_tiny else (2048, 4096)
         heads, kv_heads, width = (4, 2, 16) if self.is_tiny else (32, 8, 128)
         for length in lengths:
-            tokens = length if self.is_tiny else 8192
-            count = tokens // length
-            query = self._random(count, heads, length, width).requires_grad_()
-            key, value = (self._random(count, kv_heads, length, width).requires_grad_() for _ in range(2))
+            count = 1 if self.is_tiny else 8192 // length
             forward = 4 * count * heads * width * length * (length + 1) / 2
-
-            def sdpa(query: Any = query, key: Any = key, value: Any = value) -> Any:
-                return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
             case = f"{count} x {length}, {heads}/{kv_heads} heads of {width}"
-            self._both("attention sdpa", case, forward, sdpa)
-            self._both("attention varlen", case, forward, _varlen(query, key, value, length))
-            self._both("attention flash-attn", case, forward, _flash(query, key, value, length))
+            set_bytes = 2 * count * length * width * (heads + 2 * kv_heads)
+            operands = [
+                [self._random(count, n, length, width) for n in (heads, kv_heads, kv_heads)]
+                for _ in range(num_sets(set_bytes, self.cache_bytes))
+            ]
+            for name, attend in attentions(self.device, length).items():
+                self._both(f"attention {name}", case, forward, attend, operands)
 
-    def _both(self, what: str, case: str, forward: float, attend: Callable[[], Any]) -> None:
-        self.measure(f"{what} forward", case, "TFLOP/s", forward / 1e12, attend)
+    def _both(self, what: str, case: str, forward: float, attend: Callable[..., Any], operands: list[Any]) -> None:
+        """Forward alone; forward and backward, whose 5 products to 2 make 3.5 times the work."""
+        is_flat = "varlen" in what or "flash-attn" in what
+        sets = [[_flattened(t) if is_flat else t for t in tensors] for tensors in operands]
+        sets = [[t.detach().requires_grad_() for t in tensors] for tensors in sets]
+        arriving = torch.randn_like(sets[0][0])
 
-        def there_and_back() -> None:
-            result = attend()
-            result = result[0] if isinstance(result, tuple) else result
-            result.backward(torch.ones_like(result))
+        def there(inputs: list[torch.Tensor]) -> Callable[[], Any]:
+            return lambda: attend(*inputs)
 
-        self.measure(f"{what} forward + backward", case, "TFLOP/s", 3.5 * forward / 1e12, there_and_back)
+        def there_and_back(inputs: list[torch.Tensor]) -> Callable[[], Any]:
+            # gradients are returned, not added to what is there: an addition is no part of attention
+            return lambda: torch.autograd.grad(attend(*inputs), inputs, arriving)
+
+        self.measure(f"{what} forward", case, "TFLOP/s", forward / 1e12, [there(one) for one in sets])
+        works = [there_and_back(one) for one in sets]
+        self.measure(f"{what} forward + backward", case, "TFLOP/s", 3.5 * forward / 1e12, works)
 
     def launches(self) -> None:
         """Launches a second from the host, and of a CUDA graph's replay."""
@@ -153,48 +160,71 @@ class Ceilings:
             for _ in range(number):
                 x.add_(1)
 
-        self.measure("launch", f"{number} small kernels", "kernels/s", number, many)
+        self.measure("launch", f"{number} small kernels", "kernels/s", number, [many])
         if self.device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 many()
-            self.measure("launch", f"a graph of {number}", "kernels/s", number, graph.replay)
+            self.measure("launch", f"a graph of {number}", "kernels/s", number, [graph.replay])
 
     def _random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=self.device).bfloat16()
+        return torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
 
 
-def _varlen(query: Any, key: Any, value: Any, length: int) -> Callable[[], Any]:
-    """torch's varlen attention on the same documents, flattened."""
-    q, k, v, borders = _flattened(query, key, value, length)
+def attentions(device: torch.device, length: int) -> dict[str, Callable[..., Any]]:
+    """Kernels by name: sdpa takes (documents, heads, tokens, width), varlen and flash-attn (all tokens, heads, width),
+    whose documents are `length` tokens each."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    def attend() -> Any:
-        from torch.nn.attention import varlen
+    def sdpa(query: Any, key: Any, value: Any) -> Any:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
-        repeat = q.shape[1] // k.shape[1]  # not every version takes grouped heads
-        keywords = inspect.signature(varlen.varlen_attn).parameters  # nor the same word for causal
-        causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in keywords else {"is_causal": True}
-        k2, v2 = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        return varlen.varlen_attn(q, k2, v2, borders, borders, length, length, **causal)
+    def forced(backend: Any) -> Callable[..., Any]:
+        def attend(query: Any, key: Any, value: Any) -> Any:
+            with sdpa_kernel(backend):
+                return sdpa(query, key, value)
 
-    return attend
+        return attend
 
+    def varlen(query: Any, key: Any, value: Any) -> Any:
+        from torch.nn.attention import varlen as module
 
-def _flash(query: Any, key: Any, value: Any, length: int) -> Callable[[], Any]:
-    q, k, v, borders = _flattened(query, key, value, length)
+        borders = _borders(length, len(query), device)
+        return module.varlen_attn(query, key, value, borders, borders, length, length, **varlen_keywords())
 
-    def attend() -> Any:
+    def flash(query: Any, key: Any, value: Any) -> Any:
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(q, k, v, borders, borders, length, length, causal=True)
+        borders = _borders(length, len(query), device)
+        return flash_attn_varlen_func(query, key, value, borders, borders, length, length, causal=True)
 
-    return attend
+    of_gpu = {"sdpa flash": forced(SDPBackend.FLASH_ATTENTION), "sdpa cudnn": forced(SDPBackend.CUDNN_ATTENTION)}
+    return {"sdpa": sdpa, **(of_gpu if device.type == "cuda" else {}), "varlen": varlen, "flash-attn": flash}
 
 
-def _flattened(query: Any, key: Any, value: Any, length: int) -> tuple[Any, Any, Any, torch.Tensor]:
-    flat = [t.detach().transpose(1, 2).flatten(0, 1).contiguous().requires_grad_() for t in (query, key, value)]
-    borders = torch.arange(0, len(flat[0]) + 1, length, dtype=torch.int32, device=query.device)
-    return flat[0], flat[1], flat[2], borders
+def varlen_keywords() -> dict[str, Any]:
+    """Causal attention with grouped heads, in the words of the installed torch. Before 2.12 it takes grouped heads as
+    they are; only the keyword is not there."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+def _borders(length: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """(documents + 1,) int32."""
+    return torch.arange(0, tokens + 1, length, dtype=torch.int32, device=device)
+
+
+def _flattened(tensor: torch.Tensor) -> torch.Tensor:
+    """(documents, heads, tokens, width) -> (all tokens, heads, width)."""
+    return tensor.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """The L2 cache of a GPU. A CPU's cases are for trying the script: its caches are not looked at."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
 def main() -> None:
@@ -203,7 +233,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes of a test")
     parser.add_argument("--allow-dirty", action="store_true")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         provenance.require_clean(arguments.allow_dirty)
         if device.type == "cpu" and not arguments.tiny:
@@ -213,15 +243,20 @@ def main() -> None:
         sys.exit(2)
     origin = provenance.collect(provenance.this_command("benchmarks.gpu.ceilings"), device)
     ceilings = Ceilings(device, arguments.tiny)
+    before = provenance.device_state(device)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    parts = ("gemm", "bandwidth", "dequantization", "attention", "launches")
-    for part in parts:
+    for part in PARTS:
         try:
             getattr(ceilings, part)()
         except Exception as error:
             text = f"{type(error).__name__}: {error}"[:300]
             ceilings.results.append({"what": part, "case": "", "value": None, "unit": "", "reason": text})
-        content = {"benchmark": "ceilings", "provenance": origin, "results": ceilings.results}
+        content = {
+            "benchmark": "ceilings",
+            "provenance": origin,
+            "device_state": {"before": before, "after": provenance.device_state(device)},
+            "results": ceilings.results,
+        }
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")  # after each part: a time limit keeps the rest
 
 
