@@ -1,13 +1,23 @@
 """The queue of GPU work, run on a CPU with a list of its own: order, time limits, failures alone, what is done."""
 
 import json
+import os
+import random
+import signal
+import subprocess
 import sys
+import tarfile
+import time
+from pathlib import Path
 
+import pytest
 import torch
+from helpers.ranks import ROOT, clean_environment
 
 from benchmarks import provenance
-from benchmarks.gpu import queue
-from benchmarks.gpu.items import ITEMS, Item
+from benchmarks.gpu import machine, queue
+from benchmarks.gpu.items import ITEMS, LATER, PART_SECONDS, Item
+from benchmarks.gpu.pack import LARGEST_LOG_BYTES, pack
 
 
 def item(name, code, seconds=30, **options):
@@ -83,11 +93,214 @@ def test_no_item_starts_that_would_be_cut_to_less_than_half_of_its_time(tmp_path
     assert "long: left for another run" in capsys.readouterr().out
 
 
-def test_ceilings_and_gpu_tests_come_first_and_every_item_fits_into_a_loan():
-    assert [one.name for one in ITEMS[:2]] == ["ceilings", "pytest-gpu"]
-    assert len({one.name for one in ITEMS}) == len(ITEMS)
+def test_the_parts_are_in_order_of_value_and_each_fits_into_one_command():
+    parts = {part: [one for one in ITEMS if one.part == part] for part in (1, 2, 3)}
+    assert [one.name for one in parts[1]] == ["smoke", "repro-65b", "pytest-gpu"]
+    assert [one.name for one in parts[2]] == ["ceilings", "fair-8b-8l"]
+    assert [one.name for one in parts[3]] == ["depth-8b", "peaks-1b"]
+    assert [one.part for one in ITEMS] == sorted(one.part for one in ITEMS)
+    assert {one.part for one in ITEMS} == {1, 2, 3, LATER} and len({one.name for one in ITEMS}) == len(ITEMS)
+    for part in parts.values():
+        assert sum(one.seconds for one in part) + queue.MARGIN_SECONDS <= PART_SECONDS
+        # the estimates leave time for what they are wrong by
+        assert 0 < sum(one.estimate for one in part) <= 0.85 * PART_SECONDS
+        assert all(one.gpus == 1 and 0 < one.estimate <= one.seconds for one in part)
     assert all(one.seconds <= 600 for one in ITEMS if one.gpus == 1)
-    assert any("repro_65b" in one.command for one in ITEMS)
+
+
+def test_the_first_parts_ask_for_no_more_managed_memory_than_is_free_and_keep_what_they_wrote():
+    commands = {one.name: one.command for one in ITEMS}
+    assert "--crowd" not in commands["repro-65b"] and "--steps 3" in commands["repro-65b"]
+    for one in ITEMS:
+        assert "{out}" in one.command
+        if "benchmarks.throughput" in one.command:
+            assert one.resumes and "--resume" in one.command and "--scratch {scratch}" in one.command
+
+
+def test_the_queue_itself_never_touches_cuda(tmp_path, monkeypatch):
+    """A context in the queue's process would take half a GiB from every item."""
+    machine.machine.cache_clear()
+
+    def touched(*arguments, **options):
+        raise AssertionError("the queue's own process asked CUDA")
+
+    names = ("is_available", "device_count", "mem_get_info", "get_device_name", "get_device_properties", "init")
+    for name in names:
+        monkeypatch.setattr(torch.cuda, name, touched)
+    items = [item("good", WRITE), Item("on-a-gpu", "python -c 0", 10, "a test", needs=(), gpus=99, device_gib=1)]
+    results = queue.run(items, tmp_path)
+    assert [result["status"] for result in results] == ["done"]
+    queue.status(items, tmp_path)
+    # and what it did not ask itself is known: a process of its own answered
+    assert results[0]["provenance"]["hardware"]["num_cpus"] and results[0]["provenance"]["versions"]["torch"]
+    assert not torch.cuda.is_initialized()
+
+
+def test_the_machine_is_asked_once_and_a_device_that_cannot_be_asked_is_an_error(monkeypatch):
+    machine.machine.cache_clear()
+    monkeypatch.setattr(
+        machine, "_QUESTION", """print("a library's line"); print('{"gpu_bytes": [7], "origin": {}}')"""
+    )
+    assert machine.machine() is machine.machine() and machine.machine().gpu_bytes == (7,)
+    machine.machine.cache_clear()
+    monkeypatch.setattr(machine, "_QUESTION", "raise SystemExit('no driver')")
+    with pytest.raises(RuntimeError, match="cannot be asked: no driver"):
+        machine.machine()
+    machine.machine.cache_clear()
+
+
+# --- cut --------------------------------------------------------------------------------------------------------------
+
+CUT = """
+import sys
+from pathlib import Path
+from benchmarks.gpu import queue
+from benchmarks.gpu.items import Item
+from benchmarks.gpu.machine import Machine
+
+queue.machine = lambda: Machine((), {})  # asking takes seconds
+write = "import sys, time, pathlib; pathlib.Path(sys.argv[1], 'raw.json').write_text('[1]'); "
+here = {"needs": (), "device": "cpu", "part": 1}
+queue.ITEMS = (
+    Item("first", f'python -c "{write}" {{out}}', 30, "a test", **here),
+    Item("second", f'python -c "{write} print(5, flush=True); time.sleep(float(sys.argv[2]))" {{out}} 600', 900,
+         "a test", **here),
+    Item("third", f'python -c "{write}" {{out}}', 30, "a test", **here),
+    Item("later", f'python -c "{write}" {{out}}', 30, "a test", **here | {"part": 4}),
+)
+queue.main(sys.argv[1:])
+"""
+
+
+def start_queue(*words):
+    environment = clean_environment()
+    return subprocess.Popen([sys.executable, "-c", CUT, *map(str, words)], env=environment, cwd=ROOT)
+
+
+def wait_for(path, seconds=60):
+    ends = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < ends, f"{path} did not come"
+        time.sleep(0.05)
+
+
+def alive(out):
+    """Processes of an item of this queue."""
+    found = []
+    for folder in os.listdir("/proc"):
+        if folder.isdigit():
+            try:
+                words = Path(f"/proc/{folder}/cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            found += [folder] if str(out / "second") in words else []
+    return found
+
+
+def test_a_queue_that_is_cut_keeps_and_packs_what_it_wrote_and_goes_on_from_there(tmp_path):
+    out, archive = tmp_path / "gpu", tmp_path / "home" / "gpu-part1.tgz"
+    process = start_queue("run", out, "--part", 1, "--pack", archive)
+    wait_for(out / "second" / "raw.json")
+    wait_for(archive)  # after the first item, not only at the end
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert not alive(out), "the item outlived its queue"
+    assert json.loads((out / "first.json").read_text())["status"] == "done"
+    cut = json.loads((out / "second.json").read_text())
+    assert (cut["status"], cut["files"], cut["tail"].strip()) == ("cut", ["second/raw.json"], "5")
+    assert not (out / "third.json").exists()
+
+    # on another machine: unpacked, it is gone on with
+    elsewhere = tmp_path / "elsewhere"
+    with tarfile.open(archive) as tar:
+        tar.extractall(elsewhere, filter="data")
+    assert (elsewhere / "gpu" / "second" / "raw.json").read_text() == "[1]"
+    (elsewhere / "gpu" / "second" / "raw.json").unlink()
+    going_on = start_queue("run", elsewhere / "gpu", "--part", 1, "--seconds", 520)  # the second has its half
+    wait_for(elsewhere / "gpu" / "second" / "raw.json")
+    going_on.send_signal(signal.SIGTERM)
+    assert going_on.wait(30) == 143
+    dates = [
+        json.loads((folder / "first.json").read_text())["provenance"]["date"] for folder in (out, elsewhere / "gpu")
+    ]
+    assert dates[0] == dates[1], "what was done is not done again"
+
+
+def test_an_item_ends_with_its_queue_even_when_that_is_killed(tmp_path):
+    process = start_queue("run", tmp_path / "gpu", "--only", "second")
+    wait_for(tmp_path / "gpu" / "second" / "raw.json")
+    assert alive(tmp_path / "gpu")
+    process.kill()
+    process.wait()
+    ends = time.monotonic() + 10
+    while alive(tmp_path / "gpu"):
+        assert time.monotonic() < ends, "the item went on, and with it what it holds of the GPU"
+        time.sleep(0.1)
+
+
+def test_an_item_that_had_less_than_its_time_runs_again(tmp_path):
+    slow = item("slow", "import time; time.sleep(600)", seconds=2)
+    (result,) = queue.run([slow], tmp_path, seconds=queue.MARGIN_SECONDS + 1.8)
+    assert (result["status"], result["exit_code"]) == ("cut", None)
+    (result,) = queue.run([slow], tmp_path)
+    assert result["status"] == "timeout"  # its whole time: not again
+    assert queue.run([slow], tmp_path) == []
+
+
+# --- brought home -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_packed_fits_and_the_small_results_go_first(tmp_path):
+    out = tmp_path / "gpu"
+    noise = random.Random(0).randbytes
+    contents = {
+        "smoke.json": b"{}",
+        "smoke/smoke.json": noise(1000),
+        "pytest-gpu/junit.xml": b"<x/>",
+        "depth-8b/trace.json": noise(400_000),
+        "depth-8b/larger.json": noise(900_000),
+        "a.log": b"start" + bytes(3 * LARGEST_LOG_BYTES) + b"end",
+        "repro/model.safetensors": noise(1000),
+    }
+    for name, content in contents.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    cell = tmp_path / "gpu-scratch" / "cells" / "8b_ours"
+    cell.mkdir(parents=True)
+    (cell / "log.txt").write_text("why a cell failed")
+    archive = tmp_path / "home.tgz"
+    assert pack(out, archive, 1_000_000) == ["depth-8b/larger.json"]
+    assert archive.stat().st_size <= 1_000_000
+    with tarfile.open(archive) as tar:
+        found = {entry.name: tar.extractfile(entry).read() for entry in tar}
+    assert set(found) == {
+        "gpu/smoke.json", "gpu/smoke/smoke.json", "gpu/pytest-gpu/junit.xml", "gpu/depth-8b/trace.json", "gpu/a.log",
+        "gpu/cells/8b_ours.log", "gpu/left_out.json",
+    }  # fmt: skip
+    assert found["gpu/smoke/smoke.json"] == contents["smoke/smoke.json"]
+    assert found["gpu/a.log"].endswith(b"end") and len(found["gpu/a.log"]) == LARGEST_LOG_BYTES
+    assert json.loads(found["gpu/left_out.json"]) == ["depth-8b/larger.json"]
+    assert list(tmp_path.glob(".*.part")) == []
+
+
+def test_one_command_of_a_lent_machine_leaves_one_archive_and_says_what_it_lacked(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("would measure")
+    variables = {"LENT_WHEELS": str(tmp_path / "none"), "LENT_SECONDS": "60", "QUEUE_PYTHON": sys.executable}
+    work = tmp_path / "checkout"
+    for name in ("benchmarks", "qlora_dist"):  # its results go to build/gpu of the checkout
+        work.mkdir(exist_ok=True)
+        (work / name).symlink_to(ROOT / name)
+    environment = clean_environment() | variables
+    script = (work / "benchmarks" / "gpu" / "lent.sh").read_text()
+    assert 'cd "$(dirname' in script
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu/lent.sh", "2", str(tmp_path / "home"), "--only", "ceilings"],
+        cwd=work, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ceilings: skipped, needs a CUDA device" in done.stdout and "part 2" in done.stdout
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["gpu-part2.tgz"]
 
 
 def test_ceilings_run_on_a_cpu_at_tiny_sizes(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu status|run OUT ..."""
+"""python -m benchmarks.gpu status|run|calibrate OUT ..."""
 
 from .queue import main
 

@@ -1,9 +1,16 @@
 """The queue: runs what has no result for this code yet. Items end alone: a crash, a hang, a missing module of one
-leaves the others untouched."""
+leaves the others untouched.
+
+This process never touches CUDA (see `machine`). It may be ended at any moment: a stop signal ends the item that runs,
+whose result says that it was cut, and what was written is packed; an item ends with this process even when that is
+killed, so that no GPU stays taken. A cut item runs again.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import datetime
 import importlib.util
 import json
 import os
@@ -12,27 +19,39 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import provenance
-from .items import ITEMS, Item
+from .calibrate import calibrate
+from .items import ITEMS, LATER, Item
+from .machine import machine
+from .pack import pack
 
 EARLIER = provenance.ROOT / "benchmarks" / "results" / "gpu-queue"  # results that were brought home and committed
-SCRATCH = provenance.ROOT / "build" / "gpu-scratch"  # models and data that items share; not a result
-MARGIN_SECONDS = 15  # for ending an item and writing its result before a loan is over
+MARGIN_SECONDS = 20  # for ending an item, writing its result and packing, before the time is up
+TAIL_LINES = 15  # of the log of an item that is not done, for the terminal
+_PR_SET_PDEATHSIG = 1  # Linux
+
+
+class Cut(BaseException):
+    """This process was asked to end."""
+
+
+def scratch_of(out: Path) -> Path:
+    """Models and data that items share, beside OUT; not a result."""
+    return out.with_name(f"{out.name}-scratch")
 
 
 def lacks(item: Item) -> str | None:
     """What this machine has not got for an item; None when it can run."""
-    if item.device == "cuda" and not torch.cuda.is_available():
+    gpus = machine().gpu_bytes if item.device == "cuda" else ()
+    if item.device == "cuda" and not gpus:
         return "needs a CUDA device"
-    if item.device == "cuda" and torch.cuda.device_count() < item.gpus:
-        return f"needs {item.gpus} GPUs, this machine shows {torch.cuda.device_count()}"
-    if item.device_gib and torch.cuda.mem_get_info()[1] < item.device_gib * 2**30:
+    if item.device == "cuda" and len(gpus) < item.gpus:
+        return f"needs {item.gpus} GPUs, this machine shows {len(gpus)}"
+    if item.device_gib and gpus[0] < item.device_gib * 2**30:
         return f"needs a GPU of {item.device_gib} GiB"
     absent = [name for name in item.needs if importlib.util.find_spec(name) is None]
     if absent:
@@ -58,46 +77,71 @@ def result_of(item: Item, out: Path, code: str) -> dict[str, Any] | None:
 
 
 def run_item(item: Item, out: Path, code: str, seconds: float) -> dict[str, Any]:
-    """Runs one item for at most `seconds` and writes OUT/<name>.json, its log and what it leaves in OUT/<name>/."""
+    """Runs one item for at most `seconds` and writes OUT/<name>.json, its log and what it leaves in OUT/<name>/.
+
+    Raises Cut or KeyboardInterrupt as they come, after the result is written.
+    """
     folder, log = out / item.name, out / f"{item.name}.log"
     folder.mkdir(parents=True, exist_ok=True)
-    command = item.command.format(out=shlex.quote(str(folder.resolve())), scratch=shlex.quote(str(SCRATCH)))
-    arguments = shlex.split(command)
-    arguments[0] = sys.executable if arguments[0] == "python" else arguments[0]
+    scratch = scratch_of(out).resolve()
+    command = item.command.format(out=shlex.quote(str(folder.resolve())), scratch=shlex.quote(str(scratch)))
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    origin = {**machine().origin, "command": command, "date": now}
     started = time.monotonic()
-    origin = provenance.collect(command, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(provenance.ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
     with log.open("w") as stream:
-        process = subprocess.Popen(
-            arguments, cwd=provenance.ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            code_of_exit: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code_of_exit = None
-        finally:
-            _end_group(process)
-    status = "timeout" if code_of_exit is None else "done" if code_of_exit == 0 else "failed"
+        process = _start(command, stream)
+        code_of_exit, cut = _wait(process, seconds)
+    status = "done" if code_of_exit == 0 else "failed"
+    if code_of_exit is None:  # cut: it had less than its time
+        status = "cut" if cut is not None or seconds < item.seconds else "timeout"
     result = {
         "name": item.name,
         "status": status,
         "exit_code": code_of_exit,
         "seconds": round(time.monotonic() - started, 1),
-        "limit_seconds": seconds,
+        "estimate_seconds": item.estimate,
+        "limit_seconds": round(seconds, 1),
         "command": item.command,
         "code_hash": code,
         "provenance": origin,
         "files": sorted(str(path.relative_to(out)) for path in folder.rglob("*") if path.is_file()),
         "tail": log.read_text(errors="replace")[-4000:],
     }
-    aside = out / f".{item.name}.json"
+    aside = out / f".{item.name}.part"
     aside.write_text(json.dumps(result, indent=1) + "\n")
     aside.rename(out / f"{item.name}.json")
+    if cut is not None:
+        raise cut
     return result
+
+
+def _start(command: str, stream: Any) -> subprocess.Popen[bytes]:
+    arguments = shlex.split(command)
+    arguments[0] = sys.executable if arguments[0] == "python" else arguments[0]
+    paths = [str(provenance.ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    libc = ctypes.CDLL(None)
+
+    def end_with_parent() -> None:
+        if hasattr(libc, "prctl"):
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    return subprocess.Popen(
+        arguments, cwd=provenance.ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT,
+        start_new_session=True, preexec_fn=end_with_parent,
+    )  # fmt: skip
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> tuple[int | None, BaseException | None]:
+    """(exit code, None when it had to be ended; what ended this process, if it was that)."""
+    try:
+        return process.wait(seconds), None
+    except subprocess.TimeoutExpired:
+        return None, None
+    except (Cut, KeyboardInterrupt) as cut:
+        return None, cut
+    finally:
+        _end_group(process)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
@@ -112,16 +156,23 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def run(items: Sequence[Item], out: Path, seconds: float | None = None, retry: bool = False) -> list[dict[str, Any]]:
+def run(
+    items: Sequence[Item],
+    out: Path,
+    seconds: float | None = None,
+    retry: bool = False,
+    after_each: Callable[[], object] = lambda: None,
+) -> list[dict[str, Any]]:
     """Runs the items without a result, in order. `seconds`: no item starts that could not have half of its limit.
 
-    retry: items that failed or ran out of time for this code, too, after those that were never tried.
+    retry: items that failed or ran out of time for this code, too, after those that were never tried. `after_each`
+    is called after each item: what is written then is there even if this process is killed.
     """
     out.mkdir(parents=True, exist_ok=True)
     code = provenance.code_hash()
     ends = None if seconds is None else time.monotonic() + seconds - MARGIN_SECONDS
     states = {item.name: (result_of(item, out, code) or {"status": None})["status"] for item in items}
-    fresh = [item for item in items if states[item.name] is None]
+    fresh = [item for item in items if states[item.name] in (None, "cut")]
     unfinished = [item for item in items if states[item.name] == "timeout" and (item.resumes or retry)]
     broken = [item for item in items if states[item.name] == "failed" and retry]
     results = []
@@ -133,9 +184,12 @@ def run(items: Sequence[Item], out: Path, seconds: float | None = None, retry: b
         if limit < item.seconds / 2:
             print(f"{item.name}: left for another run, {max(0.0, limit):.0f} s are left of {item.seconds}", flush=True)
             continue
-        print(f"{item.name}: {item.why} (at most {limit:.0f} s)", flush=True)
+        print(f"{item.name}: {item.why} (about {item.estimate} s, at most {limit:.0f} s)", flush=True)
         results.append(run_item(item, out, code, limit))
         print(f"{item.name}: {results[-1]['status']} in {results[-1]['seconds']} s", flush=True)
+        if results[-1]["status"] != "done":
+            print("\n".join(f"    {line}" for line in results[-1]["tail"].splitlines()[-TAIL_LINES:]), flush=True)
+        after_each()
     return results
 
 
@@ -156,18 +210,52 @@ def status(items: Sequence[Item], out: Path) -> list[tuple[str, str, str]]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("action", choices=("status", "run"))
-    parser.add_argument("out", type=Path, nargs="?", default=Path("build/gpu"))
-    parser.add_argument("--seconds", type=float, help="time that is left on this machine")
-    parser.add_argument("--retry", action="store_true", help="run failed and timed-out items again")
-    parser.add_argument("--only", default="", help="only items whose name contains this")
-    arguments = parser.parse_args()
-    items = [item for item in ITEMS if arguments.only in item.name]
-    if arguments.action == "run":
-        run(items, arguments.out, arguments.seconds, arguments.retry)
+def main(words: list[str] | None = None) -> None:
+    """Exit code of `run`: 0 when all that was started is done, 1 when not, 143 after a stop signal."""
+    arguments = _parse(words)
+    if arguments.action == "calibrate":
+        calibrate(arguments.out)
         return
+    items = [item for item in ITEMS if arguments.only in item.name and arguments.part in (None, item.part)]
+    if arguments.action == "status":
+        _print_status(items, arguments.out)
+        return
+    signal.signal(signal.SIGTERM, _cut)
+
+    def bring_home() -> None:
+        if arguments.pack is not None:
+            pack(arguments.out, arguments.pack)
+
+    try:
+        results = run(items, arguments.out, arguments.seconds, arguments.retry, bring_home)
+    except (Cut, KeyboardInterrupt):
+        print("ended by a stop signal; the same command goes on", flush=True)
+        sys.exit(143)
+    finally:
+        bring_home()
+    _print_status(items, arguments.out)
+    sys.exit(0 if all(result["status"] == "done" for result in results) else 1)
+
+
+def _print_status(items: Sequence[Item], out: Path) -> None:
     print(f"code {provenance.code_hash()}")
-    for name, state, detail in status(items, arguments.out):
-        print(f"{state:<11} {name:<18} {detail}")
+    for item, (name, state, detail) in zip(items, status(items, out)):
+        part = "later" if item.part == LATER else f"part {item.part}"
+        print(f"{state:<11} {part:<7} {name:<18} {item.estimate:>5} s  {detail}", flush=True)
+
+
+def _cut(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: the rest is done in order
+    raise Cut
+
+
+def _parse(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("action", choices=("status", "run", "calibrate"))
+    parser.add_argument("out", type=Path, nargs="?", default=Path("build/gpu"))
+    parser.add_argument("--seconds", type=float, help="run: time that is left on this machine")
+    parser.add_argument("--part", type=int, choices=(1, 2, 3, LATER), help=f"only this part; {LATER}: the rest")
+    parser.add_argument("--retry", action="store_true", help="run: failed and timed-out items again")
+    parser.add_argument("--only", default="", help="only items whose name contains this")
+    parser.add_argument("--pack", type=Path, metavar="TGZ", help="run: one archive of all results, after each item")
+    return parser.parse_args(words)

@@ -1,11 +1,27 @@
 #!/usr/bin/env bash
-# To launch: bash benchmarks/gpu/queue.sh OUT [SECONDS]
+# To launch: bash benchmarks/gpu/queue.sh OUT [SECONDS] [option ...]      (options: python -m benchmarks.gpu -h)
 # Measures what has no result under OUT yet for this code, in order of value, for at most SECONDS (default: no limit).
 # Start it again with the same OUT to go on.
-set -euo pipefail
-out=${1:?usage: queue.sh OUT [SECONDS]}
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+set -uo pipefail
+out=${1:?usage: queue.sh OUT [SECONDS] [option ...]}
+shift
+seconds=()
+if [[ ${1:-} =~ ^[0-9]+$ ]]; then
+  seconds=(--seconds "$1")
+  shift
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
-"$python" -m benchmarks.gpu run "$out" ${2:+--seconds "$2"}
-"$python" -m benchmarks.gpu status "$out"
+python=${QUEUE_PYTHON:-$python}
+# a stop signal comes to this shell: the queue must hear it, and has seconds to end its item and pack
+"$python" -m benchmarks.gpu run "$out" "${seconds[@]}" "$@" &
+queue=$!
+trap 'kill -TERM $queue 2>/dev/null' TERM INT
+wait $queue
+code=$?
+if kill -0 $queue 2>/dev/null; then # the signal ended the wait, not the queue
+  wait $queue
+  code=$?
+fi
+exit $code

@@ -1,0 +1,4 @@
+from pathlib import Path
+
+
+def calibrate(out: Path) -> None: ...
