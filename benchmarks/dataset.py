@@ -72,7 +72,8 @@ def write_dataset(folder: Path, model: Path, *, kind: str, row_tokens: int, voca
     documents = _real_documents(folder, model, row_tokens, vocabulary) if kind == "alpaca" else None
     if documents is None:
         kind = "full rows of drawn ids" if kind == "full" else "drawn ids, lengths of the Alpaca family"
-        documents = _drawn_documents(row_tokens, vocabulary, is_full=kind.startswith("full"))
+        end = load_tokenizer(str(model)).eos_token_id
+        documents = _drawn_documents(row_tokens, vocabulary, end, is_full=kind.startswith("full"))
     else:
         kind = "Stanford Alpaca"
     with (folder / "tokens.jsonl").open("w") as file:
@@ -115,7 +116,8 @@ def _real_documents(folder: Path, model: Path, row_tokens: int, vocabulary: int)
     return found
 
 
-def _drawn_documents(row_tokens: int, vocabulary: int, is_full: bool) -> list[Any]:
+def _drawn_documents(row_tokens: int, vocabulary: int, end: int, is_full: bool) -> list[Any]:
+    """(ids, labels) of each. All end in the end token, as the trainer asks of any data."""
     generator = np.random.default_rng(0)
     lengths = np.exp(generator.normal(4.6, 0.7, NUM_DOCUMENTS))  # median 100 tokens
     if is_full:
@@ -123,6 +125,7 @@ def _drawn_documents(row_tokens: int, vocabulary: int, is_full: bool) -> list[An
     documents = []
     for length in np.clip(lengths, 8, row_tokens).astype(int):
         ids = generator.integers(3, vocabulary, length)
+        ids[-1] = end
         labels = ids.copy()
         labels[: 1 if is_full else max(1, length // 3)] = -100  # the question is not learned
         documents.append((ids.tolist(), labels.tolist()))

@@ -13,13 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cells, figures, inputs, profiling, provenance, report, throughput, work, worker
+from benchmarks import cells, dataset, figures, inputs, profiling, provenance, report, throughput, work, worker
 from benchmarks.cells import Cell, Group, Preset
 from benchmarks.conductor import Conductor
 from benchmarks.shapes import SHAPES, shape_of
+from qlora_dist.config import SourceConfig
 from qlora_dist.errors import UserError
+from qlora_dist.examples import build_documents
 from qlora_dist.loader import Loader
+from qlora_dist.model import load_tokenizer
 from qlora_dist.packing import pack_best_fit
+from qlora_dist.verify import check_ends_are_learned
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -332,3 +336,15 @@ def test_profiled_steps_come_last_and_leave_a_table_of_operators():
     products = [row for row in table["kernels"] if row["name"] == "aten::mm"]
     assert products and products[0]["calls_per_step"] == 1.0
     assert 0 < table["kernel_microseconds_per_step"] <= table["wall_microseconds_per_step"] * 1.05
+
+
+@pytest.mark.parametrize("kind", ["drawn", "full"])
+def test_drawn_documents_are_data_that_a_trainer_accepts(kind, tmp_path):
+    """A vocabulary so large that no end token comes by chance, as it does with a tiny one."""
+    dataset.write_tokenizer(tmp_path, 128256)
+    dataset.write_dataset(tmp_path / "data", tmp_path, kind=kind, row_tokens=64, vocabulary=128256)
+    source = SourceConfig(path=str(tmp_path / "data" / "tokens.jsonl"), format="tokens")
+    tokenizer = load_tokenizer(str(tmp_path))
+    documents = build_documents([source], tokenizer, row_tokens=64, cache_dir=tmp_path / "cache", num_workers=1)
+    check_ends_are_learned(documents, tokenizer)
+    assert len(documents) >= 512
