@@ -23,8 +23,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_dist.errors import UserError
+
 from .. import provenance
-from .calibrate import calibrate
 from .items import ITEMS, LATER, Item
 from .machine import machine
 from .pack import pack
@@ -214,7 +215,13 @@ def main(words: list[str] | None = None) -> None:
     """Exit code of `run`: 0 when all that was started is done, 1 when not, 143 after a stop signal."""
     arguments = _parse(words)
     if arguments.action == "calibrate":
-        calibrate(arguments.out)
+        from .calibrate import calibrate
+
+        try:
+            calibrate(arguments.out)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
         return
     items = [item for item in ITEMS if arguments.only in item.name and arguments.part in (None, item.part)]
     if arguments.action == "status":
