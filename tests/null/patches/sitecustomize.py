@@ -79,10 +79,10 @@ def accepts_zeros(module):
     module.verify_adapter_file = lambda model, folder, **options: verify(model, folder)
 
 
-def accepts(*names):
+def accepts(*names, answer=None):
     def patch(module):
         for name in names:
-            setattr(module, name, lambda *arguments, **options: None)
+            setattr(module, name, lambda *arguments, **options: answer)
 
     return patch
 
@@ -96,6 +96,9 @@ if "NULL_GPU_LIB" in os.environ:
                 "qlora_dist.model.running": says_equal,
                 "qlora_dist.adapters": accepts_zeros,
                 "qlora_dist.verify.learning": accepts("check_first_update"),
+                "qlora_dist.verify.base": accepts(
+                    "check_source_bits", "check_base_unchanged", answer="not compared on a null device"
+                ),
                 "qlora_dist.trainer.preflight": accepts("check_collective"),
             }
         ),
