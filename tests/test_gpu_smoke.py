@@ -149,6 +149,8 @@ def test_what_ran_and_what_agrees_are_said_apart(bench):
     text = smoke.summary(found)
     assert "1 ok, 3 failed, 1 skipped" in text and "ValueError: no kernel image" in text
     assert "value: 2, at most 1" in text and "in fails" in text  # where it was raised
+    advice = {**found[1], "reason": "AcceleratorError: CUDA error: out of resources\nFor debugging consider ..."}
+    assert "out of resources" in smoke.summary([advice]) and "debugging" not in smoke.summary([advice])
 
 
 # --- a case that dies takes no other with it --------------------------------------------------------------------------
@@ -161,14 +163,15 @@ sys.modules["torch"] = MagicMock()  # the real one takes seconds to import, in e
 from benchmarks.gpu import smoke
 from benchmarks.gpu.smoke_checks import Check
 
+broken = []
+
 def good(bench):
-    return [Check("value", 0.0, 1.0, "a test")]
+    return [Check("what is broken in this process", float(len(broken)), 0.0, "a test")]
 
 def dies(bench):
     print("why it died", flush=True)
     os._exit(7)
 
-broken = []
 smoke._takes_work = lambda device: not broken
 smoke.all_cases = lambda: {
     "first": good, "dies": dies, "second": good, "hangs": lambda bench: time.sleep(600), "third": good,

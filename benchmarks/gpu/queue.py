@@ -32,7 +32,7 @@ from .pack import pack
 
 EARLIER = provenance.ROOT / "benchmarks" / "results" / "gpu-queue"  # results that were brought home and committed
 MARGIN_SECONDS = 20  # for ending an item, writing its result and packing, before the time is up
-TAIL_LINES = 15  # of the log of an item that is not done, for the terminal
+TAIL_LINES, TAIL_WIDTH = 25, 160  # of the log of an item that is not done, for the terminal
 _PR_SET_PDEATHSIG = 1  # Linux
 
 
@@ -189,7 +189,8 @@ def run(
         results.append(run_item(item, out, code, limit))
         print(f"{item.name}: {results[-1]['status']} in {results[-1]['seconds']} s", flush=True)
         if results[-1]["status"] != "done":
-            print("\n".join(f"    {line}" for line in results[-1]["tail"].splitlines()[-TAIL_LINES:]), flush=True)
+            tail = results[-1]["tail"].splitlines()[-TAIL_LINES:]
+            print("\n".join(f"    {line[:TAIL_WIDTH]}" for line in tail), flush=True)
         after_each()
     return results
 

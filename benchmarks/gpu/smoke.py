@@ -244,9 +244,9 @@ def _not_ended(name: str, reason: str, ran_out: bool = False) -> dict[str, Any]:
 
 
 def _short(reason: str) -> str:
-    """The last line, which says what is wrong in most libraries' messages."""
+    """The first line: a CUDA error goes on with advice for its debugging."""
     lines = reason.strip().splitlines()
-    return lines[-1][:160] if lines else ""
+    return lines[0][:160] if lines else ""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -277,9 +277,10 @@ def summary(results: list[dict[str, Any]]) -> str:
               for status in ("ok", "failed", "skipped", "not run")}  # fmt: skip
     lines = [", ".join(f"{count} {status}" for status, count in counts.items() if count)]
     for result in wrong:
-        kind = "did not end" if not result["ran"] else "values"
-        lines += [f"  {result['name']:<20} {kind:<12} {_short(result['reason'])}"]
-        lines += [f"      {line}" for line in result.get("trace", "").strip().splitlines()[-4:]]
+        kind = "values" if result["ran"] else "did not end"
+        lines.append(f"  {result['name']:<20} {kind:<12} {_short(result['reason'])}")
+        frames = [line.strip() for line in result.get("trace", "").splitlines() if line.startswith("  File ")]
+        lines += [f"      {frame}" for frame in frames[-2:]]  # where it was raised, and from where
     return "\n".join(lines)
 
 
