@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import select
@@ -54,7 +55,10 @@ def work_through(cases: list[str], work: Path, say: IO[str]) -> None:
 
     from .smoke_checks import Bench
 
+    faulthandler.enable()  # where a kernel or library ends the process, the log says at which call
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # tiny tensors: a thread pool costs more than it gives
     bench = Bench(device, work)
     every = all_cases()
 
