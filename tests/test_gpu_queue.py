@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.ranks import ROOT, clean_environment
 
-from benchmarks import provenance
+from benchmarks import provenance, throughput
 from benchmarks.gpu import machine, queue
 from benchmarks.gpu.items import ITEMS, LATER, PART_SECONDS, Item
 from benchmarks.gpu.pack import LARGEST_LOG_BYTES, pack
@@ -316,3 +316,8 @@ def test_ceilings_run_on_a_cpu_at_tiny_sizes(tmp_path, monkeypatch):
     assert all(value > 0 for (what, _), value in values.items() if what.startswith(("gemm", "copy", "deq", "launch")))
     if not torch.cuda.is_available():
         assert values["attention flash-attn forward", "1 x 32, 4/2 heads of 16"] is None  # said, not dropped
+
+
+def test_every_preset_that_an_item_asks_for_is_one_that_can_be_measured():
+    asked = {words[words.index("--preset") + 1] for item in ITEMS if "--preset" in (words := item.command.split())}
+    assert len(asked) >= 4 and asked <= set(throughput.PRESETS)
