@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_dist.config import SourceConfig
-from qlora_dist.examples import build_documents
-from qlora_dist.loader import Loader
+from qlora_dist.data.documents import build_documents
+from qlora_dist.data.loader import Loader
+from qlora_dist.data.packing import Rows, pack_best_fit
 from qlora_dist.model import load_tokenizer
-from qlora_dist.packing import Rows, pack_best_fit
 
 from .provenance import ROOT
 

@@ -112,7 +112,7 @@ def _initial_adapter(cell: Cell, model: Path, scratch: Path) -> Path:
     if not path.exists():
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from qlora_dist.adapters import attach_lora, trainable_parameters
+        from qlora_dist.model.lora import attach_lora, trainable_parameters
 
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
@@ -128,10 +128,10 @@ def _initial_adapter(cell: Cell, model: Path, scratch: Path) -> Path:
 
 @lru_cache(maxsize=8)
 def _document_steps(cell: Cell, model: Path, data: Path, scratch: Path, num_steps: int) -> list[list[list[int]]]:
-    from qlora_dist.examples import build_documents
-    from qlora_dist.loader import Loader
+    from qlora_dist.data.documents import build_documents
+    from qlora_dist.data.loader import Loader
+    from qlora_dist.data.packing import pack_best_fit
     from qlora_dist.model import load_tokenizer
-    from qlora_dist.packing import pack_best_fit
 
     from .ours import config_of
 

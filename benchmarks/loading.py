@@ -61,9 +61,9 @@ def measure(how: str, source: str, out: str) -> dict[str, float]:
     """In a process of its own: peaks over the state after the imports, seconds, bytes of the base in memory."""
     import torch
 
-    from qlora_dist.distributed import World
+    from qlora_dist.cluster.world import World
     from qlora_dist.model import held_bytes, load_base, quantize_model
-    from qlora_dist.model.loading import bitsandbytes
+    from qlora_dist.model.pretrained import bitsandbytes
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # isort: skip
 
     torch.set_num_threads(1)
@@ -114,7 +114,7 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(*options.measure)), flush=True)
         return
-    from qlora_dist import provenance
+    from qlora_dist.train import provenance
 
     commit = provenance.commit()
     with tempfile.TemporaryDirectory() as temporary:

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from qlora_dist.adapters import trainable_parameters
+from qlora_dist.cluster.stop_signal import StopSignal
+from qlora_dist.cluster.world import World
 from qlora_dist.config import RunConfig, parse_config
-from qlora_dist.distributed import World
+from qlora_dist.data.packing import Batch
 from qlora_dist.model import unwrap
-from qlora_dist.packing import Batch
-from qlora_dist.preempt import StopSignal
-from qlora_dist.state import StepStats
-from qlora_dist.trainer import stages
-from qlora_dist.trainer.step import Learner, train_step
+from qlora_dist.model.lora import trainable_parameters
+from qlora_dist.train import setup as stages
+from qlora_dist.train.run_dir import StepStats
+from qlora_dist.train.step import Learner, train_step
 
 from .cells import METHODS, Cell
 from .conductor import Conductor

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from qlora_dist import provenance
-from qlora_dist.loader import row_costs, share_out
-from qlora_dist.packing import Rows, hashed_order, pack_best_fit
+from qlora_dist.data.loader import row_costs, share_out
+from qlora_dist.data.packing import Rows, hashed_order, pack_best_fit
+from qlora_dist.train import provenance
 
 
 def alpaca_like_lengths(count: int, longest: int) -> np.ndarray:

@@ -137,7 +137,7 @@ def _load_unsloth(cell: Cell, folder: Path) -> Any:
 
 def _set_adapter(model: Any, initial: dict[str, torch.Tensor]) -> None:
     """Copies the same adapter weights into any engine's model, in the type that the engine gave them."""
-    from qlora_dist.adapters import trainable_parameters
+    from qlora_dist.model.lora import trainable_parameters
 
     if not initial:
         return
@@ -241,7 +241,7 @@ def _count(documents: list[Any], step: list[list[int]]) -> tuple[int, int]:
 def _callback(conductor: Conductor, sizes: list[tuple[int, int]], record: dict[str, Any], trainer: Any) -> Any:
     from transformers import TrainerCallback
 
-    from qlora_dist.adapters import trainable_parameters
+    from qlora_dist.model.lora import trainable_parameters
 
     class Steps(TrainerCallback):  # type: ignore[misc]
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -33,8 +33,8 @@ import torch
 
 from qlora_dist.config import RunConfig, load_config
 from qlora_dist.memory import choose
-from qlora_dist.planning import read_shapes
-from qlora_dist.trainer import train
+from qlora_dist.memory.read_shapes import read_shapes
+from qlora_dist.train.loop import train
 
 from . import provenance
 

@@ -2,11 +2,11 @@
 
 import sys
 
-from .preempt import listen
+from .cluster.stop_signal import listen
 
 if "train" in sys.argv or "supervise" in sys.argv:
     listen()  # before anything heavy is imported: launchers start their workers with SIGUSR1 ignored
 
-from .cli import main
+from .commands import main
 
 main()

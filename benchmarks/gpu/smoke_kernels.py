@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_dist.attention import AttentionNeeds, PackedDocuments, packed_attention, resolve_backend
 from qlora_dist.errors import UserError
-from qlora_dist.loss import OutputHead, nll_sum
-from qlora_dist.lowrank import lowrank_forward
+from qlora_dist.model.attention import AttentionNeeds, PackedDocuments, packed_attention, resolve_backend
+from qlora_dist.model.lora_forward import lowrank_forward
+from qlora_dist.model.loss import OutputHead, nll_sum
 
 from ..quantization import quantize_dequantize
 from .smoke_checks import BF16, Bench, Case, Check, Skip, relative_error
@@ -188,7 +188,7 @@ def gather(bench: Bench) -> list[Check]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from qlora_dist.distributed import ShardGroup
+    from qlora_dist.cluster.shard_group import ShardGroup
     from qlora_dist.errors import RunFailed
     from qlora_dist.model import check_gathered_layer, check_head, load_base
 

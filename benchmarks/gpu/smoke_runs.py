@@ -22,12 +22,13 @@ import numpy as np
 import torch
 import yaml
 
-from qlora_dist import cli
+from qlora_dist import commands as cli
+from qlora_dist.cluster.launcher import child_environment
+from qlora_dist.commands.merge import merge
 from qlora_dist.config import parse_config
-from qlora_dist.distributed import child_environment
 from qlora_dist.errors import UserError
-from qlora_dist.merge import merge
-from qlora_dist.trainer import stages, train
+from qlora_dist.train import setup as stages
+from qlora_dist.train.loop import train
 
 from ..dataset import write_tokenizer
 from ..provenance import ROOT

@@ -142,7 +142,7 @@ class BatchConfig(_Section):
     @property
     def settled_rows(self) -> int:
         """`micro_rows` as a number: the trainer replaces auto before it uses it."""
-        assert self.micro_rows != "auto", "trainer.fitting.settle comes first"
+        assert self.micro_rows != "auto", "train.fit_memory.settle comes first"
         return self.micro_rows
 
 

@@ -10,8 +10,11 @@
     moments     what comes and goes within a step
     plan        plan_memory: everything added up at the largest moment
     choosing    choose: the recompute level, micro-batch, row length and strategy that fit
+    read_shapes where config.json comes from; shapes by arithmetic, or measured (measured_shapes) for other families
+    table       the plan as text
 
-Nothing here imports torch. `planning.simulate` runs the real code under fake tensors and is what this is held against.
+Nothing here but measured_shapes imports torch. `commands.plan.simulate` runs the real code under fake tensors and is
+what this is held against.
 """
 
 from .choosing import choose, largest_micro_rows, largest_row_tokens

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 MIB, GIB = 2**20, 2**30
 
-ALIGNMENT = 256  # flat.ALIGNMENT, elements
+ALIGNMENT = 256  # optim.flat.ALIGNMENT, elements
 CONTEXT_BYTES = 500 * MIB
 """CUDA context with the kernels of torch and bitsandbytes: 400 to 550 MiB on Ampere to Hopper, outside of PyTorch."""
 NCCL_BYTES = 350 * MIB

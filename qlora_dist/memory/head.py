@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .layers import LayerSettings, LayerTape
 from .shapes import ModelShapes
 
-CHUNK_BYTES = 512 * 2**20  # loss.CHUNK_BYTES["cuda"]
+CHUNK_BYTES = 512 * 2**20  # model.loss.CHUNK_BYTES["cuda"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class HeadBytes:
 
 
 def head_bytes(shapes: ModelShapes, tokens: int, compute_size: int, chunk_bytes: int = CHUNK_BYTES) -> HeadBytes:
-    """The last norm, then `loss.nll_sum` with every token a label (a row may hold nothing else)."""
+    """The last norm, then `model.loss.nll_sum` with every token a label (a row may hold nothing else)."""
     row = tokens * shapes.hidden * compute_size
     settings = LayerSettings(tokens, compute_size)
     writer = LayerTape(shapes, settings)

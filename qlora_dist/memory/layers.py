@@ -1,8 +1,8 @@
 """A decoder layer and the loss as tapes: what transformers' layers, our attention, LoRA and loss save and need.
 
 The layer is written for the QLoRA case: a frozen base, adapters that are cast to the compute type, RMS norms that
-compute in fp32. Line by line it follows transformers' `modeling_llama` (and its relatives), `lowrank`, `attention` and
-`loss`; `plan --simulate` runs these themselves, and a test compares the two.
+compute in fp32. Line by line it follows transformers' `modeling_llama` (and its relatives), `lora_forward`, `attention`
+and `loss`; `plan --simulate` runs these themselves, and a test compares the two.
 
 Legend: T tokens, H hidden, F inner width, e bytes of the compute type.
 """
@@ -30,7 +30,7 @@ class LayerSettings:
     rank: int = 0
     adapted: frozenset[str] = frozenset()
     dropout: float = 0.0
-    is_lean: bool = True  # adapters.lean_forward; False: PEFT's own
+    is_lean: bool = True  # model.lora.lean_forward; False: PEFT's own
     quantization: str = "nf4"
     double_quant: bool = True
     attention: Attention = "flash"  # flash stands for varlen too
@@ -179,7 +179,7 @@ class LayerTape:
         return self._peft(x, y, linear) if is_adapted else y
 
     def _update(self, x: Value, linear: Linear) -> Value:
-        """`lowrank._Update`: before the base's product. The masters are cast for a moment, forward and backward."""
+        """`model.lora_forward._Update`: before the base's product. Masters are cast for a moment, both ways."""
         settings, tape = self.settings, self.tape
         size, rank = settings.compute_size, settings.rank
         sizes = (rank * linear.inputs, rank * linear.outputs)
@@ -198,7 +198,7 @@ class LayerTape:
         return low
 
     def _add(self, y: Value, update: Value) -> Value:
-        """`lowrank._Add`: in place of the base's output; the gradient is handed on as it is."""
+        """`model.lora_forward._Add`: in place of the base's output; the gradient is handed on as it is."""
         out = self.tape.op([y, update], 0, shares=[y, update])
         out.size, y.size = y.size, 0
         self.tape.drop(y, update)
@@ -300,7 +300,7 @@ class LayerTape:
         return turned
 
     def _plain_scores(self, inputs: list[Value], queries: int, keys: int) -> Value:
-        """`attention._by_plain_math` of one document: capped scores exist whole, in fp32 for the softmax."""
+        """`model.attention._by_plain_math` of one document: capped scores exist whole, in fp32 for the softmax."""
         tape, shapes, settings = self.tape, self.shapes, self.settings
         size, heads = settings.compute_size, shapes.num_heads
         longest = settings.longest or settings.tokens

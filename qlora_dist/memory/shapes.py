@@ -2,7 +2,7 @@
 
 Families are described by what differs between them: which linear layers a decoder layer has, in the order of its
 forward pass, which of them have biases, how many norms, where they stand. A family that is not listed here is measured
-on transformers' meta device instead (`planning.read_shapes`), which takes seconds.
+on transformers' meta device instead (`memory.read_shapes`), which takes seconds.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from ..errors import UserError
 from .constants import Item
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp")
-BUCKET_BYTES = 32 * 2**20  # distributed.reducer.BUCKET_BYTES
+BUCKET_BYTES = 32 * 2**20  # optim.reducer.BUCKET_BYTES
 DEEPSPEED_BUCKET_BYTES = 4 * 16_777_216  # ds_configs/*.json: reduce_bucket_size elements of fp32; no second one fills
 GATHERED_LAYERS = 2  # the one that computes, and the next, which is fetched meanwhile
 

@@ -6,17 +6,14 @@
     check_head     on the loaded model: head and packing give the model's own logits
     hidden_states  Batch -> (T, H), what the loss is computed from
 
-This folder is the home of transformers and bitsandbytes.nn. Inside it, imports go loading <- running <- preflight
-and generation, and loading, files <- quantize, sources <- streaming <- base, four_bit_files.
+This folder is the home of transformers and bitsandbytes.nn. Inside it, imports go attention, loss <- pretrained <-
+forward <- check_config, lora, generation, and weights (safetensors_files <- quantize, sources <- stream <- shard,
+cache_4bit) <- load.
 The base is never changed after loading; `base_fingerprint` proves it.
 """
 
-from .base import load_base
-from .four_bit_files import cached_4bit, quantize_model
-from .generation import Sampling, generate_ids, quantized_and_back
-from .loading import INFERENCE, Quantization, load_config, load_tokenizer
-from .preflight import ModelFacts, check_config, resolve_targets
-from .running import (
+from .check_config import ModelFacts, check_config, resolve_targets
+from .forward import (
     base_fingerprint,
     base_weights,
     check_head,
@@ -35,7 +32,11 @@ from .running import (
     strip_wrappers,
     unwrap,
 )
-from .sharding import check_gathered_layer, check_shares, held_bytes
+from .generation import Sampling, generate_ids, quantized_and_back
+from .load import load_base
+from .pretrained import INFERENCE, Quantization, load_config, load_tokenizer
+from .weights.cache_4bit import cached_4bit, quantize_model
+from .weights.shard import check_gathered_layer, check_shares, held_bytes
 
 __all__ = [
     "INFERENCE",

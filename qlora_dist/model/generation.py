@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .loading import BLOCK, Quantization, bitsandbytes
-from .running import unwrap
+from .forward import unwrap
+from .pretrained import BLOCK, Quantization, bitsandbytes
 
 from transformers import PreTrainedTokenizerBase, TextStreamer  # isort: skip
 

@@ -19,11 +19,11 @@ import time
 
 # place -> (module that calls it, its name there)
 PLACES = {
-    "step": ("qlora_dist.trainer", "train_step"),
-    "save": ("qlora_dist.checkpoint", "_write_text"),  # twice a checkpoint: state.json, manifest.json
-    "data": ("qlora_dist.trainer.stages", "build_documents"),
+    "step": ("qlora_dist.train.loop", "train_step"),
+    "save": ("qlora_dist.train.checkpoint", "_write_text"),  # twice a checkpoint: state.json, manifest.json
+    "data": ("qlora_dist.train.setup", "build_documents"),
     "load": ("qlora_dist.model", "load_base"),
-    "evaluate": ("qlora_dist.trainer.held_out", "evaluate"),
+    "evaluate": ("qlora_dist.train.held_out", "evaluate"),
 }
 
 
@@ -93,7 +93,7 @@ class Finder(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def exec_module(module):
-            for fault in self.faults if name == "qlora_dist.trainer" else ():
+            for fault in self.faults if name == "qlora_dist.train.loop" else ():
                 if fault["at"] == "import":
                     strike(fault)
             execute(module)

@@ -102,7 +102,7 @@ def _main(rank: int, ranks: int, port: int, config: str, log: str, faults: tuple
     kit = importlib.import_module("sitecustomize")
     for module in {where for where, _ in kit.PLACES.values()}:
         kit.apply(importlib.import_module(module), faults)
-    from qlora_dist.cli import invoke
+    from qlora_dist.commands import invoke
 
     code = invoke(["train", config])
     sys.stdout.flush()

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from qlora_dist.attention import PACKED
-from qlora_dist.packing import Batch, Example, collate
+from qlora_dist.data.packing import Batch, Example, collate
+from qlora_dist.model.attention import PACKED
 
 torch.set_num_threads(1)  # tiny products: threads that wait for each other cost more than they save
 

@@ -92,14 +92,14 @@ if "NULL_GPU_LIB" in os.environ:
         0,
         look(
             {
-                "qlora_dist.trainer.step": step,
-                "qlora_dist.model.running": says_equal,
-                "qlora_dist.adapters": accepts_zeros,
-                "qlora_dist.verify.learning": accepts("check_first_update"),
-                "qlora_dist.verify.base": accepts(
+                "qlora_dist.train.step": step,
+                "qlora_dist.model.forward": says_equal,
+                "qlora_dist.model.lora": accepts_zeros,
+                "qlora_dist.train.checks.learning": accepts("check_first_update"),
+                "qlora_dist.train.checks.base": accepts(
                     "check_source_bits", "check_base_unchanged", answer="not compared on a null device"
                 ),
-                "qlora_dist.trainer.preflight": accepts("check_collective"),
+                "qlora_dist.train.check_start": accepts("check_collective"),
             }
         ),
     )

@@ -1,0 +1,164 @@
+"""One job at a time in a run directory, also on a network file system, whose own locks are not to be relied on.
+
+The lock is a file that names its holder and that the holder rewrites every few seconds (in place, so that another
+host that opens it reads the file server's content). It is stale, and taken over,
+
+    at once                   when the holder was a process of this machine that is dead, or an earlier life of this job
+    after some missed beats   when it stands still, wherever its holder was
+
+No clocks of two hosts are compared, and no modification time is read. A holder that was suspended so long that its lock
+was taken over ends itself at its next beat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+LOCK = "lock"
+BEAT_SECONDS = 10.0
+MISSED_BEATS = 4  # until a lock that stands still is stale
+_SIZE = 1024  # bytes; of a fixed length, so that a rewrite in place leaves nothing of the last one behind
+
+
+class RunLock:
+    """The lock of one run directory; `acquire` and `release` it. Rank 0 only."""
+
+    def __init__(self, folder: Path, job: str | None = None, life: int = 0, beat_seconds: float = BEAT_SECONDS) -> None:
+        """`job`: the scheduler's id of the job that this process belongs to; `life`: how often it was requeued."""
+        self._file = folder / LOCK
+        self._beat_seconds = beat_seconds
+        self._token = uuid.uuid4().hex
+        self._holder = {
+            "token": self._token,
+            "job": job,
+            "life": life,
+            "host": socket.gethostname(),
+            "machine": _machine(),
+            "pid": os.getpid(),
+            "started": _start_of(os.getpid()),
+        }
+        self._beat = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="run lock", daemon=True)
+
+    def acquire(self) -> None:
+        """Takes the lock. Raises UserError, after some seconds if need be, when another job is at work here."""
+        try:
+            os.close(os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            self._require_stale()
+            was_there = True
+        else:
+            was_there = False
+        self._write()
+        if was_there:
+            time.sleep(min(self._beat_seconds / 5, 1.0))  # two that take over together: the last to write holds it
+        if (other := self._read()) is not None and other["token"] != self._token:
+            raise UserError(self._refusal(other))
+        self._thread.start()
+
+    def release(self) -> None:
+        """Removes the lock if this process holds it."""
+        if self._thread.is_alive():
+            self._ended.set()
+            self._thread.join(5)
+            if (holder := self._read()) is not None and holder["token"] == self._token:
+                with contextlib.suppress(OSError):
+                    self._file.unlink()
+
+    # --- another's lock -----------------------------------------------------------------------------------------------
+
+    def _require_stale(self) -> None:
+        first = self._read()
+        if first is not None and self._is_dead(first):
+            return
+        deadline = time.monotonic() + MISSED_BEATS * self._beat_seconds
+        while time.monotonic() < deadline:
+            time.sleep(self._beat_seconds / 5)
+            now = self._read()
+            if now is None and not self._file.exists():
+                return  # released meanwhile
+            if now is not None and first is None:
+                first = now
+            if now != first and now is not None:
+                raise UserError(self._refusal(now))
+
+    def _is_dead(self, holder: dict[str, Any]) -> bool:
+        """What can be said at once; False: wait for a beat."""
+        if (
+            holder["job"] is not None
+            and holder["job"] == self._holder["job"]
+            and holder["life"] != self._holder["life"]
+        ):
+            return True  # a scheduler starts a job's next life when the last one has ended
+        return holder["machine"] == self._holder["machine"] and _start_of(holder["pid"]) != holder["started"]
+
+    def _refusal(self, holder: dict[str, Any]) -> str:
+        job = "" if holder["job"] is None else f"job {holder['job']}, "
+        return (
+            f"run_dir {self._file.parent} is in use by {job}process {holder['pid']} on {holder['host']}, which is "
+            "alive; wait until it ends, cancel it, or choose another run_dir"
+        )
+
+    # --- own lock -----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._beat_seconds):
+            holder = self._read()
+            if holder is not None and holder["token"] != self._token:
+                print(
+                    f"error: run_dir {self._file.parent} was taken over by process {holder['pid']} on {holder['host']} "
+                    "while this process stood still; it ends at once and writes nothing more",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+            with contextlib.suppress(OSError):  # a full disk or a file server that is away: the run itself will say so
+                self._write()
+
+    def _write(self) -> None:
+        self._beat += 1
+        text = json.dumps({**self._holder, "beat": self._beat}).encode().ljust(_SIZE)
+        descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(descriptor, text, 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _read(self) -> dict[str, Any] | None:
+        """The holder that the file names; None while it is being written, or without a file."""
+        try:
+            holder: dict[str, Any] = json.loads(self._file.read_bytes())
+            return holder if self._holder.keys() <= holder.keys() else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+
+def _machine() -> str:
+    """Where process ids mean the same: this boot of this machine, and its container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return f"{socket.gethostname()} {uuid.uuid4().hex}"  # unknown: never the same, so beats decide
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process of this machine started, None without it: an id alone may have a new owner."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]

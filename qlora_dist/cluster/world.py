@@ -1,0 +1,345 @@
+"""World: who this process is among the ranks, and the few things ranks do together.
+
+One implementation serves 1..N processes: `world.size > 1` is asked here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import RunFailed, UserError
+from ..optim.flat import Span
+from ..optim.reducer import GradientReducer
+from .heartbeat import Pulse
+from .shard_group import ShardGroup
+from .stop_signal import StopRequested, StopSignal
+
+TIMEOUT_SECONDS = 600.0
+WAIT_FACTOR = 3  # outside of steps: ranks load, evaluate and save at different speeds
+# torch's own limit comes last: it ends a process without a word about the others
+_BACKEND_MARGIN_SECONDS = 120.0
+BUILD_TIMEOUT_SECONDS = 24 * 3600.0  # tokenizing a large corpus takes hours; a dead builder is noticed by its launcher
+
+
+def own_device(device: torch.device | None = None) -> torch.device:
+    """The device of this process, a CUDA device with its index; None: the current CUDA device, or the CPU.
+
+    Without a launcher Accelerate's device is `cuda`, which `torch.cuda.set_device` refuses and which equals no tensor's
+    device (`cuda:0`): code that compares devices would do nothing, and say nothing.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _backend_timeout(timeout_seconds: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=WAIT_FACTOR * timeout_seconds + _BACKEND_MARGIN_SECONDS)
+
+
+class World:
+    """This process among `size` ranks. Made once, by `World.init`."""
+
+    _has_group_of_one = False
+
+    def __init__(
+        self, accelerator: Accelerator, trackers: Sequence[str], stop: StopSignal, timeout_seconds: float
+    ) -> None:
+        self._accelerator = accelerator
+        self._trackers = tuple(trackers)
+        self._stop = stop
+        self.rank: int = accelerator.process_index
+        self.size: int = accelerator.num_processes
+        self.local_rank: int = accelerator.local_process_index
+        self.local_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))  # ranks on this node
+        self.device: torch.device = own_device(accelerator.device)
+        self.is_main: bool = self.rank == 0
+        self._reducer: GradientReducer | None = None
+        self._builds = 0
+        self._has_stepped = False
+        store = dist.distributed_c10d._get_default_store().clone() if self.size > 1 else None  # type: ignore[attr-defined]
+        self._pulse = Pulse(store, self.rank, self.size, socket.gethostname(), stop, WAIT_FACTOR * timeout_seconds)
+        self._timeout_seconds = timeout_seconds
+
+    @classmethod
+    def init(
+        cls,
+        trackers: Sequence[str] = (),
+        logging_dir: str = ".",
+        stop: StopSignal | None = None,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> World:
+        """Joins the process group that the launcher (accelerate, torchrun, srun, none) describes.
+
+        `stop` is heard during the parts that are `stoppable`. `timeout_seconds` limits a wait within a training step,
+        three times that any other.
+        Raises UserError when the launcher's variables contradict the machine.
+        """
+        has_cuda = torch.cuda.is_available()
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if has_cuda and local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{socket.gethostname()}: local rank {local_rank} was started but only {torch.cuda.device_count()} "
+                "GPUs are visible; start one process a GPU (num_processes, --nproc-per-node), or check "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        timeout = _backend_timeout(timeout_seconds)
+        try:
+            accelerator = Accelerator(
+                cpu=not has_cuda,
+                log_with=list(trackers) or None,
+                project_dir=logging_dir,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+            )
+        except ValueError as error:
+            raise UserError(f"logging.trackers {list(trackers)}: {error}") from None
+        if has_cuda:
+            torch.cuda.set_device(own_device(accelerator.device))
+        return cls(accelerator, trackers, stop if stop is not None else StopSignal(), timeout_seconds)
+
+    def close(self) -> None:
+        """Ends trackers and the process group. After a failure it is not called: the launcher ends the others."""
+        with self.waiting():
+            self.any(False)  # together: a rank that leaves early breaks connections which others still use
+        self._pulse.close()
+        if self._trackers:
+            self._accelerator.end_training()
+        if dist.is_initialized() and not World._has_group_of_one:
+            dist.destroy_process_group()
+
+    # --- signs of life ------------------------------------------------------------------------------------------------
+
+    def doing(self, what: str, limit_seconds: float | None = None) -> None:
+        """What this rank does from now on, for the others' error messages, and how long it, or a wait in it, may last.
+
+        Without a limit only waiting for the others has one, three times that of a step.
+        """
+        self._pulse.mark(what, limit_seconds)
+
+    def stepping(self, step: int) -> None:
+        """This rank begins a training step. The first of a process may compile: it is not limited as a step."""
+        self.doing(f"step {step}", self._timeout_seconds if self._has_stepped else None)
+        self._has_stepped = True
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what ends only when all ranks have come to it."""
+        self._pulse.mark(is_waiting=True)
+        yield
+        self._pulse.mark()
+
+    def explained(self, error: RuntimeError) -> RuntimeError:
+        """The error itself, or for one of a collective a RunFailed that says which rank was lost. Takes seconds."""
+        is_of_collective = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if self.size == 1 or not is_of_collective:
+            return error
+        cause = str(error).strip().splitlines()[0]
+        return RunFailed(
+            f"the connection to another rank was lost; {self._pulse.who_is_missing()}. Checkpoints are good: start the "
+            f"same command again to go on from the newest. The collective said: {cause}"
+        )
+
+    # --- gradients ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, flat_grads: Sequence[torch.Tensor], spans: Sequence[Sequence[Span]]) -> None:
+        """Takes charge of the flat gradient buffers of the trainable weights, one per parameter group."""
+        self._reducer = GradientReducer(self.size, flat_grads, spans)
+
+    @contextmanager
+    def accumulate(self, is_last: bool) -> Iterator[None]:
+        """Around each micro-step: gradients add up locally; during the last one they are summed over ranks."""
+        assert self._reducer is not None, "prepare comes first"
+        self._pulse.mark()  # a step may have many micro-steps: each has the step's limit
+        if is_last and self.size > 1:
+            self._reducer.arm()
+        yield
+        if is_last and self.size > 1:
+            with self.waiting():
+                self._reducer.finish()
+
+    def own_gradients_are_finite(self) -> bool:
+        """Whether this rank's part of the last summed gradients was finite; to find the culprit after a failure."""
+        return self._reducer is None or self.size == 1 or bool(self._reducer.own_are_finite)
+
+    def backward(self, nll_sum: torch.Tensor) -> None:
+        """Backward pass of one micro-step's loss sum.
+
+        The division by the global step's number of labels is done once, in fp32, on the summed gradients: a scaled
+        seed would be rounded to the activations' type (up to 0.4 % in bf16, the same way for every gradient).
+        """
+        nll_sum.backward()
+
+    # --- collectives --------------------------------------------------------------------------------------------------
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over ranks; returns a new tensor, equal on all ranks."""
+        values = values.clone()
+        if self.size > 1:
+            with self.waiting():
+                dist.all_reduce(values)
+        return values
+
+    def max(self, value: float) -> float:
+        """The largest of the ranks' values."""
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        with self.waiting():
+            if self.size > 1:
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            return tensor.item()
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks when it is true on one."""
+        return self.max(float(flag)) > 0
+
+    def first(self, value: str | None) -> str:
+        """The first rank's value that is not None; one of them must not be."""
+        return next(found for found in self.gather(value) if found is not None)
+
+    @contextmanager
+    def stoppable(self, what: str, has_collectives: bool = False) -> Iterator[None]:
+        """A long part of the start, which a stop signal to any rank ends on all: at once, or at its end when it has
+        collectives of its own, which no rank may leave alone.
+
+        Raises StopRequested on all ranks after it.
+        """
+        self.doing(what)
+        with suppress(StopRequested), nullcontext() if has_collectives else self._stop.interrupting():
+            yield
+        if self.any(self._stop.requested):
+            raise StopRequested
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's plain-data value, in rank order, on every rank."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            with self.waiting():
+                dist.all_gather_object(values, value)
+        return values
+
+    def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """Every rank's tensor, all of one shape, in rank order, in host memory of rank 0; None on the others."""
+        if self.size == 1:
+            return [tensor.cpu()]
+        mine = tensor.to(self.device).contiguous()  # NCCL moves device memory only
+        parts = [torch.empty_like(mine) for _ in range(self.size)] if self.is_main else None
+        dist.gather(mine, parts)
+        return None if parts is None else [part.cpu() for part in parts]
+
+    def require_group(self) -> None:
+        """Makes a process group of one where there is no launcher: DeepSpeed wants a group in any case."""
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed's stage 3 reads it
+        if not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            World._has_group_of_one = True  # for as long as the process lives: DeepSpeed keeps groups made from it
+
+    def from_main(self, function: Callable[[], Any]) -> Any:
+        """Runs a function on rank 0 only and gives its plain-data result to all.
+
+        When it raises, every rank raises: UserError and RunFailed with the same text, anything else as RunFailed on
+        the other ranks. Work under it must contain no collective.
+        """
+        outcome: list[Any] = [None, None, None]  # kind of failure, text, result
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                outcome[2] = function()
+            except Exception as error:
+                failure = error
+                outcome = ["user" if isinstance(error, UserError) else "run", str(error) or repr(error), None]
+        if self.size > 1:
+            with self.waiting():
+                dist.broadcast_object_list(outcome, src=0)
+        if failure is not None:
+            raise failure
+        kind, text, result = outcome
+        if kind is not None:
+            raise (UserError if kind == "user" else RunFailed)(text)
+        return result
+
+    def require_equal(self, value: str, what: str) -> None:
+        """Raises RunFailed on all ranks unless the value is the same everywhere, naming the ranks that differ."""
+        values = self.gather((value, socket.gethostname()))
+        odd = [f"rank {rank} ({host})" for rank, (other, host) in enumerate(values) if other != values[0][0]]
+        if odd:
+            raise RunFailed(f"{what} differs between rank 0 and {', '.join(odd)}; all ranks must start from the same")
+
+    @contextmanager
+    def local_main_first(self, what: str) -> Iterator[None]:
+        """The first process of each node runs the block alone, then the others of the node run it.
+
+        The others wait on the store, not in a collective: preparing data can outlast any collective's timeout. When
+        the first one fails, so do they, at once.
+        """
+        if self.size == 1:
+            yield
+            return
+        store = dist.distributed_c10d._get_default_store()
+        self._builds += 1
+        node = self.rank - self.local_rank  # rank of the node's first process
+        key = f"qlora_dist/build/{self._builds}/{node}"
+        if self.local_rank == 0:
+            try:
+                yield
+            except BaseException as error:
+                kind = {UserError: "user", StopRequested: "stop"}.get(type(error), "run")
+                store.set(key, f"{kind} failed: {error}")
+                if kind == "stop":
+                    raise  # the others have been asked too, and all agree next
+                # the store lives in rank 0: the others must have read this before it ends
+                others, deadline = self.local_size - 1, time.monotonic() + 10
+                while store.add(f"{key}/seen", 0) < others and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                raise
+            store.set(key, "done")
+            return
+        started = time.monotonic()
+        while not store.check([key]):
+            if time.monotonic() - started > BUILD_TIMEOUT_SECONDS:
+                raise RunFailed(f"{what}: rank {node} has not finished within {BUILD_TIMEOUT_SECONDS / 3600:.0f} hours")
+            time.sleep(0.05)
+        state = store.get(key).decode()
+        store.add(f"{key}/seen", 1)
+        if state != "done":
+            kind, _, text = state.partition(" ")
+            if kind == "stop":
+                raise StopRequested
+            raise (UserError if kind == "user" else RunFailed)(f"{what}: rank {node} of this node {text}")
+        yield
+
+    def shard_group(self) -> ShardGroup | None:
+        """All ranks as the sharers of one base; None where there is nobody to share it with. Called by all ranks.
+
+        With a group of its own: layers are gathered while gradients are summed, and on one group the order of the two
+        would have to be the same on every rank.
+        """
+        if self.size == 1:
+            return None
+        group = dist.new_group(timeout=_backend_timeout(self._timeout_seconds))
+        mesh = DeviceMesh.from_group(group, self.device.type)
+        return ShardGroup(mesh, self.rank, self.size, self.device)
+
+    # --- trackers -----------------------------------------------------------------------------------------------------
+
+    def start_trackers(self, project: str, config: dict[str, Any]) -> None:
+        """Starts accelerate's trackers (wandb, mlflow, ...) on rank 0."""
+        if self._trackers:
+            self._accelerator.init_trackers(project, config=config)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Hands values to accelerate's trackers."""
+        if self._trackers:
+            self._accelerator.log(values, step=step)

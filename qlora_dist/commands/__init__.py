@@ -1,0 +1,81 @@
+"""The command line. Every command imports what it needs when it runs, so that `--help` and `schema` answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+
+import click
+
+from ..errors import RunFailed, UserError
+from . import on_config, on_result  # noqa: F401  (they register their commands)
+from .group import cli, rank
+
+__all__ = ["cli", "invoke", "main"]
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of the config, for editors.
+
+    \b
+    Example:
+      qlora-dist schema > qlora_dist.schema.json
+    """
+    from ..config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@cli.command()
+def doctor() -> None:
+    """Say what this machine has, what is missing, and what to install.
+
+    \b
+    Example:
+      qlora-dist doctor
+    """
+    from .doctor import doctor as examine
+
+    raise click.exceptions.Exit(examine())
+
+
+def invoke(arguments: list[str]) -> int:
+    """Runs a command line and returns its exit code: 2 and one paragraph for the user's mistakes, 1 for a failed run.
+
+    Ranks other than 0 wait a moment before they speak: what all ranks find is said once, by rank 0, whose end makes
+    the launcher end them; what only they found is said by them, with their rank.
+    """
+    try:
+        # click catches its own Exit and returns the code
+        code = cli.main(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        return 130
+    except (UserError, RunFailed) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        own = rank()
+        if own:
+            time.sleep(2.0)
+        click.echo(f"{f'rank {own}: ' if own else ''}error: {error}", err=True)
+        return error.exit_code
+
+
+def main() -> None:
+    """Entry point."""
+    code = invoke(sys.argv[1:])
+    # Not sys.exit. After a failure threads of a broken process group could keep the process alive. After success under
+    # a launcher all is closed, and what libraries still tear down (groups that DeepSpeed keeps) can only fail, where a
+    # rank that ended a moment earlier is gone
+    if code or "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

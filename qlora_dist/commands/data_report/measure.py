@@ -1,0 +1,212 @@
+"""What a run would learn from: numbers, warnings and samples of its documents. Pure; rendering is beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...data.documents import Documents, SourceStats
+from ...data.packing import Rows, hashed_order
+from ...data.templates import CONTROL_TOKENS, own_template
+
+# documents looked at for what only their tokens can tell
+_LOOK_AT = 2000
+_LOW_LABEL_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive tokens of one kind."""
+
+    text: str
+    is_label: bool
+    is_special: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document as the model gets it."""
+
+    index: int
+    source: str
+    num_tokens: int
+    num_labels: int
+    runs: list[Run]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Everything that `qlora-dist data` shows of one data set."""
+
+    name: str  # data.train or data.eval
+    sources: list[SourceStats]
+    histogram: list[tuple[int, int, int]]  # (from, to, documents), tokens of a document
+    num_rows: int
+    row_tokens: int
+    packed_share: float  # share of slots that hold a token: packed rows
+    padded_share: float  # ... documents padded to the longest of their micro-batch
+    full_share: float  # ... documents padded to row_tokens
+    micro_rows: int
+    warnings: list[str]
+    samples: list[Sample]
+
+
+def audit(
+    documents: Documents,
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    name: str = "data.train",
+    template: str = "auto",
+    micro_rows: int = 1,
+    show: int = 3,
+    seed: int = 0,
+    trained_on: Documents | None = None,
+) -> Audit:
+    """Measures a data set. `trained_on`: the training documents, to find what occurs in both."""
+    order = hashed_order(len(documents), seed)
+    return Audit(
+        name=name,
+        sources=documents.stats.sources,
+        histogram=_histogram(documents.lengths),
+        num_rows=len(rows),
+        row_tokens=rows.row_tokens,
+        packed_share=rows.efficiency,
+        padded_share=_padded_share(documents.lengths[order], max(2, micro_rows)),
+        full_share=float(documents.lengths.mean() / rows.row_tokens),
+        micro_rows=max(2, micro_rows),
+        warnings=[
+            *_source_warnings(documents),
+            *_label_warnings(documents, tokenizer, order),
+            *_template_warnings(documents.stats.sources, tokenizer, template),
+            *([] if trained_on is None else _overlap_warnings(documents, trained_on)),
+        ],
+        samples=[sample_of(documents, int(index), tokenizer) for index in order[:show]],
+    )
+
+
+def sample_of(documents: Documents, index: int, tokenizer: Any) -> Sample:
+    """One document with its learned tokens apart from context, and special tokens apart from text."""
+    example = documents[index]
+    ids = example.input_ids.tolist()
+    special = set(tokenizer.all_special_ids)
+    kinds = [(bool(label), token in special) for token, label in zip(ids, example.is_label)]
+    borders = [0, *(i for i in range(1, len(ids)) if kinds[i] != kinds[i - 1]), len(ids)]
+    runs, text = [], ""
+    for i, begin in enumerate(borders[:-1]):
+        # decoded from the beginning: alone, a run would lose the space in front of its first word
+        longer = tokenizer.decode(ids[: borders[i + 1]], clean_up_tokenization_spaces=False)
+        runs.append(Run(longer[len(text) :], *kinds[begin]))
+        text = longer
+    source = documents.stats.sources[int(documents.source_of[index])].path
+    return Sample(index, source, len(ids), example.num_labels, runs)
+
+
+def _histogram(lengths: np.ndarray, bins: int = 16) -> list[tuple[int, int, int]]:
+    counts, edges = np.histogram(lengths, bins=min(bins, int(lengths.max())), range=(0, int(lengths.max())))
+    return [(int(low), int(high), int(n)) for low, high, n in zip(edges, edges[1:], counts)]
+
+
+def _padded_share(lengths: np.ndarray, micro_rows: int) -> float:
+    groups = [lengths[i : i + micro_rows] for i in range(0, len(lengths), micro_rows)]
+    return float(lengths.sum() / sum(int(group.max()) * len(group) for group in groups))
+
+
+def _source_warnings(documents: Documents) -> list[str]:
+    warnings = []
+    for source in documents.stats.sources:
+        facts = [
+            (source.bad, f"{source.bad:,} of {source.records:,} records cannot be used; the first: {source.first_bad}"),
+            (
+                source.truncated,
+                f"{source.truncated:,} conversations are cut to data.row_tokens and end without their end token; "
+                "raise data.row_tokens, or set data.on_long=drop",
+            ),
+            (source.dropped, f"{source.dropped:,} examples are dropped: too long, or no label within data.row_tokens"),
+            (
+                source.duplicates > 0.01 * max(1, source.examples) and source.duplicates,
+                f"{source.duplicates:,} examples are repetitions of earlier ones",
+            ),
+            (
+                source.empty_answers,
+                f"{source.empty_answers:,} examples have an empty answer and teach to say nothing",
+            ),
+            (
+                source.control_tokens,
+                f"{source.control_tokens:,} conversations spell a special token in their own text, which becomes that "
+                "token",
+            ),
+            (
+                source.replacement_characters,
+                f"{source.replacement_characters:,} examples hold U+FFFD (�): their file was not UTF-8 when it was "
+                "made",
+            ),
+        ]
+        warnings += [f"{source.path}: {text}" for holds, text in facts if holds]
+    return warnings
+
+
+def _label_warnings(documents: Documents, tokenizer: Any, order: np.ndarray) -> list[str]:
+    warnings = []
+    labels, tokens = int(documents.num_labels.sum()), int(documents.lengths.sum())
+    if labels == 0:
+        return ["there are no labels at all: nothing would be learned"]
+    if labels < _LOW_LABEL_SHARE * tokens:
+        warnings.append(
+            f"only {labels / tokens:.1%} of the tokens are labels; if prompts are to be learned too, set data.learn=all"
+        )
+    ends: dict[str, int] = {}
+    looked_at = [int(i) for i in order[:_LOOK_AT]]
+    conversations = [i for i in looked_at if documents.stats.sources[int(documents.source_of[i])].template]
+    special = set(tokenizer.all_special_ids)
+    for index in conversations:
+        example = documents[index]
+        last = int(example.input_ids[example.is_label][-1])
+        end = tokenizer.convert_ids_to_tokens(last) if last in special else ""
+        ends[end] = ends.get(end, 0) + 1
+    if ends.get("", 0) > 0.05 * len(conversations):
+        warnings.append(
+            f"{ends['']:,} of {len(conversations):,} examples looked at do not end in a special token: a model that "
+            "learns from them does not learn to stop"
+        )
+    foreign = sorted(end for end in ends if end and end != tokenizer.eos_token)
+    if foreign:
+        warnings.append(
+            f"answers end with {', '.join(foreign)}, but the tokenizer's EOS is {tokenizer.eos_token}: generation must "
+            "be told to stop there too"
+        )
+    return warnings
+
+
+def _template_warnings(sources: Sequence[SourceStats], tokenizer: Any, template: str) -> list[str]:
+    warnings = []
+    used = sorted({source.template for source in sources if source.template})
+    if len(used) > 1:
+        warnings.append(
+            f"sources are written with different templates ({', '.join(used)}); set data.template to one of them"
+        )
+    if template not in ("auto", "tokenizer") and own_template(tokenizer) is not None and used:
+        warnings.append(
+            f"the base has a chat template of its own, but data.template is {template}: who uses the base's template "
+            "asks the trained model in a form that it has not learned"
+        )
+    for name in used:
+        missing = [
+            token
+            for token in CONTROL_TOKENS.get(name, ())
+            if len(tokenizer(token, add_special_tokens=False).input_ids) != 1
+        ]
+        if missing:
+            warnings.append(
+                f"template {name} is made for a base that has {', '.join(missing)} as single tokens; this one spells "
+                "them out; alpaca, vicuna and zephyr need no such tokens"
+            )
+    return warnings
+
+
+def _overlap_warnings(documents: Documents, trained_on: Documents) -> list[str]:
+    both = int(np.isin(documents.hashes, trained_on.hashes).sum())
+    return [f"{both:,} of {len(documents):,} evaluated examples occur in the training data as well"] if both else []

@@ -1,0 +1,142 @@
+"""`qlora-dist evaluate`: held-out loss and MMLU of a finished run or adapter, on one process or many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ... import model as base_model
+from ...cluster.world import World
+from ...config import DataConfig, load_config
+from ...data.documents import split_sources
+from ...data.loader import eval_batches
+from ...data.packing import Batch
+from ...errors import UserError
+from ...model import lora as adapters
+from ...model.loss import nll_sum
+from ...train.evaluate import EvalResult, evaluate
+from ...train.metrics import format_evaluation
+from ...train.setup import build_rows, build_source_documents
+from ..generate import Trained, find_trained
+from .mmlu import MmluResult, read_questions, score
+from .mmlu import describe as describe_mmlu
+
+
+@dataclass(frozen=True)
+class MmluTask:
+    """Where MMLU's questions are and how they are asked."""
+
+    folder: str
+    split: str = "test"
+    shots: int = 5
+    max_tokens: int = 2048
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one model; None for a task that was not asked for."""
+
+    held_out: EvalResult | None
+    mmlu: MmluResult | None
+
+
+def evaluate_trained(
+    path: str | Path,
+    *,
+    config: str | None = None,
+    base: str | None = None,
+    micro_rows: int = 1,
+    with_base: bool = False,
+    perplexity: bool = True,
+    mmlu: MmluTask | None = None,
+) -> dict[str, Evaluation]:
+    """Figures of what was trained, and with `with_base` of the base without it, by name.
+
+    Held-out data are those of the run, or of the data section of another `config`. Raises UserError when there are
+    none, before the model is read.
+    """
+    trained = find_trained(path, base)
+    data = _data_of(trained, config, path) if perplexity else None
+    questions = read_questions(mmlu.folder, mmlu.split) if mmlu is not None else []
+    worked = read_questions(mmlu.folder, "dev") if mmlu is not None and mmlu.shots else []
+    world = World.init()
+    tokenizer = base_model.load_tokenizer(trained.tokenizer_source)
+    batches: list[Batch] = []
+    if data is not None:
+        _, sources = split_sources(data.train, data.eval)
+        documents = build_source_documents(data, sources, tokenizer, world, "data.eval", seed=0)
+        batches = eval_batches(documents, build_rows(data, documents, 0), micro_rows, world.rank, world.size)
+    model = _load(trained, world)
+    head = base_model.output_head(model)
+
+    def batch_nll(batch: Batch) -> torch.Tensor:
+        hidden = base_model.hidden_states(model, batch)
+        return nll_sum(hidden, head, batch.label_positions, batch.labels)
+
+    def label_logits(batch: Batch) -> torch.Tensor:
+        return head.logits(base_model.hidden_states(model, batch)[batch.label_positions])
+
+    def figures() -> Evaluation:
+        held_out = evaluate(model, batches, batch_nll, world) if data is not None else None
+        scored = None
+        if mmlu is not None:
+            scored = score(
+                model,
+                label_logits,
+                tokenizer,
+                questions,
+                worked,
+                shots=mmlu.shots,
+                max_tokens=mmlu.max_tokens,
+                micro_rows=micro_rows,
+                world=world,
+                rank=world.rank,
+                world_size=world.size,
+            )
+        return Evaluation(held_out, scored)
+
+    results = {}
+    if with_base and trained.adapter is not None:
+        results["base"] = figures()
+    if trained.adapter is not None:
+        model = adapters.load_adapters(model, {"trained": trained.adapter})
+    results["trained"] = figures()
+    world.close()
+    return results
+
+
+def describe(evaluation: Evaluation) -> list[str]:
+    """A line for each task."""
+    lines = []
+    if (held_out := evaluation.held_out) is not None:
+        lines.append(f"{format_evaluation(held_out.loss, held_out.perplexity)} ({held_out.num_labels:,} labels)")
+    if evaluation.mmlu is not None:
+        lines.append(describe_mmlu(evaluation.mmlu))
+    return lines
+
+
+def _load(trained: Trained, world: World) -> torch.nn.Module:
+    """The base as it was trained on; its head checked."""
+    settings = trained.model
+    model: torch.nn.Module = base_model.load_base(
+        settings.name,
+        revision=settings.revision,
+        quantization=settings.quantization if trained.adapter else "none",
+        double_quant=settings.double_quant,
+        compute_dtype=getattr(torch, settings.compute_dtype),
+        attention=settings.attention,
+        device=world.device,
+    )
+    base_model.check_head(model)
+    return model
+
+
+def _data_of(trained: Trained, config: str | None, path: str | Path) -> DataConfig:
+    data = load_config(config).data if config is not None else trained.data
+    if data is None:
+        raise UserError(f"{path} is an adapter without its run; name held-out data with --config CONFIG")
+    if not split_sources(data.train, data.eval)[1]:
+        raise UserError(f"{config or path}: data.eval is empty; name held-out data with --config CONFIG")
+    return data

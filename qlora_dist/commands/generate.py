@@ -1,0 +1,367 @@
+"""A trained run or adapter -> text: one prompt, a file of prompts, or a chat. Prompts look exactly as in training.
+
+    find_trained   RUN_OR_ADAPTER -> which base, how quantized, which adapter, which data it saw
+    Writer         base + adapters + tokenizer + template, ready to answer
+    generate       the command
+
+Greedy and batched by default: the same prompts give the same text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cluster.world import own_device
+from ..config import DataConfig, ModelConfig, RunConfig, load_config
+from ..data.documents import Documents, build_documents
+from ..data.documents.encode import Encoder
+from ..data.templates import Template, render, resolve_template
+from ..errors import UserError
+from ..model import INFERENCE, Sampling, generate_ids, load_base, load_tokenizer, lora
+from ..train.checkpoint import find_newest
+from ..train.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+Message = dict[str, Any]
+
+
+# --- what was trained -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run or an adapter folder holds."""
+
+    model: ModelConfig  # the base; after full fine-tuning, the trained model itself
+    adapter: Path | None  # None after full fine-tuning
+    data: DataConfig | None  # None for an adapter without its run
+
+    @property
+    def tokenizer_source(self) -> str:
+        """The folder of the adapter where a tokenizer was saved with it, else the base."""
+        if self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
+            return str(self.adapter)
+        return self.model.name
+
+
+def find_trained(path: str | Path, base: str | None = None) -> Trained:
+    """Reads a run directory (its adapter, else its newest good checkpoint) or an adapter folder.
+
+    `base` replaces the base that is named there (a folder that has moved). Raises UserError saying what is there.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder; give a run directory or the folder of an adapter")
+    run = RunDir(path)
+    if run.config.is_file():
+        return _with_base(_of_run(run, load_config(run.config)), base)
+    if not (path / lora.CONFIG).is_file():
+        raise UserError(f"{path}: neither a run directory (config.yaml) nor an adapter ({lora.CONFIG})")
+    for above in list(path.resolve().parents)[:2]:  # RUN/adapter, RUN/checkpoints/step-*
+        if RunDir(above).config.is_file():
+            config = load_config(RunDir(above).config)
+            return _with_base(Trained(config.model, path, config.data), base)
+    named = base or lora.read_adapter_config(path).base_model_name_or_path
+    if not named:
+        raise UserError(f"{path / lora.CONFIG} names no base model; name it with --base")
+    log.info("%s belongs to no run directory: the base %s is loaded as nf4 with double quantization", path, named)
+    return Trained(ModelConfig(name=named), path, None)
+
+
+def _of_run(run: RunDir, config: RunConfig) -> Trained:
+    if config.lora is None:
+        whole = run.path / "model"
+        if not whole.is_dir():
+            raise UserError(f"{run.path}: the run is not finished, {whole} is not there yet; let it finish first")
+        return Trained(config.model.model_copy(update={"name": str(whole), "revision": None}), None, config.data)
+    if (run.adapter / lora.CONFIG).is_file():
+        return Trained(config.model, run.adapter, config.data)
+    newest, rejected = find_newest(run.checkpoints) if run.checkpoints.is_dir() else (None, [])
+    for bad, reason in rejected:
+        log.warning("checkpoint %s is passed over: %s", bad, reason)
+    if newest is None:
+        raise UserError(f"{run.path}: no adapter and no good checkpoint yet; train it first")
+    log.info("the run is not finished: its newest checkpoint %s is used", newest)
+    return Trained(config.model, newest, config.data)
+
+
+def _with_base(trained: Trained, base: str | None) -> Trained:
+    if base is None:
+        return trained
+    return Trained(trained.model.model_copy(update={"name": base}), trained.adapter, trained.data)
+
+
+def find_template(trained: Trained, tokenizer: Any, name: str = "auto") -> Template | None:
+    """How a conversation becomes text; None where the run learned plain texts: a prompt is then only continued.
+
+    auto: what the run used. Without a run: the tokenizer's chat template, else None.
+    """
+    if name != "auto":
+        return None if name == "raw" else resolve_template(tokenizer, name, default="vicuna")
+    if trained.data is None:
+        has_own = isinstance(tokenizer.chat_template, str)
+        return resolve_template(tokenizer, "tokenizer", default="") if has_own else None
+    kind = _format_of(trained.data, tokenizer)
+    if kind in ("text", "tokens"):
+        return None
+    encoder = Encoder(tokenizer, format_name=kind, columns={}, template=trained.data.template, learn="all")
+    return encoder.template
+
+
+def _format_of(data: DataConfig, tokenizer: Any) -> str:
+    """Format of the first training source, detected again where the config left that open."""
+    if data.train[0].format != "auto":
+        return data.train[0].format
+    try:
+        return first_documents(data, tokenizer, 8, data.row_tokens).stats.sources[0].format
+    except UserError as error:
+        log.warning("the training data cannot be looked at (%s): prompts are taken as conversations", error)
+        return "messages"
+
+
+def first_documents(data: DataConfig, tokenizer: Any, count: int, row_tokens: int) -> Documents:
+    """A few documents of the first training source, as the run saw them. Raises UserError when it is gone."""
+    source = data.train[0].model_copy(update={"max_examples": count})
+    with tempfile.TemporaryDirectory() as folder:
+        return build_documents(
+            [source],
+            tokenizer,
+            row_tokens=row_tokens,
+            on_bad="skip",
+            learn="all",  # nothing is dropped for want of a label
+            template=data.template,
+            cache_dir=folder,
+        )
+
+
+# --- answering --------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """A model that answers. Conversations are rendered by the run's template, prompts of a text run as they are."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, template: Template | None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.stop_ids, self.stop_texts = _stops(model, tokenizer, template)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids up to where the answer begins."""
+        if self.template is None:
+            text = "".join(message["content"] for message in messages)
+            ids = self.tokenizer(text)["input_ids"]
+            # a tokenizer that ends texts with EOS would end the document before it is continued
+            return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
+        text = self.tokenizer.apply_chat_template(
+            list(messages), chat_template=self.template.source, tokenize=False, add_generation_prompt=True
+        )
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def answer(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        sampling: Sampling,
+        *,
+        batch_size: int = 8,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Iterator[str]:
+        """One text for each conversation, in order."""
+        for start in range(0, len(conversations), batch_size):
+            prompts = [self.encode(messages) for messages in conversations[start : start + batch_size]]
+            made = generate_ids(
+                self.model,
+                self.tokenizer,
+                prompts,
+                sampling,
+                stop_ids=self.stop_ids,
+                stop_texts=self.stop_texts,
+                on_text=on_text,
+            )
+            for ids in made:
+                yield self._text(ids)
+
+    def _text(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        for stop in self.stop_texts:
+            text = text.split(stop, 1)[0]
+        return text
+
+
+def _stops(model: Any, tokenizer: Any, template: Template | None) -> tuple[list[int], list[str]]:
+    """What ends an answer: EOS, the model's own stop tokens, and what the template writes after an answer."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    texts = []
+    if template is not None:
+        marker = "x7x"
+        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+        rendered = render(tokenizer, template, conversation, None, "last")
+        begin, end = rendered.spans[-1]
+        ending = rendered.text[begin:end].rpartition(marker)[2].strip()
+        ending_ids = tokenizer(ending, add_special_tokens=False)["input_ids"] if ending else []
+        if len(ending_ids) == 1:
+            ids.append(ending_ids[0])
+        elif ending:
+            texts.append(ending)
+    return list(dict.fromkeys(token for token in ids if token is not None)), texts
+
+
+def open_writer(
+    trained: Trained,
+    device: torch.device,
+    *,
+    adapters: dict[str, Path] | None = None,
+    weights: dict[str, float] | None = None,
+    how: str = "cat",
+    template: str = "auto",
+) -> Writer:
+    """Loads base and adapters. The run's own adapter is called `trained`; `weights` makes their weighted sum active.
+
+    Without weights, the last of the named adapters is active.
+    """
+    settings = trained.model
+    is_whole = trained.adapter is None
+    model: Any = load_base(
+        settings.name,
+        revision=settings.revision,
+        quantization="none" if is_whole else settings.quantization,
+        double_quant=settings.double_quant,
+        compute_dtype=getattr(torch, settings.compute_dtype),
+        attention=INFERENCE,
+        device=device,
+    )
+    folders = {} if trained.adapter is None else {"trained": trained.adapter}
+    folders |= adapters or {}
+    if folders:
+        model = lora.load_adapters(model, folders)
+        if weights:
+            lora.combine_adapters(model, weights, how)
+        else:
+            lora.activate(model, list(folders)[-1])
+    tokenizer = load_tokenizer(trained.tokenizer_source)
+    return Writer(model.eval(), tokenizer, find_template(trained, tokenizer, template))
+
+
+# --- prompts and commands ---------------------------------------------------------------------------------------------
+
+
+def read_prompts(path: str | Path) -> list[list[Message]]:
+    """.jsonl: an object a line with `messages`, or `prompt` and perhaps `system`. Other files: a prompt a line."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts {path}: cannot be read ({error})") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"prompts {path}: the file is empty; expected a prompt a line")
+    if path.suffix == ".jsonl":
+        return [_conversation(line, f"{path}:{number}") for number, line in numbered]
+    return [[{"role": "user", "content": line}] for _, line in numbered]
+
+
+def _conversation(line: str, where: str) -> list[Message]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"prompts {where}: not valid JSON ({error})") from None
+    if isinstance(record, dict) and isinstance(record.get("messages"), list) and record["messages"]:
+        for message in record["messages"]:
+            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+                raise UserError(f"prompts {where}: a message needs role and content, found {message!r}")
+        if record["messages"][-1]["role"] == "assistant":
+            raise UserError(f"prompts {where}: the last message is the assistant's; expected one to be answered")
+        return record["messages"]
+    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+        system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+        return [*system, {"role": "user", "content": record["prompt"]}]
+    raise UserError(f"prompts {where}: expected an object with `prompt` (text) or `messages` (a list)")
+
+
+def parse_named(values: Sequence[str], option: str) -> dict[str, str]:
+    """name=value options -> a dict, in order. Raises UserError."""
+    named = {}
+    for value in values:
+        name, separator, rest = value.partition("=")
+        if not separator or not name or not rest or name in named:
+            raise UserError(f"{option} {value!r}: expected name=value, each name once")
+        named[name] = rest
+    return named
+
+
+def generate(
+    path: str | Path,
+    *,
+    prompt: str | None = None,
+    prompts: str | Path | None = None,
+    base: str | None = None,
+    adapters: Sequence[str] = (),
+    weights: Sequence[str] = (),
+    how: str = "cat",
+    template: str = "auto",
+    sampling: Sampling | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    read: Callable[[], str | None] | None = None,
+    write: Callable[[str], None] | None = None,
+) -> None:
+    """The command. One prompt is streamed; a file of prompts gives a JSON object a line; neither is a chat.
+
+    `adapters` and `weights` are name=folder and name=number. `read` gives the user's next line, None at the end.
+    """
+    sampling = sampling or Sampling()
+    say = write or (lambda text: print(text, end="", flush=True))
+    if prompt is not None and prompts is not None:
+        raise UserError("--prompt and --prompts were both given; give one of them, or none for a chat")
+    conversations = read_prompts(prompts) if prompts is not None else None  # before the model is loaded
+    numbers = {name: _number(name, value) for name, value in parse_named(weights, "--weight").items()}
+    folders = {name: Path(folder) for name, folder in parse_named(adapters, "--adapter").items()}
+    on = own_device(None if device is None else torch.device(device))
+    writer = open_writer(find_trained(path, base), on, adapters=folders, weights=numbers, how=how, template=template)
+    if conversations is not None:
+        answers = writer.answer(conversations, sampling, batch_size=batch_size)
+        for messages, text in zip(conversations, answers, strict=True):
+            say(json.dumps({"messages": messages, "completion": text}, ensure_ascii=False) + "\n")
+    elif prompt is not None:
+        list(writer.answer([[{"role": "user", "content": prompt}]], sampling, on_text=say))
+        say("\n")
+    else:
+        chat(writer, sampling, read or _read_line, say)
+
+
+def chat(writer: Writer, sampling: Sampling, read: Callable[[], str | None], say: Callable[[str], None]) -> None:
+    """Answers line by line until the end of input; `/reset` forgets, an empty line or `/quit` ends."""
+    say("chat: /reset forgets what was said, an empty line ends\n")
+    messages: list[Message] = []
+    while (line := read()) and line.strip() != "/quit":
+        if line.strip() == "/reset":
+            messages = []
+            continue
+        messages.append({"role": "user", "content": line})
+        (answer,) = writer.answer([messages], sampling, on_text=say)
+        say("\n")
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"--weight {name}={value}: expected a number") from None

@@ -1,0 +1,270 @@
+"""Adapter + base -> an ordinary 16-bit model that needs neither PEFT nor bitsandbytes.
+
+    onto base          W + delta             the original weights: best for serving in 16 bit
+    onto dequantized   dequant(NF4(W)) + delta   what was trained: equals the run's own outputs
+
+Each tensor is computed in fp32 and rounded once. The two differ by the quantization error; for some models that is
+larger than what was learned, so the merged model's largest logit gap to the trained one is measured and said.
+
+Legend: O outputs, I inputs of a layer, r rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..cluster.world import own_device
+from ..errors import UserError
+from ..model import (
+    INFERENCE,
+    is_conv1d,
+    linear_layers,
+    load_base,
+    load_config,
+    load_tokenizer,
+    lora,
+    quantized_and_back,
+)
+from .generate import Trained, find_trained, first_documents
+
+log = logging.getLogger(__name__)
+
+Target = Literal["base", "dequantized"]
+NUM_SAMPLES, SAMPLE_TOKENS = 4, 64
+CHEAP_PARAMETERS = 2_000_000_000  # up to here the other target is measured too
+_SENTENCES = (
+    "The quick brown fox jumps over the lazy dog, and then it sleeps.",
+    "In the beginning there was nothing but a small town near the sea.",
+    "def add(a, b):\n    return a + b\n",
+    "Question: what is the capital of France? Answer: it is",
+)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Where the model is, and the largest difference of its logits to those of the trained model."""
+
+    folder: Path
+    onto: Target
+    gaps: dict[str, float]  # by target; the other target only where it was measured
+    logit_range: float  # largest magnitude of the trained model's logits, to compare with
+
+
+def merge(
+    path: str | Path,
+    out: str | Path,
+    *,
+    onto: Target = "base",
+    base: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | None = None,
+    compare: bool | None = None,
+    max_shard_size: str = "5GB",
+) -> MergeReport:
+    """Merges the adapter of a run directory or adapter folder and writes a model folder with its tokenizer.
+
+    `out` appears whole or not at all. `base` is the original 16-bit model when it has moved. `compare` also measures
+    the other target (None: for models small enough). Holds one copy of the 16-bit model at a time.
+    Raises UserError for an output that is in use, a base in 4 bit, an adapter of another kind.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there and not empty; name a new folder")
+    trained = find_trained(path, base)
+    if trained.adapter is None:
+        raise UserError(f"{path}: a full fine-tuning run has no adapter to merge; {trained.model.name} is its model")
+    if onto not in ("base", "dequantized"):
+        raise UserError(f"--onto {onto}: expected base or dequantized")
+    _check_original(trained.model.name, load_config(trained.model.name, trained.model.revision))
+    adapter = Adapter.read(trained.adapter)
+    device = device or own_device()
+    samples = sample_ids(trained)
+    reference = _trained_logits(trained, samples, device)
+
+    model = _merged(trained, adapter, onto, dtype)
+    gaps: dict[str, float] = {onto: _gap(model, samples, reference)}
+    _write(model, trained, out, max_shard_size)
+    if compare or (compare is None and _num_parameters(model) <= CHEAP_PARAMETERS):
+        other: Target = "dequantized" if onto == "base" else "base"
+        del model
+        gaps[other] = _gap(_merged(trained, adapter, other, dtype), samples, reference)
+    report = MergeReport(out, onto, gaps, max(float(one.abs().max()) for one in reference))
+    return report
+
+
+def describe(report: MergeReport) -> str:
+    """One paragraph for the terminal."""
+    text = (
+        f"{report.folder}: merged onto {report.onto}; its logits differ from those of the trained model by up to "
+        f"{report.gaps[report.onto]:.4g} (they reach {report.logit_range:.4g})"
+    )
+    other = next((target for target in report.gaps if target != report.onto), None)
+    if other is None:
+        return text
+    smaller = min(report.gaps, key=lambda target: report.gaps[target])
+    return f"{text}; onto {other} it would be {report.gaps[other]:.4g}: {smaller} is nearer to what was trained"
+
+
+# --- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA or DoRA adapter as plain tensors."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]  # layer -> A (r, I), B (O, r)
+    magnitudes: dict[str, Tensor]  # layer -> (O,); DoRA only
+    scale: float
+
+    @classmethod
+    def read(cls, folder: Path) -> Adapter:
+        config = lora.read_adapter_config(folder)
+        unknown = {
+            "modules_to_save": config.modules_to_save,
+            "rank_pattern": config.rank_pattern,
+            "alpha_pattern": config.alpha_pattern,
+            "bias": config.bias if config.bias != "none" else None,
+        }
+        for field, setting in unknown.items():
+            if setting:
+                text = f"{folder / lora.CONFIG}: {field} is {setting}, which is not merged here; use PEFT's merge"
+                raise UserError(text)
+        factors: dict[str, dict[str, Tensor]] = {}
+        for key, value in lora.read_adapter_weights(folder).items():
+            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(\.weight)?", key)
+            if found is None:
+                raise UserError(f"{folder / lora.WEIGHTS}: {key} is not a LoRA weight of a linear layer")
+            factors.setdefault(found[1], {})[found[2]] = value.float()
+        pairs = {name: (part["A"], part["B"]) for name, part in factors.items()}
+        magnitudes = {name: part["magnitude_vector"] for name, part in factors.items() if "magnitude_vector" in part}
+        return cls(pairs, magnitudes, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
+
+    def on(self, name: str, weight: Tensor) -> Tensor:
+        """(O, I) fp32: the layer's weight with the adapter in it."""
+        a, b = (factor.to(weight.device) for factor in self.factors[name])
+        changed = weight + self.scale * (b @ a)
+        if name in self.magnitudes:
+            magnitude = self.magnitudes[name].to(weight.device)
+            changed *= (magnitude / changed.norm(dim=1))[:, None]
+        return changed
+
+
+@torch.no_grad()
+def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype) -> Any:
+    """The base in its stored type with every adapted weight replaced, then rounded to `dtype`. On the CPU."""
+    settings = trained.model
+    config = load_config(settings.name, settings.revision)
+    stored = getattr(config, "dtype", None) or torch.float32
+    model: Any = load_base(
+        settings.name,
+        revision=settings.revision,
+        quantization="none",
+        double_quant=False,
+        compute_dtype=stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored)),
+        attention=INFERENCE,
+        device=torch.device("cpu"),
+    )
+    layers: dict[str, Any] = linear_layers(model)
+    strangers = sorted(adapter.factors.keys() - layers.keys())
+    if strangers:
+        raise UserError(f"the adapter has weights for {strangers[0]}, which is no linear layer of {settings.name}")
+    for name in adapter.factors:
+        layer = layers[name]
+        weight = layer.weight.data.T if is_conv1d(layer) else layer.weight.data
+        if weight.shape != (adapter.factors[name][1].shape[0], adapter.factors[name][0].shape[1]):
+            raise UserError(f"the adapter's weights for {name} do not fit {settings.name}, where it is {weight.shape}")
+        if onto == "dequantized":
+            original = quantized_and_back(
+                weight, settings.quantization, settings.double_quant, getattr(torch, settings.compute_dtype)
+            )
+        else:
+            original = weight.float()
+        changed = adapter.on(name, original).to(dtype)
+        layer.weight.data = changed.T.contiguous() if is_conv1d(layer) else changed
+    model.to(dtype)
+    model.config.dtype = dtype
+    return model.eval()
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def sample_ids(trained: Trained) -> list[list[int]]:
+    """Beginnings of the first training documents, or fixed sentences where the data is not at hand."""
+    tokenizer = load_tokenizer(trained.tokenizer_source)
+    if trained.data is not None:
+        try:
+            # the memory map stays readable after its temporary folder is gone
+            documents = first_documents(trained.data, tokenizer, NUM_SAMPLES, SAMPLE_TOKENS)
+            return [documents[index].input_ids.tolist() for index in range(min(NUM_SAMPLES, len(documents)))]
+        except UserError as error:
+            log.info("the training data cannot be looked at (%s): fixed sentences are the samples", error)
+    return [tokenizer(text)["input_ids"][:SAMPLE_TOKENS] for text in _SENTENCES]
+
+
+@torch.inference_mode()
+def _logits(model: Any, samples: Sequence[Sequence[int]]) -> list[Tensor]:
+    """(T, V) fp32 on the CPU for each sample."""
+    device = next(model.parameters()).device
+    return [model(torch.tensor([list(ids)], device=device)).logits[0].float().cpu() for ids in samples]
+
+
+def _trained_logits(trained: Trained, samples: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    assert trained.adapter is not None
+    settings = trained.model
+    base = load_base(
+        settings.name,
+        revision=settings.revision,
+        quantization=settings.quantization,
+        double_quant=settings.double_quant,
+        compute_dtype=getattr(torch, settings.compute_dtype),
+        attention=INFERENCE,
+        device=device,
+    )
+    return _logits(lora.load_adapters(base, {"trained": trained.adapter}), samples)
+
+
+def _gap(model: Any, samples: Sequence[Sequence[int]], reference: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(_logits(model, samples), reference, strict=True))
+
+
+def _num_parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _check_original(name: str, config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{name} holds quantized weights; name the original 16-bit model with --base")
+
+
+def _write(model: Any, trained: Trained, out: Path, max_shard_size: str) -> None:
+    """Aside, then renamed: a folder of this name is whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise UserError(
+            f"{out.parent} has {free / 2**30:.1f} GiB free, the merged model needs {needed / 2**30:.1f} GiB"
+        )
+    aside = out.with_name(f".{out.name}.incomplete-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        model.save_pretrained(aside, max_shard_size=max_shard_size)
+        load_tokenizer(trained.tokenizer_source).save_pretrained(aside)
+        os.rename(aside, out)  # replaces an empty folder
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise

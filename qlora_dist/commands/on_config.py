@@ -1,0 +1,135 @@
+"""Commands that take a config: before and during a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from .group import SET, cli, rank
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@SET
+@click.option(
+    "--resume",
+    default="auto",
+    show_default=True,
+    metavar="auto|never|DIR",
+    help="auto: go on from the newest checkpoint of the run directory that verifies. DIR: from this one.",
+)
+@click.option("--outcome", type=click.Path(), hidden=True, help="Where to write how the run ended, for `supervise`.")
+def train(config: str, overrides: tuple[str, ...], resume: str, outcome: str | None) -> None:
+    """Train as CONFIG says.
+
+    \b
+    Example:
+      accelerate launch --config_file launch/accelerate/ddp.yaml -m qlora_dist train launch/recipes/alpaca-7b.yaml
+    """
+    from ..config import load_config
+
+    loaded = load_config(config, overrides)
+    from ..train.loop import train as run_training
+    from .supervise.exit_report import report_outcome
+
+    report_outcome(Path(outcome) if outcome else None, rank() == 0, lambda: run_training(loaded, resume))
+
+
+@cli.command(hidden=True)
+@click.option("--job", required=True, help="Slurm's id of this job.")
+@click.option("--life", default=0, help="How often Slurm has restarted it.")
+@SET
+@click.option("--resume", default="auto", help="As of train.")
+@click.argument("config", type=click.Path())
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def supervise(
+    job: str, life: int, overrides: tuple[str, ...], resume: str, config: str, command: tuple[str, ...]
+) -> None:
+    """The batch process of slurm/train.sbatch: runs COMMAND until the run that CONFIG names is finished.
+
+    \b
+    Example:
+      qlora-dist supervise --job 17 run.yaml -- srun torchrun --rdzv-id={id} ... -m qlora_dist train run.yaml
+    """
+    from ..cluster.stop_signal import StopSignal
+
+    with StopSignal() as stop:
+        from ..config import load_config
+        from .supervise import Job
+        from .supervise import supervise as run_supervisor
+
+        code = run_supervisor(Job(job, life), Path(load_config(config, overrides).run_dir), command, stop)
+    raise click.exceptions.Exit(code)
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@SET
+@click.option("--gpu", metavar="48GiB|NAME", help="Memory of a GPU, or its name: a100-80, h100, rtx4090, a6000, ...")
+@click.option("--ranks", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs over all nodes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--simulate", is_flag=True, help="Run a step of the real code under fake tensors too (no GPU, seconds).")
+def plan(config: str, overrides: tuple[str, ...], gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
+    """Say what a run needs and whether it fits, from CONFIG and the model's config.json alone, in about a second.
+
+    \b
+    Example:
+      qlora-dist plan launch/recipes/alpaca-7b.yaml --gpu rtx4090
+    """
+    from ..config import load_config
+    from .plan import run_plan_command
+
+    run_plan_command(load_config(config, overrides), gpu=gpu, ranks=ranks, as_json=as_json, simulate=simulate)
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@SET
+@click.option("--show", default=3, show_default=True, help="Samples to print, learned tokens apart from context.")
+@click.option("--html", type=click.Path(), help="Write the same as one self-contained page.")
+def data(config: str, overrides: tuple[str, ...], show: int, html: str | None) -> None:
+    """Look at the training data: sources, lengths, packing, masks, warnings. Before a run, without a model.
+
+    \b
+    Example:
+      qlora-dist data launch/recipes/alpaca-7b.yaml --show 5 --html data.html
+    """
+    from ..config import load_config
+
+    loaded = load_config(config, overrides)
+    from ..model import load_tokenizer
+    from .data_report import run_data_command
+
+    run_data_command(loaded, load_tokenizer(loaded.model.name, loaded.model.revision), show, html)
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@SET
+@click.option("--steps", default=4, show_default=True, help="Optimizer updates of each run.")
+@click.option("--ranks", default=2, show_default=True, help="Processes to compare with one.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(config: str, overrides: tuple[str, ...], steps: int, ranks: int, as_json: bool) -> None:
+    """Prove on your own model, data and strategy that the mathematics holds, in a few steps and a temporary folder.
+
+    Packed = alone, accumulation = one batch, N ranks = 1 rank, strategy = ddp, resumed = uninterrupted, saved = loaded
+    in stock PEFT, loss = transformers' own. Exit code 1 when a claim fails.
+
+    \b
+    Example:
+      qlora-dist verify launch/recipes/demo.yaml --ranks 2
+    """
+    from ..config import load_config
+
+    loaded = load_config(config, overrides)
+    with contextlib.redirect_stdout(sys.stderr):  # deepspeed greets on stdout when it is imported
+        from .verify import prove
+
+        report = prove(loaded, steps=steps, ranks=ranks)
+    click.echo(json.dumps(report.as_json(), indent=2) if as_json else f"{report.table()}\n{report.sentence()}")
+    if report.failures:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,200 @@
+"""Commands that take what was trained, or a model."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from ..errors import UserError
+from .group import cli, rank
+
+
+@cli.command()
+@click.argument("run_or_adapter", type=click.Path())
+@click.option("--config", type=click.Path(), help="Take the data section of this config instead of the run's.")
+@click.option("--base", help="The base model, when it has moved.")
+@click.option("--micro-rows", default=1, show_default=True, help="Rows in memory at a time.")
+@click.option("--with-base", is_flag=True, help="Evaluate the base without the adapter too.")
+@click.option("--tasks", default="perplexity", show_default=True, help="perplexity, mmlu, or both with a comma.")
+@click.option(
+    "--mmlu", type=click.Path(), metavar="DIR", help="MMLU's original release: a folder with dev/, val/, test/."
+)
+@click.option("--mmlu-split", default="test", show_default=True)
+@click.option("--mmlu-shots", default=5, show_default=True, help="Worked questions shown before each question.")
+@click.option(
+    "--mmlu-tokens", default=2048, show_default=True, help="Longest prompt; longer ones show fewer questions."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(
+    run_or_adapter: str,
+    config: str | None,
+    base: str | None,
+    micro_rows: int,
+    with_base: bool,
+    tasks: str,
+    mmlu: str | None,
+    mmlu_split: str,
+    mmlu_shots: int,
+    mmlu_tokens: int,
+    as_json: bool,
+) -> None:
+    """Held-out loss and perplexity of a run or adapter, by the loss code of training, and MMLU.
+
+    \b
+    Example:
+      qlora-dist evaluate runs/alpaca-7b --with-base --tasks perplexity,mmlu --mmlu data/mmlu
+    """
+    from dataclasses import asdict
+
+    wanted = {task.strip() for task in tasks.split(",")}
+    if wanted - {"perplexity", "mmlu"}:
+        raise UserError(f"--tasks {tasks}: expected perplexity, mmlu, or perplexity,mmlu")
+    if ("mmlu" in wanted) != (mmlu is not None):
+        raise UserError("--tasks mmlu and --mmlu DIR (the folder of MMLU's original release) go together")
+    from .evaluate import MmluTask, describe, evaluate_trained
+
+    results = evaluate_trained(
+        run_or_adapter,
+        config=config,
+        base=base,
+        micro_rows=micro_rows,
+        with_base=with_base,
+        perplexity="perplexity" in wanted,
+        mmlu=MmluTask(mmlu, mmlu_split, mmlu_shots, mmlu_tokens) if mmlu is not None else None,
+    )
+    if rank():
+        return
+    if as_json:
+        click.echo(json.dumps({name: asdict(result) for name, result in results.items()}))
+        return
+    for name, result in results.items():
+        for line in describe(result):
+            click.echo(f"{name}: {line}")
+
+
+@cli.command()
+@click.argument("run_or_adapter", type=click.Path())
+@click.option("--prompt", help="One prompt; the answer is streamed.")
+@click.option("--prompts", type=click.Path(), help="A file: a prompt a line, or jsonl with `prompt` or `messages`.")
+@click.option("--base", help="The base model, when it has moved.")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=DIR", help="Another adapter; the last is active.")
+@click.option(
+    "--weight", "weights", multiple=True, metavar="NAME=W", help="Combine adapters; the run's own is `trained`."
+)
+@click.option("--combination", default="cat", show_default=True, help="PEFT's way to combine: cat, linear, svd, ...")
+@click.option("--template", default="auto", show_default=True, help="auto: as in training. raw: none. Or a name.")
+@click.option("--max-new-tokens", default=256, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--batch-size", default=8, show_default=True, help="Prompts of a file that are answered together.")
+def generate(
+    run_or_adapter: str,
+    prompt: str | None,
+    prompts: str | None,
+    base: str | None,
+    adapters: tuple[str, ...],
+    weights: tuple[str, ...],
+    combination: str,
+    template: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    batch_size: int,
+) -> None:
+    """Answer one prompt, a file of prompts, or a person: without either option it is a chat.
+
+    \b
+    Example:
+      qlora-dist generate runs/guanaco-7b --prompt "Name three rivers in Spain."
+    """
+    from ..model import Sampling
+    from .generate import generate as run_generation
+
+    run_generation(
+        run_or_adapter,
+        prompt=prompt,
+        prompts=prompts,
+        base=base,
+        adapters=adapters,
+        weights=weights,
+        how=combination,
+        template=template,
+        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
+        batch_size=batch_size,
+    )
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option(
+    "--onto",
+    type=click.Choice(["base", "dequantized"]),
+    default="base",
+    show_default=True,
+    help="The original weights, or the dequantized 4-bit ones that were trained on.",
+)
+@click.option("--base", help="The base model, when it has moved.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--compare/--no-compare", default=None, help="Measure the other target too (default: small models).")
+@click.option("--max-shard-size", default="5GB", show_default=True)
+def merge(
+    adapter: str, out: str, onto: str, base: str | None, dtype: str, compare: bool | None, max_shard_size: str
+) -> None:
+    """Write the 16-bit model with ADAPTER (a run or an adapter folder) merged in, to the new folder OUT.
+
+    \b
+    Example:
+      qlora-dist merge runs/alpaca-7b merged/alpaca-7b --onto dequantized
+    """
+    import torch
+
+    from .merge import describe
+    from .merge import merge as run_merge
+
+    report = run_merge(
+        adapter,
+        out,
+        onto=onto,  # type: ignore[arg-type]
+        base=base,
+        dtype=getattr(torch, dtype),
+        compare=compare,
+        max_shard_size=max_shard_size,
+    )
+    click.echo(describe(report))
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path())
+@click.option("--quantization", type=click.Choice(["nf4", "fp4"]), default="nf4", show_default=True)
+@click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the constants too.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--revision", help="Hub branch, tag or commit.")
+def quantize(model: str, out: str, quantization: str, double_quant: bool, dtype: str, revision: str | None) -> None:
+    """Write the 4-bit form of the 16-bit MODEL to the new folder OUT, weight by weight.
+
+    Memory is bounded by one file's tensors, not by the model. transformers loads OUT as it is.
+
+    \b
+    Example:
+      qlora-dist quantize meta-llama/Llama-2-7b-hf models/llama-2-7b-nf4
+    """
+    import torch
+
+    from ..cluster.world import own_device
+    from ..model import quantize_model
+
+    size = quantize_model(
+        model,
+        out,
+        revision=revision,
+        quantization=quantization,  # type: ignore[arg-type]
+        double_quant=double_quant,
+        compute_dtype=getattr(torch, dtype),
+        device=own_device(),
+    )
+    click.echo(f"{out}: {size / 2**30:.2f} GiB of {quantization}, double_quant={double_quant}")

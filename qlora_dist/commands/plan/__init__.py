@@ -1,0 +1,13 @@
+"""`qlora-dist plan`: what a run needs, before it starts. config -> config.json -> plan -> table, JSON, simulation.
+
+    command     the plan of a config, as text or JSON
+    simulate    the same step by the real code under fake tensors
+    live_bytes  bytes alive by category
+
+Imports torch only for `--simulate` and for families that `memory.shapes` does not list.
+"""
+
+from ...memory.read_shapes import read_shapes
+from .command import run_plan_command
+
+__all__ = ["read_shapes", "run_plan_command"]

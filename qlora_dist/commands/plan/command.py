@@ -1,0 +1,107 @@
+"""The command `qlora-dist plan`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from ...config import RunConfig
+from ...memory import MemoryPlan, ModelShapes, choose, largest_micro_rows, largest_row_tokens, plan_memory
+from ...memory.devices import GPUS, Gpu, Speed, estimate_speed, parse_gpu
+from ...memory.read_shapes import read_shapes
+from ...memory.table import format_bytes, plan_lines
+
+RANKS_A_NODE = 8  # of a node, where only the number of ranks is given
+
+
+def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
+    """Prints the plan of a run on `ranks` GPUs of this kind (None: what it needs, and where that fits)."""
+    device = None if gpu is None else parse_gpu(gpu)
+    shapes = read_shapes(config.model.name, config.model.revision)
+    sizes: dict[str, int] = {"world_size": ranks, "local_world_size": min(ranks, RANKS_A_NODE)}
+    if device is None:
+        plan = plan_memory(config, shapes, **sizes, device_bytes=None)
+    else:
+        plan = choose(config, shapes, **sizes, device_bytes=device.device_bytes)
+    limits = {} if device is None else _limits(config, shapes, sizes | {"device_bytes": device.device_bytes})
+    speed = None if device is None else estimate_speed(config, shapes, plan, device)
+    trace = _simulation(config, plan) if simulate else None
+    if as_json:
+        print(json.dumps(plan.to_json() | _more(device, limits, speed, trace), indent=1))
+        return
+    lines = list(plan_lines(plan))
+    lines += _where_it_fits(plan) if device is None else _limit_lines(limits, speed)
+    if trace is not None:
+        lines += ["", f"Simulated peak of all tensors: {format_bytes(trace['peak_bytes'])} ({trace['peak_at']});"]
+        lines += [f"  {name:<28}{format_bytes(size):>10}" for name, size in trace["categories"].items()]
+        lines += [f"the plan of them is {format_bytes(trace['planned_bytes'])}, {trace['error']:+.2%}"]
+    _show(lines)
+
+
+def _limits(config: RunConfig, shapes: ModelShapes, sizes: dict[str, int]) -> dict[str, int]:
+    return {
+        "largest_row_tokens": largest_row_tokens(config, shapes, **sizes),
+        "largest_micro_rows": largest_micro_rows(config, shapes, **sizes),
+    }
+
+
+def _simulation(config: RunConfig, plan: MemoryPlan) -> dict[str, Any]:
+    from ...model import load_config
+    from .simulate import simulate
+
+    trace = simulate(config, plan, load_config(config.model.name, config.model.revision))
+    return {
+        "peak_bytes": trace.peak_bytes,
+        "peak_at": trace.peak_at,
+        "categories": trace.categories,
+        "planned_bytes": trace.planned_bytes,
+        "error": trace.error,
+    }
+
+
+def _more(
+    device: Gpu | None, limits: dict[str, int], speed: Speed | None, trace: dict[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "gpu": None if device is None else device.name,
+        **limits,
+        "tokens_per_second_estimate": None if speed is None else round(speed.tokens_per_second),
+        "estimate_assumes": None if speed is None else speed.assumptions,
+        "simulation": trace,
+    }
+
+
+def _limit_lines(limits: dict[str, int], speed: Speed | None) -> list[str]:
+    tokens, rows = limits["largest_row_tokens"], limits["largest_micro_rows"]
+    lines = ["", f"Longest rows that fit: {tokens:,} tokens (one at a time, every layer recomputed)"]
+    lines += [f"Largest micro-batch that fits: {rows:,} rows (every layer recomputed)"]
+    if speed is not None:
+        lines += [f"About {speed.tokens_per_second:,.0f} tokens/s ({speed.assumptions})"]
+    return lines
+
+
+def _where_it_fits(plan: MemoryPlan) -> list[str]:
+    needed = plan.peak_bytes - plan.pageable_bytes
+    fitting = [
+        gpu.name for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.device_bytes) if gpu.device_bytes >= needed
+    ]
+    return [f"Fits on: {', '.join(fitting) or 'no single GPU known here'} (give --gpu for the settings that fit best)"]
+
+
+def _show(lines: list[str]) -> None:
+    """Plain text; on a terminal the bars are coloured."""
+    if not sys.stdout.isatty():
+        print("\n".join(lines))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for line in lines:
+        text = Text(line)
+        text.highlight_regex("█+", "cyan")
+        text.highlight_regex("·{2,}", "dim")
+        text.highlight_regex(r"^(Fits|Longest|Largest|About)[^;(]*", "green")
+        text.highlight_regex("^Does not fit[^.]*", "bold red")
+        console.print(text)

@@ -1,0 +1,228 @@
+"""`plan --simulate`: the real model, adapters, loss, backward pass and optimizer under fake tensors.
+
+Fake tensors have shapes, types and storages without memory, so that a 65B model trains a step in seconds on a laptop,
+and every tensor that the code makes is counted while it lives. What runs is what trains: transformers' layers, PEFT's
+adapters with `lean_forward`, packed attention, the chunked loss, recomputation, the optimizer. Fake tensors are CPU
+tensors here (autograd on fake CUDA tensors needs a CUDA build); what differs on a GPU is done as there:
+
+- attention runs torch's varlen operator, whose fake kernel has the outputs of the flash kernel, not SDPA on a CPU;
+- the loss takes the chunk of a GPU;
+- kernels that need memory which no tensor shows are in WORKSPACES;
+- dropout is one kernel with a mask of bytes.
+
+Not simulated: several ranks, activation offload, CUDA context, allocator.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from ... import model as base_model
+from ...config import RunConfig
+from ...data.packing import Batch
+from ...errors import UserError
+from ...memory import MemoryPlan
+from ...memory.layers import BLOCK
+from ...model import Quantization
+from ...model import lora as adapters
+from ...model.loss import CHUNK_BYTES, OutputHead, nll_sum
+from ...model.meta import empty_base, fill_empty
+from ...optim.adamw import build_optimizer, decays, step_optimizer
+from ...optim.flat import FlatParameters
+from .live_bytes import LiveBytes, Workspace
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the simulation saw."""
+
+    peak_bytes: int
+    peak_at: str
+    categories: dict[str, int]  # bytes at the peak
+    planned_bytes: int  # the same by the plan
+
+    @property
+    def error(self) -> float:
+        """(plan - trace) / trace."""
+        return self.planned_bytes / self.peak_bytes - 1.0
+
+
+def simulated_bytes(plan: MemoryPlan) -> int:
+    """The part of a plan that a simulation of one rank sees: all tensors, without cuBLAS and communication."""
+    unseen = ("cuBLAS workspace", "communication")
+    tensors = sum(item.size for name, item in plan.items.items() if item.is_tensor and name not in unseen)
+    return tensors + plan.pageable_bytes
+
+
+def simulate(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> Trace:
+    """One training step of this plan under fake tensors. `pretrained` is transformers' config of the model.
+
+    Raises UserError for what cannot be simulated: int8, dora, full fine-tuning, activation offload.
+    """
+    if config.memory.offload_activations:
+        raise UserError("memory.offload_activations cannot be simulated; plan without --simulate")
+    _make_tables(config.model.quantization)
+    model = _meta_model(config, plan, pretrained)
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(_workspaces()) as live, _as_on_a_gpu():
+        _run_step(config, plan, model, live)
+    return Trace(live.peak_bytes, live.peak_at, dict(live.peak), simulated_bytes(plan))
+
+
+def measure(config: RunConfig, plan: MemoryPlan, pretrained: Any, device: torch.device) -> Trace:
+    """The same step on a device, with real tensors of no meaning. On CUDA `peak_bytes` is the allocator's own figure
+    beyond what was allocated before, and `planned_bytes` all that the plan expects of it."""
+    gc.collect()  # a model is full of reference cycles: one that was measured before would still be there
+    is_cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if is_cuda else 0
+    model = _meta_model(config, plan, pretrained)
+    with torch.device(device), LiveBytes({} if is_cuda else _workspaces()) as live:
+        _run_step(config, plan, model, live, torch.cuda.reset_peak_memory_stats if is_cuda else lambda: None)
+    if is_cuda:
+        return Trace(torch.cuda.max_memory_allocated(device) - before, live.peak_at, dict(live.peak), plan.tensor_bytes)
+    return Trace(live.peak_bytes, live.peak_at, dict(live.peak), simulated_bytes(plan))
+
+
+def _run_step(
+    config: RunConfig,
+    plan: MemoryPlan,
+    model: torch.nn.Module,
+    live: LiveBytes,
+    at_start: Callable[[], None] = lambda: None,
+) -> None:
+    """Forward, loss, backward, update, in the order and with the lifetimes of `train.step`."""
+    head, optimizer = _fill(config, model, live)
+    batch = _batch(plan.micro_rows, plan.row_tokens, live)
+    at_start()
+    live.reset_peak()
+    chunk = max(1, CHUNK_BYTES["cuda"] // (4 * head.weight.shape[0]))
+    with live.category("saved activations"):
+        hidden = base_model.hidden_states(model, batch)
+        hidden = hidden.to(_dtype(config))
+    with live.category("loss"):
+        nll = nll_sum(hidden, head, batch.label_positions, batch.labels, chunk)
+    del hidden
+    with live.category("backward"):
+        nll.backward()
+    del nll
+    with live.category("optimizer step"):
+        step_optimizer(optimizer, 1e-4)
+
+
+def _meta_model(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> torch.nn.Module:
+    """Base and adapters without storage."""
+    dtype = _dtype(config)
+    if config.lora is None:
+        raise UserError("full fine-tuning (lora: null) cannot be simulated; plan without --simulate")
+    if config.lora.variant == "dora":
+        raise UserError("lora.variant dora cannot be simulated: PEFT copies weights for it; plan without --simulate")
+    model: torch.nn.Module = empty_base(
+        pretrained,
+        quantization=config.model.quantization,
+        double_quant=config.model.double_quant,
+        compute_dtype=dtype,
+        backend="sdpa" if config.model.attention == "sdpa" or dtype == torch.float32 else "varlen",
+    )
+    model = adapters.attach_lora(
+        model,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
+        variant=config.lora.variant,
+        seed=config.seed,
+        kernels=config.model.kernels,
+    )
+    base_model.set_recompute(model, plan.recompute)
+    return model.train()
+
+
+def _fill(config: RunConfig, model: torch.nn.Module, live: LiveBytes) -> tuple[OutputHead, Any]:
+    """Storages for everything that stays: base, adapters, gradients, optimizer states."""
+    with live.category("base"):
+        fill_empty(model)
+    with live.category("adapters and gradients"):
+        flat = FlatParameters(adapters.trainable_parameters(model), decays)
+    optim = config.optim
+    with unset_fake_temporarily():  # bitsandbytes reads values of its table
+        optimizer = build_optimizer(
+            flat, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
+        )
+    with live.category("optimizer"):
+        step_optimizer(optimizer, 0.0)  # makes the states, as they are from the second step on
+    return base_model.output_head(model), optimizer
+
+
+def _batch(rows: int, row_tokens: int, live: LiveBytes) -> Batch:
+    """Full rows of one document each, every token a label."""
+    with live.category("batch"):
+        tokens = rows * row_tokens
+        ids, places, positions, labels = (torch.zeros(tokens, dtype=torch.int64) for _ in range(4))
+        borders = torch.arange(rows + 1, dtype=torch.int32) * row_tokens
+    return Batch(
+        ids[None], places[None], borders, row_tokens, positions, labels, tuple(range(rows)), (row_tokens,) * rows
+    )
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, config.model.compute_dtype)
+    return dtype
+
+
+def _make_tables(quantization: Quantization) -> None:
+    """bitsandbytes makes its tables of values at their first use, which must not be among fake tensors."""
+    if quantization != "none":
+        base_model.quantized_and_back(torch.ones(BLOCK, BLOCK), quantization, True, torch.float32)
+
+
+# --- what differs on a GPU --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Dropout as a GPU's one kernel, which keeps a mask of bytes."""
+    original = torch.nn.functional.dropout
+
+    def fused(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        if not training or p == 0 or inplace:
+            return original(input, p, training, inplace)
+        return torch.native_dropout(input, p, True)[0]
+
+    torch.nn.functional.dropout = fused
+    try:
+        yield
+    finally:
+        torch.nn.functional.dropout = original
+
+
+def _workspaces() -> dict[str, Workspace]:
+    """Bytes that a kernel allocates inside and frees before it returns."""
+
+    def of_logsumexp(args: Any, kwargs: Any, result: Any) -> int:
+        return int(args[0].nbytes)  # exp(x - max)
+
+    def of_product(args: Any, kwargs: Any, result: Any) -> int:
+        a, shape = args[0], args[2]
+        weights = math.prod(shape)
+        nested = kwargs.get("absmax_8bit", args[7] if len(args) > 7 else None) is not None
+        # the matrix, and its constants where they are quantized themselves
+        return int(weights * a.element_size() + (4 * -(-weights // BLOCK) if nested else 0))
+
+    def of_attention_backward(args: Any, kwargs: Any, result: Any) -> int:
+        q, k = args[1], args[2]
+        summed = 4 * q.numel() + 4 * q.shape[0] * q.shape[1]  # gradient of the queries in fp32; rows of out * grad
+        grouped = 2 * q.nbytes if k.shape[1] != q.shape[1] else 0  # of keys and values, for every query head
+        return int(summed + grouped)
+
+    return {
+        "aten.logsumexp": of_logsumexp,
+        "bitsandbytes.gemm_4bit": of_product,
+        "torch_attn._varlen_attn_backward": of_attention_backward,
+    }

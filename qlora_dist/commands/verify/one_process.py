@@ -1,0 +1,251 @@
+"""Proofs on one process: the same documents computed in two ways, and against transformers and PEFT.
+
+Legend: D documents, L tokens of the longest, N labels.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import model as base_model
+from ...cluster.world import World
+from ...config import RunConfig
+from ...data.loader import StepRows
+from ...data.packing import Batch, Example, collate
+from ...errors import RunFailed
+from ...model import lora as adapters
+from ...train import fit_memory as fitting
+from ...train import setup as stages
+from ...train.step import Learner, train_step
+from .report import Proof, failed, not_checked, relative_difference
+from .variants import Plan
+
+NUM_DOCUMENTS, DOCUMENT_TOKENS = 5, 96  # of the user's data; enough for every border, small enough for every device
+CHUNK = 64  # labels whose logits exist at a time
+
+SOURCE, PACKED, ACCUMULATED = "base = its files", "packed = alone", "accumulation = one batch"
+UNCHANGED, RELOADED = "base unchanged by training", "saved = reloaded"
+REFERENCE, STOCK = "loss = transformers' own", "adapter in stock PEFT = trained"
+CLAIMS = (SOURCE, PACKED, ACCUMULATED, UNCHANGED, RELOADED, REFERENCE, STOCK)
+
+
+def prove_learner(plan: Plan, world: World) -> list[Proof]:
+    """Claims that one process can prove. Not checked where the whole base does not fit on one device."""
+    try:
+        return _prove(plan, world)
+    except torch.OutOfMemoryError as error:
+        reason = f"the base with {NUM_DOCUMENTS} documents does not fit on one device: {str(error).splitlines()[0]}"
+        return [not_checked(claim, reason) for claim in CLAIMS]
+    finally:
+        _free_memory(world)
+
+
+def _prove(plan: Plan, world: World) -> list[Proof]:
+    config, tolerances = fitting.settle(plan.single, world).config, plan.tolerances
+    data = stages.build_data(config, world)
+    learner = stages.build_learner(config, world)
+    has_adapter = config.lora is not None
+    proofs = [_prove_base(config, world, learner)]
+    before = base_model.base_fingerprint(learner.model) if has_adapter else ""
+    move_adapters(learner, config.seed)
+    documents = some_documents(data)
+    packed = collate(documents, (0,)).to(world.device)
+    proofs.append(prove_packed(learner, documents, world, tolerances.labels))
+    proofs.append(prove_accumulation(learner, data.loader.step(0), world, tolerances.gradient))
+    folder = plan.folder / "adapter"
+    if has_adapter:
+        is_same = base_model.base_fingerprint(learner.model) == before
+        proofs.append(Proof(UNCHANGED, 0.0 if is_same else 1.0, 0.0, "SHA-256 of the whole base"))
+        proofs.append(prove_reloaded(learner, folder, config.model.name))
+    with torch.no_grad(), base_model.evaluation_mode(learner.model):
+        ours = label_nll(learner, packed), learner.nll_sum(packed).item() / packed.num_labels
+    computing = learner.computing
+    del learner  # two bases at once may not fit
+    _free_memory(world)
+    with torch.no_grad(), computing():
+        return [*proofs, *_prove_reference(plan, world, documents, *ours, folder if has_adapter else None)]
+
+
+def _free_memory(world: World) -> None:
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# --- what is computed -------------------------------------------------------------------------------------------------
+
+
+def some_documents(data: stages.Data) -> list[Example]:
+    """The first documents of the first step, cut short; every token but the first is learned, so that all are compared.
+
+    Documents of the same beginning (a system prompt) would hide a leak: they are cut from where the data differ least,
+    their ends.
+    """
+    chosen = [document for row in data.loader.rows_of_step(0).tolist() for document in data.rows[row].documents]
+    examples = []
+    for index in chosen[:NUM_DOCUMENTS]:
+        ids = data.documents[index].input_ids[-DOCUMENT_TOKENS:]
+        examples.append(Example(ids, np.arange(len(ids)) > 0))
+    return [example for example in examples if example.num_labels]
+
+
+def move_adapters(learner: Learner, seed: int) -> None:
+    """Gives every B small values: at zero, adapters would take no part in anything that is compared."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapters.trainable_parameters(learner.model).items():
+            if "lora_B" in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def label_nll(learner: Learner, batch: Batch) -> torch.Tensor:
+    """(N,) fp32 NLL of each label by the path that is trained, dropout off. Documents in their order."""
+    with base_model.evaluation_mode(learner.model), learner.computing():
+        hidden = base_model.hidden_states(learner.model, batch).to(learner.compute_dtype)
+        parts = [
+            torch.nn.functional.cross_entropy(learner.head.logits(hidden[positions]).float(), labels, reduction="none")
+            for positions, labels in zip(batch.label_positions.split(CHUNK), batch.labels.split(CHUNK), strict=True)
+        ]
+    return torch.cat(parts)
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+def _prove_base(config: RunConfig, world: World, learner: Learner) -> Proof:
+    try:
+        said = stages.check_base(config, world, learner)
+    except RunFailed as error:
+        return failed(SOURCE, str(error))
+    return Proof(SOURCE, 0.0, 0.0, said)
+
+
+def prove_packed(learner: Learner, documents: Sequence[Example], world: World, tolerance: float) -> Proof:
+    """Each document's labels, packed with the others and alone. The worst document counts."""
+    if len(documents) < 2:
+        return not_checked(PACKED, "the data give only one document")
+    together = label_nll(learner, collate(documents, (0,)).to(world.device))
+    parts = together.split([document.num_labels for document in documents])
+    differences = [
+        relative_difference(part, label_nll(learner, collate([document], (0,)).to(world.device)))
+        for part, document in zip(parts, documents, strict=True)
+    ]
+    return Proof(PACKED, max(differences), tolerance, f"NLL of {len(together)} labels in {len(documents)} documents")
+
+
+def prove_accumulation(learner: Learner, rows: StepRows, world: World, tolerance: float) -> Proof:
+    """Gradient and loss of one update: document by document, and all documents in one micro-batch.
+
+    By `train_step` itself, at learning rate zero: it leaves the weights, and the step's gradient in its buffers.
+    """
+    documents = [document for batch in rows.microbatches for document in documents_of(batch)][: 2 * NUM_DOCUMENTS]
+    documents = [document for document in documents if document.num_labels]
+    if len(documents) < 2:
+        return not_checked(ACCUMULATED, "the data give only one document with labels")
+    # unequal parts: a mean of the parts' means is then not the mean of all labels
+    parts = [documents[:1], documents[1:]]
+    batches = {"one": [documents], "accumulated": parts}
+    gradients, losses = {}, {}
+    for name, groups in batches.items():
+        microbatches = [collate(group, (0,)) for group in groups]
+        step = replace(
+            rows,
+            microbatches=microbatches,
+            num_labels=sum(document.num_labels for document in documents),
+            num_tokens=sum(len(document) for document in documents),
+        )
+        with base_model.evaluation_mode(learner.model):
+            stats = train_step(world, learner, step, step=0, seed=0, lr=0.0, stop_requested=False)
+        losses[name] = stats.loss
+        gradients[name] = torch.cat([gradient.detach().double().cpu().flatten() for gradient in _gradients(learner)])
+    learner.update.zero_grad()
+    difference = relative_difference(gradients["accumulated"], gradients["one"])
+    loss_difference = abs(losses["accumulated"] - losses["one"]) / abs(losses["one"])
+    return Proof(ACCUMULATED, max(difference, loss_difference), tolerance, "gradient of all trained weights, and loss")
+
+
+def _gradients(learner: Learner) -> list[torch.Tensor]:
+    parameters = adapters.trainable_parameters(learner.model).values()
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def documents_of(batch: Batch) -> list[Example]:
+    """A batch's documents with their masks."""
+    is_label = np.zeros(batch.num_tokens, dtype=np.bool_)
+    is_label[batch.label_positions.numpy() + 1] = True
+    borders = np.cumsum(batch.lengths)[:-1]
+    ids = batch.input_ids[0].numpy().astype(np.int32)
+    return [Example(*pair) for pair in zip(np.split(ids, borders), np.split(is_label, borders), strict=True)]
+
+
+def prove_reloaded(learner: Learner, folder: Path, base_name: str) -> Proof:
+    """The adapter written, its live weights overwritten, read back: the same bits in the file and in memory."""
+    adapters.save_adapter(learner.model, folder, base_name)
+    kept = learner.update.digest()
+    with torch.no_grad():
+        for parameter in adapters.trainable_parameters(learner.model).values():
+            parameter.fill_(0.5)
+    try:
+        adapters.load_adapter_weights(learner.model, folder)
+        adapters.verify_adapter_file(learner.model, folder, must_be_trained=True)
+    except (RunFailed, ValueError) as error:
+        return failed(RELOADED, str(error))
+    return Proof(RELOADED, 0.0 if learner.update.digest() == kept else 1.0, 0.0, "every bit of the trained weights")
+
+
+def _prove_reference(
+    plan: Plan, world: World, documents: Sequence[Example], nll: torch.Tensor, loss: float, adapter: Path | None
+) -> list[Proof]:
+    """The same documents, padded, by transformers' model and its loss, with the adapter put on by stock PEFT."""
+    settings = plan.single.model
+    reference: Any = base_model.load_base(
+        settings.name,
+        revision=settings.revision,
+        quantization=settings.quantization,
+        double_quant=settings.double_quant,
+        # full fine-tuning keeps fp32 masters and computes under autocast
+        compute_dtype=torch.float32 if adapter is None else getattr(torch, settings.compute_dtype),
+        attention=base_model.INFERENCE,
+        device=world.device,
+    )
+    if adapter is not None:
+        reference = adapters.load_adapters(reference, {"trained": adapter}, lean=False)
+    output = reference.eval()(**padded(documents, world.device))
+    longest = max(len(document) for document in documents)
+    ids = padded(documents, world.device)["input_ids"]
+    theirs = torch.cat(
+        [
+            torch.nn.functional.cross_entropy(
+                output.logits[index, : len(document) - 1].float(), ids[index, 1 : len(document)], reduction="none"
+            )
+            for index, document in enumerate(documents)
+        ]
+    )
+    difference = abs(loss - output.loss.item()) / abs(output.loss.item())
+    parts = zip(*(t.split([document.num_labels for document in documents]) for t in (nll, theirs)), strict=True)
+    worst = max(relative_difference(ours, other) for ours, other in parts)
+    note = f"{len(documents)} documents padded to {longest} tokens"
+    proofs = [Proof(REFERENCE, difference, plan.tolerances.loss, note)]
+    if adapter is None:
+        return proofs
+    return [*proofs, Proof(STOCK, worst, plan.tolerances.labels, f"NLL of {len(nll)} labels")]
+
+
+def padded(documents: Sequence[Example], device: torch.device) -> dict[str, torch.Tensor]:
+    """(D, L) input_ids, attention_mask and labels as transformers takes them: padded on the right, -100 where none."""
+    longest = max(len(document) for document in documents)
+    ids = torch.zeros(len(documents), longest, dtype=torch.int64)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for index, document in enumerate(documents):
+        tokens = torch.from_numpy(document.input_ids.astype(np.int64))
+        ids[index, : len(tokens)], mask[index, : len(tokens)] = tokens, 1
+        labels[index, 1 : len(tokens)] = tokens[1:]
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}

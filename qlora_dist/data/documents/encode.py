@@ -1,0 +1,291 @@
+"""Step 2 of the data pipeline: records -> token ids and label mask, before any length limit.
+
+Labels are placed on characters (templates) and carried to tokens here. Where a token would lie across the border
+of a learned span, the text is tokenized in two pieces instead: at inference the prompt ends there too, so that the
+model never sees the merged token. A border that cannot be kept is an error of the record, never an approximation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...errors import UserError
+from ..formats import FORMATS, BadRecord, Conversation, Document, RawRecord, Text, Tokens, map_columns
+from ..templates import Rendered, Template, adds_bos, render, resolve_template
+
+# Text that can stand before a piece while it is tokenized, so that the tokenizer does not take it for a beginning
+# (SentencePiece puts a space there). The first is taken that does not merge with the piece.
+_ANCHORS = ("\n", "a", ":", "0", ")")
+
+# What `data.template: auto` means for a tokenizer without a chat template; conversations get vicuna.
+_PLAIN_TEMPLATES = {
+    "alpaca": "alpaca",
+    "alpaca-cleaned": "alpaca",
+    "alpaca-gpt4": "alpaca",
+    "dolly": "alpaca",
+    "longform": "alpaca",
+    "unnatural-instructions": "alpaca",
+    "self-instruct": "alpaca",
+    "input-output": "none",
+    "prompt-completion": "none",
+}
+
+# A record larger than this is a mistake of whoever wrote the file (a whole dump in one row), and would be tokenized
+# for minutes to be truncated to one row. Text files come in smaller parts.
+_MAX_CHARACTERS = 2**25
+
+_Tokenized = tuple[list[int], list[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids with label mask; the first token is never a label. A text may be cut in pieces."""
+
+    input_ids: np.ndarray  # (L,) int32
+    is_label: np.ndarray  # (L,) bool
+    is_text: bool = False
+    has_empty_answer: bool = False
+    has_control_token: bool = False  # a special token is written out in the data's own text
+    has_replacement: bool = False  # U+FFFD: text that was once decoded wrongly
+
+
+class Encoder:
+    """Converts and tokenizes records of one format, in batches. It is sent to worker processes as it is."""
+
+    def __init__(
+        self, tokenizer: Any, *, format_name: str, columns: Mapping[str, str], template: str, learn: str
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.format_name = format_name
+        self.columns = dict(columns)
+        self.learn = learn
+        self.adds_bos = adds_bos(tokenizer)
+        self._special_tokens = tokenizer.all_special_tokens  # slow to ask for
+        self._template_name = template
+        self._template: Template | None = None
+
+    @property
+    def template(self) -> Template:
+        if self._template is None:  # texts need none: that a base has no EOS, say, is no error for them
+            default = _PLAIN_TEMPLATES.get(self.format_name, "vicuna")
+            self._template = resolve_template(self.tokenizer, self._template_name, default=default)
+        return self._template
+
+    def encode(self, records: Sequence[RawRecord]) -> list[list[Encoded] | BadRecord]:
+        """For each record its documents, or the reason why it cannot be used."""
+        results: list[list[Encoded] | BadRecord] = []
+        documents: list[Document] = []
+        owners: list[int] = []
+        for i, raw in enumerate(records):
+            try:
+                converted = self._convert(raw)
+                documents += converted
+                owners += [i] * len(converted)
+                results.append([])
+            except BadRecord as error:
+                results.append(error)
+        for i, encoded in zip(owners, self._encode_documents(documents)):
+            result = results[i]
+            if isinstance(encoded, BadRecord):
+                results[i] = encoded
+            elif isinstance(result, list):
+                result.append(encoded)
+        return results
+
+    def _convert(self, raw: RawRecord) -> list[Document]:
+        if raw.fields is None:
+            raise BadRecord(raw.problem or "it has no fields")
+        converted = FORMATS[self.format_name](map_columns(raw.fields, self.columns))
+        if isinstance(converted, Text):
+            return [dataclasses.replace(converted, is_first=raw.is_first, is_last=raw.is_last)]
+        return list(converted) if isinstance(converted, list) else [converted]
+
+    def _encode_documents(self, documents: Sequence[Document]) -> list[Encoded | BadRecord]:
+        results: list[Encoded | BadRecord] = [BadRecord("not encoded")] * len(documents)
+        rendered: dict[int, Rendered] = {}
+        texts: list[str] = []
+        for i, document in enumerate(documents):
+            if isinstance(document, Tokens):
+                results[i] = self._of_tokens(document)
+                continue
+            try:
+                rendered[i] = self._render(document)
+                if len(rendered[i].text) > _MAX_CHARACTERS:
+                    raise BadRecord(
+                        f"it has {len(rendered[i].text):,} characters, expected at most {_MAX_CHARACTERS:,} in one "
+                        "record; split it"
+                    )
+            except BadRecord as error:
+                rendered.pop(i, None)
+                results[i] = error
+                continue
+            texts.append(rendered[i].text)
+            if rendered[i].has_prefixes:
+                texts += [rendered[i].text[:begin] for begin, _ in rendered[i].spans]
+        tokenized = iter(self._tokenize(texts))
+        for i, one in rendered.items():
+            whole = next(tokenized)
+            prefixes = [next(tokenized)[0] for _ in one.spans] if one.has_prefixes else []
+            results[i] = self._of_rendered(documents[i], one, whole, prefixes)
+        return results
+
+    def _render(self, document: Conversation | Text) -> Rendered:
+        if isinstance(document, Text):
+            return Rendered(document.text, ((0, len(document.text)),))
+        return render(self.tokenizer, self.template, document.messages, document.tools, self.learn)
+
+    def _tokenize(self, texts: list[str]) -> list[_Tokenized]:
+        if not texts:
+            return []
+        # verbose=False: no warning about model_max_length, which is not the length that matters here
+        batch = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return list(zip(batch["input_ids"], batch["offset_mapping"]))
+
+    def _of_tokens(self, document: Tokens) -> Encoded | BadRecord:
+        largest = max(document.input_ids)
+        if largest >= len(self.tokenizer):
+            return BadRecord(
+                f"field input_ids holds {largest}, but this tokenizer has {len(self.tokenizer):,} tokens: the data "
+                "were made with another one"
+            )
+        return _encoded(document.input_ids, document.is_label)
+
+    def _of_rendered(
+        self, document: Document, rendered: Rendered, whole: _Tokenized, prefixes: list[list[int]]
+    ) -> Encoded | BadRecord:
+        if isinstance(document, Text):
+            return self._of_text(document, whole[0])
+        assert isinstance(document, Conversation)
+        try:
+            ids, is_label = _mask(self, rendered, whole, prefixes)
+        except BadRecord as error:
+            return error
+        contents = [message["content"] for message in document.messages]
+        return _encoded(
+            ids,
+            is_label,
+            has_empty_answer=any(
+                message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls")
+                for message in document.messages
+            ),
+            has_replacement=any("\ufffd" in content for content in contents),
+            has_control_token=any(token in content for token in self._special_tokens for content in contents),
+        )
+
+    def _of_text(self, document: Text, ids: list[int]) -> Encoded | BadRecord:
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        # some texts bring their own BOS or EOS, written out: never a second one
+        if self.adds_bos and document.is_first and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        if eos is not None and document.is_last and ids[-1:] != [eos]:
+            ids = [*ids, eos]
+        return _encoded(ids, [True] * len(ids), is_text=True, has_replacement="\ufffd" in document.text)
+
+
+def _mask(
+    encoder: Encoder, rendered: Rendered, whole: _Tokenized, prefixes: list[list[int]]
+) -> tuple[list[int], list[bool]]:
+    """Token ids and label mask of a rendered conversation, its text cut at borders that a token lies across."""
+    text = rendered.text
+    borders = sorted({border for span in rendered.spans for border in span} - {0, len(text)})
+    cuts = _token_cuts(whole[1], borders)
+    broken = {border for border, cut in zip(borders, cuts) if cut is None}
+    for (begin, _), prefix in zip(rendered.spans, prefixes):
+        # the prompt alone, as at inference, must give the tokens that stand before the answer here
+        if begin not in broken and begin in borders and whole[0][: cuts[borders.index(begin)]] != prefix:
+            broken.add(begin)
+    if not broken:
+        return whole[0], _between(len(whole[0]), dict(zip(borders, cuts)), rendered)
+    while True:
+        edges = [0, *sorted(broken), len(text)]
+        pieces = [(begin, _piece(encoder, text, begin, edges[i + 1])) for i, begin in enumerate(edges[:-1])]
+        # cutting in one place may, rarely, let a token lie across another
+        found = {border for begin, (_, offsets) in pieces for border in _crossed(offsets, begin, borders)} - broken
+        if not found:
+            break
+        broken |= found
+    ids: list[int] = []
+    is_label: list[bool] = []
+    for begin, (piece_ids, offsets) in pieces:
+        ids += piece_ids
+        is_label += _inside(offsets, begin, rendered.spans)
+    return ids, is_label
+
+
+def _inside(offsets: Sequence[tuple[int, int]], begin: int, spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each token lies in a span; none lies across a border."""
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T + begin
+    is_inside = np.zeros(len(starts), dtype=np.bool_)
+    for low, high in spans:
+        is_inside |= (starts >= low) & (ends <= high)
+    return is_inside.tolist()
+
+
+def _between(num_tokens: int, cuts: dict[int, Any], rendered: Rendered) -> list[bool]:
+    """The mask of a text that no border cuts through."""
+    edges = {0: 0, len(rendered.text): num_tokens} | cuts
+    is_label = [False] * num_tokens
+    for begin, end in rendered.spans:
+        is_label[edges[begin] : edges[end]] = [True] * (edges[end] - edges[begin])
+    return is_label
+
+
+def _token_cuts(offsets: Sequence[tuple[int, int]], borders: Sequence[int]) -> list[int | None]:
+    """For each border the number of tokens before it; None if a token lies across it."""
+    cuts: list[int | None] = []
+    token = 0
+    for border in borders:
+        while token < len(offsets) and offsets[token][1] <= border:
+            token += 1
+        cuts.append(None if token < len(offsets) and offsets[token][0] < border else token)
+    return cuts
+
+
+def _crossed(offsets: Sequence[tuple[int, int]], begin: int, borders: Sequence[int]) -> list[int]:
+    inner = [border - begin for border in borders if border > begin]
+    return [border + begin for border, cut in zip(inner, _token_cuts(offsets, inner)) if cut is None]
+
+
+def _piece(encoder: Encoder, text: str, begin: int, end: int) -> _Tokenized:
+    """Tokens of text[begin:end] as the continuation of what stands before it, offsets from `begin`."""
+    piece = text[begin:end]
+    if begin == 0:
+        return encoder._tokenize([piece])[0]
+    anchored = encoder._tokenize([anchor + piece for anchor in _ANCHORS])
+    for anchor, (input_ids, offsets) in zip(_ANCHORS, anchored):
+        (cut,) = _token_cuts(offsets, [len(anchor)])
+        if cut is not None:
+            shifted = [(start - len(anchor), stop - len(anchor)) for start, stop in offsets[cut:]]
+            return input_ids[cut:], shifted
+    raise BadRecord(
+        f"the tokenizer joins the beginning of an answer ({piece[:20]!r}) with what stands before it, so that it "
+        "cannot be labelled exactly"
+    )
+
+
+def _encoded(ids: Sequence[int], is_label: Sequence[bool], **flags: bool) -> Encoded | BadRecord:
+    if not len(ids):
+        return BadRecord("there is no token in it")
+    mask = np.array(is_label, dtype=np.bool_)
+    mask[0] = False  # nothing stands before it that could predict it
+    return Encoded(np.array(ids, dtype=np.int32), mask, **flags)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises UserError for a tokenizer that cannot say where its tokens stand in the text."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"tokenizer {type(tokenizer).__name__} is a slow one, which does not know where its tokens stand in the "
+            "text; convert it to a fast one (tokenizer.json)"
+        )

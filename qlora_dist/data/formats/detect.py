@@ -1,0 +1,126 @@
+"""All formats by name, and which of them a source has, decided from its columns; the decision is
+explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ...errors import UserError
+from . import chats, instructions
+from .fields import Conversation, Document, Record, kind
+from .files import RawRecord
+
+FORMATS: dict[str, Callable[[Record], Document | list[Conversation]]] = {
+    "alpaca": instructions.alpaca,
+    "alpaca-cleaned": instructions.alpaca,
+    "alpaca-gpt4": instructions.alpaca,
+    "messages": chats.messages,
+    "sharegpt": chats.sharegpt,
+    "oasst": chats.oasst,
+    "guanaco": chats.guanaco,
+    "self-instruct": instructions.self_instruct,
+    "chip2": chats.chip2,
+    "hh-rlhf": chats.hh_rlhf,
+    "longform": instructions.longform,
+    "dolly": instructions.dolly,
+    "unnatural-instructions": instructions.unnatural_instructions,
+    "input-output": instructions.input_output,
+    "prompt-completion": instructions.prompt_completion,
+    "text": instructions.text,
+    "tokens": instructions.pretokenized,
+}
+
+# the first rule that holds decides: (format, columns, what the value must look like, the same in words)
+_Test = Callable[[Mapping[str, Any]], bool]
+_RULES: list[tuple[str, tuple[str, ...], _Test | None, str]] = [
+    ("tokens", ("input_ids",), lambda r: isinstance(r["input_ids"], list), "a list"),
+    ("messages", ("messages",), lambda r: isinstance(r["messages"], list), "a list"),
+    ("sharegpt", ("conversations",), lambda r: isinstance(r["conversations"], list), "a list"),
+    ("oasst", ("prompt",), lambda r: isinstance(r["prompt"], Mapping) and "replies" in r["prompt"], "a tree"),
+    ("oasst", ("message_id", "parent_id", "role", "text"), None, ""),
+    ("hh-rlhf", ("chosen", "rejected"), None, ""),
+    (
+        "unnatural-instructions",
+        ("instances",),
+        lambda r: _first_has(r["instances"], "instruction_with_input"),
+        "with instruction_with_input",
+    ),
+    ("self-instruct", ("instruction", "instances"), None, ""),
+    ("alpaca", ("instruction", "output"), None, ""),
+    ("dolly", ("instruction", "response"), None, ""),
+    ("longform", ("input", "output", "source", "subset"), None, ""),
+    ("input-output", ("input", "output"), None, ""),
+    (
+        "self-instruct",
+        ("prompt", "completion"),
+        lambda r: isinstance(r["completion"], str) and r["completion"].endswith("<|endoftext|>"),
+        "ending with a written <|endoftext|>",
+    ),
+    ("prompt-completion", ("prompt", "completion"), None, ""),
+    ("guanaco", ("text",), lambda r: _begins(r["text"], "### Human:"), "beginning with '### Human:'"),
+    ("chip2", ("text",), lambda r: _begins(r["text"], "<human>:"), "beginning with '<human>:'"),
+    ("text", ("text",), None, ""),
+]
+
+
+def detect_format(record: Mapping[str, Any], path: str) -> tuple[str, str]:
+    """The format and the reason, for the log. Raises UserError when no rule holds."""
+    for name, columns, test, words in _RULES:
+        if all(column in record for column in columns) and (test is None or test(record)):
+            plural = "column" if len(columns) == 1 else "columns"
+            return name, f"{plural} {', '.join(columns)}{' ' + words if words else ''}"
+    found = ", ".join(f"{name} ({kind(value)})" for name, value in record.items()) or "none"
+    raise UserError(
+        f"data source {path}: the format cannot be told from its columns: {found}; name it with format: one "
+        f"of "
+        f"{', '.join(FORMATS)}; or map your columns to a format's, for example "
+        "columns: {instruction: question, output: answer}"
+    )
+
+
+def map_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Renames the user's columns to a format's. `columns`: format's name -> user's name; the rest stays."""
+    if not columns:
+        return dict(record)
+    mapped = {name: value for name, value in record.items() if name not in columns.values()}
+    return mapped | {name: record[own] for name, own in columns.items() if own in record}
+
+
+def group_records(format_name: str, records: Iterator[RawRecord]) -> Iterator[RawRecord]:
+    """Joins records that make one document: OASST's list of messages -> one tree each. Others pass
+    through."""
+    if format_name != "oasst":
+        yield from records
+        return
+    flat: list[RawRecord] = []
+    for raw in records:
+        if raw.fields is not None and "message_id" in raw.fields and "replies" not in raw.fields:
+            flat.append(raw)
+        else:
+            yield raw
+    yield from _trees(flat)
+
+
+def _trees(flat: Sequence[RawRecord]) -> Iterator[RawRecord]:
+    nodes = {raw.fields["message_id"]: dict(raw.fields, replies=[]) for raw in flat if raw.fields}
+    roots = []
+    for raw in flat:
+        assert raw.fields is not None
+        node, parent = nodes[raw.fields["message_id"]], raw.fields.get("parent_id")
+        if parent is None:
+            roots.append((raw, node))
+        elif parent in nodes:
+            nodes[parent]["replies"].append(node)
+        else:
+            yield RawRecord(None, raw.where, f"its parent_id {parent!r} is not in the data")
+    for raw, node in roots:
+        yield RawRecord({"prompt": node}, raw.where)
+
+
+def _begins(value: Any, text: str) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith(text)
+
+
+def _first_has(value: Any, field: str) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and field in value[0]

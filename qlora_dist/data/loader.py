@@ -1,0 +1,296 @@
+"""Rows -> this rank's micro-batches. Step k is a pure function of (data, seed, k): a resume needs only k.
+
+The rows of all epochs form one endless stream, epoch after epoch, each in its own seeded order. Step k takes
+the next `rows_per_step` rows of it, on any number of ranks; the rows of a step are then shared out so that
+all ranks have the same number of rows and nearly the same work. No rank talks to another: what is global
+(labels, tokens of the step) is computed from the documents' lengths, which every rank has.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import UserError
+from .packing import Batch, Example, Rows, collate, hashed_order
+
+CLOSE_LOOKS = 16  # steps that `longest_batch` deals out to find its batch
+
+
+class DocumentStore(Protocol):
+    """What the loader needs of `data.documents.Documents`: lengths in memory, tokens on demand."""
+
+    lengths: np.ndarray  # (D,) int32
+    num_labels: np.ndarray  # (D,) int32
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One rank's share of one optimizer step, with the numbers of the whole step."""
+
+    microbatches: list[Batch]  # this rank's; every rank has equally many
+    num_labels: int  # of the step over all ranks
+    num_tokens: int  # of the step over all ranks, filler not counted
+    epoch: float  # passes over the rows when this step is done
+    row_indices: tuple[int, ...]  # of the step over all ranks, in the stream's order
+    imbalance: float  # the busiest rank's work over the mean of the ranks
+
+
+def derive_accumulation(rows_per_step: int, micro_rows: int, world_size: int) -> int:
+    """Micro-steps of one optimizer step. Raises UserError with the nearest row counts that divide."""
+    unit = micro_rows * world_size
+    if rows_per_step % unit == 0:
+        return rows_per_step // unit
+    below = rows_per_step // unit * unit
+    near = f"{below} or {below + unit}" if below else f"{unit}"
+    raise UserError(
+        f"batch.rows_per_step is {rows_per_step}, which does not divide into batch.micro_rows {micro_rows} x "
+        f"{world_size} ranks = {unit} rows at a time; nearest values that do: {near}"
+    )
+
+
+class Loader:
+    """Deals the rows of each step to the ranks. Holds no position."""
+
+    def __init__(
+        self,
+        documents: DocumentStore,
+        rows: Rows,
+        *,
+        rows_per_step: int,
+        micro_rows: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        total_rows: int | None = None,
+    ) -> None:
+        """`total_rows` ends the stream (epochs * len(rows)): the last step may then be short."""
+        if len(rows) == 0:
+            raise UserError("there is no row to train on: every source is empty or every example was dropped")
+        self.accumulation = derive_accumulation(rows_per_step, micro_rows, world_size)
+        self.documents = documents
+        self.rows = rows
+        self.rows_per_step = rows_per_step
+        self.micro_rows = micro_rows
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.total_rows = total_rows
+        self._labels = rows.sum_by_row(documents.num_labels)
+        self._costs = row_costs(rows, documents.lengths)
+        self._shortest_row = int(np.argmin(rows.tokens))
+        # two epochs: a step may straddle them
+        self._epoch_order = lru_cache(maxsize=2)(lambda epoch: hashed_order(len(rows), seed, epoch))
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps until the stream ends, None if it does not."""
+        return None if self.total_rows is None else -(-self.total_rows // self.rows_per_step)
+
+    def rows_of_step(self, step: int) -> np.ndarray:
+        """Indices of the rows of 0-based optimizer step `step`, over all ranks, in the stream's order."""
+        begin = step * self.rows_per_step
+        end = begin + self.rows_per_step
+        if self.total_rows is not None:
+            if begin >= self.total_rows:
+                raise IndexError(f"step {step} begins at row {begin}, but the data end at row {self.total_rows}")
+            end = min(end, self.total_rows)
+        pieces = []
+        while begin < end:
+            epoch, offset = divmod(begin, self.num_rows)
+            pieces.append(self._epoch_order(epoch)[offset : offset + end - begin])
+            begin += len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def step(self, step: int) -> StepRows:
+        """This rank's micro-batches of 0-based optimizer step `step`."""
+        indices = self.rows_of_step(step)
+        costs = self._costs[indices]
+        shares = share_out(costs, self.world_size)
+        work = [costs[share].sum() for share in shares]
+        return StepRows(
+            microbatches=self._microbatches(indices[shares[self.rank]]),
+            num_labels=int(self._labels[indices].sum()),
+            num_tokens=int(self.rows.tokens[indices].sum()),
+            epoch=(step * self.rows_per_step + len(indices)) / self.num_rows,
+            row_indices=tuple(indices.tolist()),
+            imbalance=float(max(work) * len(work) / sum(work)),
+        )
+
+    def longest_batch(self, start: int, stop: int) -> Batch:
+        """The micro-batch with the most tokens that any rank gets in steps start..stop-1; the same on every rank.
+
+        Looks closely at those steps whose longest rows together are longest. With one rank, or one row a micro-batch,
+        the first of them has it.
+        """
+        tokens, micro = self.rows.tokens, self.micro_rows
+        bounds = [int(np.sort(tokens[self.rows_of_step(step)])[-micro:].sum()) for step in range(start, stop)]
+        best: tuple[int, int, list[int]] = (-1, -1, [])
+        for offset in np.argsort(-np.array(bounds), kind="stable")[:CLOSE_LOOKS].tolist():
+            if bounds[offset] <= best[0]:
+                break
+            indices = self.rows_of_step(start + offset)
+            for share in share_out(self._costs[indices], self.world_size):
+                for begin in range(0, len(share), micro):
+                    rows = indices[share[begin : begin + micro]]
+                    best = max(best, (int(tokens[rows].sum()), int(self._costs[rows].sum()), rows.tolist()))
+        return _batch(self.documents, self.rows, best[2])
+
+    def iterate(self, start: int, stop: int, pin_memory: bool = False) -> Iterator[StepRows]:
+        """Steps start..stop-1; the next one is prepared in a thread while the caller works on this one.
+
+        An error in the thread is raised here. Leaving the loop early (break, exception, `close()`) ends the
+        thread.
+        """
+
+        def prepare(step: int) -> StepRows:
+            rows = self.step(step)
+            return replace(rows, microbatches=[_pinned(b) for b in rows.microbatches]) if pin_memory else rows
+
+        return _prefetch(prepare, range(start, stop))
+
+    def _microbatches(self, indices: np.ndarray) -> list[Batch]:
+        return _to_batches(self.documents, self.rows, indices, self.micro_rows, self.accumulation, self._shortest_row)
+
+
+def eval_batches(documents: DocumentStore, rows: Rows, micro_rows: int, rank: int, world_size: int) -> list[Batch]:
+    """This rank's share of all rows, once. Every rank gets equally many batches; filler has no labels."""
+    if len(rows) == 0:
+        raise UserError("there is no row to evaluate on: every source is empty or every example was dropped")
+    num_batches = -(-len(rows) // (micro_rows * world_size))
+    mine = np.arange(rank, len(rows), world_size)
+    return _to_batches(documents, rows, mine, micro_rows, num_batches, int(np.argmin(rows.tokens)))
+
+
+def row_costs(rows: Rows, lengths: np.ndarray) -> np.ndarray:
+    """Work of each row: a term per token plus, documents being apart, each length squared.
+
+    A token weighs as much as its attention to a full row. By FLOPs it weighs more (12 hidden sizes), but then the
+    few empty slots of packed rows would outweigh all that attention differs by; with this weight both the tokens
+    and the attention of the ranks come out nearly equal, packed or not.
+    """
+    return rows.sum_by_row(lengths.astype(np.int64) ** 2) + rows.row_tokens * rows.tokens
+
+
+def share_out(costs: np.ndarray, num_ranks: int) -> list[np.ndarray]:
+    """Deals positions of `costs` to ranks: equal numbers (or one apart), sums as equal as can be had quickly.
+
+    Longest processing time first with a limit on the count, then swaps between the busiest rank and the
+    others while they lower it. Deterministic. Each rank's share is ordered from its dearest row down, so that
+    also the ranks' micro-steps are alike: where weights are gathered, all ranks wait for the slowest in each
+    of them.
+    """
+    order = np.argsort(-costs, kind="stable")
+    base, extra = divmod(len(costs), num_ranks)
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    sums = [0] * num_ranks
+    for position in order.tolist():
+        num_full = sum(len(share) > base for share in shares)
+        open_ranks = [
+            rank
+            for rank in range(num_ranks)
+            if len(shares[rank]) < base or (len(shares[rank]) == base and num_full < extra)
+        ]
+        rank = min(open_ranks, key=lambda r: (sums[r], r))
+        shares[rank].append(position)
+        sums[rank] += int(costs[position])
+    for _ in range(len(costs)):
+        if not _swap_down(costs, shares, sums):
+            break
+    return [np.array(sorted(share, key=lambda p: (-costs[p], p)), dtype=np.int64) for share in shares]
+
+
+def _swap_down(costs: np.ndarray, shares: list[list[int]], sums: list[int]) -> bool:
+    """Makes the swap with the busiest rank that lowers the larger of the two sums most. False: none does."""
+    busiest = max(range(len(sums)), key=lambda r: (sums[r], -r))
+    mine = costs[shares[busiest]]
+    best: tuple[int, int, Any, Any] | None = None
+    for other in range(len(sums)):
+        if other == busiest or not shares[other] or not shares[busiest]:
+            continue
+        given = mine[:, None] - costs[shares[other]][None, :]  # what the busiest loses by a swap
+        after = np.maximum(sums[busiest] - given, sums[other] + given)
+        i, j = np.unravel_index(int(np.argmin(after)), after.shape)
+        if after[i, j] < sums[busiest] and (best is None or after[i, j] < best[0]):
+            best = (int(after[i, j]), other, i, j)
+    if best is None:
+        return False
+    _, other, i, j = best
+    given_up, received = shares[busiest][i], shares[other][j]
+    shares[busiest][i], shares[other][j] = received, given_up
+    difference = int(costs[given_up] - costs[received])
+    sums[busiest] -= difference
+    sums[other] += difference
+    return True
+
+
+def _to_batches(
+    documents: DocumentStore, rows: Rows, indices: np.ndarray, micro_rows: int, num_batches: int, filler: int
+) -> list[Batch]:
+    """Exactly `num_batches` batches: the rows, then as much filler without labels as is needed."""
+    batches = [
+        _batch(documents, rows, indices[begin : begin + micro_rows].tolist())
+        for begin in range(0, len(indices), micro_rows)
+    ]
+    assert len(batches) <= num_batches
+    if len(batches) < num_batches:
+        batches += [_batch(documents, rows, [filler]).without_labels()] * (num_batches - len(batches))
+    return batches
+
+
+def _batch(documents: DocumentStore, rows: Rows, row_indices: Sequence[int]) -> Batch:
+    return collate([documents[d] for row in row_indices for d in rows[row].documents], row_indices)
+
+
+def _pinned(batch: Batch) -> Batch:
+    names = ("input_ids", "position_ids", "cu_seqlens", "label_positions", "labels")
+    return replace(batch, **{name: getattr(batch, name).pin_memory() for name in names})
+
+
+def _prefetch(prepare: Callable[[int], StepRows], steps: range) -> Iterator[StepRows]:
+    """Yields prepare(step) for each step, one ahead. The thread lives as long as this generator."""
+    ready: queue.Queue[StepRows | BaseException] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+
+    def put(item: StepRows | BaseException) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for step in steps:
+                if not put(prepare(step)):
+                    return
+        except BaseException as error:  # raised again in the consumer
+            put(error)
+
+    thread = threading.Thread(target=work, name="prefetch rows", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

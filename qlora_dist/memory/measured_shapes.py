@@ -1,0 +1,68 @@
+"""Shapes of a family that `memory.shapes` does not list: the model is built on the meta device and looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import model as base_model
+from ..errors import UserError
+from ..model.check_config import build_on_meta
+from .shapes import Linear, ModelShapes
+
+
+def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
+    """Weights exactly; what a layer saves is assumed to be the input and output of each linear layer.
+
+    Raises UserError for a model that is no decoder-only causal language model, and for experts.
+    """
+    config = base_model.load_config(name, revision)
+    model: Any = build_on_meta(name, config)
+    text: Any = config.get_text_config()
+    layers = base_model.decoder_layers(model)
+    if not layers:
+        raise UserError(f"model.name {name}: {type(model).__name__} has no decoder layers that are known here")
+    if any(parameter.ndim > 2 for layer in layers for parameter in layer.parameters()):
+        raise UserError(
+            f"model.name {name}: {type(model).__name__} has experts; memory is planned for dense models only"
+        )
+    prefix = next(key for key, module in model.named_modules() if module is layers[0]).rpartition(".")[0]
+    inside = base_model.linear_layers(model)
+    linears = tuple(
+        _linear(key.removeprefix(f"{prefix}.0."), layer)
+        for key, layer in inside.items()
+        if key.startswith(f"{prefix}.0.")
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    per_layer = sum(parameter.numel() for parameter in layers[0].parameters())
+    if sum(parameter.numel() for layer in layers for parameter in layer.parameters()) != per_layer * len(layers):
+        raise UserError(
+            f"model.name {name}: {type(model).__name__} has layers of several kinds; its memory is not planned"
+        )
+    in_linears = sum(one.num_weights + (one.outputs if one.has_bias else 0) for one in linears)
+    tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    embedding = model.get_input_embeddings().weight.numel()
+    heads = text.num_attention_heads
+    return ModelShapes(
+        family=text.model_type,
+        num_layers=len(layers),
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        num_heads=heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        layer_prefix=prefix,
+        linears=linears,
+        norm_weights=per_layer - in_linears,
+        embedding_weights=embedding,
+        head_weights=embedding if len(tables) == 2 else 0,
+        final_weights=total - per_layer * len(layers) - embedding * len(tables),
+        rotary_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        is_exact=False,
+    )
+
+
+def _linear(name: str, layer: Any) -> Linear:
+    outputs, inputs = layer.weight.shape
+    if base_model.is_conv1d(layer):
+        outputs, inputs = inputs, outputs
+    return Linear(name, inputs, outputs, layer.bias is not None)

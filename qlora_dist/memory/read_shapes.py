@@ -1,0 +1,55 @@
+"""Where a model's shapes come from: config.json of a folder, of the hub's cache, or of the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .shapes import ModelShapes, shapes_from_config
+
+
+def read_shapes(name: str, revision: str | None = None) -> ModelShapes:
+    """Shapes of a local folder or hub model. Raises UserError.
+
+    Families that are not listed are built on transformers' meta device, which takes seconds instead of milliseconds.
+    """
+    shapes = shapes_from_config(read_config_json(name, revision))
+    if shapes is not None:
+        return shapes
+    from .measured_shapes import measure_shapes
+
+    return measure_shapes(name, revision)
+
+
+def read_config_json(name: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json as plain data. Raises UserError."""
+    path = _find(name, revision)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name {name}: {path} cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"model.name {name}: {path} holds no JSON object")
+    return config
+
+
+def _find(name: str, revision: str | None) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.name {name}: the folder holds no config.json; give the folder of a model")
+        return folder / "config.json"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model.name {name}: there is no such folder (looked in {folder.resolve()})")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except Exception as error:  # many kinds: network, gated repository, unknown name, offline mode
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model.name {name}: config.json is neither in the hub's cache nor could it be fetched ({reason}); "
+            "give a folder with config.json, which is all that a plan reads"
+        ) from None

@@ -1,0 +1,206 @@
+"""Before any weight is read: config.json -> can this model be trained as asked? About a second, no memory.
+
+The model is built on the meta device (shapes without storage) and run once with an attention function that only
+writes down how it was called. What a family does is thus seen, not looked up in a list of names.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from .attention import PROBE, Call, probing
+from .forward import decoder_layers, is_conv1d, linear_layers
+from .pretrained import Quantization, check_cpu_shapes, check_weight_files, load_config
+
+from transformers import (  # isort: skip
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+log = logging.getLogger(__name__)
+
+PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What config.json says about a model that passed `check_config`."""
+
+    config: PretrainedConfig
+    family: str  # class name, such as LlamaForCausalLM
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int | None  # longest document that the positions were made for, tokens
+    linear_names: tuple[str, ...]  # every linear layer but the output head
+    linear_shapes: dict[str, tuple[int, int]]  # by the same names: (outputs, inputs)
+    num_parameters: int  # tied weights once
+
+
+def check_config(
+    name: str,
+    *,
+    revision: str | None = None,
+    quantization: Quantization = "nf4",
+    target_modules: str | tuple[str, ...] = "all-linear",
+    row_tokens: int | None = None,
+    device_type: str = "cuda",
+    weights: str = "files",
+) -> ModelFacts:
+    """Raises UserError for a model that cannot be trained as asked: not there, pickled, no causal language model,
+    attention that cannot be packed, target modules that match nothing, rows longer than its position table, shapes
+    that a CPU cannot dequantize, experts that cannot be quantized.
+    """
+    config = load_config(name, revision)
+    if weights == "files":
+        check_weight_files(name)
+    model = build_on_meta(name, config)
+    family = type(model).__name__
+    layers = linear_layers(model)
+    resolve_targets(tuple(layers), target_modules)
+    if quantization != "none":
+        _check_experts(name, model)
+    if quantization in ("nf4", "fp4") and device_type == "cpu":
+        check_cpu_shapes({key: _shape(layer)[1] for key, layer in layers.items()})
+    text = config.get_text_config()
+    _check_packing(name, model, text)
+    max_positions = getattr(text, "max_position_embeddings", None)
+    if row_tokens is not None and max_positions is not None and row_tokens > max_positions:
+        _check_positions(name, model, row_tokens, max_positions)
+    return ModelFacts(
+        config,
+        family,
+        len(decoder_layers(model)),
+        text.hidden_size,
+        text.vocab_size,
+        max_positions,
+        tuple(layers),
+        {key: _shape(layer) for key, layer in layers.items()},
+        sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def build_on_meta(name: str, config: PretrainedConfig) -> PreTrainedModel:
+    """The model without storage. Raises UserError when the config is not one of a causal language model."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation=PROBE, dtype=torch.bfloat16, trust_remote_code=False
+            )
+    except (ValueError, KeyError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.name {name}: {config.model_type} cannot be trained ({text[:200]}); expected a decoder-only causal "
+            "language model of transformers whose attention can be replaced"
+        ) from None
+
+
+def resolve_targets(linear_names: tuple[str, ...], target_modules: str | tuple[str, ...]) -> list[str]:
+    """Full names of the linear layers that get adapters: all, or those that equal or end in a given name.
+
+    Raises UserError naming what matched nothing and what there is.
+    """
+    if target_modules == "all-linear":
+        return list(linear_names)
+    wanted = (target_modules,) if isinstance(target_modules, str) else target_modules
+    matches = {one: [name for name in linear_names if name == one or name.endswith(f".{one}")] for one in wanted}
+    missing = [one for one, found in matches.items() if not found]
+    if missing or not wanted:
+        available = sorted({name.rsplit(".", 1)[-1] for name in linear_names})
+        raise UserError(
+            f"lora.target_modules: {', '.join(missing) or 'an empty list'} matches no linear layer; available: "
+            f"{', '.join(available)}, or all-linear (the output head and embeddings are never adapted)"
+        )
+    chosen = {name for found in matches.values() for name in found}
+    return [name for name in linear_names if name in chosen]
+
+
+def _shape(layer: torch.nn.Module) -> tuple[int, int]:
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    first, second = weight.shape
+    return (second, first) if is_conv1d(layer) else (first, second)
+
+
+def _check_experts(name: str, model: PreTrainedModel) -> None:
+    stacked = {key: value.numel() for key, value in model.named_parameters() if value.ndim == 3}
+    total = sum(value.numel() for value in model.parameters())
+    if sum(stacked.values()) > total // 20:
+        first = next(iter(stacked))
+        raise UserError(
+            f"model.name {name}: {100 * sum(stacked.values()) // total} % of the weights are stacked experts (such as "
+            f"{first}), which bitsandbytes does not quantize; set model.quantization=none, or take a dense model"
+        )
+
+
+def _check_positions(name: str, model: PreTrainedModel, row_tokens: int, max_positions: int) -> None:
+    has_table = any(
+        isinstance(module, torch.nn.Embedding) and module.num_embeddings in (max_positions, max_positions + 2)
+        for module in model.modules()
+        if module is not model.get_input_embeddings()
+    )
+    if has_table:
+        raise UserError(
+            f"data.row_tokens is {row_tokens:,}, {name} has learned positions for {max_positions:,} tokens; "
+            f"set data.row_tokens to at most {max_positions}"
+        )
+    log.warning(
+        "data.row_tokens is %d, %s was made for documents up to %d tokens; longer ones are outside of what it knows",
+        row_tokens,
+        name,
+        max_positions,
+    )
+
+
+def _check_packing(name: str, model: PreTrainedModel, text: PretrainedConfig) -> None:
+    """Every layer must compute attention through the registered function, with the borders, without a mask."""
+    advice = "this family cannot be trained on packed rows; take another base model"
+    kinds = set(getattr(text, "layer_types", None) or PACKABLE_LAYERS)
+    if kinds - PACKABLE_LAYERS:
+        raise UserError(
+            f"model.name {name}: {text.model_type} has layers of kind {', '.join(sorted(kinds - PACKABLE_LAYERS))}, "
+            f"which carry state from one packed document into the next; {advice}"
+        )
+    if not model._supports_flash_attn:
+        raise UserError(
+            f"model.name {name}: {text.model_type} puts more into its attention mask than borders and windows can say "
+            f"(transformers offers no flash attention for it); {advice}"
+        )
+    num_layers = text.num_hidden_layers
+    calls = _probe(model)
+    if calls is None:
+        return  # something in it cannot run without storage: `check_head` repeats the test on the loaded model
+    good = [call for call in calls if call.has_documents and not call.has_mask]
+    if len(good) != num_layers:
+        raise UserError(
+            f"model.name {name}: {len(good)} of {num_layers} layers of {text.model_type} take the borders of packed "
+            f"documents; {advice}"
+        )
+    expected = [kind == "sliding_attention" for kind in getattr(text, "layer_types", None) or []]
+    if expected and expected != [call.sliding_window is not None for call in good]:
+        raise UserError(
+            f"model.name {name}: {text.model_type} does not hand its sliding windows to attention; {advice}"
+        )
+
+
+def _probe(model: PreTrainedModel) -> list[Call] | None:
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    keywords: dict[str, Any] = {
+        "input_ids": tokens,
+        "position_ids": tokens,
+        "use_cache": False,
+        "packed": object(),
+    }
+    with probing() as calls, torch.no_grad():
+        try:
+            model.base_model(**keywords)
+        except (RuntimeError, NotImplementedError) as error:
+            log.debug("the packing of %s was not probed: %s", type(model).__name__, error)
+            return None
+    return calls

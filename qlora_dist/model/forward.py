@@ -1,0 +1,245 @@
+"""Running: packed batches -> hidden states, the head, recomputation, and looking at the base's weights.
+
+Legend: T tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from ..data.packing import Batch
+from ..errors import UserError
+from .attention import PACKED, documents_of
+from .loss import OutputHead
+from .pretrained import bitsandbytes  # first: it imports quietly what transformers may import loudly
+
+from transformers import PreTrainedModel  # isort: skip
+from transformers.modeling_layers import GradientCheckpointingLayer  # isort: skip
+from transformers.pytorch_utils import Conv1D  # isort: skip
+
+WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside PEFT's and a data-parallel wrapper."""
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.module
+    return inner
+
+
+def strip_wrappers(name: str) -> str:
+    """A parameter's name without what compilers, data parallelism and checkpointing put between its parts."""
+    for wrapper in WRAPPERS:
+        name = name.replace(f".{wrapper}", ".").removeprefix(wrapper)
+    return name
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter has in the base alone, without wrappers and PEFT."""
+    return strip_wrappers(name).removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """(T, H): final normed hidden states of a packed batch; no document sees another."""
+    base = unwrap(model)
+    _require_packed(base)
+    output = base.base_model(**_packed_inputs(base, batch))
+    return output.last_hidden_state[0]
+
+
+def _packed_inputs(base: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+        "packed": documents_of(batch, str(base.packed_backend)),
+    }
+
+
+def _require_packed(base: PreTrainedModel) -> None:
+    if base.config._attn_implementation != PACKED:
+        raise RuntimeError("this model was loaded for generation; packed batches need load_base(attention='auto')")
+
+
+def output_head(model: nn.Module) -> OutputHead:
+    """The projection to logits, with the transforms that some families put around it. `check_head` verifies it."""
+    base = unwrap(model)
+    head = base.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{type(base).__name__} has no output head over the vocabulary: not a causal language model")
+    text = base.config.get_text_config()
+    divisor = getattr(text, "logits_scaling", None)  # Granite divides
+    scale = getattr(text, "logit_scale", None) if divisor is None else 1.0 / divisor  # Cohere multiplies
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return OutputHead(head.weight, getattr(head, "bias", None), softcap, 1.0 if scale is None else float(scale))
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a shared tensor on the device, for as long as the caller keeps it; any other tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh = tensor.device_mesh
+    local = tensor.to_local().to(mesh.device_type)  # an offloaded part lies in host memory
+    shared = DTensor.from_local(
+        local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+    return shared.full_tensor()
+
+
+def gathered_head(head: OutputHead) -> OutputHead:
+    """The output head with its whole weight: for one loss, then dropped."""
+    return replace(head, weight=gathered(head.weight)) if isinstance(head.weight, DTensor) else head
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """On the loaded model and 8 tokens: our head gives the model's own logits, and packed documents stay apart.
+
+    Raises UserError for a family that does something to its logits, or to its attention, which is not known here.
+    """
+    base = unwrap(model)
+    _require_packed(base)
+    # where it computes: norms lie there even when shared matrices are kept in host memory
+    device = next(one.device for one in base.parameters() if not isinstance(one, DTensor))
+    vocabulary = base.config.get_text_config().vocab_size
+    tokens = torch.tensor([(7 + 13 * i) % vocabulary for i in range(8)], device=device)
+    both, second = _documents(tokens, (4, 4)), _documents(tokens[4:], (4,))
+    with evaluation_mode(model):
+        hidden, hidden_alone = hidden_states(model, both), hidden_states(model, second)
+        own = base(**_packed_inputs(base, both)).logits[0].float()
+        ours = gathered_head(output_head(model)).logits(hidden).float()
+    family = type(base).__name__
+    if _differ(ours, own):
+        raise UserError(
+            f"{family} computes its logits in a way that is not known here (they differ from its head's by up to "
+            f"{(ours - own).abs().max():.3g}); training it would minimize another loss"
+        )
+    if _differ(hidden[4:].float(), hidden_alone.float()):
+        raise UserError(
+            f"{family} lets a packed document see the one before it; this family cannot be trained on packed rows"
+        )
+
+
+def _documents(tokens: Tensor, lengths: tuple[int, ...]) -> Batch:
+    """Documents without labels, for `check_head`."""
+    places = torch.cat([torch.arange(length) for length in lengths])[None].to(tokens.device)
+    borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(tokens.device)
+    nothing = torch.empty(0, dtype=torch.int64, device=tokens.device)
+    return Batch(tokens[None], places, borders, max(lengths), nothing, nothing, (), lengths)
+
+
+def _differ(left: Tensor, right: Tensor) -> bool:
+    """Beyond what 16-bit rounding explains: 3 % of the largest value."""
+    return bool((left - right).abs().max() > 0.03 * right.abs().max().clamp_min(1e-3))
+
+
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """The layers that can be recomputed, first to last."""
+    return [module for module in unwrap(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def set_recompute(model: nn.Module, recompute: Literal["full", "none"] | int) -> None:
+    """Gradient checkpointing of all, no, or the first N decoder layers.
+
+    Non-reentrant: it works with a frozen embedding, keeps DDP's hooks in order and recomputes only what is needed: with
+    `lora_forward`, not the last linear layer. Of what a layer could keep (attention's output, queries, gate and up),
+    every byte spares about the same work, so whole layers are the unit, and none pays for a mode that sorts operators.
+    The last layers are those that keep: theirs is the memory that the backward pass frees first.
+    """
+    layers = decoder_layers(model)
+    count = {"full": len(layers), "none": 0}.get(recompute, recompute) if isinstance(recompute, str) else recompute
+    assert isinstance(count, int)
+    if count > len(layers):
+        raise UserError(
+            f"memory.recompute is {count}, the model has {len(layers)} layers; expected at most that, or full"
+        )
+    if recompute == "full" and not layers:
+        raise UserError(f"{type(unwrap(model)).__name__} cannot recompute its layers; set memory.recompute=none")
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < count
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+# --- looking at weights -----------------------------------------------------------------------------------------------
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer (plain, 4-bit, 8-bit, GPT-2's Conv1D) but the output head, by name."""
+    head = unwrap(model).get_output_embeddings()
+    return {
+        name: module
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+
+
+def is_4bit(module: nn.Module) -> bool:
+    return isinstance(module, bitsandbytes.nn.Linear4bit)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight is stored (inputs, outputs)."""
+    return isinstance(module, Conv1D)
+
+
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that makes up the base, adapters left out: plain weights, packed codes, quantization constants."""
+    base = unwrap(model)
+    for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
+        if "lora_" in name:
+            continue
+        yield plain_name(name), tensor
+        state = getattr(tensor, "quant_state", None)
+        for key, constant in (state.as_dict(packed=True) if state is not None else {}).items():
+            yield f"{plain_name(name)}.{key}", constant
+    for name, module in base.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
+            yield plain_name(f"{name}.SCB"), scales
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that ranks share; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_weights(parameter: Tensor) -> int:
+    """Weights that a parameter stands for: a 4-bit weight counts as one, not as half a byte; its constants as none."""
+    packed: int | None = getattr(parameter, "num_weights", None)
+    if packed is not None:
+        return packed
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else torch.Size(state.shape).numel()
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """sha256 over the base, of a shared one this rank's part. The same before and after adapters and training."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base_weights(model), key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = own_part(tensor).detach().contiguous().cpu().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout and recomputation off inside; every module's own mode is back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

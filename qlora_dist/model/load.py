@@ -1,0 +1,173 @@
+"""The frozen base: from its source into memory, quantized while it is read."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any, Literal
+
+import torch
+
+from ..cluster.shard_group import ShardGroup
+from ..errors import UserError
+from . import attention as packed_attention
+from .attention import PACKED
+from .pretrained import (
+    INFERENCE,
+    Quantization,
+    attention_needs,
+    bitsandbytes,
+    check_weight_files,
+    expanded,
+    first_line,
+    guard_cpu_layers,
+    load_config,
+    quantization_settings,
+    switch_dropout_off,
+    where_to_read,
+)
+from .weights import shard as sharding
+from .weights import stream as streaming
+from .weights.sources import RandomSource, WeightSource, open_files
+
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel  # isort: skip
+
+log = logging.getLogger(__name__)
+
+Weights = Literal["files", "random"]
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    quantization: Quantization,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+    run_device: torch.device | None = None,
+    attention_dtype: torch.dtype | None = None,
+    weights: Weights = "files",
+    seed: int = 0,
+    shards: ShardGroup | None = None,
+    offload: bool = False,
+) -> PreTrainedModel:
+    """The base on one device: quantized while it is read, in `compute_dtype` elsewhere, frozen, dropout off.
+
+    `run_device` is where it is moved afterwards, when that is not `device`.
+    `attention_dtype` is the type that queries arrive in when it is not `compute_dtype` (fp32 weights under autocast).
+    `attention` is auto, flash, varlen or sdpa (packed batches, see `hidden_states`), or INFERENCE (generation).
+    `weights` random needs config.json only and draws them by `seed`.
+    With `shards` this rank holds its part only (see `weights.shard`), with `offload` in host memory.
+    Norms, embeddings and head keep `compute_dtype`: an upcast to fp32 costs gigabytes and changes nothing measurable.
+    Raises UserError when weights are missing, pickled or of a kind that cannot be quantized here.
+    """
+    config = load_config(name, revision)
+    if weights == "files":
+        check_weight_files(name)
+    is_packed = attention != INFERENCE
+    needs = attention_needs(config, attention_dtype or compute_dtype)
+    backend = packed_attention.resolve_backend(attention, run_device or device, needs) if is_packed else ""
+    if backend in ("sdpa", ""):
+        packed_attention.leave_cudnn_out(run_device or device)
+    settings = quantization_settings(name, config, quantization, double_quant, compute_dtype)
+    implementation = PACKED if is_packed else None
+    model = None
+    if quantization != "int8":
+        skeleton = streaming.build_skeleton(
+            config, dtype=compute_dtype, attention=implementation, four_bit=settings.get("quantization_config")
+        )
+        source = open_source(name, revision, skeleton, weights, seed, device)
+        if source is not None:
+            tied = streaming.settle_ties(skeleton.model, source)
+            streaming.check_complete(name, skeleton.model, source, tied)
+            if shards is None:
+                model = streaming.fill(skeleton, source, tied, device)
+            else:
+                model = sharding.load_shared(skeleton, source, tied, shards, offload)
+            _set_generation(model, name, revision)
+    elif weights == "random":
+        raise UserError("model.weights is random, which int8 cannot be made from; use nf4, fp4 or none")
+    if model is None and shards is not None:
+        raise UserError(
+            f"model.name {name}: strategy fsdp reads each rank's part of the files, which does not work for int8, nor "
+            "for families whose files transformers must convert; use strategy ddp"
+        )
+    if model is None:
+        model = _from_pretrained(name, revision, settings, compute_dtype, implementation, device)
+    return _settle(model, backend, is_packed, compute_dtype, device)
+
+
+def open_source(
+    name: str,
+    revision: str | None,
+    skeleton: streaming.Skeleton,
+    weights: Weights,
+    seed: int,
+    device: torch.device,
+) -> WeightSource | None:
+    """Where the weights come from; None when they must be converted by transformers, which is said."""
+    if weights == "random":
+        return RandomSource(skeleton.model, skeleton.model.config, seed, device)
+    source, reason = streaming.match_files(skeleton, open_files(name, revision))
+    if source is None:
+        log.info("weights are loaded by transformers, not streamed: %s", reason)
+    return source
+
+
+def _from_pretrained(
+    name: str,
+    revision: str | None,
+    settings: dict[str, Any],
+    compute_dtype: torch.dtype,
+    implementation: str | None,
+    device: torch.device,
+) -> PreTrainedModel:
+    """By transformers: 8-bit bases, and families whose files must be converted."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            expanded(name),
+            **where_to_read(name, revision),
+            **settings,
+            dtype=compute_dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            attn_implementation=implementation,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        reason = "there is no *.safetensors file" if "safetensors" in str(error) else first_line(error)
+        raise UserError(f"model.name {name}: weights cannot be read ({reason})") from None
+    model, info = loaded
+    lacking = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if lacking:
+        raise streaming.incomplete(name, lacking)
+    return model
+
+
+def _settle(
+    model: Any, backend: str, is_packed: bool, compute_dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """What holds for every base, however it was loaded."""
+    model.requires_grad_(False)
+    model.config.use_cache = not is_packed
+    model.packed_backend = backend
+    switch_dropout_off(model)
+    if device.type == "cpu":
+        guard_cpu_layers(model)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # a checkpoint that was saved in 4 bit brings the compute type of whoever saved it
+            module.compute_dtype, module.compute_type_is_set = compute_dtype, True
+    return model
+
+
+def _set_generation(model: PreTrainedModel, name: str, revision: str | None) -> None:
+    """generation_config.json where there is one; else what config.json says, as the model was built with."""
+    model.name_or_path = expanded(name)
+    model.config.name_or_path = expanded(name)
+    source = where_to_read(name, revision)
+    source.pop("trust_remote_code")
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(expanded(name), **source)

@@ -1,0 +1,332 @@
+"""LoRA on a frozen base: attach, count, save, reload, compare. The home of peft.
+
+A file that is written here is a PEFT adapter: stock `PeftModel.from_pretrained` loads it. Adapters are fp32 masters
+whatever the base is; the forward pass casts them to the type of its input.
+
+Legend: T tokens, I inputs, O outputs of a layer, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import RunFailed, UserError
+from .check_config import resolve_targets
+from .forward import linear_layers, num_weights, plain_name, strip_wrappers, unwrap
+from .lora_forward import lowrank_forward
+
+from peft import LoraConfig, PeftModel, get_peft_model  # isort: skip  (after .forward)
+from peft.tuners.lora import LoraLayer  # isort: skip
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER = "default"  # PEFT's name of the adapter that is trained
+
+Variant = Literal["lora", "rslora", "dora"]
+
+
+def attach_lora(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: str | tuple[str, ...] = "all-linear",
+    variant: Variant = "lora",
+    seed: int = 0,
+    init_from: str | Path | None = None,
+    kernels: Literal["auto", "off"] = "auto",
+    device: torch.device | None = None,
+) -> PeftModel:
+    """Puts trainable adapters on the target layers; everything else stays frozen. A is random, B is zero.
+
+    The same seed gives the same A on every rank and device. `init_from` is the folder of a PEFT adapter whose rank,
+    scale, variant and targets must equal these. kernels "auto" replaces PEFT's forward of plain LoRA by `lean_forward`.
+    `device` is where adapters live; None: where their layers' weights lie, which may be host memory (offloaded bases).
+    Raises UserError when a name in target_modules matches nothing or init_from does not fit.
+    """
+    names = resolve_targets(tuple(linear_layers(model)), target_modules)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=_shortest_targets(model, names),
+        use_rslora=variant == "rslora",
+        use_dora=variant == "dora",
+        fan_in_fan_out=not isinstance(dict(unwrap(model).named_modules())[names[0]], nn.Linear),  # Conv1D
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, then moves: the device does not matter
+        torch.manual_seed(seed)
+        with _without_old_names():
+            adapted = get_peft_model(unwrap(model), config, autocast_adapter_dtype=True)
+    for name, parameter in trainable_parameters(adapted).items():
+        assert "lora_" in name and parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
+        if device is not None:
+            parameter.data = parameter.data.to(device)
+    if kernels == "auto" and variant != "dora":
+        use_lean_forward(adapted)
+    if init_from is not None:
+        _check_same_shape(read_adapter_config(init_from), config, Path(init_from))
+        load_adapter_weights(adapted, init_from)
+    return adapted
+
+
+def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
+    """Last parts of the names where these select just the same modules (other tools want them short), else names."""
+    chosen = set(names)
+    short = {name.rsplit(".", 1)[-1] for name in names}
+    selected = {name for name, _ in unwrap(model).named_modules() if name.rsplit(".", 1)[-1] in short}
+    return sorted(short) if selected == chosen else names
+
+
+# --- the forward pass -------------------------------------------------------------------------------------------------
+
+
+def use_lean_forward(model: nn.Module) -> None:
+    """Replaces PEFT's forward of every plain LoRA layer. DoRA layers keep PEFT's."""
+    for layer in lora_layers(model).values():
+        if not layer.lora_variant:
+            layer.forward = MethodType(lean_forward, layer)
+
+
+def lean_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """base(x) + scale * B(A(dropout(x))), shape (..., O), in the type of x.
+
+    PEFT's own forward clones the base output, computes in fp32 when the adapters are fp32 (casting x up and the
+    product down), and scales and adds in two more passes over (T, O).
+    """
+    if layer.disable_adapters or layer.merged or args or kwargs:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    updates = [
+        (
+            layer.lora_dropout[name](x),
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+            layer.scaling[name],
+        )
+        for name in layer.active_adapters
+        if name in layer.lora_A
+    ]
+    return lowrank_forward(layer.base_layer, x, updates)
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Adapted layers by the base's name of the layer."""
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimizer updates, in the order of the model's layers, by names without wrappers."""
+    return {strip_wrappers(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(weights of the base, trainable weights). A 4-bit weight counts as one, not as half a byte; tied ones once."""
+    base = trainable = 0
+    for name, parameter in model.named_parameters():
+        size = num_weights(parameter)
+        base += 0 if "lora_" in name else size
+        trainable += size if parameter.requires_grad else 0
+    return base, trainable
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter under PEFT's keys: copies on the CPU, contiguous, sorted by key."""
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in sorted(_live_state(model).items())}
+
+
+def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json into an existing or new folder. Not atomic by itself."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(adapter_state(model), folder / WEIGHTS, metadata={"format": "pt"})
+    config = _peft(model).peft_config[ADAPTER].to_dict()
+    config |= {"base_model_name_or_path": base_name, "inference_mode": True}
+    # sets come in another order in every process: sorted, equal adapters are equal files
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+
+
+def load_adapter_weights(model: nn.Module, folder: str | Path) -> None:
+    """Copies a saved adapter into the attached one, in place. Raises UserError unless keys and shapes are the same."""
+    live, stored = _live_state(model), read_adapter_weights(folder)
+    missing, unexpected = sorted(live.keys() - stored.keys()), sorted(stored.keys() - live.keys())
+    if missing or unexpected:
+        lines = [f"{len(keys)} {what}, first {keys[0]}" for what, keys in
+                 (("missing", missing), ("unexpected", unexpected)) if keys]  # fmt: skip
+        raise UserError(
+            f"adapter {folder} does not belong to this model and lora section: {'; '.join(lines)}; "
+            "use the target_modules and the base it was trained with"
+        )
+    for key, value in live.items():
+        if value.shape != stored[key].shape:
+            raise UserError(
+                f"adapter {folder}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(value.shape)}; "
+                "lora.rank or the base differs from the one it was trained with"
+            )
+    with torch.no_grad():
+        for key, value in live.items():
+            value.copy_(stored[key])  # in place: the optimizer may hold views
+
+
+def verify_adapter_file(model: nn.Module, folder: str | Path, *, must_be_trained: bool = False) -> None:
+    """Reads a saved adapter back and compares it bit by bit with the live one. Raises RunFailed.
+
+    With must_be_trained, an adapter whose B matrices are all zero (it changes nothing) fails too.
+    """
+    live, stored = adapter_state(model), read_adapter_weights(folder)
+    wrong = sorted(
+        key for key in live.keys() | stored.keys()
+        if key not in live or key not in stored or not _same_bits(live[key], stored[key])
+    )  # fmt: skip
+    if wrong or not live:
+        raise RunFailed(
+            f"the adapter in {folder} is not what is in memory: {len(wrong)} of {len(live)} tensors differ"
+            + (f", first {wrong[0]}" if wrong else "")
+            + "; do not use this file, earlier checkpoints are unaffected"
+        )
+    if must_be_trained and not any(bool(value.any()) for key, value in live.items() if "lora_B" in key):
+        raise RunFailed(f"the adapter in {folder} changes nothing: every lora_B is zero; no gradient reached it")
+
+
+def read_adapter_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Tensors of a saved adapter. Raises UserError."""
+    path = _require_weights(folder)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); the file is damaged or incomplete") from None
+
+
+def _require_weights(folder: str | Path) -> Path:
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        pickled = path.with_name("adapter_model.bin")
+        hint = f"{pickled.name} is pickled, which can run code: convert it to safetensors" if pickled.is_file() else ""
+        raise UserError(f"{folder}: no {WEIGHTS} here; {hint or 'give the folder of a saved PEFT adapter'}")
+    return path
+
+
+def read_adapter_config(folder: str | Path) -> LoraConfig:
+    """adapter_config.json of a LoRA adapter. Raises UserError for anything else."""
+    path = Path(folder) / CONFIG
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {CONFIG} cannot be read ({error}); give the folder of a PEFT adapter") from None
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type is {kind}, expected LORA")
+    config = LoraConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+# --- several adapters -------------------------------------------------------------------------------------------------
+
+
+def load_adapters(model: nn.Module, folders: dict[str, Path], *, lean: bool = True) -> PeftModel:
+    """Puts saved adapters on a base for generation, each by its name; the first is active. lean False: stock PEFT."""
+    adapted: PeftModel | None = None
+    for name, folder in folders.items():
+        # a clear error before PEFT's, which would take pickled weights, or look for them on the hub
+        read_adapter_config(folder)
+        _require_weights(folder)
+        with _without_old_names():
+            if adapted is None:
+                adapted = PeftModel.from_pretrained(unwrap(model), str(folder), adapter_name=name, is_trainable=False)
+            else:
+                adapted.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+    if adapted is None:
+        raise UserError("no adapter was given; expected at least one name=folder")
+    if lean:
+        use_lean_forward(adapted)  # what was trained is what answers
+    return adapted.eval()
+
+
+def activate(model: PeftModel, name: str) -> None:
+    """Switches to one of the loaded adapters. Raises UserError naming what is loaded."""
+    if name not in model.peft_config:
+        raise UserError(f"adapter {name!r} is not loaded; loaded: {', '.join(model.peft_config)}")
+    model.set_adapter(name)
+
+
+def combine_adapters(model: PeftModel, weights: dict[str, float], how: str = "cat", name: str = "combined") -> None:
+    """Makes and activates sum(weight * adapter). `cat` is exact; svd, linear, ties, ... are PEFT's approximations."""
+    for one in weights:
+        if one not in model.peft_config:
+            raise UserError(f"adapter {one!r} is not loaded; loaded: {', '.join(model.peft_config)}")
+    try:
+        model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type=how)
+    except ValueError as error:
+        raise UserError(f"adapters {', '.join(weights)} cannot be combined by {how}: {error}") from None
+    model.set_adapter(name)
+
+
+# --- inner parts ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _without_old_names() -> Iterator[None]:
+    """PEFT 0.21 reads a deprecated property of transformers 5.23; delete when it does not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+def _peft(model: nn.Module) -> PeftModel:
+    """The PeftModel inside data-parallel and compile wrappers."""
+    inner: Any = model
+    while not isinstance(inner, PeftModel):
+        outer, inner = inner, getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        if inner is None:
+            raise RuntimeError(f"{type(outer).__name__} has no adapters; call attach_lora first")
+    return inner
+
+
+def _live_state(model: nn.Module) -> dict[str, Tensor]:
+    """PEFT's keys -> the parameters themselves. Made here: PEFT's function knows no wrappers inside of the model."""
+    return {
+        strip_wrappers(name).replace(f".{ADAPTER}.weight", "" if "lora_magnitude_vector" in name else ".weight"): value
+        for name, value in _peft(model).named_parameters()
+        if "lora_" in name and f".{ADAPTER}." in name
+    }
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+
+
+def _check_same_shape(found: LoraConfig, wanted: LoraConfig, folder: Path) -> None:
+    pairs = {
+        "lora.rank": (found.r, wanted.r),
+        "lora.alpha": (found.lora_alpha, wanted.lora_alpha),
+        "lora.variant rslora": (found.use_rslora, wanted.use_rslora),
+        "lora.variant dora": (found.use_dora, wanted.use_dora),
+    }
+    for key, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise UserError(
+                f"lora.init_from {folder}: the adapter has {key} {theirs}, the config {ours}; make them equal"
+            )

@@ -1,0 +1,251 @@
+"""What is read before weights are: tokenizer and config.json, how they are found, and what a base may look like."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from . import attention as packed_attention
+from .attention import AttentionNeeds
+
+
+def _import_quietly(name: str) -> Any:
+    """Imports bitsandbytes without its look at the hub.
+
+    On CPUs with AVX512-BF16 the import asks the package `kernels` to download a kernel, and prints a notice when that
+    package is missing. Weights and code come only from where the user said, and the kernel is not used (see
+    `guard_cpu_layers`), so `kernels` is hidden during the import.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    missing = object()
+    level, kernels = logger.level, sys.modules.get("kernels", missing)
+    logger.setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module(name)
+    finally:
+        logger.setLevel(level)
+        if kernels is missing:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = kernels  # type: ignore[assignment]
+
+
+bitsandbytes = _import_quietly("bitsandbytes")
+# `Linear8bitLt` says at every call that it computes in float16; `load_base` says it once
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "will be cast" not in record.msg)
+
+from transformers import (  # noqa: E402  (after bitsandbytes, which transformers may import)
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+packed_attention.register()
+if not sys.stderr.isatty():  # bars of many ranks in one log file are unreadable
+    transformers_logging.disable_progress_bar()
+
+Quantization = Literal["nf4", "fp4", "int8", "none"]
+BLOCK = 64  # weights that share one 4-bit quantization constant
+INFERENCE = "inference"  # value of `attention` for generation: transformers' own attention and a key-value cache
+
+
+# --- tokenizer and config ---------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a hub model or folder. Raises UserError when there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(expanded(name), **where_to_read(name, revision))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"model.name {name}: no tokenizer could be read ({first_line(error)}); the folder or hub "
+            "repository must hold tokenizer.json, or tokenizer.model with sentencepiece installed"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"model.name {name}: {type(tokenizer).__name__} has no fast form (tokenizer.json); convert it "
+            "with transformers' AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)"
+        )
+    return tokenizer
+
+
+def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """config.json of a model. Raises UserError when it is missing or needs code of its own."""
+    try:
+        return AutoConfig.from_pretrained(expanded(name), **where_to_read(name, revision))
+    except (OSError, ValueError, KeyError) as error:
+        hint = (
+            "it needs code of its own (trust_remote_code), which is never run here"
+            if "trust_remote_code" in str(error)
+            else "give the name of a model on the hub, or a folder with config.json and *.safetensors"
+        )
+        raise UserError(f"model.name {name}: config.json cannot be read ({first_line(error)}); {hint}") from None
+
+
+def expanded(name: str) -> str:
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def where_to_read(name: str, revision: str | None) -> dict[str, Any]:
+    """Where transformers may read from. A folder never leads to a request to a hub."""
+    folder = Path(name).expanduser()
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path and not folder.is_dir():
+        raise UserError(f"model.name {name}: there is no such folder (looked in {folder.resolve()})")
+    # None is the default branch. By its name "main", transformers would ask a service to convert a repository without
+    # safetensors, and load what that made
+    return {
+        "revision": None if revision == "main" else revision,
+        "trust_remote_code": False,
+        "local_files_only": folder.is_dir(),
+    }
+
+
+def check_weight_files(name: str) -> None:
+    """A folder must hold safetensors. Hub models are checked when they are read."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    if pickled:
+        raise UserError(
+            f"model.name {name}: the weights are pickled ({', '.join(pickled[:3])}), which can run code when they are "
+            "read; convert them to safetensors once, for example with AutoModelForCausalLM.from_pretrained(...)"
+            ".save_pretrained(folder), on a machine where you trust the file"
+        )
+    raise UserError(f"model.name {name}: the folder holds no *.safetensors file")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- quantization -----------------------------------------------------------------------------------------------------
+
+
+def quantization_settings(
+    name: str,
+    config: PretrainedConfig,
+    quantization: Quantization,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The keyword for from_pretrained. None at all where the files are quantized: a None would hide what is stored."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        _check_stored_quantization(name, dict(stored), quantization, double_quant)
+        return {}
+    if quantization == "none":
+        return {}
+    if quantization == "int8":
+        if compute_dtype != torch.float16:
+            log.info("int8 layers compute in float16 inside, whatever model.compute_dtype is")
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        # packed codes stay bytes: as a float type, a gather may rewrite bit patterns that are NaN
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+    return {"quantization_config": four_bit}
+
+
+def _check_stored_quantization(name: str, stored: dict[str, Any], quantization: str, double_quant: bool) -> None:
+    method = str(stored.get("quant_method", "unknown")).rsplit(".")[-1].lower()
+    if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+        raise UserError(f"model.name {name}: the weights are quantized with {method}; give the 16-bit model instead")
+    kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "fp4")
+    nested = bool(stored.get("bnb_4bit_use_double_quant"))
+    if kind != quantization or (kind != "int8" and nested != double_quant):
+        raise UserError(
+            f"model.name {name}: the weights are stored as {kind} with double_quant={nested}, the run asks for "
+            f"{quantization} with double_quant={double_quant}; set model.quantization and model.double_quant "
+            "to what is stored, or give the 16-bit model"
+        )
+
+
+def attention_needs(config: PretrainedConfig, dtype: torch.dtype) -> AttentionNeeds:
+    """What the attention of this model asks of a backend."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    has_sinks = text.model_type == "gpt_oss" or bool(getattr(text, "attention_sink", False))
+    return AttentionNeeds(
+        dtype,
+        width,
+        has_softcap=getattr(text, "attn_logit_softcapping", None) is not None,
+        has_window=getattr(text, "sliding_window", None) is not None,
+        has_sinks=has_sinks,
+    )
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """A frozen base has nothing to regularize (GPT-2 ships with 0.1), and packed kernels have no dropout."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            found.add(module.p)
+            module.p = 0.0
+        for attribute in (
+            "attention_dropout",
+            "attn_dropout",
+            "hidden_dropout",
+            "activation_dropout",
+            "dropout",
+        ):
+            value = getattr(module, attribute, None)
+            if isinstance(value, float) and value > 0:
+                found.add(value)
+                setattr(module, attribute, 0.0)
+    if found:
+        log.info("dropout of the base is off (its config has %s); lora.dropout is the only dropout", sorted(found))
+
+
+def guard_cpu_layers(model: nn.Module) -> None:
+    """Keeps bitsandbytes' CPU layers from changing the base, and refuses shapes that they read wrongly.
+
+    In eval mode without gradients `Linear4bit` repacks its weight in place for a kernel of AVX512-BF16 machines: the
+    base then differs from what was loaded (and from what is saved), and some shapes fail an assertion.
+    Delete when bitsandbytes repacks a copy.
+    """
+    check_cpu_shapes(
+        {
+            name: module.in_features
+            for name, module in model.named_modules()
+            if isinstance(module, bitsandbytes.nn.Linear4bit)
+        }
+    )
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_cpu_shapes(in_features: dict[str, int]) -> None:
+    """Raises UserError for 4-bit layers whose rows are no whole number of blocks.
+
+    bitsandbytes 0.50 reads such rows with the constants of other blocks on AVX512 CPUs: finite, wrong values.
+    """
+    wrong = {name: width for name, width in in_features.items() if width % BLOCK}
+    if wrong:
+        name, width = next(iter(wrong.items()))
+        raise UserError(
+            f"layer {name} has {width} inputs, no multiple of the quantization block of {BLOCK} ({len(wrong)} such "
+            "layers); bitsandbytes dequantizes it wrongly on a CPU. Use a GPU, or set model.quantization=none"
+        )

@@ -1,0 +1,239 @@
+"""A 4-bit checkpoint of a 16-bit model, written while it is read: for `qlora-dist quantize` and for `model.cache_4bit`.
+
+Stock transformers loads what is written here. A folder appears under its name when it is whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...cluster.file_lock import build_lock
+from ...errors import UserError
+from ..pretrained import (
+    Quantization,
+    bitsandbytes,
+    expanded,
+    first_line,
+    load_config,
+    load_tokenizer,
+    quantization_settings,
+    where_to_read,
+)
+from .quantize import Range
+from .sources import WeightSource, open_files, weight_paths
+from .stream import (
+    Progress,
+    Skeleton,
+    build_skeleton,
+    check_complete,
+    each_weight,
+    is_4bit_weight,
+    match_files,
+    read_4bit,
+    read_plain,
+    room_for,
+    settle_ties,
+    weight_size,
+)
+
+from transformers import GenerationConfig  # isort: skip
+
+SHARD_BYTES = 512 * 2**20  # of a file, which is in host memory twice while safetensors serializes it
+FORMAT = 1  # part of every fingerprint: raise it when the same inputs give another folder
+MANIFEST = "manifest.json"
+
+
+def quantize_model(
+    name: str,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    quantization: Quantization = "nf4",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Writes the 4-bit form of a 16-bit model with its tokenizer into the new folder `out`; returns its bytes.
+
+    Memory: twice the tensors of one file (`shard_bytes`, or a larger single weight) and a few pieces of a weight.
+    Raises UserError for an output in use, a model that is quantized already, and files that must be converted.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there and not empty; name a new folder")
+    if quantization not in ("nf4", "fp4"):
+        raise UserError(f"quantize makes 4-bit checkpoints: nf4 or fp4, not {quantization}")
+    config = load_config(name, revision)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = dict(stored).get("quant_method", "unknown")
+        raise UserError(f"{name} is quantized already ({method}); give the 16-bit model that it was made from")
+    settings = quantization_settings(name, config, quantization, double_quant, compute_dtype)["quantization_config"]
+    skeleton = build_skeleton(config, dtype=compute_dtype, attention=None, four_bit=settings)
+    source, reason = match_files(skeleton, open_files(name, revision))
+    if source is None:
+        raise UserError(
+            f"{name}: its weights cannot be quantized one by one ({reason}); load it with transformers in 4 bit and "
+            "save_pretrained, which needs memory for the whole model"
+        )
+    tied = settle_ties(skeleton.model, source)
+    check_complete(name, skeleton.model, source, tied)
+
+    aside = out.with_name(f".{out.name}.incomplete")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        size = _write_weights(skeleton, source, tied, aside, device or torch.device("cpu"), shard_bytes)
+        _write_rest(skeleton, name, revision, aside)
+        _write_manifest(aside)
+        if out.exists():
+            out.rmdir()  # empty
+        os.rename(aside, out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return size
+
+
+def _write_weights(
+    skeleton: Skeleton, source: WeightSource, tied: set[str], folder: Path, device: torch.device, shard_bytes: int
+) -> int:
+    weight_map: dict[str, str] = {}
+    total = 0
+    pending: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(pending, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(pending, file))
+        pending.clear()
+
+    for tensors in _tensors(skeleton, source, tied, device):
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if pending and sum(tensor.nbytes for tensor in pending.values()) + size > shard_bytes:
+            flush()
+        pending.update(tensors)
+        total += size
+    flush()
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return total
+
+
+def _tensors(
+    skeleton: Skeleton, source: WeightSource, tied: set[str], device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """What belongs to one weight, on the CPU, by the names in the file."""
+    weights = list(each_weight(skeleton.model, tied))
+    progress = Progress("quantizing", sum(weight_size(module, one) for _, module, one in weights))
+    for name, module, attribute in weights:
+        parameter = module._parameters[attribute]
+        assert parameter is not None
+        is_packed = is_4bit_weight(module, attribute)
+        room = room_for(skeleton, module, attribute, device if is_packed else torch.device("cpu"))
+        if is_packed:
+            state = read_4bit(room, source, name, module, skeleton)
+            constants = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+            yield {key: value.cpu().contiguous() for key, value in {name: room, **constants}.items()}
+        else:
+            read_plain(room.view(-1), source, name, Range(0, room.numel()))
+            yield {name: room}
+        progress.add(parameter.numel())
+    progress.close()
+
+
+def _write_rest(skeleton: Skeleton, name: str, revision: str | None, folder: Path) -> None:
+    model = skeleton.model
+    skeleton.quantizer.postprocess_model(model)
+    model.config.save_pretrained(folder)
+    source: dict[str, Any] = where_to_read(name, revision)
+    source.pop("trust_remote_code")
+    with contextlib.suppress(OSError):  # not every model has one
+        GenerationConfig.from_pretrained(expanded(name), **source).save_pretrained(folder)
+    with contextlib.suppress(UserError):  # weights alone are a model, too
+        load_tokenizer(name, revision).save_pretrained(folder)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def cached_4bit(
+    cache_dir: str | Path,
+    name: str,
+    *,
+    revision: str | None = None,
+    quantization: Quantization,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """Folder of the model's 4-bit copy, made now if there is none: what `load_base` takes instead of `name`.
+
+    A model that is stored quantized, or is not to be, is its own copy. One process builds, others wait for its lock.
+    What a killed one left, or a copy that lost a file, is not used but made anew.
+    """
+    if quantization not in ("nf4", "fp4") or getattr(load_config(name, revision), "quantization_config", None):
+        return name
+    root = Path(cache_dir).expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder = root / f"{Path(name).name}-{quantization}-{_fingerprint(name, revision, double_quant, compute_dtype)}"
+    except OSError as error:
+        raise UserError(f"model.cache_4bit {root}: {first_line(error)}; name a folder that can be written") from None
+    if not is_whole(folder):
+        with build_lock(folder, what="quantizing the same model"):
+            if not is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                quantize_model(
+                    name,
+                    folder,
+                    revision=revision,
+                    quantization=quantization,
+                    double_quant=double_quant,
+                    compute_dtype=compute_dtype,
+                    device=device,
+                )
+    return str(folder)
+
+
+def _fingerprint(name: str, revision: str | None, double_quant: bool, compute_dtype: torch.dtype) -> str:
+    """Of all that decides the copy. Files of a hub's cache are named by their content; others tell by size and time."""
+    parts = [f"{FORMAT} {bitsandbytes.__version__} {double_quant} {compute_dtype}"]
+    config = Path(expanded(name)) / "config.json"
+    if config.is_file():
+        parts.append(config.read_text(encoding="utf-8"))
+    for path in weight_paths(name, revision):
+        real = path.resolve()
+        parts.append(f"{real} {real.stat().st_size} {real.stat().st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _write_manifest(folder: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "bytes": sizes}, indent=2) + "\n")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a 4-bit copy is there with every file in its size."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest["format"] == FORMAT and all(
+            (folder / name).stat().st_size == size for name, size in manifest["bytes"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False

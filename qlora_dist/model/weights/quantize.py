@@ -1,0 +1,75 @@
+"""A weight -> packed 4-bit codes and constants, piece by piece, with the bits that bitsandbytes gives for the whole.
+
+Blocks of 64 weights are quantized alone, so a weight may be cut anywhere between two of them: into pieces that fit
+into a small buffer, or into the parts of several ranks. With double quantization the constants (one fp32 a block) are
+quantized too, in blocks of 256, after their mean over the whole weight was taken off: that needs all of them, and
+they are small (1/16 of the packed codes' bits), so ranks exchange them and each does the second level for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..pretrained import BLOCK, bitsandbytes
+
+PIECE = 2**21  # weights a time: 4 MiB of bf16. Host memory is bounded by a few of them, not by a tensor
+NESTED_BLOCK = 256  # first-level constants that share one second-level constant
+
+Read = Callable[[int, int], Tensor]  # (first, last + 1) weight in storage order -> 1-D tensor, any float type
+
+
+@dataclass(frozen=True)
+class Range:
+    """A part of a weight in storage order."""
+
+    start: int
+    stop: int
+
+
+def block_share(numel: int, rank: int, size: int) -> Range:
+    """The weights of one rank: whole blocks, cut as torch.chunk cuts rows. The last ranks may have none."""
+    blocks = -(-numel // BLOCK)
+    per_rank = -(-blocks // size)
+    start, stop = (min(blocks, per_rank * index) for index in (rank, rank + 1))
+    return Range(min(numel, start * BLOCK), min(numel, stop * BLOCK))
+
+
+def quantize_range(codes: Tensor, read: Read, part: Range, quant_type: str, dtype: torch.dtype) -> Tensor:
+    """Writes the packed codes of a part into `codes` (weights / 2, 1) uint8; returns its constants (blocks,) fp32.
+
+    Weights are rounded to `dtype` first, as a loader that casts and then quantizes does.
+    """
+    size, device = part.stop - part.start, codes.device
+    absmax = torch.empty(-(-size // BLOCK), dtype=torch.float32, device=device)
+    for start in range(0, size, PIECE):
+        stop = min(size, start + PIECE)
+        weights = read(part.start + start, part.start + stop).to(device).to(dtype)
+        packed, state = bitsandbytes.functional.quantize_4bit(weights, blocksize=BLOCK, quant_type=quant_type)
+        codes[start // 2 : (stop + 1) // 2] = packed
+        absmax[start // BLOCK : -(-stop // BLOCK)] = state.absmax
+    return absmax
+
+
+def make_state(
+    absmax: Tensor, shape: tuple[int, ...], quant_type: str, dtype: torch.dtype, double_quant: bool
+) -> bitsandbytes.functional.QuantState:
+    """The quantization state of a whole weight from all of its first-level constants (blocks,) fp32."""
+    functional = bitsandbytes.functional
+    offset = state2 = None
+    if double_quant:
+        offset = absmax.mean()
+        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    return functional.QuantState(
+        absmax=absmax,
+        shape=torch.Size(shape),
+        dtype=dtype,
+        blocksize=BLOCK,
+        code=functional.get_4bit_type(quant_type, device=absmax.device),
+        quant_type=quant_type,
+        offset=offset,
+        state2=state2,
+    )

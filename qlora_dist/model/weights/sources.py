@@ -1,0 +1,199 @@
+"""Where the weights of a base come from: files, or random numbers. Both give any part of any weight.
+
+names            names of the model's weights that this source has
+shape(name)      as the model has it
+read(name, a, b) elements a to b in the model's storage order
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ..pretrained import expanded, first_line, where_to_read
+from .safetensors_files import BadFile, WeightFiles
+
+from transformers import PretrainedConfig, PreTrainedModel  # isort: skip
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file  # isort: skip
+from transformers.utils.hub import get_checkpoint_shard_files  # isort: skip
+
+RANDOM_CHUNK = 2**20  # weights that share one seed: a part of a weight does not depend on how it was cut
+
+
+class WeightSource(Protocol):
+    """What the loader needs of a source."""
+
+    names: frozenset[str]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight."""
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """(stop - start,) elements in storage order."""
+
+    def packed(self, name: str) -> dict[str, Tensor] | None:
+        """Constants of a weight that is stored in 4 bit, by bitsandbytes' keys; None for a plain one."""
+
+
+class FileSource:
+    """Weights of safetensors files under the model's names."""
+
+    def __init__(self, files: WeightFiles, key_of: dict[str, str], transposed: frozenset[str]) -> None:
+        """`key_of`: the model's name -> the files' key. `transposed`: stored (inputs, outputs)."""
+        self._files = files
+        self._key_of = key_of
+        self._transposed = transposed
+        self._whole: tuple[str, Tensor] | None = None  # the transposed weight that is being read
+        self.names = frozenset(key_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight; of a weight stored in 4 bit the packed one."""
+        shape = self._files.entries[self._key_of[name]].shape
+        return shape[::-1] if name in self._transposed and self.packed(name) is None else shape
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of a weight; of one stored in 4 bit its bytes, which other tools may have labelled as a float type.
+
+        A transposed weight is held whole while its parts are read.
+        """
+        key = self._key_of[name]
+        if f"{key}.absmax" in self._files.entries:
+            return self._files.read_bytes(key, start, stop)
+        if name not in self._transposed:
+            return self._files.read(key, start, stop)
+        if self._whole is None or self._whole[0] != name:
+            stored = self._files.read(key).view(self._files.entries[key].shape)
+            self._whole = (name, stored.T.contiguous().view(-1))
+        part = self._whole[1][start:stop]
+        if stop == len(self._whole[1]):
+            self._whole = None
+        return part
+
+    def packed(self, name: str) -> dict[str, Tensor] | None:
+        """absmax, quant_map, ... of a weight that is stored in 4 bit."""
+        key = f"{self._key_of[name]}."
+        found = [other for other in self._files.entries if other.startswith(key)]
+        if f"{key}absmax" not in found:
+            return None
+        return {
+            other.removeprefix(key): self._files.read(other).view(self._files.entries[other].shape) for other in found
+        }
+
+
+class RandomSource:
+    """Weights drawn by (seed, name): the same for any number of ranks. For benchmarks and dry runs of any size.
+
+    N(0, 0.02), projections back into the residual stream scaled by 1 / sqrt(2 * layers) (GPT-2's rule, which keeps
+    activations of deep models in range), norms at one, biases at zero. CUDA and CPU draw other numbers.
+    """
+
+    def __init__(self, model: nn.Module, config: PretrainedConfig, seed: int, device: torch.device) -> None:
+        text = config.get_text_config()
+        self._shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
+        self._residual = 1 / math.sqrt(2 * text.num_hidden_layers)
+        self._norm = 0.0 if text.model_type.startswith("gemma") else 1.0  # Gemma's norms multiply by 1 + weight
+        self._seed = seed
+        self._device = device
+        tied = getattr(model, "all_tied_weights_keys", {}) or {}
+        self.names = frozenset(self._shapes) - frozenset(tied)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight."""
+        return self._shapes[name]
+
+    def packed(self, name: str) -> None:
+        """Nothing is stored in 4 bit."""
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of a weight, made anew at each call."""
+        if len(self._shapes[name]) < 2:
+            value = 0.0 if name.endswith("bias") else self._norm
+            return torch.full((stop - start,), value, device=self._device)
+        std = 0.02 * (self._residual if _writes_residual(name) else 1.0)
+        out = torch.empty(stop - start, device=self._device)
+        first = start // RANDOM_CHUNK
+        for chunk in range(first, -(-stop // RANDOM_CHUNK)):
+            begin, end = max(start, chunk * RANDOM_CHUNK), min(stop, (chunk + 1) * RANDOM_CHUNK)
+            generator = torch.Generator(self._device).manual_seed(self._seed_of(name, chunk))
+            drawn = torch.randn(RANDOM_CHUNK, generator=generator, device=self._device)
+            out[begin - start : end - start] = drawn[begin - chunk * RANDOM_CHUNK : end - chunk * RANDOM_CHUNK]
+        return out.mul_(std)
+
+    def _seed_of(self, name: str, chunk: int) -> int:
+        digest = hashlib.sha256(f"{self._seed} {name} {chunk}".encode()).digest()
+        return int.from_bytes(digest[:7], "little")
+
+
+def _writes_residual(name: str) -> bool:
+    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    return module in ("o_proj", "down_proj", "c_proj", "out_proj", "dense", "dense_4h_to_h", "fc2", "fc_out")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def open_files(name: str, revision: str | None = None) -> WeightFiles:
+    """The safetensors files of a hub model or folder. Raises UserError when there are none, or one is damaged."""
+    try:
+        return WeightFiles(weight_paths(name, revision))
+    except (OSError, BadFile) as error:
+        raise UserError(f"model.name {name}: weights cannot be read ({first_line(error)})") from None
+
+
+def weight_paths(name: str, revision: str | None = None) -> list[Path]:
+    """Where they lie; a hub model is brought into the local cache first."""
+    source = where_to_read(name, revision)
+    options = {"revision": source["revision"], "local_files_only": source["local_files_only"]}
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    where = expanded(name)
+    single = cached_file(where, SAFE_WEIGHTS_NAME, **options, **quiet)
+    if single is not None:
+        return [Path(single)]
+    index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, **options, **quiet)
+    if index is None:
+        raise OSError(f"there is no *.safetensors file under the names {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}")
+    try:
+        paths, _ = get_checkpoint_shard_files(where, index, **options)
+    except (KeyError, ValueError) as error:
+        raise BadFile(f"{index} is no index of safetensors files: {error!r}") from None
+    return [Path(path) for path in paths]
+
+
+def match_names(model: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str], str | None]:
+    """(the model's name -> the files' key, why the files need more than other names or None).
+
+    Names are matched by transformers' own rules: old names, a missing or surplus prefix of the base model.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:  # not in every version that pyproject.toml allows
+        return {}, "this version of transformers does not tell its rules for names"
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    known = dict(model.state_dict())
+    found = {}
+    for key in sorted(keys):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if pattern is not None:
+            return {}, f"{key} must be converted for this version of transformers ({pattern})"
+        if name in known:
+            found[name] = key
+    return found, None
+
+
+def same_in_source(source: WeightSource, left: str, right: str, piece: int) -> bool:
+    """Whether two weights of a source are equal, compared piece by piece."""
+    shape = source.shape(left)
+    if shape != source.shape(right):
+        return False
+    total = torch.Size(shape).numel()
+    ends = [(start, min(total, start + piece)) for start in range(0, total, piece)]
+    return all(torch.equal(source.read(left, *end), source.read(right, *end)) for end in ends)

@@ -1,0 +1,276 @@
+"""The base from its source, one weight at a time: never the model, never a whole weight in host memory.
+
+The model is built without storage, then each weight is read in pieces, rounded, quantized on the device where it is a
+linear layer's, and put into its place. With a `ShardGroup` a rank reads and holds only its share of each.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ..pretrained import bitsandbytes
+from .quantize import PIECE, Range, make_state, quantize_range
+from .sources import FileSource, WeightSource, match_names, same_in_source
+
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel  # isort: skip
+from transformers.pytorch_utils import Conv1D  # isort: skip
+from transformers.quantizers import AutoHfQuantizer  # isort: skip
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Skeleton:
+    """A model without storage, its linear layers already 4-bit layers where they will be."""
+
+    model: PreTrainedModel
+    quantizer: Any  # of transformers; None for a plain base
+    dtype: torch.dtype
+
+    @property
+    def four_bit(self) -> BitsAndBytesConfig | None:
+        """Settings of the 4-bit layers."""
+        return None if self.quantizer is None else self.quantizer.quantization_config
+
+
+def build_skeleton(
+    config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None, four_bit: BitsAndBytesConfig | None
+) -> Skeleton:
+    """Parameters on the meta device, buffers (rotary frequencies, ...) computed."""
+    config = copy.deepcopy(config)
+    stored = getattr(config, "quantization_config", None)
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=dtype, trust_remote_code=False
+        )
+    quantizer = None
+    if stored is not None:
+        quantizer = AutoHfQuantizer.from_config(stored, pre_quantized=True)
+    elif four_bit is not None:
+        quantizer = AutoHfQuantizer.from_config(four_bit, pre_quantized=False)
+    if quantizer is not None:
+        quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
+        model.hf_quantizer = quantizer
+    return Skeleton(model, quantizer, dtype)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters lose their storage as they are registered; it was never written to, so it never took memory."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore
+
+
+def match_files(skeleton: Skeleton, files: Any) -> tuple[FileSource | None, str | None]:
+    """(the files under the model's names, why they cannot be streamed): one of the two."""
+    model = skeleton.model
+    if model._get_dtype_plan(skeleton.dtype):
+        return None, f"{type(model).__name__} keeps some weights in float32"
+    key_of, reason = match_names(model, list(files.entries))
+    if reason is not None:
+        return None, reason
+    for target, origin in model.all_tied_weights_keys.items():
+        if target in key_of and origin not in key_of:  # stored under the other of two names of one weight
+            key_of[origin] = key_of.pop(target)
+    transposed = frozenset(
+        f"{name}.weight" for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D
+    )
+    return FileSource(files, key_of, transposed), None
+
+
+def settle_ties(model: PreTrainedModel, source: WeightSource) -> set[str]:
+    """Names that need no weight of their own, because they are tied to one that the source has.
+
+    Where the source has both and they differ, they are not tied, as in transformers.
+    """
+    ties: dict[str, str] = model.all_tied_weights_keys
+    without: set[str] = set()
+    for target, origin in list(ties.items()):
+        if target in source.names and not same_in_source(source, target, origin, PIECE):
+            log.warning("%s and %s are tied by the config but differ in the files: they stay apart", target, origin)
+            ties.pop(target)
+        elif origin in source.names:
+            without.add(target)
+    return without
+
+
+def check_complete(name: str, model: PreTrainedModel, source: WeightSource, tied: set[str]) -> None:
+    """Raises UserError unless the source has every weight in its shape."""
+    lacking = []
+    for key, value in model.named_parameters(remove_duplicate=False):
+        if key in tied:
+            continue
+        if key not in source.names or (source.packed(key) is None and source.shape(key) != tuple(value.shape)):
+            lacking.append(key)
+    if lacking:
+        raise incomplete(name, sorted(lacking))
+
+
+def incomplete(name: str, lacking: list[str]) -> UserError:
+    """The error for weights that are not there; transformers would fill them with random numbers."""
+    return UserError(
+        f"model.name {name}: {len(lacking)} weights are missing or have another shape, first {lacking[0]}; "
+        "the download is incomplete, or the files belong to another model"
+    )
+
+
+# --- one weight -------------------------------------------------------------------------------------------------------
+
+
+def read_plain(out: Tensor, source: WeightSource, name: str, part: Range) -> None:
+    """Reads elements of a weight into `out` (stop - start,), in pieces, rounded to its type."""
+    for start in range(part.start, part.stop, PIECE):
+        stop = min(part.stop, start + PIECE)
+        out[start - part.start : stop - part.start] = source.read(name, start, stop).to(out.device)
+
+
+def read_4bit(codes: Tensor, source: WeightSource, name: str, layer: Any, skeleton: Skeleton) -> Any:
+    """Puts a linear layer's weight into `codes` (weights / 2, 1), read or quantized here; returns its state."""
+    shape = (layer.out_features, layer.in_features)
+    constants = source.packed(name)
+    if constants is not None:
+        read_plain(codes.view(-1), source, name, Range(0, codes.numel()))
+        return bitsandbytes.functional.QuantState.from_dict(constants, codes.device)
+    settings = skeleton.four_bit
+    assert settings is not None
+    absmax = quantize_range(
+        codes,
+        lambda start, stop: source.read(name, start, stop),
+        Range(0, torch.Size(shape).numel()),
+        settings.bnb_4bit_quant_type,
+        skeleton.dtype,
+    )
+    return make_state(absmax, shape, settings.bnb_4bit_quant_type, skeleton.dtype, settings.bnb_4bit_use_double_quant)
+
+
+def room_for(skeleton: Skeleton, module: Any, attribute: str, device: torch.device) -> Tensor:
+    """Uninitialized storage for a weight: packed codes (weights / 2, 1) of a 4-bit layer, else in its shape."""
+    if is_4bit_weight(module, attribute):
+        numel = module.out_features * module.in_features
+        return torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8, device=device)
+    return torch.empty(module._parameters[attribute].shape, dtype=skeleton.dtype, device=device)
+
+
+def is_4bit_weight(module: nn.Module, attribute: str) -> bool:
+    """Whether a parameter is the packed weight of a 4-bit layer."""
+    return attribute == "weight" and isinstance(module, bitsandbytes.nn.Linear4bit)
+
+
+def each_weight(model: nn.Module, without: set[str]) -> Iterator[tuple[str, nn.Module, str]]:
+    """(full name, module, attribute) of all parameters but `without`, in the order of the model."""
+    for prefix, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if parameter is not None and name not in without:
+                yield name, module, attribute
+
+
+# --- the whole model --------------------------------------------------------------------------------------------------
+
+
+def fill(skeleton: Skeleton, source: WeightSource, tied: set[str], device: torch.device) -> PreTrainedModel:
+    """Puts every weight into its place on the device, and moves the buffers there."""
+    model = skeleton.model
+    weights = list(each_weight(model, tied))
+    progress = Progress("loading the base", sum(weight_size(module, attribute) for _, module, attribute in weights))
+    # all of it first: what stays and what passes, allocated in turn, would leave a hole after each weight
+    rooms = [room_for(skeleton, module, attribute, device) for _, module, attribute in weights]
+    for room, (name, module, attribute) in zip(rooms, weights):
+        place(room, skeleton, source, name, module, attribute)
+        progress.add(weight_size(module, attribute))
+    finish(skeleton, source, tied, device)
+    progress.close()
+    return model
+
+
+def place(room: Tensor, skeleton: Skeleton, source: WeightSource, name: str, module: Any, attribute: str) -> None:
+    """One weight into its place in the model."""
+    if is_4bit_weight(module, attribute):
+        state = read_4bit(room, source, name, module, skeleton)
+        module.weight = bitsandbytes.nn.Params4bit(
+            room,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=torch.uint8,
+            bnb_quantized=True,
+            module=module,
+        )
+        module.quant_state = state
+        return
+    read_plain(room.view(-1), source, name, Range(0, room.numel()))
+    module._parameters[attribute] = nn.Parameter(room, requires_grad=False)
+
+
+def finish(skeleton: Skeleton, source: WeightSource, tied: set[str], device: torch.device) -> None:
+    """Ties, buffers, and the marks that transformers and PEFT look for."""
+    model = skeleton.model
+    model.tie_weights(missing_keys=set(tied), recompute_mapping=False)
+    for prefix, module in model.named_modules():
+        for attribute, buffer in list(module._buffers.items()):
+            if buffer is None:
+                continue
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if name in source.names and attribute not in module._non_persistent_buffers_set:
+                buffer = source.read(name, 0, buffer.numel()).view(buffer.shape).to(buffer.dtype)
+            module._buffers[attribute] = buffer.to(device)
+    if skeleton.quantizer is not None:
+        skeleton.quantizer.postprocess_model(model)
+    model.eval()
+
+
+def weight_size(module: nn.Module, attribute: str) -> int:
+    """Elements of a parameter; 0 where there is none."""
+    parameter = module._parameters[attribute]
+    return 0 if parameter is None else parameter.numel()
+
+
+class Progress:
+    """Says how far a long work is: a line that is written over on a terminal, else a log line now and then."""
+
+    def __init__(self, what: str, total: int, every_seconds: float = 10.0) -> None:
+        self._what, self._total, self._every = what, max(total, 1), every_seconds
+        self._done = 0
+        self._started = self._said = time.monotonic()
+        self._on_terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)  # rank 0 speaks
+
+    def add(self, count: int) -> None:
+        """`count` more are done."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._said < (0.5 if self._on_terminal else self._every):
+            return
+        self._said = now
+        text = f"{self._what}: {min(self._done / self._total, 1):.0%} after {now - self._started:.0f} s"
+        if self._on_terminal:
+            print(f"\r{text}", end="", file=sys.stderr, flush=True)
+        else:
+            log.info("%s", text)
+
+    def close(self) -> None:
+        """The work is done."""
+        if self._on_terminal and self._said > self._started:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,68 @@
+"""ddp: every rank holds all trained weights in one flat storage, with all gradients and optimizer states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from ..cluster.world import World
+from . import States, T
+from .adamw import load_optimizer_state, optimizer_state, step_optimizer
+from .flat import FlatParameters
+
+
+class ReplicatedUpdate:
+    """Gradients are summed over ranks in fixed buckets (`GradientReducer`), then every rank updates all."""
+
+    def __init__(
+        self,
+        world: World,
+        flat: FlatParameters,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None,
+    ) -> None:
+        self._world = world
+        self._flat = flat
+        self._optimizer = optimizer
+        self._max_grad_norm = max_grad_norm
+        world.prepare(flat.grads, [group.spans() for group in flat.groups])
+
+    def zero_grad(self) -> None:
+        self._flat.zero_grad()
+
+    def run(self, function: Callable[[], T]) -> T:
+        return function()
+
+    def accumulate(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
+        with self._world.accumulate(is_last):
+            loss = loss_sum()
+            self._world.backward(loss)
+        return loss.detach()
+
+    def grad_norm(self) -> torch.Tensor:
+        return self._flat.grad_norm()
+
+    def own_gradients_are_finite(self) -> bool:
+        return self._world.own_gradients_are_finite()
+
+    def step(self, lr: float, num_labels: int, grad_norm: float) -> None:
+        clip = 1.0 if self._max_grad_norm is None else min(1.0, self._max_grad_norm / (grad_norm + 1e-6))
+        self._flat.scale_grads(clip / num_labels)
+        step_optimizer(self._optimizer, lr)
+
+    def whole_weights(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def layout(self) -> list[list[list[object]]]:
+        return self._flat.layout()
+
+    def digest(self) -> str:
+        return self._flat.digest()
+
+    def state(self) -> States:
+        return optimizer_state(self._optimizer) if self._world.is_main else ({}, {})
+
+    def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
+        load_optimizer_state(self._optimizer, tensors, numbers)

@@ -1,0 +1,1 @@
+"""Training: `loop.train` is the table of contents."""

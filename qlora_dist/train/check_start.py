@@ -1,0 +1,210 @@
+"""Before the model is read: do all ranks run the same code on like devices, on one run directory, with room on disk?
+
+Each rank says what it has, all of it is gathered, and every rank comes to the same verdict from the same facts: they
+stop together, with a message that names host and rank, after seconds instead of after loading. The verdicts are pure
+functions of the gathered facts.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..cluster.world import World
+from ..errors import RunFailed, UserError
+from .metrics import GIB
+from .provenance import code_digest, device_name
+
+SHARED_PATIENCE_SECONDS = 60.0  # a file made on one node is seen on others when their cache of the folder expires (NFS)
+STATE_BYTES = {"adamw": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1}  # of Adam, a weight
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one rank found."""
+
+    host: str
+    device: str  # name of the GPU, or the processor kind
+    device_type: str  # cuda or cpu
+    device_bytes: int  # memory of the GPU, 0 on a CPU
+    collective_sum: float  # of 1..N over the ranks
+    collective_seconds: float
+    sees_run_dir: bool
+
+
+def check_start(
+    world: World,
+    run_dir: Path,
+    *,
+    checkpoint_bytes: int,
+    keep: int,
+    allow_mixed: bool = False,
+    patience_seconds: float = SHARED_PATIENCE_SECONDS,
+) -> str:
+    """Checks what all ranks need before the model is read; returns the start-up line.
+
+    Raises UserError (devices, run directory, disk) or RunFailed (code, collective) on all ranks together.
+    """
+    code = f"code {code_digest()}, torch {torch.__version__}"
+    check_code(world.gather((socket.gethostname(), code)))  # first, and plain text: other code may have other facts
+    facts = world.gather(own_facts(world, run_dir, patience_seconds))
+    check_collective(facts)
+    check_devices(facts, allow_mixed)
+    check_shared(facts, run_dir)
+    free_bytes = world.from_main(lambda: _require_disk(run_dir, checkpoint_bytes, keep))
+    return f"{describe_start(facts, free_bytes)}; {code}"
+
+
+def own_facts(world: World, run_dir: Path, patience_seconds: float) -> Facts:
+    """This rank's. Every rank calls it: it looks for rank 0's token and takes part in a sum."""
+    on_cuda = world.device.type == "cuda"
+    sees_run_dir = _sees_token(world, run_dir, patience_seconds)
+    total, seconds = time_collective(world)
+    return Facts(
+        host=socket.gethostname(),
+        device=device_name(world.device),
+        device_type=world.device.type,
+        device_bytes=torch.cuda.get_device_properties(world.device).total_memory if on_cuda else 0,
+        collective_sum=total,
+        collective_seconds=seconds,
+        sees_run_dir=sees_run_dir,
+    )
+
+
+def _sees_token(world: World, run_dir: Path, patience_seconds: float) -> bool:
+    """Whether this rank's run directory is rank 0's: a file with a name never used before appears here too."""
+    token: str = world.from_main(lambda: _write_token(run_dir))
+    path, deadline = run_dir / token, time.monotonic() + patience_seconds
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    world.any(not seen)  # rank 0 takes the token away when all have looked
+    if world.is_main:
+        path.unlink(missing_ok=True)
+    return seen
+
+
+def _write_token(run_dir: Path) -> str:
+    name = f".seen-{uuid.uuid4().hex}"
+    (run_dir / name).touch()
+    return name
+
+
+def time_collective(world: World) -> tuple[float, float]:
+    """(sum of 1..N over the ranks, seconds) of the second of two small sums: the first sets up the connections."""
+    own = torch.full((), world.rank + 1.0, dtype=torch.float64, device=world.device)
+    world.sum(own).item()
+    started = time.perf_counter()
+    total = world.sum(own).item()
+    return total, time.perf_counter() - started
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def check_code(codes: Sequence[tuple[str, str]]) -> None:
+    """Raises RunFailed when ranks run different code or another torch. `codes`: (host, what it runs) by rank."""
+    odd = _unlike(codes)
+    if odd:
+        raise RunFailed(
+            f"the ranks do not run the same code: rank 0 ({codes[0][0]}) has {codes[0][1]}, but {odd}. Install "
+            "the same commit in the same environment on every node"
+        )
+
+
+def check_collective(facts: Sequence[Facts]) -> None:
+    """Raises RunFailed when a sum over the ranks came out wrong on one of them."""
+    expected = len(facts) * (len(facts) + 1) / 2
+    wrong = [
+        f"rank {rank} ({fact.host}) got {fact.collective_sum:g}"
+        for rank, fact in enumerate(facts)
+        if fact.collective_sum != expected
+    ]
+    if wrong:
+        raise RunFailed(
+            f"a sum over the {len(facts)} ranks should be {expected:g}, but {'; '.join(wrong)}: gradients would be "
+            "wrong too. Check the network interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME) and that host's driver"
+        )
+
+
+def check_devices(facts: Sequence[Facts], allow_mixed: bool) -> None:
+    """Raises UserError when ranks have different devices: the slowest sets the speed, the smallest the memory.
+
+    A rank without a GPU among ranks with one is an error in any case: they cannot speak to each other.
+    """
+    without = [f"rank {rank} ({fact.host})" for rank, fact in enumerate(facts) if fact.device_type == "cpu"]
+    if without and len(without) < len(facts):
+        raise UserError(
+            f"{', '.join(without)} see no GPU, the other ranks do; check the driver (nvidia-smi), "
+            "CUDA_VISIBLE_DEVICES and the allocation on these hosts"
+        )
+    # drivers report a few MiB more or less for one model
+    kinds = [f"{fact.device} {round(fact.device_bytes / GIB)} GiB" for fact in facts]
+    odd = _unlike([(fact.host, kind) for fact, kind in zip(facts, kinds, strict=True)])
+    if odd and not without and not allow_mixed:
+        raise UserError(
+            f"the GPUs are of different kinds: rank 0 ({facts[0].host}) has {kinds[0]}, but {odd}. Every step "
+            "would wait for the slowest, and the smallest memory decides; ask for one kind (Slurm: --gres=gpu:KIND:N, "
+            "--constraint), or set strategy.mixed_devices=true"
+        )
+
+
+def check_shared(facts: Sequence[Facts], run_dir: Path) -> None:
+    """Raises UserError when a rank does not see the run directory that rank 0 writes."""
+    blind = [f"rank {rank} ({fact.host})" for rank, fact in enumerate(facts) if not fact.sees_run_dir]
+    if blind:
+        raise UserError(
+            f"run_dir {run_dir} on {', '.join(blind)} is not the one that rank 0 ({facts[0].host}) writes: a resume "
+            "would find other checkpoints, or none, there. Choose a run_dir on a file system that all nodes share"
+        )
+
+
+def check_disk(run_dir: Path, free_bytes: int, checkpoint_bytes: int, keep: int, num_there: int) -> None:
+    """Raises UserError when the checkpoints that this run will keep, and one being written, do not fit."""
+    num_more = max(2, keep + 1 - num_there)  # at least one being written, and the export
+    needed = num_more * checkpoint_bytes
+    if free_bytes < needed:
+        raise UserError(
+            f"run_dir {run_dir}: {free_bytes / GIB:.2f} GiB are free, {needed / GIB:.2f} GiB are needed for {num_more} "
+            f"checkpoints of {checkpoint_bytes / GIB:.2f} GiB (train.keep {keep}, and one while it is written); free "
+            "space, lower train.keep, or choose a run_dir on another disk"
+        )
+
+
+def _require_disk(run_dir: Path, checkpoint_bytes: int, keep: int) -> int:
+    free_bytes = shutil.disk_usage(run_dir).free
+    check_disk(run_dir, free_bytes, checkpoint_bytes, keep, len(list(run_dir.glob("checkpoints/step-*"))))
+    return free_bytes
+
+
+def _unlike(values: Sequence[tuple[str, str]]) -> str:
+    """Ranks whose value is not rank 0's, as text; empty when there is none. `values`: (host, value) by rank."""
+    odd = [f"rank {rank} ({host}) has {value}" for rank, (host, value) in enumerate(values) if value != values[0][1]]
+    return "; ".join(odd[:4]) + (f"; and {len(odd) - 4} more" if len(odd) > 4 else "")
+
+
+# --- sizes and words --------------------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(num_trainable: int, optimizer: str) -> int:
+    """Bytes of one checkpoint: fp32 weights and the optimizer's states, and a MiB of JSON."""
+    return int(num_trainable * (4 + STATE_BYTES[optimizer])) + 2**20
+
+
+def describe_start(facts: Sequence[Facts], free_bytes: int) -> str:
+    """One line: ranks, nodes, devices, time of a collective, disk."""
+    nodes = len({fact.host for fact in facts})
+    kinds = Counter(fact.device for fact in facts)
+    devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    slowest_ms = 1000 * max(fact.collective_seconds for fact in facts)
+    return (
+        f"{len(facts)} {'rank' if len(facts) == 1 else 'ranks'} on {nodes} {'node' if nodes == 1 else 'nodes'}: "
+        f"{devices}; all-reduce {slowest_ms:.2f} ms; {free_bytes / GIB:.1f} GiB free for checkpoints"
+    )

@@ -1,0 +1,205 @@
+"""Checkpoints that are whole or not there: written aside, synced, renamed; verified by checksum before they are used.
+
+    checkpoints/step-00000200/
+        adapter_model.safetensors, adapter_config.json   PEFT format (full fine-tuning: weights.safetensors)
+        optimizer.safetensors                            flat optimizer states
+        state.json                                       step, counts, config, fingerprint of the data, plain numbers
+        manifest.json                                    size and SHA-256 of every other file, written last
+
+No random state is stored and none is needed: row order, dropout and learning rate are functions of (seed, step, row),
+so a run goes on exactly on any number of ranks. Everything is safetensors or JSON: loading executes nothing.
+
+All functions here act on files of one process; the trainer calls them on rank 0.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..errors import RunFailed, UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+_STEP = re.compile(r"step-(\d{8})")
+_ASIDE = ".incomplete-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that must not be used; the text says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint's content but for the weights, which stay in its folder."""
+
+    path: Path
+    state: dict[str, Any]
+    optimizer_tensors: dict[str, torch.Tensor]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    write_weights: Callable[[Path], None],
+    optimizer_tensors: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes `folder/step-%08d`, then deletes all but the newest `keep`. Returns its path.
+
+    Raises RunFailed when the disk is full or fails: nothing that was saved before is touched then.
+    """
+    target = folder / f"step-{step:08d}"
+    aside = folder / f"{_ASIDE}{target.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        _require_space(folder, optimizer_tensors)
+        aside.mkdir()
+        write_weights(aside)
+        save_file(optimizer_tensors, aside / OPTIMIZER)
+        _write_text(aside / STATE, json.dumps({"format": FORMAT, "step": step, **state}, indent=2))
+        files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
+        for path in aside.iterdir():
+            _sync(path)
+        _write_text(aside / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2))
+        _sync(aside / MANIFEST)
+        _sync(aside)
+        if target.exists():  # a rejected one of the same step
+            shutil.rmtree(target)
+        os.rename(aside, target)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        good, _ = find_newest(folder)
+        raise RunFailed(_save_failure(error, target, good)) from error
+    _rotate(folder, keep)
+    return target
+
+
+def find_newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that verifies, and the newer ones that do not, each with the reason."""
+    rejected = []
+    for path in sorted(_complete(folder), reverse=True):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            rejected.append((path, str(error)))
+        else:
+            return path, rejected
+    return None, rejected
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raises CheckpointError unless every file of the manifest is there with its size and SHA-256."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"].items()
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read ({error})") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"format {manifest.get('format')!r}, this version reads {FORMAT}")
+    for name, expected in files:
+        file = path / name
+        try:
+            size = file.stat().st_size
+        except OSError:
+            raise CheckpointError(f"{name} is missing") from None
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{name} has {size:,} bytes, {expected['bytes']:,} were written")
+        if _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{name} is damaged: its SHA-256 is not the one that was written")
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """state.json of a verified checkpoint."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint that `verify_checkpoint` accepted. Raises UserError when it cannot be read."""
+    try:
+        return Checkpoint(path, load_state(path), load_file(path / OPTIMIZER))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"checkpoint {path}: cannot be read on this host ({error}); several nodes need a shared run_dir"
+        ) from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what an interrupted save or deletion left."""
+    for path in folder.glob(f"{_ASIDE}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _complete(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+
+
+def _rotate(folder: Path, keep: int) -> None:
+    for path in sorted(_complete(folder))[:-keep]:
+        doomed = folder / f"{_ASIDE}{path.name}"  # renamed first: a deletion cut short leaves no half checkpoint
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _require_space(folder: Path, optimizer_tensors: dict[str, torch.Tensor]) -> None:
+    # the weights are at most as large as Adam's two states (fp32), and smaller than 8-bit ones only by a constant
+    needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in optimizer_tensors.values()) + 2**20
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 2**20:,.0f} MiB may be needed, {free / 2**20:,.0f} MiB are free")
+
+
+def _save_failure(error: Exception, target: Path, good: Path | None) -> str:
+    kept = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
+    return (
+        f"checkpoint {target} could not be written: {error}. Nothing saved before was touched; {kept}. "
+        "Free disk space (or lower train.keep) and start the same command again: it goes on from there"
+    )
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Makes a file or a folder's entries survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

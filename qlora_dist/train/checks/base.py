@@ -1,0 +1,207 @@
+"""The frozen base: as many bytes as promised, the bits of the files, and not one of them changed since.
+
+Everything here looks at this rank's tensors only; of a sharded base that is its part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import RunFailed
+from ...model import base_weights, is_4bit, linear_layers, load_config, own_part, plain_name, unwrap
+from ...model.check_config import build_on_meta
+from ...model.weights.original import has_quantized_files, read_source_weight, same_as_quantized
+
+BLOCK, NESTED_BLOCK = 64, 256  # weights that share a constant; constants that share one of the second level
+COLUMNS = 128  # of the checksum
+
+
+# --- how many bytes ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BaseBytes:
+    """Bytes of the base, from config.json alone."""
+
+    matrices: int  # codes, embedding, head, what is not quantized
+    constants: int  # of the first level
+    vectors: int  # norms, biases
+    nested: int  # constants of the second level
+
+    def on_each_rank(self, strategy: str = "ddp", num_ranks: int = 1) -> int:
+        """What one rank holds: all of it, but for fsdp a share of matrices and constants, for zero3 of all weights."""
+        cut, whole = 0, self.matrices + self.constants + self.vectors + self.nested
+        if strategy == "fsdp":
+            cut = self.matrices + self.constants
+        elif strategy == "zero3":
+            cut = self.matrices + self.vectors
+        return -(-cut // num_ranks) + whole - cut
+
+
+def promised_base_bytes(
+    name: str, *, revision: str | None = None, quantization: str, double_quant: bool, dtype: torch.dtype
+) -> BaseBytes:
+    """Bytes that the shapes say: half a byte a 4-bit weight, plus its constants; `dtype` for what is not quantized."""
+    config = load_config(name, revision)
+    skipped = tuple((getattr(config, "quantization_config", None) or {}).get("llm_int8_skip_modules") or ())
+    model = build_on_meta(name, config)
+    layers: dict[str, Any] = linear_layers(model)
+    quantized = {  # -> outputs
+        id(layer.weight): getattr(layer, "out_features", None) or layer.nf
+        for key, layer in layers.items()
+        if quantization != "none" and not any(part in key for part in skipped)
+    }
+    matrices = constants = vectors = nested = 0
+    for parameter in model.parameters():  # tied weights come once
+        num_weights = parameter.numel()
+        num_constants = -(-num_weights // BLOCK)
+        if id(parameter) not in quantized:
+            if parameter.ndim > 1:
+                matrices += num_weights * dtype.itemsize
+            else:
+                vectors += num_weights * dtype.itemsize
+        elif quantization == "int8":
+            matrices += num_weights
+            constants += 4 * quantized[id(parameter)]  # one fp32 scale a row
+        else:
+            matrices += num_weights // 2
+            constants += num_constants * (1 if double_quant else 4)
+            nested += 4 * -(-num_constants // NESTED_BLOCK) if double_quant else 0
+    return BaseBytes(matrices, constants, vectors, nested)
+
+
+def held_base_bytes(model: nn.Module) -> int:
+    """Bytes of the storages that this rank's base keeps alive, code tables (1 KiB a layer) left out. Each storage once.
+
+    Storages, not tensors: a small view of a large buffer costs the buffer.
+    """
+    storages = {}
+    for tensor in _held(model):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr(), str(tensor.device)] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _held(model: nn.Module) -> Iterator[Tensor]:
+    base = unwrap(model)
+    for name, parameter in base.named_parameters():
+        if "lora_" in name:
+            continue
+        yield local_part(parameter)
+        state: Any = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield local_part(state.absmax)
+            if state.nested:
+                yield local_part(state.state2.absmax)
+    for module in base.modules():
+        nested = getattr(module, "nested_absmax", None)  # of a shared 4-bit layer
+        if nested is not None:
+            yield nested
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+        scales = scales if scales is not None else getattr(getattr(module, "weight", None), "SCB", None)
+        if scales is not None:  # 8-bit layers
+            yield scales
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that FSDP2 or ZeRO-3 has cut; any other tensor itself."""
+    partition: Tensor | None = getattr(tensor, "ds_tensor", None)
+    return own_part(tensor if partition is None else partition).detach()
+
+
+def check_base_bytes(held: list[tuple[str, int]], promised: int, strategy: str, slack: float = 0.01) -> None:
+    """Raises RunFailed unless every rank's base has the promised bytes, up to `slack`. `held`: (host, bytes) by rank.
+
+    A base that was left in 16 bit, loaded twice, or not sharded is the failure that otherwise shows as an
+    out-of-memory error hours later, or never.
+    """
+    wrong = [
+        f"rank {rank} ({host}) holds {num_bytes / 2**20:,.1f} MiB"
+        for rank, (host, num_bytes) in enumerate(held)
+        if abs(num_bytes - promised) > slack * promised + 4096
+    ]
+    if wrong:
+        raise RunFailed(
+            f"strategy {strategy} promises {promised / 2**20:,.1f} MiB of base weights on each rank, but "
+            f"{'; '.join(wrong[:4])}{f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''}: the base is not "
+            "quantized or not sharded as model.quantization and strategy.name say. Nothing was trained"
+        )
+
+
+# --- which bits -------------------------------------------------------------------------------------------------------
+
+
+def check_source_bits(
+    model: nn.Module, name: str, *, revision: str | None = None, compute_dtype: torch.dtype, seed: int = 0
+) -> str:
+    """Quantizes one layer anew from the files and compares it with the one in memory, bit by bit. Says what it did.
+
+    Raises RunFailed when they differ. For a base whose layers are whole on this rank; a sharded one is gathered by its
+    strategy first.
+    """
+    layers: dict[str, Any] = {key: layer for key, layer in linear_layers(model).items() if is_4bit(layer)}
+    if not layers:
+        return "the base is not in 4 bit"
+    if has_quantized_files(name, revision):
+        return "the files hold quantized weights, which are read as they are"
+    key = sorted(layers)[seed % len(layers)]
+    plain = plain_name(f"{key}.weight")
+    source = read_source_weight(name, revision, plain)
+    if source is None or source.numel() != torch.Size(layers[key].weight.quant_state.shape).numel():
+        return f"the files hold {plain} under another name or shape"
+    part = same_as_quantized(layers[key], source, compute_dtype)
+    if part is not None:
+        raise RunFailed(
+            f"layer {plain}: its {part} in memory are not those of its quantized source in {name}; the base was "
+            "changed while it was loaded. Nothing was trained; check the files and the installed versions"
+        )
+    return f"{plain} is bit-equal to its quantized source"
+
+
+@torch.no_grad()
+def base_checksum(model: nn.Module) -> str:
+    """A number of this rank's whole base that any changed bit changes; far cheaper than `model.base_fingerprint`.
+
+    Each tensor's bytes are read as 64-bit words, wrapped in rows of 128 and summed by column modulo 2**64 on the
+    device; only these sums are hashed. Reads the base once: memory bandwidth is the cost. A permutation within a
+    column, which nothing here makes, would go unseen; `base_fingerprint` sees that too.
+    """
+    digest = hashlib.sha256()
+    sums: dict[torch.device, list[Tensor]] = {}
+    for name, tensor in base_weights(model):
+        if name.endswith("inv_freq"):
+            continue  # made from the config, and made anew by models whose positions scale with the length
+        part = local_part(tensor)
+        digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+        sums.setdefault(part.device, []).append(_column_sums(part))
+    for columns in sums.values():  # one copy to the host for each device
+        digest.update(torch.cat(columns).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _column_sums(tensor: Tensor) -> Tensor:
+    """(COLUMNS,) int64."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()  # words must be aligned
+    width = 8 * COLUMNS
+    whole = len(data) // width * width
+    tail = torch.nn.functional.pad(data[whole:], (0, width - (len(data) - whole))).view(torch.int64)
+    return data[:whole].view(torch.int64).view(-1, COLUMNS).sum(0) + tail
+
+
+def check_base_unchanged(changed: list[tuple[str, bool]], when: str) -> None:
+    """Raises RunFailed when any rank's base is not what was loaded. `changed`: (host, whether) by rank."""
+    ranks = [f"rank {rank} ({host})" for rank, (host, is_changed) in enumerate(changed) if is_changed]
+    if ranks:
+        raise RunFailed(
+            f"{when}: the frozen base is not what was loaded on {', '.join(ranks)}; its checksum has changed, so the "
+            "adapter is being trained against another model. This state was not saved, earlier checkpoints are "
+            "unaffected; look for whatever writes to base weights, or for faulty memory"
+        )

@@ -1,0 +1,167 @@
+"""What a run says while it runs: a progress line, metrics.jsonl, TensorBoard. Rank 0 only.
+
+The only module that imports tensorboard.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from .run_dir import RunDir, read_metrics, write_atomically
+
+GIB = 2**30
+PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory of this process so far, bytes: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux gives KiB
+
+
+def restart_peak(device: torch.device) -> int:
+    """The peak until now, bytes; from here on `peak_bytes` of a GPU is that of what follows (a CPU's is that of the
+    whole process, always).
+
+    What is dead goes back to the device: models are full of reference cycles and outlive their run, and blocks that
+    were split while a model was built do not fit a step's requests (65B, r = 64: 3.4 GiB more would be reserved).
+    """
+    peak = peak_bytes(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+class Metrics:
+    """Context manager that takes each step's values. Does nothing on ranks other than 0."""
+
+    def __init__(
+        self, run: RunDir, is_main: bool, num_steps: int, tensorboard: bool, stream: TextIO | None = None
+    ) -> None:
+        self._run = run
+        self._is_main = is_main
+        self._num_steps = num_steps
+        self._tensorboard = tensorboard
+        self._stream = stream if stream is not None else sys.stdout
+        self._is_terminal = self._stream.isatty()
+        self._file: TextIO | None = None
+        self._writer: Any = None
+        self._last_line = -1e9
+        self._seconds: list[float] = []
+
+    def start(self, step: int) -> None:
+        """Opens the files for a run that goes on after `step` updates: later lines of an earlier life are taken out,
+        so that every step stands in metrics.jsonl once."""
+        if not self._is_main:
+            return
+        kept = [line for line in read_metrics(self._run.metrics) if line["step"] <= step]
+        write_atomically(self._run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(self._run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._run.tensorboard), purge_step=step + 1)
+
+    def lacks_evaluation(self) -> bool:
+        """Whether the last line of metrics.jsonl has no held-out values. Rank 0 only."""
+        last = list(read_metrics(self._run.metrics))[-1:]
+        return bool(last) and "eval_loss" not in last[0]
+
+    def amend(self, values: dict[str, Any]) -> None:
+        """Adds held-out values to the last line of metrics.jsonl. Rank 0 only."""
+        assert self._file is not None, "start comes first"
+        lines = list(read_metrics(self._run.metrics))
+        lines[-1] |= values
+        self._file.close()
+        write_atomically(self._run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = open(self._run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
+        self.say(f"step {lines[-1]['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_line()
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def step(self, values: dict[str, Any]) -> None:
+        """One update's values, with held-out ones (`eval_...`) where it was evaluated; `step` counts from 1."""
+        if not self._is_main:
+            return
+        self._seconds.append(values["step_seconds"])
+        self._write(values)
+        self._progress(values)
+        if "eval_loss" in values:
+            self.say(f"step {values['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
+
+    def say(self, text: str) -> None:
+        """A line for the user, below the progress line."""
+        if self._is_main:
+            self._end_line()
+            print(text, file=self._stream, flush=True)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        assert self._file is not None, "start comes first"
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for key, value in values.items():
+                if key != "step":
+                    group = "eval" if key.startswith("eval_") else "train"
+                    self._writer.add_scalar(f"{group}/{key.removeprefix('eval_')}", value, values["step"])
+
+    def _progress(self, values: dict[str, Any]) -> None:
+        step, now = values["step"], time.monotonic()
+        is_edge = step == self._num_steps or len(self._seconds) == 1
+        if not self._is_terminal and not is_edge and now - self._last_line < PLAIN_SECONDS:
+            return
+        self._last_line = now
+        recent = self._seconds[-50:]
+        eta = sum(recent) / len(recent) * (self._num_steps - step)
+        text = (
+            f"step {step}/{self._num_steps}  loss {values['loss']:.4f}  grad {values['grad_norm']:.3g}  "
+            f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s  "
+            f"{values['peak_bytes'] / GIB:.2f} GiB  left {format_seconds(eta)}"
+        )
+        if self._is_terminal:
+            width = shutil.get_terminal_size().columns
+            print("\r" + text[: width - 1].ljust(width - 1), end="", file=self._stream, flush=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def _end_line(self) -> None:
+        if self._is_terminal and self._is_main and self._seconds:
+            print(file=self._stream)
+
+
+def format_evaluation(loss: float, perplexity: float) -> str:
+    """held-out loss 1.2345, perplexity 3.437"""
+    return f"held-out loss {loss:.4f}, perplexity {perplexity:.3f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def median_tokens_per_second(metrics: Path) -> float | None:
+    """Median over the recorded steps; None without steps."""
+    rates = sorted(line["tokens_per_second"] for line in read_metrics(metrics))
+    return rates[len(rates) // 2] if rates else None

@@ -1,0 +1,48 @@
+"""What decides a number besides the config: versions, commit, machine. Goes into every summary and result."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the machine's processor kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides the numbers."""
+    names = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
+    found = {name: metadata.version(name) for name in names}
+    return {"qlora_dist": __version__, "python": platform.python_version(), **found}
+
+
+def commit() -> str | None:
+    """Commit of the package's checkout, with `-dirty` when files differ from it; None outside a checkout."""
+    folder = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", str(folder.parent)) else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def code_digest() -> str:
+    """SHA-256 over the package's source files as they lie on this host, 12 digits: differs where the code differs."""
+    folder = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

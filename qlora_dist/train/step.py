@@ -1,0 +1,133 @@
+"""One optimizer update."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from ..cluster.world import World
+from ..data.loader import StepRows
+from ..data.packing import Batch
+from ..errors import RunFailed
+from ..model import gathered_head, hidden_states
+from ..model.loss import OutputHead, nll_sum
+from ..optim import Update
+from .run_dir import StepStats
+
+
+@dataclass
+class Learner:
+    """The model and what trains it, on this rank."""
+
+    model: torch.nn.Module
+    head: OutputHead
+    update: Update
+    compute_dtype: torch.dtype
+    computing: Callable[[], AbstractContextManager[object]]  # around every forward pass: autocast, offload, or nothing
+    num_base_parameters: int
+    num_trainable_parameters: int
+    base_checksum: str | None = None  # of this rank's base as it was loaded; None: the base is what is trained
+    build_peak_bytes: int = 0  # what making all this took at most on this rank
+
+    def nll_sum(self, batch: Batch) -> torch.Tensor:
+        """() sum of the batch's label NLL."""
+        with self.computing():
+            hidden = hidden_states(self.model, batch)
+            return nll_sum(hidden.to(self.compute_dtype), gathered_head(self.head), batch.label_positions, batch.labels)
+
+
+def train_step(
+    world: World,
+    learner: Learner,
+    rows: StepRows,
+    *,
+    step: int,  # 0-based
+    seed: int,
+    lr: float,
+    stop_requested: bool,
+) -> StepStats:
+    """One update. Loss = (sum of label NLL) / (number of labels), both over the whole global step.
+
+    A mean of micro-batch means would weight tokens unequally and depend on the number of ranks. Raises RunFailed on all
+    ranks, before the update, when a loss or gradient of any rank is not finite.
+    """
+    learner.update.zero_grad()
+    losses: list[torch.Tensor] = []
+    for index, batch in enumerate(rows.microbatches):
+        torch.manual_seed(_dropout_seed(seed, step, batch.row_indices[0]))
+        is_last = index == len(rows.microbatches) - 1
+        nll = learner.update.accumulate(partial(learner.nll_sum, batch.to(world.device)), is_last)
+        losses.append(nll.double())
+
+    nll = torch.stack(losses).sum()
+    own_labels = sum(batch.num_labels for batch in rows.microbatches)
+    # filled on the device: numbers copied from the host would be a second host sync
+    total = world.sum(torch.stack([nll, nll.new_full((), stop_requested), nll.new_full((), own_labels)]))
+    num_labels = max(rows.num_labels, 1)
+    # the one host sync of a step: the summed gradients are equal on all ranks, so all decide alike
+    with world.waiting():
+        nll_total, stops, trained, grad_norm = torch.cat([total, learner.update.grad_norm().double()[None]]).tolist()
+    if trained != rows.num_labels or not trained:
+        raise RunFailed(
+            f"step {step + 1}: {trained:.0f} labels were computed over all ranks, its rows have {rows.num_labels:,}: "
+            "rows were lost, doubled or have no label. Stopped before the update; earlier checkpoints are good"
+        )
+    grad_norm /= num_labels
+    if not (math.isfinite(nll_total) and math.isfinite(grad_norm)):
+        raise RunFailed(
+            _explain_non_finite(world, learner.update, rows, losses, step, nll_total / num_labels, grad_norm)
+        )
+
+    learner.update.step(lr, num_labels, grad_norm)
+    return StepStats(nll_total / num_labels, grad_norm, rows.num_labels, rows.num_tokens, stops > 0)
+
+
+def try_batch(world: World, learner: Learner, batch: Batch, later_bytes: int) -> None:
+    """Forward and backward of one micro-batch, down to the first trained weight. Leaves no gradient and no trace.
+
+    All ranks call it together. `later_bytes` of device memory are held meanwhile: what the first update will add
+    (optimizer states). Raises torch.OutOfMemoryError where it does not fit.
+    """
+    first = next(parameter for parameter in learner.model.parameters() if parameter.requires_grad)
+    devices = [world.device] if world.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        held = torch.empty(later_bytes if devices else 0, dtype=torch.uint8, device=world.device)
+        # not `backward`: no weight's gradient is written, so no strategy's hook sees this pass
+        learner.update.run(lambda: torch.autograd.grad(learner.nll_sum(batch.to(world.device)), first))
+        del held
+
+
+def _dropout_seed(seed: int, step: int, row: int) -> int:
+    """Dropout depends on what is trained, not on who trains it: resumed, or on other ranks, a run drops the same."""
+    return int(np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _explain_non_finite(
+    world: World, update: Update, rows: StepRows, losses: list[torch.Tensor], step: int, loss: float, grad_norm: float
+) -> str:
+    """Says on all ranks which rank's rows gave the bad value. Called by all ranks together."""
+    bad = [row for batch, value in zip(rows.microbatches, losses) if not value.isfinite() for row in batch.row_indices]
+    if bad:
+        own = f"loss of rows {bad}"
+    elif not update.own_gradients_are_finite():
+        own = f"gradient of rows {[row for batch in rows.microbatches for row in batch.row_indices]}"
+    else:
+        own = None
+    found = [
+        f"rank {rank} ({host}): {what}"
+        for rank, (host, what) in enumerate(world.gather((socket.gethostname(), own)))
+        if what is not None
+    ]
+    where = "; ".join(found) if found else f"the sum over ranks, of rows {list(rows.row_indices)}"
+    return (
+        f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: not finite in {where}. All ranks stopped before the "
+        "update; earlier checkpoints are good. Look at these rows (qlora-dist data CONFIG), lower optim.lr, or resume "
+        "from an earlier checkpoint"
+    )

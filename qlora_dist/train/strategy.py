@@ -1,0 +1,113 @@
+"""The strategy of a run: config -> what turns gradients into an update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..cluster.world import World
+from ..config import RunConfig
+from ..data.loader import derive_accumulation
+from ..errors import UserError
+from ..model.lora import trainable_parameters
+from ..optim import Update
+from ..optim.adamw import build_optimizer, decays
+from ..optim.deepspeed_config import REPLICATES, STAGES, check_pairs, fill_ds_config, find_ds_config
+from ..optim.flat import FlatParameters, ParameterGroups
+from ..optim.replicated import ReplicatedUpdate
+from ..optim.zero import ZeroUpdate, require_deepspeed
+from ..optim.zero3 import Zero3Update
+
+
+def describe_strategy(config: RunConfig, num_ranks: int) -> str:
+    """What each rank replicates, shards, and keeps in host memory."""
+    if config.strategy.name != "fsdp":
+        return REPLICATES[config.strategy.name]
+    where = " in host memory" if config.strategy.offload else ""
+    return (
+        f"every rank holds 1/{num_ranks} of the base's matrices and constants{where}, and whole norms and adapters; "
+        "a layer is gathered when it runs"
+    )
+
+
+def check_update(config: RunConfig, world: World) -> None:
+    """Before data or weights are read: the strategy fits the optimizer and the base, and its file says nothing else.
+
+    Raises UserError.
+    """
+    _check_fsdp(config)
+    if config.strategy.name in STAGES:
+        check_pairs(
+            config.strategy.name,
+            optimizer=config.optim.name,
+            quantization=config.model.quantization,
+            recompute=config.memory.recompute,
+            variant=None if config.lora is None else config.lora.variant,
+        )
+        _ds_config(config, world)
+        require_deepspeed()
+    elif config.strategy.ds_config is not None:
+        raise UserError(
+            f"strategy.ds_config is {config.strategy.ds_config}, but strategy.name {config.strategy.name} does not use "
+            f"DeepSpeed; set strategy.name to one of {', '.join(STAGES)}, or remove ds_config"
+        )
+
+
+def _check_fsdp(config: RunConfig) -> None:
+    """What fsdp cannot do, with what can."""
+    strategy = config.strategy
+    if strategy.offload and strategy.name != "fsdp":
+        raise UserError(f"strategy.offload is true, which only strategy fsdp does; strategy.name is {strategy.name}")
+    if strategy.name != "fsdp":
+        return
+    if config.lora is None:
+        raise UserError("strategy fsdp shares a frozen base; full fine-tuning has none: use strategy ddp")
+    if config.model.quantization == "int8":
+        raise UserError("strategy fsdp cannot cut int8 weights; use quantization nf4, fp4 or none, or strategy ddp")
+    if config.lora.variant == "dora":
+        raise UserError("lora.variant dora needs whole weights outside of a layer's run; use lora, or strategy ddp")
+
+
+def load_device(config: RunConfig, world: World) -> torch.device:
+    """Where the base is read to: host memory where DeepSpeed then moves a part of each weight to the device.
+
+    Not so a quantized base: bitsandbytes quantizes on the device, and its constants stay where they were made.
+    """
+    is_cut = config.strategy.name == "zero3" and config.model.quantization == "none"
+    return torch.device("cpu") if is_cut else world.device
+
+
+def build_update(config: RunConfig, world: World, model: torch.nn.Module, head_weight: torch.Tensor) -> Update:
+    """Takes charge of the model's trainable weights, which are on their device and stay there."""
+    parameters = trainable_parameters(model)
+    is_zero = config.strategy.name in STAGES
+    groups = ParameterGroups(parameters, decays) if is_zero else FlatParameters(parameters, decays)
+    if is_zero and (experts := [name for name in parameters if "expert" in name]):
+        raise UserError(
+            f"strategy.name {config.strategy.name} cannot train the experts of a mixture ({experts[0]}, ...): "
+            "DeepSpeed sums gradients in the order in which they come, and a rank whose tokens go to others has none; "
+            "leave them out of lora.target_modules, or set strategy.name=ddp"
+        )
+    optim = config.optim
+    optimizer = build_optimizer(
+        groups, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
+    )
+    if isinstance(groups, FlatParameters):
+        return ReplicatedUpdate(world, groups, optimizer, optim.max_grad_norm)
+    ds_config = _ds_config(config, world)
+    if STAGES[config.strategy.name] == 3:
+        return Zero3Update(world, groups, optimizer, ds_config, model, head_weight)
+    return ZeroUpdate(world, groups, optimizer, ds_config)
+
+
+def _ds_config(config: RunConfig, world: World) -> dict[str, Any]:
+    batch, strategy = config.batch, config.strategy
+    return fill_ds_config(
+        find_ds_config(strategy.name, strategy.ds_config),
+        strategy=strategy.name,
+        rows_per_step=batch.rows_per_step,
+        micro_rows=batch.settled_rows,
+        accumulation=derive_accumulation(batch.rows_per_step, batch.settled_rows, world.size),
+        max_grad_norm=config.optim.max_grad_norm,
+    )

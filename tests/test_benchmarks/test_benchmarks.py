@@ -1,0 +1,350 @@
+"""The benchmark suite run small: cells in turns, peers of the same work, failures alone, origins, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cells, dataset, figures, inputs, profiling, provenance, report, throughput, work, worker
+from benchmarks.cells import Cell, Group, Preset
+from benchmarks.conductor import Conductor
+from benchmarks.shapes import SHAPES, shape_of
+from qlora_dist.config import SourceConfig
+from qlora_dist.data.documents import build_documents
+from qlora_dist.data.loader import Loader
+from qlora_dist.data.packing import pack_best_fit
+from qlora_dist.errors import UserError
+from qlora_dist.model import load_tokenizer
+from qlora_dist.train.checks import check_ends_are_learned
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A real small run: two methods of this package and a stock Trainer, in turns."""
+    out = tmp_path_factory.mktemp("results") / "cpu"
+    scratch = tmp_path_factory.mktemp("scratch")
+    results = throughput.run(
+        cells.tiny(), out, command="python -m benchmarks.throughput --preset tiny", scratch=scratch
+    )
+    return {result["name"]: result for result in results}, out, scratch
+
+
+def by_engine(measured, engine, method="nf4-dq"):
+    found = [r for r in measured[0].values() if r["cell"]["engine"] == engine and r["cell"]["method"] == method]
+    assert len(found) == 1
+    return found[0]
+
+
+# --- a real run -------------------------------------------------------------------------------------------------------
+
+
+def test_every_cell_gives_all_its_samples_and_figures(measured):
+    for result in measured[0].values():
+        assert result["status"] == "ok", result["reason"]
+        assert len(result["samples"]) >= 20
+        values = result["figures"]["tokens_per_second"]
+        assert 0 < values["least"] <= values["quartile_low"] <= values["median"] <= values["quartile_high"]
+        assert result["figures"]["label_tokens_per_second"]["median"] < values["median"]
+        assert result["memory"]["steps_peak_rss_bytes"] > result["memory"]["peak_bytes"] > 0
+        assert result["startup_seconds"] > 0
+        # random weights with small outputs: the loss of a uniform guess, ln 512
+        assert result["first_loss"] == pytest.approx(math.log(512), abs=0.15)
+        parts = sum(result["phases"][name] for name in ("data", "forward", "backward", "communication", "optimizer"))
+        assert parts + result["phases"]["other"] == pytest.approx(result["phases"]["total"], rel=0.05)
+        assert result["phases"]["forward"] > 0 and result["phases"]["backward"] > 0
+
+
+def test_a_stock_trainer_does_the_same_work_from_the_same_weights_and_tokens(measured):
+    ours, theirs = by_engine(measured, "ours"), by_engine(measured, "trainer")
+    assert theirs["same_work"]["reference"] == ours["name"]
+    assert theirs["same_work"]["gradient_cosine"] > work.SAME_COSINE
+    assert theirs["same_work"]["is_same"]
+    assert theirs["first_loss"] == pytest.approx(ours["first_loss"], rel=1e-3)  # bf16 logits there, fp32 sums here
+    assert [s["tokens"] for s in theirs["samples"]] == [s["tokens"] for s in ours["samples"]]
+    assert [s["labels"] for s in theirs["samples"]] == [s["labels"] for s in ours["samples"]]
+    assert theirs["items"]["base"] == ours["items"]["base"]
+
+
+def test_four_bit_weights_take_less_than_sixteen_bit_ones_by_what_they_must(measured):
+    shape = SHAPES["tiny"]
+    linear = shape.linear_parameters - shape.vocabulary * shape.hidden
+    saved = by_engine(measured, "ours", "lora-bf16")["items"]["base"] - by_engine(measured, "ours")["items"]["base"]
+    # 2 bytes less half a byte and one byte of constant for 64 weights; each of 14 matrices keeps tables of 16 and 256
+    # fp32 codes, and a few bytes more
+    assert saved == pytest.approx(linear * (2 - 0.5 - 1 / 64) - 14 * (64 + 1024), rel=0.001)
+
+
+def test_every_raw_file_says_where_it_comes_from(measured):
+    files = list(measured[1].glob("*.json"))
+    assert len(files) == 3
+    for path in files:
+        origin = json.loads(path.read_text())["provenance"]
+        assert all(name in origin for name in provenance.FIELDS)
+        assert origin["code_hash"] == provenance.code_hash()
+        # a CUDA build's own version has its variant, 2.11.0+cu130; the package's metadata do not
+        assert origin["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+        assert origin["commit_source"] == "git"
+        assert origin["hardware"]["num_cpus"] >= 1
+
+
+def test_the_speed_of_nf4_against_sixteen_bits_is_about_what_was_recorded(measured):
+    """A ratio, not seconds: the same on a fast and a slow machine. The band is wide: both step in turns, but tiny
+    steps on a busy machine scatter by half."""
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "ratios.json").read_text())
+    for name, ratio in figures.ratios(list(measured[0].values())).items():
+        assert recorded[name] / 3 < ratio < recorded[name] * 3, name
+
+
+def test_a_run_that_goes_on_keeps_what_this_code_has_measured(measured, tmp_path):
+    results, out, _ = measured
+    shutil.copytree(out, tmp_path / "out")
+    one = Cell(**by_engine(measured, "ours")["cell"])
+    preset = Preset((Group((one,), in_turns=False),), 1, 1, 1, 0, 0.01)  # a new measurement would run out of time
+    again = throughput.run(preset, tmp_path / "out", command="", scratch=tmp_path / "scratch", resume=True)
+    assert again[0]["samples"] == results[one.name]["samples"]
+
+
+# --- cells that fail --------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_that_does_not_fit_or_takes_too_long_says_so_and_leaves_the_others_alone(measured, tmp_path):
+    scratch = measured[2]
+    ours = Cell("ours", "nf4-dq", "tiny", 64, rank=4, data="drawn", threads=1)
+    capped = dataclasses.replace(ours, cap_gib=0.001)
+    absent = Cell("unsloth", "nf4-dq", "tiny", 64, variant="best", data="drawn")
+    preset = Preset((Group((capped, absent), in_turns=False),), 1, 2, 1, 0, 240)
+    out_of_memory, missing = throughput.run(preset, tmp_path, command="", scratch=scratch)
+    assert out_of_memory["status"] == "oom", out_of_memory["reason"]
+    assert "OOM at 0." in figures.one_line(out_of_memory) and "plan said" in figures.one_line(out_of_memory)
+    if not torch.cuda.is_available():
+        assert missing["status"] == "missing"
+    hasty = Preset((Group((ours,), in_turns=True),), 1, 2, 1, 0, 0.3)
+    (late,) = throughput.run(hasty, tmp_path, command="", scratch=scratch)
+    assert late["status"] == "timeout"
+    assert {path.stem for path in tmp_path.glob("*.json")} == {capped.name, absent.name, ours.name}
+
+
+def test_a_cell_that_fails_keeps_its_reason(tmp_path):
+    spec = {"cell": Cell("ours", "nf4-dq", "tiny", 64).as_dict(), "out": str(tmp_path / "result.json")}
+    spec |= {"model": str(tmp_path / "nothing"), "data": str(tmp_path), "scratch": str(tmp_path)}
+    result = worker.measure(spec | {"warmup_steps": 1, "steps": 1, "instrumented_steps": 0}, None, None)
+    assert result["status"] == "failed" and "no such folder" in result["reason"]
+
+
+def test_other_gradients_or_another_loss_are_not_the_same_work():
+    gradients = {"a": torch.randn(100, generator=torch.Generator().manual_seed(0))}
+    one = {"name": "one", "first_loss": 2.0}
+
+    def verdict(loss, other):
+        return work.compare(one, {"first_loss": loss}, gradients, other)["is_same"]
+
+    assert verdict(2.0, gradients)
+    assert verdict(2.001, {"a": gradients["a"] * 3})  # a scale does not matter: clipping differs
+    assert not verdict(2.2, gradients)
+    assert not verdict(2.0, {"a": gradients["a"] + 0.2 * torch.randn(100, generator=torch.Generator().manual_seed(1))})
+    assert not verdict(2.0, {"b": gradients["a"]})
+    assert verdict(2.0, {}) is None  # nothing to compare with
+
+
+def test_numbers_of_changed_files_are_refused(tmp_path):
+    """In a checkout of its own: clean is accepted, a changed source is not, a changed result is."""
+    for name in ("benchmarks", "qlora_dist"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", "-C", str(tmp_path)]
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *arguments], check=True, capture_output=True, timeout=60)
+    script = (
+        "from pathlib import Path\nfrom benchmarks import provenance as p\n"
+        "p.require_clean(False); print(p.commit())\n"
+        "Path('benchmarks/results/new.json').write_text('{}'); p.require_clean(False)\n"
+        "before = p.code_hash(); Path('qlora_dist/extra.py').write_text('x = 1'); assert p.code_hash() != before\n"
+        "try: p.require_clean(False)\nexcept Exception as error: print(error)\n"
+        "p.require_clean(True); print(p.commit())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    clean, refused, marked = done.stdout.splitlines()
+    assert len(clean) == 40
+    assert refused.startswith("files differ from commit") and "--allow-dirty" in refused
+    assert marked == f"{clean}-dirty"
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_traces_each_row_and_opens_in_a_browser_without_network(measured, tmp_path):
+    results = tmp_path / "benchmarks" / "results"
+    shutil.copytree(measured[1], results / "cpu")
+    parts = report.build(results)
+    text, page = report.to_markdown(parts), report.to_html(parts)
+    for name, result in measured[0].items():
+        assert f"(results/cpu/{name}.json)" in text
+        assert f"{result['figures']['tokens_per_second']['median']:,.0f}"[:2] in text
+    assert "same |" in text and "<svg" in page and "<script" not in page
+    outside = [part for part in page.split('"') if part.startswith(("http:", "https:", "//"))]
+    assert set(outside) <= {"http://www.w3.org/2000/svg"}  # the name of a format; nothing is loaded
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium: the page was checked as text only (apt-get install chromium)")
+    file = tmp_path / "results.html"
+    file.write_text(page)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    done = subprocess.run(
+        [browser, *options, "--dump-dom", f"file://{file}"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr  # how chromium reports a page's errors
+    assert done.stdout.count("<svg") == page.count("<svg") and done.stdout.count("</table>") == page.count("</table>")
+
+
+def test_a_number_without_its_origin_is_not_reported(measured, tmp_path):
+    shutil.copytree(measured[1], tmp_path / "results" / "cpu")
+    path = next((tmp_path / "results" / "cpu").glob("*.json"))
+    content = json.loads(path.read_text())
+    del content["provenance"]["commit"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{path.name}: no commit; a number without its origin is not reported"):
+        report.build(tmp_path / "results")
+
+
+def test_the_committed_report_is_made_from_the_committed_raw_files():
+    parts = report.build(ROOT / "benchmarks" / "results")
+    assert (ROOT / "benchmarks" / "RESULTS.md").read_text() == report.to_markdown(parts)
+    assert (ROOT / "benchmarks" / "results.html").read_text() == report.to_html(parts)
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_peers_are_given_the_documents_of_our_steps(measured):
+    scratch = measured[2]
+    cell = Cell("trainer", "nf4-dq", "tiny", 64, rows_per_step=4, micro_rows=2, variant="best", data="drawn", rank=4)
+    spec = inputs.prepare(cell, scratch, 3)
+    lengths = torch.tensor([len(d["input_ids"]) for d in work.read_documents(Path(spec["data"]))]).numpy()
+    rows = pack_best_fit(lengths.astype("int32"), 64, 0)
+
+    class Lengths:
+        num_labels = lengths.astype("int32")
+
+        def __len__(self):
+            return len(lengths)
+
+    documents = Lengths()
+    documents.lengths = lengths.astype("int32")
+    loader = Loader(documents, rows, rows_per_step=4, micro_rows=2, rank=0, world_size=1, seed=0)
+    for step, groups in enumerate(spec["document_steps"]):
+        expected = sorted(d for row in loader.rows_of_step(step).tolist() for d in rows[row].documents)
+        assert len(groups) == 2 and sorted(d for group in groups for d in group) == expected
+
+
+def test_a_conductor_takes_warm_up_timed_and_instrumented_steps_in_this_order():
+    conductor = Conductor(CPU, warmup_steps=2, steps=3, instrumented_steps=2)
+    conductor.start()
+    going, count, instrumented = True, 0, []
+    while going:
+        with conductor.phase("forward"):
+            instrumented.append(conductor.is_instrumented)
+        count += 1
+        going = conductor.step_done(10, 5)
+    assert count == 7 and instrumented == [False] * 5 + [True] * 2
+    assert [sample["tokens"] for sample in conductor.samples] == [10] * 3
+    assert conductor.split()["total"] >= conductor.split()["forward"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("7b", 6.48), ("8b", 6.98), ("13b", 12.69), ("65b", 64.76), ("70b", 68.45)]
+)
+def test_shapes_have_the_linear_weights_of_the_models_they_are_named_after(name, billions):
+    shape = SHAPES[name]
+    linear = shape.linear_parameters - shape.vocabulary * shape.hidden
+    assert linear / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_flops_are_four_a_weight_with_adapters_and_six_without():
+    shape = shape_of("8b")
+    assert shape.model_flops([1], is_full=False) / shape.linear_parameters == pytest.approx(4, rel=1e-3)
+    assert shape.model_flops([1], is_full=True) / shape.linear_parameters == pytest.approx(6, rel=1e-3)
+    # 32 layers of 4096 and 2048 tokens: the attention of a document adds 3 x 4 x 4096 x 1024 a token and layer
+    added = shape.model_flops([2048], is_full=False) / 2048 - 4 * shape.linear_parameters
+    assert added == pytest.approx(32 * 3 * 4 * 4096 * 1024, rel=1e-2)
+
+
+def test_every_cell_of_every_preset_has_a_name_of_its_own():
+    for preset in (cells.tiny(), cells.cpu(), cells.cpu_all(), cells.gpu("8b", 8), cells.gpu("65b"), cells.peaks(),
+                   cells.scaling("8b", None, (1, 2, 4), ("ddp",))):  # fmt: skip
+        names = [cell.name for group in preset.groups for cell in group.cells]
+        assert len(set(names)) == len({cell for group in preset.groups for cell in group.cells})
+        assert preset.steps >= 20 or preset == cells.peaks()
+
+
+def test_a_cell_of_two_groups_is_measured_once(tmp_path, monkeypatch):
+    started = []
+
+    def one_by_one(run, group):
+        for cell in group.cells:
+            started.append(cell.name)
+            yield throughput._without_result(cell, "failed", "a test")
+
+    monkeypatch.setattr(throughput.Run, "_one_by_one", one_by_one)
+    preset = cells.gpu("8b", 8)
+    names = [cell.name for group in preset.groups for cell in group.cells]
+    assert len(names) > len(set(names)), "no cell is in two groups: this shows nothing"
+    results = throughput.run(preset, tmp_path / "out", command="a test", scratch=tmp_path / "scratch")
+    assert sorted(started) == sorted(set(names))
+    assert {result["name"] for result in results} == set(names)
+
+
+def test_presets_for_lent_minutes_are_few_steps_in_order_of_value():
+    fair, depth = cells.fair("8b", 8), cells.depth()
+    kinds = [(cell.engine, cell.variant, cell.recompute) for group in fair.groups for cell in group.cells]
+    assert kinds[:3] == [("gemm", "", "full"), ("ours", "", "none"), ("ours", "", "full")]
+    assert kinds[3:6] == [("trl", "best", "none"), ("trl", "best", "full"), ("trainer", "best", "none")]
+    assert kinds[6:] == [("trl", "default", "full")]
+    for preset in (fair, depth):
+        assert (preset.warmup_steps, preset.steps, preset.instrumented_steps) == (3, 12, 2)
+        packed = [cell for group in preset.groups for cell in group.cells]
+        assert all(cell.data == "full" and cell.row_tokens == 2048 for cell in packed)
+    assert all(cell.layers is None for group in depth.groups for cell in group.cells)
+
+
+def test_profiled_steps_come_last_and_leave_a_table_of_operators():
+    conductor = Conductor(CPU, warmup_steps=1, steps=2, instrumented_steps=1, profile_steps=2)
+    conductor.start()
+    going, count = True, 0
+    while going:
+        with conductor.phase("forward"):
+            torch.ones(64, 64) @ torch.ones(64, 64)
+        count += 1
+        going = conductor.step_done(10, 5)
+    assert count == 1 + 2 + 1 + profiling.WARMUP_STEPS + 2
+    assert len(conductor.samples) == 2 and len(conductor.phases) == 1
+    table = conductor.profile
+    products = [row for row in table["kernels"] if row["name"] == "aten::mm"]
+    assert products and products[0]["calls_per_step"] == 1.0
+    assert 0 < table["kernel_microseconds_per_step"] <= table["wall_microseconds_per_step"] * 1.05
+
+
+@pytest.mark.parametrize("kind", ["drawn", "full"])
+def test_drawn_documents_are_data_that_a_trainer_accepts(kind, tmp_path):
+    """A vocabulary so large that no end token comes by chance, as it does with a tiny one."""
+    dataset.write_tokenizer(tmp_path, 128256)
+    dataset.write_dataset(tmp_path / "data", tmp_path, kind=kind, row_tokens=64, vocabulary=128256)
+    source = SourceConfig(path=str(tmp_path / "data" / "tokens.jsonl"), format="tokens")
+    tokenizer = load_tokenizer(str(tmp_path))
+    documents = build_documents([source], tokenizer, row_tokens=64, cache_dir=tmp_path / "cache", num_workers=1)
+    check_ends_are_learned(documents, tokenizer)
+    assert len(documents) >= 512

@@ -1,0 +1,154 @@
+"""Ranks agree, fail together, and sum gradients the same way every time."""
+
+from __future__ import annotations
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.ranks import on_ranks, outcome
+
+from qlora_dist.cluster.stop_signal import StopSignal
+from qlora_dist.cluster.world import World, own_device
+from qlora_dist.errors import RunFailed, UserError
+
+
+def test_one_process_is_a_world_of_one():
+    world = World.init()
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    assert world.sum(torch.tensor([2.0])).item() == 2.0
+    assert world.any(False) is False and world.any(True) is True
+    assert world.gather("x") == ["x"]
+    assert world.from_main(lambda: 5) == 5
+    with world.local_main_first("nothing"):
+        pass
+
+
+def test_a_cuda_device_always_has_its_index(monkeypatch):
+    """Without a launcher Accelerate gives `cuda`, which is no tensor's device and which set_device refuses."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert own_device(torch.device("cuda")) == torch.device("cuda", 0)
+    assert own_device(torch.device("cuda", 3)) == torch.device("cuda", 3)
+    assert own_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert own_device() == torch.device("cuda", 0)
+    accelerator = SimpleNamespace(process_index=0, num_processes=1, local_process_index=0, device=torch.device("cuda"))
+    assert World(accelerator, (), StopSignal(), 1.0).device == torch.device("cuda", 0)
+
+
+def _collectives():
+    world = World.init()
+    rank = world.rank
+    return {
+        "sum": world.sum(torch.tensor([rank + 1.0])).item(),
+        "max": world.max(rank),
+        "any": world.any(rank == 1),
+        "gather": world.gather({"rank": rank}),
+        "from_main": world.from_main(lambda: f"of {rank}"),
+        "user": outcome(world.from_main, _raise_user),
+        "bug": outcome(world.from_main, _raise_bug),
+        "differs": outcome(world.require_equal, str(rank == 2), "the answer"),
+        "same": outcome(world.require_equal, "x", "the answer"),
+    }
+
+
+def _raise_user():
+    raise UserError("wrong file")
+
+
+def _raise_bug():
+    raise KeyError("k")
+
+
+def test_collectives_agree_and_failures_of_rank_0_reach_all():
+    results = on_ranks(_collectives, 3)
+    for rank, result in enumerate(results):
+        assert result["sum"] == 6.0 and result["max"] == 2 and result["any"] is True
+        assert result["gather"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+        assert result["from_main"] == "of 0"
+        assert result["user"] == ("UserError", "wrong file")
+        assert result["bug"][0] == ("KeyError" if rank == 0 else "RunFailed")
+        assert (
+            result["differs"][0] == "RunFailed"
+            and "the answer differs between rank 0 and rank 2 (" in result["differs"][1]
+        )
+        assert result["same"] == ("", "")
+
+
+def _first_builds(fails):
+    world = World.init()
+    times = []
+
+    def run():
+        with world.local_main_first("building"):
+            if world.rank == 0:
+                time.sleep(0.5)
+                if fails:
+                    raise UserError("line 3 is broken")
+            times.append(time.time())
+        world.gather(None)  # rank 0 holds the store: it must not end before the others have read it
+
+    return outcome(run), times
+
+
+def test_the_first_rank_of_a_node_builds_before_the_others():
+    (_, first), (_, second) = on_ranks(_first_builds, 2, False)
+    assert first[0] < second[0]
+
+
+def test_when_the_builder_fails_the_others_fail_at_once_for_the_same_reason():
+    results = on_ranks(_first_builds, 2, True)
+    assert results[0][0] == ("UserError", "line 3 is broken")
+    assert results[1][0] == ("UserError", "building: rank 0 of this node failed: line 3 is broken")
+
+
+def _reduce(shuffled):
+    """Gradients that differ by rank, in an order of parameters that differs by rank; one rank lacks one."""
+    from qlora_dist.optim import reducer
+    from qlora_dist.optim.flat import FlatParameters
+
+    reducer.BUCKET_BYTES = 4096  # several buckets
+    world = World.init()
+    parameters = {f"p{i}": torch.nn.Parameter(torch.ones(300 + i)) for i in range(8)}
+    flat = FlatParameters(parameters, lambda _: False)
+    world.prepare(flat.grads, [group.spans() for group in flat.groups])
+    order = list(parameters.values())
+    if shuffled and world.rank == 1:
+        order = order[::-1]
+    with world.accumulate(is_last=False):
+        world.backward(sum(p.sum() for p in order))
+    with world.accumulate(is_last=True):
+        used = order[1:] if world.rank == 2 else order
+        loss = torch.zeros(())
+        for i, p in enumerate(used):
+            loss = loss + (p * float(world.rank + 1) * (i + 1 if not shuffled else 1)).sum()
+        world.backward(loss)
+    return {name: p.grad[0].item() for name, p in parameters.items()}, flat.grads[0].numel() * 4 // 4096
+
+
+def test_gradients_are_summed_whatever_their_order_and_though_one_is_missing():
+    results = on_ranks(_reduce, 3, True)
+    grads, num_buckets = results[0]
+    assert num_buckets >= 2, "one bucket would show nothing"
+    # 3 ranks x 1 from the first micro-step, then 1 + 2 + 3; rank 2 gave nothing to p0 in the second
+    assert grads == {"p0": 3 + 1 + 2.0, **{f"p{i}": 9.0 for i in range(1, 8)}}
+    assert all(result[0] == grads for result in results)
+
+
+def test_more_processes_than_gpus_is_explained(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setitem(os.environ, "LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=r"local rank 1 was started but only 1 GPUs are visible"):
+        World.init()
+
+
+def test_an_unknown_tracker_is_explained():
+    with pytest.raises(UserError, match=r"logging.trackers \['carrier_pigeon'\]"):
+        World.init(trackers=["carrier_pigeon"])
+
+
+def test_errors_carry_their_exit_codes():
+    assert (UserError.exit_code, RunFailed.exit_code) == (2, 1)

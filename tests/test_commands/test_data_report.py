@@ -1,0 +1,170 @@
+"""`qlora-dist data` shows what would be learned, and warns of what usually is a mistake."""
+
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import pytest
+from helpers.tiny_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
+from rich.console import Console
+
+from qlora_dist.commands.data_report import audit, print_audit, run_data_command, sample_of, write_html
+from qlora_dist.config import SourceConfig, parse_config
+from qlora_dist.data.documents import build_documents
+from qlora_dist.data.packing import pack_best_fit
+
+ROWS = [{"instruction": f"Say {i}", "output": f"The number {i}."} for i in range(30)]
+
+
+def audit_of(tmp_path, rows, tokenizer=None, trained_on=None, show=2, **options):
+    tokenizer = tokenizer or byte_level_tokenizer()
+    path = tmp_path / "data.jsonl"
+    path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+    options = {"row_tokens": 256, "cache_dir": tmp_path / "cache", "on_bad": "skip", **options}
+    documents = build_documents([SourceConfig(path=str(path))], tokenizer, **options)
+    rows = pack_best_fit(documents.lengths, options["row_tokens"], 0)
+    template = options.get("template", "auto")
+    return documents, audit(documents, rows, tokenizer, template=template, show=show, trained_on=trained_on)
+
+
+def test_good_data_give_no_warning(tmp_path):
+    documents, result = audit_of(tmp_path, ROWS)
+    assert result.warnings == []
+    assert sum(count for _, _, count in result.histogram) == 30
+    assert result.num_rows < 30 and 0 < result.full_share < result.padded_share <= 1
+    assert result.packed_share == documents.lengths.sum() / (result.num_rows * 256)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "warning"),
+    [
+        ([*ROWS, {"instruction": 1}], {}, r"1 of 31 records cannot be used; the first: .*line 31: field instruction"),
+        ([*ROWS, {"instruction": "a", "output": "b " * 300}], {}, "1 conversations are cut to data.row_tokens"),
+        ([*ROWS, {"instruction": "b " * 300, "output": "b"}], {}, "1 examples are dropped"),
+        (ROWS + ROWS[:3], {}, "3 examples are repetitions"),
+        ([*ROWS, {"instruction": "a", "output": " "}], {}, "1 examples have an empty answer"),
+        ([*ROWS, {"instruction": "<|im_end|>", "output": "b"}], {}, "1 conversations spell a special token"),
+        ([*ROWS, {"instruction": "caf�", "output": "b"}], {}, "1 examples hold U\\+FFFD"),
+        ([{"instruction": "a " * 200, "output": "b"}], {"row_tokens": 512}, r"only 0\.\d% of the tokens are labels"),
+        ([{"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}, *ROWS], {}, "30 of 31 records cannot be used"),
+        (ROWS, {"template": "chatml"}, r"answers end with <\|im_end\|>, but the tokenizer's EOS is <\|endoftext\|>"),
+        (
+            ROWS,
+            {"template": "chatml", "tokenizer": sentencepiece_tokenizer},
+            r"30 of 30 examples looked at do not end in a special token",
+        ),
+        (
+            ROWS,
+            {"template": "llama3", "tokenizer": sentencepiece_tokenizer},
+            r"made for a base that has <\|start_header_id\|>.* as single tokens; this one spells",
+        ),
+    ],
+)
+def test_usual_mistakes_are_warned_of(tmp_path, rows, options, warning):
+    options = dict(options)
+    tokenizer = options.pop("tokenizer", byte_level_tokenizer)()
+    _, result = audit_of(tmp_path, rows, tokenizer, **options)
+    assert any(re.search(warning, text) for text in result.warnings), result.warnings
+
+
+def test_lines_in_another_encoding_are_warned_of(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    good = "".join(json.dumps(row) + "\n" for row in ROWS)
+    path.write_bytes(good.encode() + '{"instruction": "café", "output": "x"}\n'.encode("latin1"))
+    tokenizer = byte_level_tokenizer()
+    documents = build_documents(
+        [SourceConfig(path=str(path))], tokenizer, row_tokens=256, cache_dir=tmp_path / "c", on_bad="skip"
+    )
+    result = audit(documents, pack_best_fit(documents.lengths, 256, 0), tokenizer)
+    assert re.search("line 31: not UTF-8", result.warnings[0])
+
+
+def test_evaluated_examples_that_are_trained_on_are_warned_of(tmp_path):
+    trained, _ = audit_of(tmp_path, ROWS)
+    (tmp_path / "held").mkdir()
+    _, result = audit_of(tmp_path / "held", [*ROWS[:4], {"instruction": "new", "output": "x"}], trained_on=trained)
+    assert result.warnings == ["4 of 5 evaluated examples occur in the training data as well"]
+
+
+def test_another_template_than_the_bases_own_is_warned_of(tmp_path):
+    import copy
+
+    tokenizer = copy.deepcopy(byte_level_tokenizer())
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    _, result = audit_of(tmp_path, ROWS, tokenizer, template="alpaca")
+    assert any("the base has a chat template of its own" in text for text in result.warnings)
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level_tokenizer, sentencepiece_tokenizer])
+def test_a_sample_shows_every_token_and_tells_learned_context_and_special_apart(tmp_path, tokenizer):
+    tokenizer = tokenizer()
+    documents, _ = audit_of(tmp_path, ROWS, tokenizer)
+    sample = sample_of(documents, 3, tokenizer)
+    assert "".join(run.text for run in sample.runs) == tokenizer.decode(documents[3].input_ids)
+    learned = [run for run in sample.runs if run.is_label]
+    assert [run.text for run in learned] == ["The number 3.", tokenizer.eos_token]
+    assert [run.is_special for run in learned] == [False, True]
+
+
+def config_of(tmp_path, **data):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return parse_config(
+        {
+            "run_dir": "x",
+            "model": {"name": "x"},
+            "train": {"steps": 1},
+            "data": {
+                "train": [{"path": str(tmp_path / "train.jsonl"), "hold_out": 5}],
+                "row_tokens": 256,
+                "cache_dir": str(tmp_path / "cache"),
+                **data,
+            },
+        }
+    )
+
+
+def test_the_command_prints_sources_lengths_packing_and_samples_of_both_sides(tmp_path):
+    out = io.StringIO()
+    console = Console(file=out, width=200, force_terminal=True, color_system="truecolor")
+    audits = run_data_command(config_of(tmp_path), byte_level_tokenizer(), show=1, console=console)
+    assert [(one.name, one.sources[0].examples) for one in audits] == [("data.train", 25), ("data.eval", 5)]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+    for part in ("data.train", "data.eval", "train.jsonl", "share", "tokens of a document", "rows of 256 tokens"):
+        assert part in plain
+    assert "\x1b[" in out.getvalue() and "### Instruction:" in plain and "<|endoftext|>" in plain
+
+
+def test_a_large_source_with_a_long_path_is_readable_in_80_columns(tmp_path):
+    _, result = audit_of(tmp_path, [{"instruction": "a", "output": "b"}])
+    source = replace(
+        result.sources[0], path="data/" + "long/" * 30 + "train.jsonl", records=12_345_678, tokens=9_876_543_210
+    )
+    out = io.StringIO()
+    print_audit(replace(result, sources=[source]), Console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("12,345,678" in line and "9,876,543,210" in line for line in lines), "numbers stay whole, in one line"
+    assert all(head in out.getvalue() for head in ("records", "tokens", "labels", "dropped", "bad"))
+
+
+def test_the_page_is_well_formed_self_contained_and_escapes_the_data(tmp_path):
+    rows = [{"instruction": "<script>alert(1)</script> & more", "output": "<b>bold</b>"}]
+    _, result = audit_of(tmp_path, rows, show=1)
+    write_html([result], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "http" not in page and "src=" not in page
+    body = page.replace("<!doctype html>", "").replace("<meta charset='utf-8'>", "")
+    root = ElementTree.fromstring(body)
+    learned = [span.text for span in root.iter("span") if span.get("class", "").startswith("label")]
+    assert "<b>bold</b>" in learned and "<|endoftext|>" in learned
+    assert len(list(root.iter("svg"))) == 2
+
+
+def test_the_command_writes_the_page(tmp_path):
+    out = io.StringIO()
+    page = tmp_path / "page.html"
+    run_data_command(config_of(tmp_path), byte_level_tokenizer(), 1, str(page), Console(file=out, width=200))
+    assert "data.eval" in page.read_text() and str(page) in out.getvalue().replace("\n", "")

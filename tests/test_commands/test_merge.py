@@ -1,0 +1,164 @@
+"""Merging: the arithmetic, what the files are, what is measured, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers.tiny_models import random_batch, save_model, tiny_model
+from helpers.tiny_run import changed, make_inputs
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_dist.commands.merge import describe, merge
+from qlora_dist.errors import UserError
+from qlora_dist.model import INFERENCE, load_base
+from qlora_dist.model.lora import attach_lora, load_adapters, save_adapter, trainable_parameters
+
+CPU = torch.device("cpu")
+IDS = random_batch((12,)).input_ids
+
+
+def make_run(
+    folder: Path, family: str = "llama", variant: Any = "lora", quantization: str = "nf4", strength: float = 0.05
+) -> Path:
+    """A run directory with an adapter that changes much, on a tiny base in fp32."""
+    raw = make_inputs(folder)
+    save_model(folder / "model", tiny_model(family, attention=None))
+    raw = changed(raw, model__quantization=quantization, lora__variant=variant)
+    run = Path(raw["run_dir"])
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(raw))
+    model = attach_lora(quantized(folder / "model", quantization, "auto"), rank=4, alpha=8, variant=variant)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(model).items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * strength)
+            if "magnitude" in name:
+                parameter.mul_(1.1)
+    save_adapter(model, run / "adapter", str(folder / "model"))
+    return run
+
+
+def quantized(folder: Path, quantization: Any = "nf4", attention: str = INFERENCE) -> Any:
+    return load_base(
+        str(folder),
+        quantization=quantization,
+        double_quant=True,
+        compute_dtype=torch.float32,
+        attention=attention,
+        device=CPU,
+    )
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(IDS).logits[0].float()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_merged_onto_the_dequantized_base_equals_the_trained_model(family: str, variant: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, family, variant)
+    report = merge(run, tmp_path / "out", onto="dequantized", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    trained = load_adapters(quantized(tmp_path / "model"), {"a": run / "adapter"})
+    expected = logits(trained)
+    # fp32: two matrix products against one; logits reach several units
+    torch.testing.assert_close(logits(merged), expected, atol=2e-5, rtol=1e-5)
+    assert report.gaps["dequantized"] < 1e-4 < report.gaps["base"]
+    with trained.disable_adapter():
+        assert (logits(trained) - expected).abs().max() > 0.1  # the guard: the adapter matters
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_merged_onto_the_base_equals_original_weights_plus_adapter(variant: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant=variant)
+    merge(run, tmp_path / "out", onto="base", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    original = load_adapters(plain, {"a": run / "adapter"})
+    torch.testing.assert_close(logits(merged), logits(original), atol=2e-5, rtol=1e-5)  # fp32, as above
+
+
+def test_sixteen_bit_weights_are_rounded_once_from_fp32(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    merge(run, tmp_path / "exact", onto="base", dtype=torch.float32)
+    merge(run, tmp_path / "out", onto="base")
+    exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "out"))
+    assert exact.keys() == rounded.keys()
+    for key, value in exact.items():
+        assert rounded[key].dtype == torch.bfloat16
+        assert torch.equal(rounded[key], value.to(torch.bfloat16)), key
+
+
+def test_the_result_is_an_ordinary_model_with_its_tokenizer_in_shards(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    merge(run, tmp_path / "out", max_shard_size="100KB")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert len([name for name in names if name.startswith("model-0")]) > 1
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= names
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16 and type(model).__name__ == "LlamaForCausalLM"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("w5", add_special_tokens=False) == [5]
+    assert [path.name for path in tmp_path.iterdir() if "incomplete" in path.name] == []
+
+
+def test_the_report_names_the_nearer_target(tmp_path: Path) -> None:
+    run = make_run(tmp_path, strength=0.01)
+    report = merge(run, tmp_path / "out", onto="base", dtype=torch.float32)
+    assert describe(report).endswith("dequantized is nearer to what was trained")
+    assert report.gaps["base"] > 0.1 and report.logit_range > report.gaps["base"]
+    assert list(merge(run, tmp_path / "two", compare=False).gaps) == ["base"]
+
+
+def test_a_base_without_quantization_merges_to_the_trained_model(tmp_path: Path) -> None:
+    run = make_run(tmp_path, quantization="none")
+    report = merge(run, tmp_path / "out", dtype=torch.float32)
+    assert report.gaps["base"] == report.gaps["dequantized"] < 1e-4
+
+
+def test_a_failed_merge_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    monkeypatch.setattr("qlora_dist.commands.merge.os.rename", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        merge(run, tmp_path / "out", compare=False)
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir() if "incomplete" in path.name] == []
+
+
+def test_what_cannot_be_merged_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(UserError, match="is there and not empty"):
+        merge(run, tmp_path / "used")
+    with pytest.raises(UserError, match="expected base or dequantized"):
+        merge(run, tmp_path / "out", onto="other")  # type: ignore[arg-type]
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    for key, value in (("modules_to_save", ["lm_head"]), ("rank_pattern", {"q_proj": 8})):
+        (run / "adapter" / "adapter_config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(UserError, match=f"{key} is .*use PEFT's merge"):
+            merge(run, tmp_path / "out")
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    quantized(tmp_path / "model").save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match="holds quantized weights; name the original"):
+        merge(run, tmp_path / "out", base=str(tmp_path / "small"))
+    save_model(tmp_path / "other", tiny_model("llama", attention=None, num_hidden_layers=1))
+    with pytest.raises(UserError, match="no linear layer of"):
+        merge(run, tmp_path / "out", base=str(tmp_path / "other"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_folder_is_merged_with_the_settings_of_its_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    merge(run / "adapter", tmp_path / "one", onto="dequantized", compare=False)
+    merge(run, tmp_path / "two", onto="dequantized", compare=False)
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(left[key], right[key]) for key in left)

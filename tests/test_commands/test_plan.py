@@ -1,0 +1,281 @@
+"""`qlora-dist plan`: quick, readable, right about where it does not know; and the plan against the real code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import FAMILIES, save_model, tiny_config
+from helpers.tiny_run import changed, make_inputs, write_config
+from transformers import AutoConfig
+
+from qlora_dist.commands import invoke
+from qlora_dist.commands.plan import simulate as simulation
+from qlora_dist.commands.plan.live_bytes import LiveBytes
+from qlora_dist.commands.plan.simulate import measure, simulate
+from qlora_dist.config import RunConfig, parse_config
+from qlora_dist.errors import UserError
+from qlora_dist.memory import plan_memory, shapes_from_config
+from qlora_dist.memory.devices import GPUS
+from qlora_dist.memory.read_shapes import read_shapes
+
+LLAMA_65B = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 22016,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+@pytest.fixture
+def big(tmp_path) -> dict[str, Any]:
+    """A config of a 65B model of which there is config.json only."""
+    folder = tmp_path / "llama-65b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_65B))
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"name": str(folder)},
+        "data": {"train": [{"path": "unused.json"}], "row_tokens": 512},
+        "train": {"steps": 1},
+    }
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_plan_answers_without_torch_in_about_a_second_of_processor_time(big, tmp_path):
+    path = write_config(tmp_path / "run.yaml", big)
+    code = (
+        "import sys, resource\n"
+        "from qlora_dist.commands import invoke\n"
+        f"code = invoke(['plan', {str(path)!r}, '--gpu', 'a6000', '--json'])\n"
+        "usage = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "heavy = [name for name in ('torch', 'transformers', 'numpy', 'bitsandbytes') if name in sys.modules]\n"
+        "print(heavy, usage.ru_utime + usage.ru_stime, file=sys.stderr)\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    heavy, _, seconds = done.stderr.strip().splitlines()[-1].rpartition(" ")
+    assert heavy == "[]"
+    assert float(seconds) < 5.0  # about one alone on a machine; a loaded one counts more
+    plan = json.loads(done.stdout)
+    assert plan["base_parameters"] == 65_285_660_672 and plan["trainable_parameters"] == 799_539_200
+    assert plan["fits"] is True and plan["device_bytes"] == GPUS["a6000"].device_bytes
+    assert plan["peak_bytes"] == sum(plan["items"].values())
+    assert {"host_peak_bytes", "recompute", "micro_rows", "largest_row_tokens"} <= plan.keys()
+    assert 512 < plan["largest_row_tokens"] < 8192 and plan["tokens_per_second_estimate"] > 0
+
+
+def test_the_table_has_a_bar_for_each_item_and_says_what_it_means(big, tmp_path, capsys):
+    path = str(write_config(tmp_path / "run.yaml", big))
+    assert invoke(["plan", path, "--gpu", "a6000"]) == 0
+    text = capsys.readouterr().out
+    for name in ("base", "quantization constants", "adapters", "optimizer, pageable", "CUDA context", "checkpoint"):
+        line = next(line for line in text.splitlines() if line.strip().startswith(name))
+        assert "█" in line or "·" in line
+    assert "Fits in 47.54 GiB" in text and "Longest rows that fit" in text and "estimate" in text
+    assert "layers recomputed" in text and "\x1b" not in text
+
+    assert invoke(["plan", path, "--gpu", "rtx3090", "--ranks", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "Does not fit" in text and "strategy.name=fsdp" in text
+
+    assert invoke(["plan", path]) == 0
+    assert "Fits on: l40s, a40, " in capsys.readouterr().out
+
+
+def test_what_cannot_be_planned_is_the_users_mistake(big, tmp_path, capsys, monkeypatch):
+    def error_of(*arguments: str, **changes: Any) -> str:
+        path = write_config(tmp_path / "run.yaml", big, **changes)
+        assert invoke(["plan", str(path), *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "--gpu 'big': expected an amount such as 48GiB, or one of" in error_of("--gpu", "big")
+    assert "there is no such folder" in error_of(model__name="./nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "the folder holds no config.json" in error_of(model__name=str(empty))
+    (empty / "config.json").write_text("{")
+    assert "cannot be read" in error_of(model__name=str(empty))
+    (empty / "config.json").write_text("[]")
+    assert "holds no JSON object" in error_of(model__name=str(empty))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "neither in the hub's cache nor could it be fetched" in error_of(model__name="nobody/nothing")
+    for message, changes in (
+        ("int8 cannot be simulated", {"model__quantization": "int8"}),
+        ("offload_activations cannot be simulated", {"memory__offload_activations": True}),
+        ("dora cannot be simulated", {"lora__variant": "dora"}),
+    ):
+        assert message in error_of("--simulate", **changes)
+    full = {"model__quantization": "none", "lora": None}
+    assert "full fine-tuning (lora: null) cannot be simulated" in error_of("--simulate", **full)
+
+
+def test_a_family_that_is_not_listed_is_measured_and_said_to_be(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("stablelm", vocab_size=128, num_key_value_heads=4, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    folder = save_model(tmp_path / "stablelm", model, tokenizer=False)
+    shapes = read_shapes(str(folder))
+    assert not shapes.is_exact
+    assert shapes.base_parameters == sum(parameter.numel() for parameter in model.parameters())
+    made = plan_memory(_config(32), shapes, world_size=1, local_world_size=1, device_bytes=None)
+    assert made.remarks and "stablelm is not listed here" in made.remarks[0]
+
+    experts = AutoConfig.for_model("mixtral", vocab_size=128, num_key_value_heads=4, num_local_experts=2, **sizes)
+    experts.architectures = ["MixtralForCausalLM"]
+    experts.save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(UserError, match="has experts; memory is planned for dense models only"):
+        read_shapes(str(tmp_path / "mixtral"))
+
+
+def test_simulate_prints_the_traced_peak_and_the_plans_error(tmp_path, capsys):
+    raw = make_inputs(tmp_path)
+    path = write_config(tmp_path / "run.yaml", raw)
+    assert invoke(["plan", str(path), "--simulate", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    trace = result["simulation"]
+    assert trace["peak_bytes"] == sum(trace["categories"].values())
+    assert abs(trace["error"]) < 0.03
+    assert invoke(["plan", str(path), "--simulate"]) == 0
+    assert "Simulated peak of all tensors" in capsys.readouterr().out
+
+
+# --- the plan against the real code -----------------------------------------------------------------------------------
+
+
+def _config(row_tokens: int, **changes: Any) -> RunConfig:
+    raw: dict[str, Any] = {
+        "run_dir": "unused", "model": {"name": "unused"}, "train": {"steps": 1}, "lora": {"rank": 8},
+        "data": {"train": [{"path": "unused"}], "row_tokens": row_tokens},
+    }  # fmt: skip
+    return parse_config(changed(raw, **changes))
+
+
+def _medium(family: str, **changes: Any) -> Any:
+    """A model whose activations outweigh what is too small to be planned."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "vocab_size": 1024,
+        "num_attention_heads": 8, "max_position_embeddings": 1024,
+    }  # fmt: skip
+    given = FAMILIES[family]
+    if family == "gpt2":
+        sizes = {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_positions": 1024, "vocab_size": 1024}
+    sizes |= {"head_dim": 32} if "head_dim" in given else {}
+    sizes |= {"num_key_value_heads": 4} if "num_key_value_heads" in given else {}
+    return tiny_config(family, **(sizes | changes))
+
+
+def _compare(pretrained: Any, config: RunConfig, recompute: int) -> simulation.Trace:
+    shapes = shapes_from_config(pretrained.to_dict())
+    assert shapes is not None
+    made = plan_memory(config, shapes, world_size=1, local_world_size=1, device_bytes=None, recompute=recompute)
+    return simulate(config, made, pretrained)
+
+
+@pytest.mark.parametrize(
+    ("family", "recompute"),
+    [
+        ("llama", 0), ("llama", 2), ("qwen3", 0), ("gemma2", 2), ("olmo2", 2), ("cohere", 0), ("gpt2", 2),
+        ("gpt_neox", 0), ("phi", 0),
+    ],
+)  # fmt: skip
+def test_plan_and_simulation_agree_for_every_kind_of_layer(family, recompute):
+    """Within 3 %: what the plan leaves out is scalars and tables of a few kilobytes."""
+    changes = {"model__attention": "sdpa"} if family == "gemma2" else {}  # its capped scores by plain math
+    trace = _compare(_medium(family), _config(512, **changes), recompute)
+    assert abs(trace.error) < 0.03, trace
+    assert trace.categories["backward" if "backward" in trace.peak_at else "saved activations"] > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora__dropout": 0.1},
+        {"lora__rank": 64, "lora__target_modules": ["q_proj", "v_proj"]},
+        {"model__kernels": "off"},
+        {"model__compute_dtype": "float32"},
+        {"model__attention": "sdpa", "model__double_quant": False},
+        {"model__quantization": "none", "optim__name": "adamw"},
+        {"model__quantization": "fp4", "optim__name": "paged_adamw_8bit"},
+        {"batch__micro_rows": 2},
+    ],
+    ids=lambda changes: "-".join(f"{key.split('__')[1]}={value}" for key, value in changes.items()),
+)
+def test_plan_and_simulation_agree_for_every_setting_that_matters(changes):
+    trace = _compare(_medium("llama"), _config(512, **changes), recompute=1)
+    assert abs(trace.error) < 0.03, trace
+
+
+def test_large_vocabularies_in_several_chunks_agree():
+    """A chunk of logits is freed before the next is made."""
+    trace = _compare(_medium("llama", vocab_size=600_000), _config(512), recompute=2)
+    assert "loss" in trace.peak_at and abs(trace.error) < 0.03, trace
+
+
+def test_fake_tensors_see_what_real_tensors_do():
+    """The same step with real tensors on this machine, counted by the same eyes."""
+    config = _config(256, model__attention="sdpa")
+    pretrained = _medium("llama")
+    shapes = shapes_from_config(pretrained.to_dict())
+    assert shapes is not None
+    for recompute in (0, 2):
+        made = plan_memory(config, shapes, world_size=1, local_world_size=1, device_bytes=None, recompute=recompute)
+        fake = simulate(config, made, pretrained)
+        real = measure(config, made, pretrained, torch.device("cpu"))
+        assert fake.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)  # real autograd adds more in place
+
+
+def test_live_bytes_counts_storages_once_and_forgets_freed_ones():
+    with LiveBytes() as live:
+        with live.category("kept"):
+            kept = torch.zeros(1000)
+        view = kept[:10]
+        double = kept * 2
+        assert live.total == 8000 and live.live["kept"] == 4000
+        del double
+        assert live.total == 4000
+        live.reset_peak()
+        (kept + 1).sum()
+    assert live.peak_bytes == 8004 and view.numel() == 10
+    assert live.peak["kept"] == 4000
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_prints_its_plan_and_keeps_it_in_the_summary(tmp_path, capsys):
+    raw = make_inputs(tmp_path)
+    path = write_config(tmp_path / "run.yaml", raw, train__steps=1)
+    assert invoke(["train", str(path)]) == 0
+    assert "planned for a GPU: " in capsys.readouterr().out
+    summary = json.loads((Path(raw["run_dir"]) / "summary.json").read_text())
+    assert invoke(["plan", str(path), "--json"]) == 0
+    assert summary["planned_peak_bytes"] == json.loads(capsys.readouterr().out)["tensor_bytes"]
+    assert summary["plan_error"] is None  # a CPU's peak is that of a whole process
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("level", ["none", "half", "full"])
+def test_a_gpu_needs_what_the_plan_says(level):
+    """Llama-3.2-1B's shape, r = 64, one row of 2,048 tokens: torch's own peak within 5 % of the plan."""
+    pretrained = AutoConfig.for_model(
+        "llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    )  # fmt: skip
+    config = _config(2048, lora__rank=64)
+    shapes = shapes_from_config(pretrained.to_dict())
+    assert shapes is not None
+    recompute = {"none": 0, "half": 8, "full": 16}[level]
+    made = plan_memory(config, shapes, world_size=1, local_world_size=1, device_bytes=None, recompute=recompute)
+    measured = measure(config, made, pretrained, torch.device("cuda"))
+    assert measured.error == pytest.approx(0, abs=0.05), measured

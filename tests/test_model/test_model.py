@@ -1,0 +1,365 @@
+"""The base: what is read, refused, frozen; hidden states and head; recomputation; the fingerprint."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import (
+    FAMILIES,
+    random_batch,
+    save_model,
+    shared_model,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+)
+from safetensors.torch import load_file, save_file
+
+from qlora_dist.errors import UserError
+from qlora_dist.model import (
+    INFERENCE,
+    base_fingerprint,
+    check_config,
+    check_head,
+    decoder_layers,
+    evaluation_mode,
+    hidden_states,
+    is_4bit,
+    linear_layers,
+    load_base,
+    load_tokenizer,
+    output_head,
+    resolve_targets,
+    set_recompute,
+)
+from qlora_dist.model.loss import nll_sum
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("base"))
+
+
+def load(folder: Path, quantization: Any = "nf4", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    options = {"double_quant": True, "compute_dtype": dtype, "attention": "auto", "device": CPU, **changes}
+    return load_base(str(folder), quantization=quantization, **options)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_every_linear_layer_but_the_head_is_4_bit_and_frozen(family: str, quantization: str, tmp_path: Path) -> None:
+    model = load(save_model(tmp_path, tiny_model(family, attention=None)), quantization, torch.bfloat16)
+    layers = linear_layers(model)
+    assert len(layers) == (14 if family == "llama" else 8)
+    for name, layer in layers.items():
+        assert is_4bit(layer), name
+        assert layer.weight.dtype == torch.uint8 and layer.compute_dtype == torch.bfloat16
+        assert layer.weight.quant_state.quant_type == quantization and layer.weight.quant_state.nested
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    # nothing is raised to fp32: that costs gigabytes at 65B
+    assert {p.dtype for p in model.parameters()} == {torch.uint8, torch.bfloat16}
+    assert not model.config.use_cache
+
+
+def test_a_4_bit_layer_equals_the_product_with_its_dequantized_weight(tmp_path: Path) -> None:
+    import bitsandbytes.functional as functional
+
+    model = load(save_model(tmp_path, tiny_model("gpt2", attention=None)))
+    layer = linear_layers(model)["transformer.h.0.attn.c_attn"]
+    original = tiny_model("gpt2").transformer.h[0].attn.c_attn.weight.detach().T  # Conv1D is stored transposed
+    restored = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert restored.shape == original.shape
+    error = (restored - original).norm() / original.norm()
+    assert 0.05 < error < 0.15  # NF4 on normal weights: about 9 %; 0 would mean that nothing was quantized
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), x @ restored.T + layer.bias, atol=1e-5, rtol=1e-5)  # fp32 sums
+
+
+def test_evaluating_on_a_cpu_does_not_change_the_base(folder: Path) -> None:
+    model = load(folder, dtype=torch.bfloat16)
+    before = base_fingerprint(model)
+    model.eval()
+    with torch.no_grad():
+        hidden_states(model, random_batch((5, 3)))
+    assert base_fingerprint(model) == before
+    assert not any(layer.support_avx512bf16_for_cpu for layer in linear_layers(model).values())
+
+
+def test_the_fingerprint_sees_one_changed_bit_in_codes_and_in_constants(folder: Path) -> None:
+    model = load(folder)
+    seen = {base_fingerprint(model)}
+    weight = linear_layers(model)["model.layers.1.mlp.up_proj"].weight
+    weight.data[7] ^= 1
+    seen.add(base_fingerprint(model))
+    weight.quant_state.absmax[0] ^= 1
+    seen.add(base_fingerprint(model))
+    model.model.norm.weight.data[0] += 1e-3
+    seen.add(base_fingerprint(model))
+    assert len(seen) == 4
+    assert base_fingerprint(load(folder)) == base_fingerprint(load(folder))
+
+
+def test_shapes_that_a_cpu_dequantizes_wrongly_are_refused_before_and_at_loading(tmp_path: Path) -> None:
+    save_model(tmp_path, tiny_model("llama", attention=None, intermediate_size=96))
+    message = r"layer model.layers.0.mlp.down_proj has 96 inputs, no multiple of the quantization block of 64"
+    with pytest.raises(UserError, match=message):
+        check_config(str(tmp_path), device_type="cpu")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+    check_config(str(tmp_path), device_type="cuda")
+    load(tmp_path, "none")
+
+
+def test_dropout_of_the_base_is_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="qlora_dist"):
+        model = load(save_model(tmp_path, tiny_model("gpt2", attention=None)), "none").train()
+    assert "dropout of the base is off" in caplog.text
+    batch = random_batch((6, 4))
+    assert torch.equal(hidden_states(model, batch), hidden_states(model, batch))
+
+
+def test_missing_weights_are_refused_instead_of_drawn_at_random(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError,
+        match=r"1 weights are missing or have another shape.*model\.layers\.1\.mlp\.up_proj\.weight",
+    ):
+        load(tmp_path)
+
+
+def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    for call in (lambda: check_config(str(tmp_path)), lambda: load(tmp_path)):
+        with pytest.raises(UserError, match=r"pickled \(pytorch_model.bin\).*convert them to safetensors"):
+            call()
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+        check_config(str(tmp_path))
+
+
+def test_a_base_that_was_saved_in_4_bit_loads_to_the_same_bits_and_must_match_the_config(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = load(folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, dtype=torch.bfloat16)
+    assert base_fingerprint(again) == base_fingerprint(model)
+    with pytest.raises(UserError, match="stored as nf4 with double_quant=True, the run asks for fp4"):
+        load(tmp_path, "fp4")
+    with pytest.raises(UserError, match="the run asks for none"):
+        load(tmp_path, "none")
+
+
+def test_nothing_is_read_from_a_hub_for_a_path(tmp_path: Path) -> None:
+    for name in ("./no/such/folder", str(tmp_path / "absent")):
+        with pytest.raises(UserError, match="there is no such folder"):
+            check_config(name)
+        with pytest.raises(UserError, match="there is no such folder"):
+            load_tokenizer(name)
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        check_config(str(tmp_path))
+    with pytest.raises(UserError, match="no tokenizer could be read"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_home_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert check_config(f"~/{folder.name}").num_layers == 2
+    assert load_tokenizer(f"~/{folder.name}").is_fast
+    assert linear_layers(load(Path(f"~/{folder.name}")))
+
+
+def test_importing_the_model_part_prints_nothing_and_asks_no_hub() -> None:
+    code = "import sys, qlora_dist.model; import bitsandbytes; print('kernels' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout == "False\n"
+    assert "kernels" not in result.stderr
+
+
+def test_the_tokenizer_is_fast(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.is_fast
+    assert tokenizer.encode("w5 w6 </s>", add_special_tokens=False) == [5, 6, 2]
+    assert tokenizer.chat_template == tiny_tokenizer().chat_template
+
+
+# --- preflight --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_known_families_pass_the_preflight(family: str, tmp_path: Path) -> None:
+    tiny_config(family).save_pretrained(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")  # the weights are not looked at
+    facts = check_config(str(tmp_path), device_type="cpu", row_tokens=64)
+    assert (facts.num_layers, facts.hidden_size, facts.vocab_size, facts.max_positions) == (2, 64, 128, 64)
+    assert not {"lm_head", "embed_out"} & set(facts.linear_names) and "LM" in facts.family
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("bloom", "cannot be trained|no flash attention|layers of bloom take"),
+        ("mamba", "cannot be trained|no flash attention|layers of mamba"),
+        ("qwen3_next", "layers of kind linear_attention, which carry state"),
+        ("falcon", "cannot be trained|take the borders"),
+        ("t5", "cannot be trained"),
+    ],
+)
+def test_families_whose_attention_cannot_be_packed_are_refused(family: str, message: str, tmp_path: Path) -> None:
+    changes = {"num_hidden_layers": 4} if family == "qwen3_next" else {}
+    tiny_config(family, **changes).save_pretrained(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        check_config(str(tmp_path), quantization="none")
+
+
+def test_experts_that_cannot_be_quantized_are_refused(tmp_path: Path) -> None:
+    tiny_config("mixtral", num_key_value_heads=2).save_pretrained(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"stacked experts.*bitsandbytes does not quantize"):
+        check_config(str(tmp_path))
+    check_config(str(tmp_path), quantization="none")
+
+
+def test_models_that_need_their_own_code_or_are_of_unknown_kind_are_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    config = {"model_type": "nonsense", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("raise SystemExit('this must never run')")
+    with pytest.raises(UserError, match="code of its own"):
+        check_config(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        check_config(str(tmp_path))
+
+
+def test_target_modules_that_match_nothing_are_named_with_what_there_is(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"wrong_proj matches no linear layer; available: down_proj, .*v_proj, or all-"):
+        check_config(str(folder), target_modules=("q_proj", "wrong_proj"))
+    with pytest.raises(UserError, match="lm_head matches no linear layer"):
+        check_config(str(folder), target_modules=("lm_head",))
+    names = check_config(str(folder)).linear_names
+    assert len(resolve_targets(names, "all-linear")) == 14
+    assert resolve_targets(names, ("self_attn.q_proj", "model.layers.1.mlp.up_proj")) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+
+
+def test_rows_longer_than_learned_positions_are_an_error_and_than_rotary_ones_a_warning(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model(tmp_path, tiny_model("gpt2", attention=None))
+    with pytest.raises(UserError, match=r"row_tokens is 65, .* learned positions for 64 tokens"):
+        check_config(str(tmp_path), row_tokens=65)
+    check_config(str(folder), row_tokens=65)
+    assert "made for documents up to 64 tokens" in caplog.text
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_head_of_hidden_states_equals_the_models_own_logits(family: str) -> None:
+    model = tiny_model(family)
+    check_head(model)
+    batch = random_batch((8,))
+    own = tiny_model(family, attention="eager")(input_ids=batch.input_ids).logits[0]
+    ours = output_head(model).logits(hidden_states(model, batch))
+    torch.testing.assert_close(ours, own, atol=2e-5, rtol=1e-5)  # fp32 sums of 64 products
+
+
+@pytest.mark.parametrize(("family", "field"), [("gemma2", "softcap"), ("cohere", "scale"), ("granite", "scale")])
+def test_a_head_that_is_not_the_models_is_refused(family: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(family)
+    plain = {"softcap": None, "scale": 1.0}[field]
+    right = output_head(model)
+    assert getattr(right, field) != plain
+    monkeypatch.setattr("qlora_dist.model.forward.OutputHead", lambda w, b, c, s: type(right)(w, b))
+    with pytest.raises(UserError, match="computes its logits in a way that is not known here"):
+        check_head(model)
+
+
+def test_a_model_that_leaks_between_documents_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_dist.model import attention
+
+    model = tiny_model()
+    plain = attention._sdpa
+
+    def leaky(q: Any, k: Any, v: Any, packed: Any, *rest: Any) -> torch.Tensor:
+        length = q.shape[2]
+        whole = attention.PackedDocuments("sdpa", (length,), torch.tensor([0, length]), length)
+        return plain(q, k, v, whole, *rest)
+
+    monkeypatch.setattr(attention, "_sdpa", leaky)
+    with pytest.raises(UserError, match="lets a packed document see the one before it"):
+        check_head(model)
+
+
+def test_a_model_loaded_for_generation_refuses_packed_batches_and_uses_a_cache(folder: Path) -> None:
+    model = load(folder, attention=INFERENCE)
+    assert model.config.use_cache
+    with pytest.raises(RuntimeError, match="loaded for generation"):
+        hidden_states(model, random_batch((4,)))
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False).shape[1] <= 5
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_recomputation_gives_bitwise_the_same_loss_and_gradients(folder: Path, quantization: str) -> None:
+    batch = random_batch((9, 5, 7))
+    results = []
+    for recompute, count in (("none", 0), (1, 1), ("full", 2)):
+        model = load(folder, quantization).train()
+        norm = model.model.layers[0].input_layernorm.weight.requires_grad_()  # the embedding below it stays frozen
+        runs: list[int] = []
+        model.model.layers[1].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        set_recompute(model, recompute)
+        assert sum(layer.gradient_checkpointing for layer in decoder_layers(model)) == count
+        loss = nll_sum(hidden_states(model, batch), output_head(model), batch.label_positions, batch.labels)
+        loss.backward()
+        assert len(runs) == (2 if recompute == "full" else 1)  # the guard: it really ran again
+        results.append((loss.detach(), norm.grad))
+    assert results[0][1].abs().max() > 0
+    for other in results[1:]:
+        assert torch.equal(other[0], results[0][0]) and torch.equal(other[1], results[0][1])
+    with pytest.raises(UserError, match=r"memory\.recompute is 3, the model has 2 layers"):
+        set_recompute(model, 3)
+
+
+def test_evaluation_mode_gives_every_module_its_mode_back() -> None:
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    with evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert model.training and not model.model.layers[0].training and model.model.layers[1].training
+
+
+def test_nf4_is_better_than_fp4_on_a_pretrained_model() -> None:
+    base = shared_model("stories260k")
+    tokenizer = load_tokenizer(str(base))
+    ids = tokenizer("Once upon a time, there was a little girl named Lily. She loved to play outside.")["input_ids"]
+    losses = {}
+    for quantization in ("none", "nf4", "fp4"):
+        model = load(base, quantization, attention=INFERENCE)
+        tokens = torch.tensor([ids])
+        with torch.no_grad():
+            logits = model(tokens).logits[0, :-1]
+        losses[quantization] = torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).item()
+    assert losses["none"] < losses["nf4"] < losses["fp4"] < losses["none"] + 0.5

@@ -1,0 +1,428 @@
+"""Streamed loading: the bits of transformers and bitsandbytes, in bounded memory; 4-bit files; random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as functional
+import pytest
+import torch
+from helpers.ranks import on_ranks, run_python
+from helpers.tiny_models import FAMILIES, save_model, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_dist.commands import invoke
+from qlora_dist.errors import UserError
+from qlora_dist.model import (
+    base_fingerprint,
+    base_weights,
+    cached_4bit,
+    check_config,
+    check_head,
+    linear_layers,
+    load_base,
+    quantize_model,
+)
+from qlora_dist.model import load as base_module
+from qlora_dist.model.weights import cache_4bit as four_bit_files
+from qlora_dist.model.weights import quantize
+from qlora_dist.model.weights import stream as streaming
+from qlora_dist.model.weights.quantize import Range, block_share, make_state, quantize_range
+from qlora_dist.model.weights.safetensors_files import BadFile, WeightFiles
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("base"))
+
+
+def load(folder: Path | str, quantization: Any = "nf4", dtype: torch.dtype = BF16, **changes: Any) -> Any:
+    options = {"double_quant": True, "compute_dtype": dtype, "attention": "auto", "device": CPU, **changes}
+    return load_base(str(folder), quantization=quantization, **options)
+
+
+def by_transformers(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **changes: Any) -> Any:
+    """The same base through from_pretrained: the reference."""
+    with monkeypatch.context() as patch:
+        patch.setattr(base_module, "open_source", lambda *_: None)
+        return load(*arguments, **changes)
+
+
+# --- equal to transformers and bitsandbytes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_streamed_to_the_bits_that_transformers_loads(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model(tmp_path, tiny_model(family, attention=None), tokenizer=False)
+    monkeypatch.setattr(quantize, "PIECE", 64 * 7)  # pieces that end inside of rows
+    for quantization in ("nf4", "none"):
+        with caplog.at_level("INFO", logger="qlora_dist"):
+            streamed = load(tmp_path, quantization)
+        assert "not streamed" not in caplog.text
+        reference = by_transformers(monkeypatch, tmp_path, quantization)
+        assert base_fingerprint(streamed) == base_fingerprint(reference)
+        assert streamed.generation_config.to_dict() == reference.generation_config.to_dict()
+        tied = [model.get_input_embeddings().weight is model.get_output_embeddings().weight for model in
+                (streamed, reference)]  # fmt: skip
+        assert tied[0] == tied[1]
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_weight_in_pieces_and_shares_has_the_bits_of_bitsandbytes(
+    quant_type: str, double_quant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "PIECE", 64 * 50)
+    weight = torch.randn(300, 192, generator=torch.Generator().manual_seed(0)).to(BF16)  # 900 blocks: 3.5 nested ones
+    codes, state = functional.quantize_4bit(weight, quant_type=quant_type, compress_statistics=double_quant)
+    flat = weight.view(-1)
+    for size in (1, 2, 7, 901):  # the last: more ranks than blocks
+        shares = [block_share(flat.numel(), rank, size) for rank in range(size)]
+        ours_codes = torch.empty_like(codes)
+        absmax = torch.cat([
+            quantize_range(ours_codes[s.start // 2 : s.stop // 2], lambda a, b: flat[a:b], s, quant_type, BF16)
+            for s in shares
+        ])  # fmt: skip
+        assert torch.equal(ours_codes, codes)
+        ours = make_state(absmax, (300, 192), quant_type, BF16, double_quant).as_dict(packed=True)
+        theirs = state.as_dict(packed=True)
+        assert ours.keys() == theirs.keys() and len(ours) == (5 if double_quant else 3)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_weights_without_the_prefix_of_the_base_model_and_in_several_files_are_found(
+    folder: Path, tmp_path: Path
+) -> None:
+    weights = load_file(folder / "model.safetensors")
+    plain = {key.removeprefix("model."): value for key, value in weights.items()}
+    tiny_config("llama").save_pretrained(tmp_path)
+    names = sorted(plain)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, keys in files.items():
+        save_file({key: plain[key] for key in keys}, tmp_path / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in files.items() for key in keys}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert base_fingerprint(load(tmp_path)) == base_fingerprint(load(folder))
+
+
+def test_tied_weights_that_differ_in_the_files_stay_apart_and_equal_ones_are_one(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = load_file(folder / "model.safetensors")
+    tiny_config("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    for head, is_tied in ((weights["model.embed_tokens.weight"].clone(), True), (weights["lm_head.weight"], False)):
+        save_file({**weights, "lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        model = load(tmp_path)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied
+        check_head(model)
+    assert "differ in the files: they stay apart" in caplog.text
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"].to(BF16))
+
+
+def test_a_family_whose_files_must_be_converted_is_loaded_by_transformers_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model(tmp_path, tiny_model("mixtral", attention=None, num_key_value_heads=2), tokenizer=False)
+    with caplog.at_level("INFO", logger="qlora_dist"):
+        model = load(tmp_path, "none")
+    assert "weights are loaded by transformers, not streamed: model.layers" in caplog.text
+    assert "must be converted" in caplog.text
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+_FROM_HUB = """
+    import sys
+    import torch
+    from qlora_dist.model import base_fingerprint, load_base
+    for name in sys.argv[1:]:
+        model = load_base(name, quantization="nf4", double_quant=True, compute_dtype=torch.bfloat16,
+                          attention="auto", device=torch.device("cpu"))
+        print(base_fingerprint(model), model.generation_config.temperature)
+"""
+
+
+def test_a_model_of_the_hubs_local_cache_is_streamed_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "hub" / "models--some--model"
+    snapshot = save_model(repository / "snapshots" / ("0" * 40))
+    (snapshot / "generation_config.json").write_text(json.dumps({"temperature": 0.25, "do_sample": True}))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    by_name, by_folder = run_python(_FROM_HUB, "some/model", str(snapshot), timeout=240).stdout.splitlines()
+    assert by_name == by_folder and by_name.endswith(" 0.25")
+
+
+def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    whole = (folder / "model.safetensors").read_bytes()
+    for damaged, message in (
+        (whole[:-100], "does not lie where its header says; the file is cut short or damaged"),
+        (whole[:4], "no safetensors file, or cut short"),
+        (b"\xff" * 4096, "no safetensors file, or cut short"),
+        ((20).to_bytes(8, "little") + b"x" * 20, "its header is not JSON"),
+    ):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(BadFile, match=message):
+            WeightFiles([tmp_path / "model.safetensors"])
+        with pytest.raises(UserError, match=f"weights cannot be read .*{message}"):
+            load(tmp_path)
+
+
+def test_progress_is_said_in_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="qlora_dist"):
+        progress = streaming.Progress("reading", 200, every_seconds=0.0)
+        progress.add(50)
+        progress.add(150)
+        progress.close()
+        silent = streaming.Progress("often", 2)  # seconds apart: a short load says nothing
+        silent.add(1)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(" after ")[0] for line in said] == ["reading: 25%", "reading: 100%"]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+_PEAK = """
+    import sys, threading, time
+    import torch
+    from qlora_dist.model import load_base, quantize_model, base_weights
+
+    def status(field):
+        line = next(line for line in open("/proc/self/status") if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    torch.set_num_threads(2)
+    what, source, out = sys.argv[1:]
+    before, peak, is_done = status("VmRSS"), [0], []
+
+    def watch():
+        while not is_done:
+            peak[0] = max(peak[0], status("VmRSS"))
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    held = 0
+    if what == "load":
+        model = load_base(source, quantization="nf4", double_quant=True, compute_dtype=torch.bfloat16,
+                          attention="auto", device=torch.device("cpu"))
+        held = sum(tensor.nbytes for _, tensor in base_weights(model))
+    else:
+        quantize_model(source, out, shard_bytes=32 * 2**20)
+    is_done.append(True)
+    watcher.join()
+    print(before, peak[0], held)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """0.6 GB of bf16: 12 layers of 51 MB; the files repeat one layer's numbers."""
+    folder = tmp_path_factory.mktemp("large")
+    config = tiny_config("llama", hidden_size=1024, intermediate_size=6912, num_hidden_layers=12, vocab_size=4096,
+                         head_dim=64, num_attention_heads=16, num_key_value_heads=16)  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in AutoModelForCausalLM.from_config(config).named_parameters()}
+    numbers = torch.randn(6912 * 1024, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(BF16)
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, shape in shapes.items():
+        file = f"model-{name.split('.')[2] if '.layers.' in name else 'rest'}.safetensors"
+        files.setdefault(file, {})[name] = numbers[: shape.numel()].view(shape).clone()
+    for file, tensors in files.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, tensors in files.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("what", ["load", "quantize"])
+def test_memory_is_bounded_by_what_is_kept_and_a_constant_far_below_the_model(
+    what: str, large: Path, tmp_path: Path
+) -> None:
+    size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    assert size > 600e6
+    before, peak, held = map(
+        int, run_python(_PEAK, what, str(large), str(tmp_path / "out"), timeout=280).stdout.split()
+    )
+    # a third of the model: pieces of 2 M weights in the types that bitsandbytes goes through on a CPU, modules that are
+    # imported on first use, what the allocator keeps, and a file of 32 MiB with its serialized form while it is written
+    constant = 192 * 2**20
+    assert peak - before < held + constant, f"{(peak - before) / 2**20:.0f} MiB, {held / 2**20:.0f} of them held"
+    assert (held > 150e6) == (what == "load")
+
+
+# --- quantize and its copy --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("quantization", "double_quant"), [("nf4", True), ("fp4", False)])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_a_quantized_checkpoint_loads_in_stock_transformers_and_here_to_the_bits_of_the_original(
+    family: str, quantization: Any, double_quant: bool, tmp_path: Path
+) -> None:
+    source = save_model(tmp_path / "source", tiny_model(family, attention=None))
+    out = tmp_path / "out"
+    flag = "--double-quant" if double_quant else "--no-double-quant"
+    assert invoke(["quantize", str(source), str(out), "--quantization", quantization, flag]) == 0
+    assert not list(tmp_path.glob(".out*"))
+    expected = load(source, quantization, double_quant=double_quant)
+    assert base_fingerprint(load(out, quantization, double_quant=double_quant)) == base_fingerprint(expected)
+    stock = AutoModelForCausalLM.from_pretrained(out, dtype=BF16)
+    theirs, ours = dict(base_weights(stock)), dict(base_weights(expected))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    assert (out / "tokenizer.json").exists()
+    with pytest.raises(UserError, match="the run asks for none"):
+        load(out, "none")
+
+
+def test_codes_that_were_saved_under_a_float_type_are_read_as_the_bytes_they_are(folder: Path, tmp_path: Path) -> None:
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_quant_storage=BF16)  # fmt: skip
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, quantization_config=settings, device_map="cpu")
+    stock.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == BF16
+    model = load(tmp_path)
+    assert linear_layers(model)["model.layers.0.mlp.up_proj"].weight.dtype == torch.uint8
+    assert base_fingerprint(model) == base_fingerprint(load(folder))
+
+
+def test_the_quantized_checkpoint_is_split_into_files_and_appears_whole_or_not_at_all(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_model(str(folder), tmp_path / "out", shard_bytes=20_000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
+    assert base_fingerprint(load(tmp_path / "out")) == base_fingerprint(load(folder))
+
+    written = []
+    monkeypatch.setattr(four_bit_files, "save_file", lambda *_, **__: written.append(1) or _full_disk())
+    with pytest.raises(OSError, match="No space left"):
+        quantize_model(str(folder), tmp_path / "other")
+    assert written and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def _full_disk() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_what_cannot_be_quantized_is_refused_with_the_reason(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    quantize_model(str(folder), tmp_path / "out")
+    with pytest.raises(UserError, match=r"quantized already .*give the 16-bit model"):
+        quantize_model(str(tmp_path / "out"), tmp_path / "again")
+    with pytest.raises(UserError, match="is there and not empty; name a new folder"):
+        quantize_model(str(folder), tmp_path / "out")
+    save_model(tmp_path / "experts", tiny_model("mixtral", attention=None, num_key_value_heads=2), tokenizer=False)
+    with pytest.raises(UserError, match=r"cannot be quantized one by one \(model.layers.* must be converted"):
+        quantize_model(str(tmp_path / "experts"), tmp_path / "again")
+    with pytest.raises(UserError, match="4-bit checkpoints: nf4 or fp4, not int8"):
+        quantize_model(str(folder), tmp_path / "again", quantization="int8")
+    assert invoke(["quantize", str(tmp_path / "absent"), str(tmp_path / "again")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+def copy_of(folder: Path, cache: Path, **changes: Any) -> Path:
+    options = {"quantization": "nf4", "double_quant": True, "compute_dtype": BF16, "device": CPU, **changes}
+    return Path(cached_4bit(cache, str(folder), **options))
+
+
+def test_the_copy_is_made_once_and_anew_when_anything_that_decides_it_changes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_model(tmp_path / "source")
+    cache = tmp_path / "cache"
+    first = copy_of(source, cache)
+    assert base_fingerprint(load(first)) == base_fingerprint(load(source))
+    made = first.stat().st_mtime_ns
+    assert copy_of(source, cache) == first and first.stat().st_mtime_ns == made
+    others = {copy_of(source, cache, double_quant=False), copy_of(source, cache, quantization="fp4"),
+              copy_of(source, cache, compute_dtype=torch.float32)}  # fmt: skip
+    save_model(source, tiny_model(attention=None, seed=1))
+    others.add(copy_of(source, cache))
+    assert len(others | {first}) == 5
+    assert base_fingerprint(load(copy_of(source, cache))) == base_fingerprint(load(source))
+    # nothing to copy
+    assert copy_of(source, cache, quantization="none") == source and copy_of(first, cache) == first
+
+
+def test_a_copy_that_lost_a_part_is_made_anew_and_one_that_was_left_by_a_killed_builder_is_not_used(
+    folder: Path, tmp_path: Path
+) -> None:
+    whole = copy_of(folder, tmp_path)
+    expected = base_fingerprint(load(whole))
+    weights = next(whole.glob("model-*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert copy_of(folder, tmp_path) == whole and base_fingerprint(load(whole)) == expected
+    left = whole.with_name(f".{whole.name}.incomplete")
+    whole.rename(left)  # as a builder killed before its rename leaves it, but even the manifest is there
+    weights.parent.mkdir(exist_ok=True)
+    assert copy_of(folder, tmp_path) == whole and base_fingerprint(load(whole)) == expected
+    assert not left.exists()
+
+
+def test_of_several_processes_one_makes_the_copy(folder: Path, tmp_path: Path) -> None:
+    results = on_ranks(_copy_and_count, 3, folder, tmp_path / "cache")
+    assert len({path for path, _ in results}) == 1
+    assert sum(built for _, built in results) == 1
+
+
+def _copy_and_count(folder: Path, cache: Path) -> tuple[str, int]:
+    built = []
+    original = four_bit_files._write_manifest
+    four_bit_files._write_manifest = lambda *arguments: built.append(1) or original(*arguments)
+    return str(copy_of(folder, cache)), len(built)
+
+
+def test_a_cache_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"model.cache_4bit .*file.*name a folder that can be written"):
+        copy_of(folder, tmp_path / "file" / "cache")
+
+
+# --- random weights ---------------------------------------------------------------------------------------------------
+
+
+def test_random_weights_need_config_json_only_and_depend_on_seed_and_name(tmp_path: Path) -> None:
+    tiny_config("llama", hidden_size=256, num_hidden_layers=8).save_pretrained(tmp_path)
+    check_config(str(tmp_path), device_type="cpu", weights="random")
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+        check_config(str(tmp_path), device_type="cpu")
+    model = load(tmp_path, "none", torch.float32, weights="random", seed=5)
+    layers = linear_layers(model)
+    plain, residual = layers["model.layers.3.mlp.up_proj"].weight, layers["model.layers.3.mlp.down_proj"].weight
+    assert plain.std().item() == pytest.approx(0.02, rel=0.02)  # 32,768 draws: their standard deviation is 0.4 % off
+    assert residual.std().item() == pytest.approx(0.02 / 4, rel=0.02)  # 1 / sqrt(2 * 8)
+    assert (model.model.norm.weight == 1).all()
+    assert not torch.equal(plain, layers["model.layers.4.mlp.up_proj"].weight)
+    assert base_fingerprint(load(tmp_path, "none", torch.float32, weights="random", seed=5)) == base_fingerprint(model)
+    assert base_fingerprint(load(tmp_path, "none", torch.float32, weights="random", seed=6)) != base_fingerprint(model)
+    packed = load(tmp_path, "nf4", weights="random", seed=5)
+    check_head(packed)
+    codes, state = functional.quantize_4bit(plain.to(BF16), quant_type="nf4", compress_statistics=True)
+    layer = linear_layers(packed)["model.layers.3.mlp.up_proj"]
+    assert torch.equal(layer.weight, codes) and torch.equal(layer.weight.quant_state.absmax, state.absmax)
+    with pytest.raises(UserError, match="random, which int8 cannot be made from"):
+        load(tmp_path, "int8", weights="random")
+
+
+def test_any_part_of_a_random_weight_is_the_same_however_it_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_dist.model.weights import sources
+
+    monkeypatch.setattr(sources, "RANDOM_CHUNK", 100)
+    model = tiny_model(attention=None)
+    source = sources.RandomSource(model, model.config, 3, CPU)
+    name = "model.layers.0.mlp.up_proj.weight"
+    whole = source.read(name, 0, 8192)
+    cut = [source.read(name, start, stop) for start, stop in ((0, 1), (1, 250), (250, 300), (300, 8192))]
+    assert torch.equal(torch.cat(cut), whole) and len(whole.unique()) > 8000
+    assert Range(0, 4096) == block_share(8192, 0, 2)

@@ -1,0 +1,491 @@
+"""DeepSpeed's ZeRO as one more way to make the same update: ddp's losses, ddp's files, ddp's failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.ranks import ROOT, clean_environment, on_ranks, outcome, run_python
+from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of, write_config
+from safetensors.torch import load_file
+
+from qlora_dist.cluster.launcher import require_own_strategy
+from qlora_dist.cluster.world import World
+from qlora_dist.errors import UserError
+from qlora_dist.optim.deepspeed_config import STAGES, fill_ds_config, find_ds_config
+from qlora_dist.train.loop import train
+from qlora_dist.train.strategy import build_update
+
+ZERO = ["zero1", "zero2", "zero2_offload", "zero3"]
+RANKS = 2
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return changed(make_inputs(tmp_path_factory.mktemp("inputs")), batch__rows_per_step=8, batch__micro_rows=2)
+
+
+@pytest.fixture(scope="module")
+def zero3_config(tmp_path_factory):
+    """The shipped file, but without what it keeps whole: small weights, and weights that are soon used again."""
+    config = json.loads((DS_CONFIGS / "zero3.json").read_text())
+    for what in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+        config["zero_optimization"][f"stage3_{what}"] = 0
+    path = tmp_path_factory.mktemp("ds") / "zero3.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.fixture
+def raw(inputs, tmp_path):
+    return changed(inputs, run_dir=str(tmp_path / "run"))
+
+
+def _train(raw, **changes):
+    return train(config_of(raw, **changes)).step
+
+
+def _figures(run_dir):
+    return torch.tensor([[m["loss"], m["grad_norm"], m["lr"]] for m in metrics_of(run_dir)], dtype=torch.float64)
+
+
+def _watched(raw):
+    """A run, and what this rank holds of it just before it ends."""
+    from qlora_dist.model import base_fingerprint
+    from qlora_dist.train import save_and_resume as keeping
+    from qlora_dist.train import setup as stages
+
+    seen = {}
+    build, build_update, finish = stages.build_learner, stages.build_update, keeping.finish
+
+    def fingerprinting(config, world, model, head_weight):
+        seen["base"] = base_fingerprint(model)
+        seen["base_bytes"] = _base_bytes(model)
+        seen["dtypes"] = {name: p.dtype for name, p in model.named_parameters()}
+        return build_update(config, world, model, head_weight)
+
+    def watching(config, world):
+        learner = build(config, world)
+        seen["start"] = learner.update.digest()
+        accumulate = learner.update.accumulate
+
+        def measured(loss_sum, is_last):
+            loss = accumulate(loss_sum, is_last)
+            if is_last:
+                seen["gradient_bytes"] = _gradient_bytes(learner)
+            return loss
+
+        learner.update.accumulate = measured
+        return learner
+
+    def looking(config, run, world, learner, *rest):
+        model, update = learner.model, learner.update
+        optimizer = getattr(update, "_optimizer", None) or update._zero.optimizer
+        seen["base_share"] = _base_bytes(model) / seen["base_bytes"]
+        with _whole(model):
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            seen["base_kept"] = base_fingerprint(model) == seen["base"]
+            seen["all_b_moved"] = all(bool(p.any()) for name, p in trained.items() if "lora_B" in name)
+            seen["dtypes_kept"] = {name: p.dtype for name, p in model.named_parameters()} == seen["dtypes"]
+            seen["trained_dtypes"] = {str(p.dtype) for p in trained.values()}
+            seen["weight_bytes"] = sum(p.numel() * 4 for p in trained.values())
+        seen["digest"] = update.digest()
+        seen["state_bytes"] = sum(
+            value.numel() * value.element_size()
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor) and value.ndim
+        )
+        return finish(config, run, world, learner, *rest)
+
+    stages.build_update, stages.build_learner, keeping.finish = fingerprinting, watching, looking
+    _train(raw)
+    del seen["dtypes"]
+    return seen
+
+
+def _whole(model):
+    """Inside, all weights are whole, also those that ZeRO-3 has cut."""
+    parameters = list(model.parameters())
+    if not hasattr(parameters[0], "ds_tensor"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def _base_bytes(model):
+    """What this rank holds of the base's weights: its part where they are cut."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    held = [p.ds_tensor if hasattr(p, "ds_tensor") and p.numel() == 0 else p for p in frozen]
+    return sum(p.numel() * p.element_size() for p in held)
+
+
+def _gradient_bytes(learner):
+    """Bytes of gradients that are held between the last micro-step and the update."""
+    zero = getattr(learner.update, "_zero", None)
+    parameters = [p for p in learner.model.parameters() if p.requires_grad]
+    held = [p.grad for p in parameters if p.grad is not None]
+    if zero is not None:
+        held += [part for group in zero.averaged_gradients.values() if group is not None for part in group]
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in held}
+    return sum(storages.values())
+
+
+@pytest.fixture(scope="module")
+def runs(inputs, zero3_config, tmp_path_factory):
+    """Strategy -> (run directory of ten steps with accumulation and clipping, what each rank held), made when asked."""
+    made = {}
+
+    def run_of(strategy):
+        if strategy not in made:
+            run = str(tmp_path_factory.mktemp(strategy) / "run")
+            changes = {"run_dir": run, "strategy__name": strategy, "train__steps": 10}
+            changes |= {"strategy__ds_config": zero3_config} if strategy == "zero3" else {}
+            held_out = Path(inputs["data"]["train"][0]["path"]).with_name("held_out.json")
+            changes |= {"data__eval": [{"path": str(held_out), "format": "input-output"}]}
+            made[strategy] = (run, on_ranks(_watched, RANKS, changed(inputs, **changes)))
+        return made[strategy]
+
+    return run_of
+
+
+@pytest.mark.parametrize("strategy", ZERO)
+def test_a_zero_strategy_gives_ddps_losses_norms_and_adapter_and_holds_less(runs, inputs, strategy):
+    (run, results), (ddp, ddp_results) = runs(strategy), runs("ddp")
+    expected = _figures(ddp)
+    assert expected.shape == (10, 3) and expected[9, 0] < 0.7 * expected[0, 0], (
+        "a run that learns nothing shows nothing"
+    )
+    # fp32 sums in another order, ten updates deep
+    torch.testing.assert_close(_figures(run), expected, rtol=1e-5, atol=0)
+    mine, theirs = (json.loads((Path(folder) / "summary.json").read_text()) for folder in (run, ddp))
+    for key in ("eval_loss_start", "eval_loss"):
+        assert mine[key] == pytest.approx(theirs[key], rel=1e-5)
+    for result in results:
+        assert result["base_kept"] and result["dtypes_kept"] and result["all_b_moved"]
+        assert result["trained_dtypes"] == {"torch.float32"}
+        assert result["start"] == ddp_results[0]["start"] != result["digest"] == results[0]["digest"]
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000010/optimizer.safetensors"):
+        mine, theirs = load_file(Path(run) / name), load_file(Path(ddp) / name)
+        assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+        for key, value in theirs.items():
+            torch.testing.assert_close(mine[key], value, rtol=1e-3, atol=1e-5)  # Adam divides small by small
+    assert _loads_in_stock_peft(inputs["model"]["name"], Path(run) / "adapter")
+    for result, whole in zip(results, ddp_results):
+        assert whole["state_bytes"] >= 2 * result["weight_bytes"]
+        assert result["state_bytes"] == pytest.approx(2 * result["weight_bytes"] / RANKS, rel=0.01)
+        if strategy in ("zero2", "zero3"):  # in zero2 a weight on the border between two parts lies on both sides
+            assert result["gradient_bytes"] < 0.75 * whole["gradient_bytes"]
+        assert result["base_share"] == pytest.approx(1 / RANKS if strategy == "zero3" else 1.0, rel=0.01)
+
+
+def _loads_in_stock_peft(base, adapter):
+    """Whether every weight of the file arrives in the model that PEFT makes of it."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    loaded, stored = get_peft_model_state_dict(model), load_file(adapter / "adapter_model.safetensors")
+    return loaded.keys() == stored.keys() and all(torch.equal(loaded[key], value) for key, value in stored.items())
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero2_offload"])
+def test_an_interrupted_run_goes_on_bit_identically(runs, raw, strategy):
+    raw = changed(raw, strategy__name=strategy)
+    for steps in (4, 10):
+        on_ranks(_train, RANKS, changed(raw, train__steps=steps))
+    whole, _ = runs(strategy)
+    assert losses_of(raw["run_dir"]) == losses_of(whole)
+    last = "checkpoints/step-00000010"
+    assert digests_of(Path(raw["run_dir"]) / last) == digests_of(Path(whole) / last)
+
+
+def test_strategies_and_numbers_of_ranks_go_on_from_each_others_checkpoints(runs, raw):
+    plan = [("ddp", 2, 2), ("zero2", 2, 4), ("zero3", 2, 6), ("zero1", 1, 8), ("ddp", 2, 10)]
+    for strategy, num_ranks, steps in plan:
+        on_ranks(_train, num_ranks, changed(raw, strategy__name=strategy, train__steps=steps))
+    ddp, _ = runs("ddp")
+    # the same rows and states: sums in another order only
+    torch.testing.assert_close(_figures(raw["run_dir"]), _figures(ddp), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("strategy", "where"), [("zero2", "gradient"), ("zero3", "loss")])
+def test_a_value_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_update(raw, strategy, where):
+    raw = changed(raw, strategy__name=strategy, train__save_every=2, train__steps=6)
+    for name, text, num_updates in on_ranks(_poisoned, RANKS, raw, where, 3):
+        assert name == "RunFailed" and num_updates == 3
+        assert "step 4:" in text and "rank 1" in text and f"{where} of rows [" in text and "rank 0" not in text
+    assert len(losses_of(raw["run_dir"])) == 3
+    assert [p.name for p in (Path(raw["run_dir"]) / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def _poisoned(raw, where, step):
+    """What training raises with a bad value on rank 1 in the second of two micro-steps, and the number of updates."""
+    from qlora_dist.train import setup as stages
+    from qlora_dist.train import step as step_module
+
+    original, build = step_module.Learner.nll_sum, stages.build_learner
+    num_losses = num_updates = 0
+
+    def counting(config, world):
+        learner = build(config, world)
+        update = learner.update.step
+
+        def counted(*arguments):
+            nonlocal num_updates
+            num_updates += 1
+            update(*arguments)
+
+        learner.update.step = counted
+        return learner
+
+    def poisoned(self, batch):
+        nonlocal num_losses
+        nll = original(self, batch)
+        num_losses += 1
+        if os.environ["RANK"] == "1" and num_losses == 2 * step + 2:
+            return nll * float("nan") if where == "loss" else _BadGradient.apply(nll)
+        return nll
+
+    stages.build_learner, step_module.Learner.nll_sum = counting, poisoned
+    return *outcome(train, config_of(raw)), num_updates
+
+
+class _BadGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("inf")
+
+
+# --- what is refused, and what the files say --------------------------------------------------------------------------
+
+OWNED = [
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16.enabled",
+    "fp16.enabled",
+]
+
+
+def _fill(file, strategy="zero2", **changes):
+    values = {"rows_per_step": 16, "micro_rows": 2, "accumulation": 4, "max_grad_norm": 0.3, **changes}
+    return fill_ds_config(file, strategy=strategy, **values)
+
+
+def _value(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def test_every_shipped_file_leaves_to_the_run_config_what_it_owns():
+    assert {path.stem for path in DS_CONFIGS.glob("*.json")} == set(STAGES)
+    for strategy, stage in STAGES.items():
+        file = find_ds_config(strategy, None)
+        config = json.loads(file.read_text())
+        assert {key: _value(config, key) for key in OWNED} == dict.fromkeys(OWNED, "auto"), strategy
+        assert "optimizer" not in config and "scheduler" not in config
+        assert config["zero_optimization"]["stage"] == stage
+        filled = _fill(file, strategy)
+        assert [_value(filled, key) for key in OWNED] == [16, 2, 4, 0.3, False, False]
+        assert "auto" not in json.dumps(filled)
+        assert _fill(file, strategy, max_grad_norm=None)["gradient_clipping"] == 0.0
+        assert filled["zero_optimization"]["offload_optimizer"]["device"] == (
+            "cpu" if strategy == "zero2_offload" else "none"
+        )
+        # what is the user's goes to DeepSpeed as it is
+        assert filled["zero_optimization"]["reduce_bucket_size"] == config["zero_optimization"]["reduce_bucket_size"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "messages"),
+    [
+        ("train_batch_size", 32, ["train_batch_size is 32", "batch.rows_per_step makes it 16"]),
+        ("train_micro_batch_size_per_gpu", 1, ["is 1", "batch.micro_rows makes it 2"]),
+        ("gradient_accumulation_steps", 1, ["gradient_accumulation_steps is 1", "makes it 4"]),
+        ("gradient_clipping", 1.0, ["gradient_clipping is 1.0", "optim.max_grad_norm", "makes it 0.3"]),
+        ("bf16.enabled", True, ["bf16.enabled is True", "fp32 masters"]),
+        ("zero_optimization.stage", 3, ["stage is 3", "strategy.name zero2 makes it 2"]),
+        (
+            "zero_optimization.offload_optimizer.device",
+            "cpu",
+            ["device is 'cpu'", "strategy.name zero2 makes it 'none'"],
+        ),
+        ("optimizer", {"type": "AdamW"}, ["optimizer is not this file's to say", "optim.name"]),
+        ("elasticity", {"enabled": True}, ["elasticity is not this file's to say", "batch.rows_per_step"]),
+        ("zero_optimization.sub_group_size", 1000, ["sub_group_size", "remove it"]),
+        ("zero_optimization.zero_hpz_partition_size", 2, ["zero_hpz_partition_size is 2, expected 1"]),
+        ("communication_data_type", "bf16", ["communication_data_type is 'bf16'", "reduced in fp32"]),
+        ("gradient_allreduce_op", "sum", ["gradient_allreduce_op is 'sum'"]),
+        ("zero_optimization.reduce_bucket_size", "auto", ['reduce_bucket_size is "auto"', "write a number"]),
+    ],
+)
+def test_a_ds_config_that_contradicts_the_run_config_is_refused(tmp_path, key, value, messages):
+    config = json.loads((DS_CONFIGS / "zero2.json").read_text())
+    *sections, last = key.split(".")
+    node = config
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[last] = value
+    (tmp_path / "mine.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        _fill(tmp_path / "mine.json")
+    for message in ["mine.json", *messages]:
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        (
+            {"strategy__name": "zero2_offload", "optim__name": "paged_adamw_32bit"},
+            ["zero2_offload", "optim.name=adamw"],
+        ),
+        ({"strategy__name": "zero3", "optim__name": "adamw_8bit"}, ["zero3", "optim.name=paged_adamw_32bit"]),
+        ({"strategy__name": "zero3", "model__quantization": "int8"}, ["int8", "model.quantization=nf4"]),
+        ({"strategy__name": "zero3", "memory__recompute": "none"}, ["recompute none", "memory.recompute=full"]),
+        ({"strategy__name": "zero3", "lora__variant": "dora"}, ["dora", "lora.variant=rslora"]),
+        ({"strategy__name": "ddp", "strategy__ds_config": "x.json"}, ["x.json", "does not use DeepSpeed"]),
+        ({"strategy__name": "zero2", "strategy__ds_config": "nowhere.json"}, ["nowhere.json", "no such file"]),
+    ],
+    ids=["offload", "zero3 8-bit", "zero3 int8", "zero3 recompute", "zero3 dora", "ddp", "missing"],
+)
+def test_an_unsound_pair_is_refused_before_the_model_is_read(raw, monkeypatch, changes, messages):
+    from qlora_dist import model as base_model
+
+    def refuse(*_, **__):
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr(base_model, "load_base", refuse)
+    with pytest.raises(UserError) as caught:
+        train(config_of(raw, **changes))
+    for message in messages:
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "refused"),
+    [
+        (
+            "ddp",
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+            "DEEPSPEED with ZeRO stage 2",
+        ),
+        ("zero3", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "strategy.name=zero3"),
+        ("zero2", {"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        (
+            "zero2",
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "my.json"},
+            "set strategy.ds_config=my.json",
+        ),
+        ("zero2", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, None),
+        ("ddp", {}, None),
+    ],
+)
+def test_a_launcher_that_asks_for_another_strategy_is_refused(monkeypatch, name, variables, refused):
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            require_own_strategy(name)
+    else:
+        require_own_strategy(name)
+        assert "ACCELERATE_USE_DEEPSPEED" not in os.environ, "Accelerator would make a plugin of its own"
+
+
+def test_8bit_states_go_on_under_another_strategy_where_their_blocks_line_up(raw, tmp_path):
+    raw = changed(raw, optim__name="adamw_8bit", lora__rank=8)  # every weight has a multiple of 256 elements
+    for strategy, steps in (("zero2", 2), ("ddp", 4)):
+        on_ranks(_train, RANKS, changed(raw, strategy__name=strategy, train__steps=steps))
+    on_ranks(_train, RANKS, changed(raw, run_dir=str(tmp_path / "ddp"), train__steps=4))
+    assert load_file(tmp_path / "ddp/checkpoints/step-00000004/optimizer.safetensors")["0.state1"].dtype == torch.uint8
+    # the same codes but where a sum's last bit crosses a border between two
+    torch.testing.assert_close(_figures(raw["run_dir"]), _figures(tmp_path / "ddp"), rtol=1e-4, atol=0)
+
+
+def test_8bit_states_are_refused_where_their_blocks_would_span_weights(raw):
+    raw = changed(raw, strategy__name="zero2", optim__name="adamw_8bit")
+    for name, text in on_ranks(_outcome_of_training, RANKS, raw):
+        assert name == "UserError" and "one scale for 256 elements" in text and "paged_adamw_32bit" in text
+
+
+def test_experts_are_refused_since_a_rank_may_have_no_gradient_for_them(raw):
+    model = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+    with pytest.raises(UserError, match=r"cannot train the experts of a mixture \(experts.0.weight"):
+        build_update(config_of(raw, strategy__name="zero2"), World.init(), model, torch.empty(0))
+
+
+def _outcome_of_training(raw):
+    return outcome(train, config_of(raw))
+
+
+# --- launched for real ------------------------------------------------------------------------------------------------
+
+
+def test_one_process_without_a_launcher_trains_under_one_strategy_after_another(raw, tmp_path):
+    plan = [("zero3", str(tmp_path / "a")), ("ddp", str(tmp_path / "b")), ("zero1", str(tmp_path / "c"))]
+    for strategy, run in plan:
+        write_config(tmp_path / f"{strategy}.yaml", raw, run_dir=run, strategy__name=strategy, train__steps=2)
+    code = """
+        import sys
+        from qlora_dist.config import load_config
+        from qlora_dist.train.loop import train
+        for path in sys.argv[1:]:
+            train(load_config(path))
+    """
+    done = run_python(code, *(str(tmp_path / f"{strategy}.yaml") for strategy, _ in plan), timeout=200)
+    zero3, ddp, zero1 = (torch.tensor(losses_of(run)) for _, run in plan)
+    torch.testing.assert_close(zero3, ddp, rtol=1e-5, atol=0)  # fp32 sums in another order
+    torch.testing.assert_close(zero1, ddp, rtol=1e-5, atol=0)
+    assert "strategy zero3 on cpu: base, trained weights, gradients and optimizer states are sharded" in done.stdout
+
+
+@pytest.mark.timeout(800)
+def test_two_nodes_of_accelerate_train_with_zero2_from_another_folder(raw, runs, tmp_path):
+    config = write_config(tmp_path / "c.yaml", raw, strategy__name="zero2", train__steps=3)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    start += [str(ROOT / "launch/accelerate/nodes-2.yaml"), "--num_processes", "2", "--main_process_port", str(port)]
+    train_it = ["-m", "qlora_dist", "train", str(config)]
+    logs = [tmp_path / f"node{rank}.log" for rank in range(2)]
+    nodes = []
+    for rank, log in enumerate(logs):
+        with open(log, "w") as stream:
+            command = [*start, "--machine_rank", str(rank), *train_it]
+            # as in slurm/: workers that share the agents' store depend on the order in which agents end
+            environment = {**clean_environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            nodes.append(
+                subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=stream, stderr=subprocess.STDOUT)
+            )
+    try:
+        for node in nodes:
+            node.wait(timeout=350)  # an agent waits 300 s for one that has failed: that one's log says why
+    finally:
+        for node in nodes:
+            node.kill()
+        said = [log.read_text() for log in logs]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+    zero2, _ = runs("zero2")
+    assert losses_of(raw["run_dir"]) == losses_of(zero2)[:3]
+    assert "strategy zero2 on cpu: every rank holds the whole base and trained weights; gradients and" in said[0]
+    # DeepSpeed keeps quiet, and rank 0 speaks
+    assert "DeepSpeed" not in said[0] + said[1] and "real_accelerator" not in said[0] + said[1]
+    assert "finished" in said[0] and "step" not in said[1]

@@ -1,0 +1,187 @@
+"""A checkpoint is whole or not there, and what is damaged is never used."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.ranks import clean_environment
+from safetensors.torch import save_file
+
+from qlora_dist.errors import RunFailed, UserError
+from qlora_dist.train import checkpoint
+from qlora_dist.train.checkpoint import (
+    CheckpointError,
+    find_newest,
+    load_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+FILES = ["adapter_model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def _save(folder: Path, step: int, keep: int = 3, size: int = 1000) -> Path:
+    weights = {"w": torch.full((size,), float(step))}
+    return save_checkpoint(
+        folder,
+        step,
+        write_weights=lambda aside: save_file(weights, aside / "adapter_model.safetensors"),
+        optimizer_tensors={"0.exp_avg": torch.full((size,), step + 0.5), "0.exp_avg_sq": torch.zeros(size)},
+        state={"num_tokens": 10 * step},
+        keep=keep,
+    )
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    path = _save(tmp_path, 7)
+    verify_checkpoint(path)
+    loaded = load_checkpoint(path)
+    assert loaded.state["step"] == 7 and loaded.state["num_tokens"] == 70
+    assert torch.equal(loaded.optimizer_tensors["0.exp_avg"], torch.full((1000,), 7.5))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3, 4):
+        _save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("file", [*FILES, "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "delete", "flip"])
+def test_every_damage_of_every_file_is_found_and_the_one_before_is_taken(tmp_path, file, damage):
+    older, newest = _save(tmp_path, 1), _save(tmp_path, 2)
+    target = newest / file
+    content = bytearray(target.read_bytes())
+    if damage == "delete":
+        target.unlink()
+    elif damage == "flip":
+        content[len(content) * 2 // 3] ^= 1
+        target.write_bytes(content)
+    else:
+        target.write_bytes(content[: len(content) // 2] if damage == "truncate" else b"")
+    found, rejected = find_newest(tmp_path)
+    assert found == older
+    assert [path for path, _ in rejected] == [newest]
+    assert file in rejected[0][1] or file == "manifest.json"
+
+
+def test_each_kind_of_damage_has_its_own_reason(tmp_path):
+    path = _save(tmp_path, 1)
+    (path / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"state\.json has 2 bytes, \d+ were written"):
+        verify_checkpoint(path)
+    (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"state\.json is missing"):
+        verify_checkpoint(path)
+    (path / "manifest.json").write_text(json.dumps({"format": 99, "files": {}}))
+    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+        verify_checkpoint(path)
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, "tests/test_train")
+import test_checkpoint
+from qlora_dist.train import checkpoint
+folder, moment = Path(sys.argv[1]), int(sys.argv[2])
+count = 0
+def at_each(function):
+    def wrapped(*arguments, **options):
+        global count
+        count += 1
+        if count == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return wrapped
+test_checkpoint._save(folder, 1, keep=1)
+for module, name in ((checkpoint, "save_file"), (checkpoint, "_write_text"), (checkpoint, "_sync"),
+                     (checkpoint, "_describe"), (checkpoint.os, "rename"), (checkpoint.shutil, "rmtree")):
+    setattr(module, name, at_each(getattr(module, name)))
+test_checkpoint._save(folder, 2, keep=1)
+print(count)
+"""
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_that_verifies(tmp_path):
+    def run(folder: Path, moment: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", KILL, str(folder), str(moment)],
+            env=clean_environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=Path(__file__).parents[2],
+        )
+
+    whole = run(tmp_path / "whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    num_moments = int(whole.stdout)
+    assert num_moments >= 10
+    for moment in range(1, num_moments + 1, 2 if num_moments > 12 else 1):
+        folder = tmp_path / str(moment)
+        assert run(folder, moment).returncode == -signal.SIGKILL
+        found, rejected = find_newest(folder)
+        assert found is not None and rejected == [], moment
+        state = load_checkpoint(found).state["step"]
+        assert state in (1, 2)
+        _save(folder, 3, keep=1)  # and the run goes on
+        assert sorted(path.name for path in folder.iterdir()) == ["step-00000003"]
+
+
+def test_a_full_disk_is_named_and_the_previous_checkpoint_is_intact(tmp_path):
+    code = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, "tests/test_train")
+import test_checkpoint
+from qlora_dist.errors import RunFailed
+folder = Path(sys.argv[1])
+test_checkpoint._save(folder, 1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # writes beyond fail with EFBIG, as on a full disk
+try:
+    test_checkpoint._save(folder, 2, size=100_000)
+except RunFailed as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step-00000002 could not be written" in done.stdout
+    assert f"the last good checkpoint is {tmp_path / 'step-00000001'}" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    verify_checkpoint(tmp_path / "step-00000001")
+
+
+def test_a_disk_that_will_be_full_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    _save(tmp_path, 1)
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(RunFailed, match=r"could not be written: .*MiB are free.*the last good checkpoint is"):
+        _save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_folder_that_cannot_be_read_here_is_explained(tmp_path):
+    with pytest.raises(UserError, match="several nodes need a shared run_dir"):
+        load_checkpoint(tmp_path / "step-00000001")
+
+
+def test_no_checkpoint_file_is_a_pickle(tmp_path):
+    path = _save(tmp_path, 1)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    assert os.access(path, os.R_OK)

@@ -1,0 +1,417 @@
+"""Each failure that is silent elsewhere is injected here, and ends a run with its own name and exit code."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.ranks import on_ranks, outcome
+from helpers.tiny_models import FAMILIES, save_model, tiny_model
+from helpers.tiny_run import changed, config_of, losses_of, make_inputs, write_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import qlora_dist
+from qlora_dist import commands as cli
+from qlora_dist import model as base_model
+from qlora_dist.errors import RunFailed
+from qlora_dist.model import load_base
+from qlora_dist.train.checks import (
+    base_checksum,
+    check_base_bytes,
+    check_base_unchanged,
+    check_source_bits,
+    held_base_bytes,
+    promised_base_bytes,
+)
+from qlora_dist.train.checks.base import local_part
+from qlora_dist.train.loop import train
+
+CPU = torch.device("cpu")
+PACKAGE = Path(qlora_dist.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def raw(inputs, tmp_path):
+    return changed(inputs, run_dir=str(tmp_path / "run"), train__steps=2)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails a test that reads weights."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr(base_model, "load_base", refuse)
+
+
+def base_of(folder: Path, quantization: str = "nf4", double_quant: bool = True):
+    return load_base(
+        str(folder),
+        quantization=quantization,
+        double_quant=double_quant,
+        compute_dtype=torch.float32,
+        attention="auto",
+        device=CPU,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("base"))
+
+
+# --- the base ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])  # separate, Conv1D, tied head
+@pytest.mark.parametrize(
+    ("quantization", "double_quant"), [("nf4", True), ("nf4", False), ("int8", True), ("none", True)]
+)
+def test_the_bytes_in_memory_are_those_that_the_shapes_promise(family, quantization, double_quant, tmp_path):
+    assert family in FAMILIES
+    save_model(tmp_path, tiny_model(family, attention=None))
+    model = base_of(tmp_path, quantization, double_quant)
+    promised = promised_base_bytes(
+        str(tmp_path), quantization=quantization, double_quant=double_quant, dtype=torch.float32
+    )
+    assert held_base_bytes(model) == promised.on_each_rank()  # exactly: storages of one rank, nothing is estimated
+    assert promised.matrices > 0
+    cut = promised.matrices + promised.constants
+    assert promised.on_each_rank("fsdp", 2) == -(-cut // 2) + promised.vectors + promised.nested
+
+
+def test_a_base_that_is_not_quantized_or_not_sharded_is_named_with_rank_and_host(folder):
+    promised = promised_base_bytes(str(folder), quantization="nf4", double_quant=True, dtype=torch.float32)
+    whole = held_base_bytes(base_of(folder))
+    check_base_bytes([("a", whole), ("b", whole)], promised.on_each_rank(), "ddp")
+    plain = held_base_bytes(base_of(folder, "none"))
+    with pytest.raises(
+        RunFailed, match=r"strategy ddp promises 0\.1 MiB .* rank 1 \(b\) holds 0\.3 MiB: the base is not"
+    ):
+        check_base_bytes([("a", whole), ("b", plain)], promised.on_each_rank(), "ddp")
+    # a rank of two that holds everything
+    with pytest.raises(RunFailed, match=r"strategy fsdp promises .* rank 0 \(a\) holds .*; rank 1 \(b\) holds"):
+        check_base_bytes([("a", whole), ("b", whole)], promised.on_each_rank("fsdp", 2), "fsdp")
+
+
+def _shared_base(raw, strategy):
+    from qlora_dist.cluster.world import World
+    from qlora_dist.train import fit_memory as fitting
+    from qlora_dist.train import setup as stages
+
+    world = World.init()
+    config = fitting.settle(config_of(raw, strategy__name=strategy), world).config
+    learner = stages.build_learner(config, world)
+    said = stages.check_base(config, world, learner)
+    kept, learner.base_checksum = learner.base_checksum, None
+    if world.rank == 1:  # one byte of this rank's part
+        local_part(next(p for p in learner.model.parameters() if p.dtype == torch.uint8)).view(-1)[0] ^= 1
+    is_changed = base_checksum(learner.model) != kept
+    stages.base_model.unwrap(learner.model).waste = torch.nn.Parameter(torch.ones(2**16))
+    return said, is_changed, outcome(stages.check_base, config, world, learner)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "compared"), [("fsdp", "is bit-equal to its"), ("zero3", "is not compared with its")]
+)
+def test_ranks_that_share_a_base_hold_half_each_and_see_a_change_of_their_part(raw, strategy, compared):
+    for rank, (said, is_changed, failure) in enumerate(on_ranks(_shared_base, 2, raw, strategy)):
+        assert f"as {strategy} promises; a gathered layer {compared}" in said
+        assert is_changed is (rank == 1)
+        assert failure[0] == "RunFailed" and f"strategy {strategy} promises" in failure[1]
+
+
+def test_a_small_view_of_a_large_buffer_costs_the_buffer(folder):
+    model = base_of(folder)
+    before = held_base_bytes(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = torch.cat([weight.data, weight.data])[: len(weight.data)]
+    assert held_base_bytes(model) == before + weight.data.numel()
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_layer_in_memory_has_the_bits_of_its_quantized_file_or_the_run_ends(folder, seed):
+    model = base_of(folder)
+    said = check_source_bits(model, str(folder), compute_dtype=torch.float32, seed=seed)
+    name = said.removesuffix(" is bit-equal to its quantized source")
+    assert name != said
+    weight = model.get_parameter(name)
+    weight.data[0, 0] ^= 1
+    with pytest.raises(RunFailed, match=f"{name}: its codes in memory are not those of its quantized source"):
+        check_source_bits(model, str(folder), compute_dtype=torch.float32, seed=seed)
+    weight.data[0, 0] ^= 1
+    weight.quant_state.absmax[0] ^= 1
+    with pytest.raises(RunFailed, match="its constants in memory are not"):
+        check_source_bits(model, str(folder), compute_dtype=torch.float32, seed=seed)
+
+
+def test_the_checksum_sees_one_changed_bit_anywhere_and_the_same_base_gives_the_same(folder):
+    model = base_of(folder)
+    before = base_checksum(model)
+    assert base_checksum(base_of(folder)) == before
+    layer = model.model.layers[1].self_attn.q_proj.weight
+    places = [
+        layer.data,
+        layer.quant_state.absmax,
+        layer.quant_state.state2.absmax,
+        model.model.norm.weight.data,
+        model.model.embed_tokens.weight.data,
+    ]
+    for place in places:
+        flat = place.view(-1).view(torch.uint8)
+        for index in (0, len(flat) - 1):  # also of the tail that is no whole row of the checksum
+            flat[index] ^= 1
+            assert base_checksum(model) != before
+            flat[index] ^= 1
+    assert base_checksum(model) == before
+    layer.data.copy_(layer.data.flip(0))  # the same bytes in another order
+    assert base_checksum(model) != before
+
+
+def test_a_base_that_changes_while_it_trains_ends_the_run_before_the_save(raw, monkeypatch, capsys, tmp_path):
+    from qlora_dist.train import step as step_module
+
+    original = step_module.train_step
+
+    def writing(world, learner, rows, **options):
+        if options["step"] == 3:
+            learner.model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").base_layer.weight.data[3] ^= 1
+        return original(world, learner, rows, **options)
+
+    monkeypatch.setattr("qlora_dist.train.loop.train_step", writing)
+    config = write_config(tmp_path / "c.yaml", raw, train__steps=6, train__save_every=2)
+    assert cli.invoke(["train", str(config)]) == 1
+    assert "after step 4: the frozen base is not what was loaded on rank 0 (" in capsys.readouterr().err
+    assert [path.name for path in (Path(raw["run_dir"]) / "checkpoints").iterdir()] == ["step-00000002"]
+    with pytest.raises(RunFailed, match=r"rank 1 \(b\)"):
+        check_base_unchanged([("a", False), ("b", True)], "after step 4")
+
+
+def test_a_base_left_in_another_type_ends_the_run_before_the_first_step(raw, monkeypatch, capsys, tmp_path):
+    original = base_model.load_base
+
+    def unquantized(name, **options):
+        return original(name, **{**options, "quantization": "none"})
+
+    monkeypatch.setattr(base_model, "load_base", unquantized)
+    assert cli.invoke(["train", str(write_config(tmp_path / "c.yaml", raw))]) == 1
+    assert "strategy ddp promises" in capsys.readouterr().err
+    assert not (Path(raw["run_dir"]) / "metrics.jsonl").exists()
+
+
+def test_a_rank_whose_base_differs_ends_all_ranks(raw):
+    # gathered: what one rank finds, all ranks say, and none waits for another
+    results = on_ranks(_flips_after_load, 2, raw)
+    assert {name for name, _ in results} == {"RunFailed"}
+    assert all("after step 2: the frozen base is not what was loaded on rank 1 (" in text for _, text in results)
+
+
+def _flips_after_load(raw):
+    from qlora_dist.train import save_and_resume as keeping
+
+    original = keeping.base_checksum
+    keeping.base_checksum = lambda model: "other" if _rank() == 1 else original(model)
+    return outcome(train, config_of(raw))
+
+
+def _rank():
+    import os
+
+    return int(os.environ["RANK"])
+
+
+# --- what is learned --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_model")
+def test_answers_without_an_end_token_are_refused_unless_asked_for(raw, tmp_path, capsys, monkeypatch):
+    # every record is longer than a row: each is cut, and no end token is left
+    long = [{"input": "w6 w7", "output": " ".join(["w8"] * 60)} for _ in range(20)]
+    (tmp_path / "long.json").write_text(json.dumps(long))
+    config = write_config(tmp_path / "c.yaml", raw, data__train=[{"path": str(tmp_path / "long.json")}])
+    assert cli.invoke(["train", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert "an end token (EOS, end of turn) is never a label" in error
+    assert "long.json: none of 20 documents looked at (20 are cut at data.row_tokens)" in error
+    assert "such as </s>" in error and "data.require_eos=false" in error
+    with pytest.raises(AssertionError, match="the model was read"):
+        cli.invoke(["train", str(config), "--set", "data.require_eos=false"])
+
+
+@pytest.mark.usefixtures("no_model")
+def test_texts_that_are_cut_need_no_end_token(raw, tmp_path):
+    (tmp_path / "text.txt").write_text(" ".join(["w8"] * 600))
+    with pytest.raises(AssertionError, match="the model was read"):
+        train(config_of(raw, data__train=[{"path": str(tmp_path / "text.txt"), "format": "text"}]))
+
+
+@pytest.mark.usefixtures("no_model")
+def test_one_source_without_end_tokens_is_found_among_others(raw, tmp_path, capsys):
+    (tmp_path / "long.json").write_text(json.dumps([{"input": "w6 w7", "output": " ".join(["w8"] * 60)}] * 3))
+    sources = [*raw["data"]["train"], {"path": str(tmp_path / "long.json")}]
+    assert cli.invoke(["train", str(write_config(tmp_path / "c.yaml", raw, data__train=sources))]) == 2
+    error = capsys.readouterr().err
+    assert "long.json: none of 3" in error and "train.json: none" not in error
+
+
+def test_a_step_whose_rows_have_no_label_is_found_before_the_model_is_read():
+    import numpy as np
+
+    from qlora_dist.data.packing import one_document_per_row
+    from qlora_dist.errors import UserError
+    from qlora_dist.train.checks import check_every_step_has_labels
+
+    class Counts:
+        lengths = np.full(6, 4, dtype=np.int32)
+        num_labels = np.array([2, 0, 0, 0, 1, 1], dtype=np.int32)
+
+        def __len__(self):
+            return 6
+
+    rows = one_document_per_row(Counts.lengths, 4)
+    check_every_step_has_labels(Counts(), rows, lambda step: np.arange(6)[3 * step : 3 * step + 3], 2)
+    with pytest.raises(UserError, match=r"the rows of step 2 have no label \(3 of 6 rows have none\)"):
+        check_every_step_has_labels(Counts(), rows, lambda step: np.arange(6)[2 * step : 2 * step + 2], 3)
+    Counts.num_labels = np.zeros(6, dtype=np.int32)
+    with pytest.raises(UserError, match="none of the 6 training documents has a label"):
+        check_every_step_has_labels(Counts(), rows, lambda step: np.arange(6), 1)
+
+
+def test_rows_that_one_rank_loses_end_all_ranks_before_the_update(raw):
+    results = on_ranks(_loses_a_row, 2, changed(raw, train__steps=4))
+    assert {name for name, _ in results} == {"RunFailed"}
+    for _, text in results:
+        assert text.startswith("step 3: ") and "rows were lost, doubled or have no label" in text
+    assert len(losses_of(raw["run_dir"])) == 2
+
+
+def _loses_a_row(raw):
+    from dataclasses import replace
+
+    from qlora_dist.data.loader import Loader
+
+    original = Loader.step
+
+    def losing(self, step):
+        rows = original(self, step)
+        if step == 2 and self.rank == 1:
+            rows = replace(rows, microbatches=[rows.microbatches[0].without_labels(), *rows.microbatches[1:]])
+        return rows
+
+    Loader.step = losing
+    return outcome(train, config_of(raw))
+
+
+# --- what is saved ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("defect", ["wrong names", "another value"])
+def test_an_adapter_that_does_not_reload_ends_the_run_and_no_checkpoint_is_lost(
+    raw, monkeypatch, capsys, tmp_path, defect
+):
+    from safetensors.torch import load_file, save_file
+
+    from qlora_dist.train import save_and_resume as keeping
+
+    original = keeping.save_trained
+    saves = []
+
+    def broken(model, folder, base_name, is_full):
+        original(model, folder, base_name, is_full)
+        saves.append(folder)
+        if len(saves) == 2:
+            state = load_file(folder / "adapter_model.safetensors")
+            if defect == "wrong names":  # what saving a compiled model gives
+                state = {key.replace("model.layers", "_orig_mod.layers"): value for key, value in state.items()}
+            else:
+                next(iter(state.values()))[0, 0] += 1e-7
+            save_file(state, folder / "adapter_model.safetensors")
+
+    monkeypatch.setattr(keeping, "save_trained", broken)
+    config = write_config(tmp_path / "c.yaml", raw, train__steps=4, train__save_every=2, train__keep=1)
+    assert cli.invoke(["train", str(config)]) == 1
+    assert "is not what is in memory" in capsys.readouterr().err
+    # keep is 1: the earlier checkpoint goes only when the later one is good
+    kept = [path.name for path in (Path(raw["run_dir"]) / "checkpoints").glob("step-*")]
+    assert kept == ["step-00000002"]
+
+
+# --- the checks cost a step nothing -----------------------------------------------------------------------------------
+
+
+class _CountSyncs(TorchDispatchMode):
+    """Counts reads of single values: what makes the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_training_step_reads_values_once(raw, monkeypatch):
+    """By one tolist, which the dispatcher does not see on a CPU: everything that it sees is one too many."""
+    from qlora_dist.train import step as step_module
+
+    original = step_module.train_step
+    counts = []
+
+    def counting(*args, **options):
+        with _CountSyncs() as counter:
+            stats = original(*args, **options)
+        counts.append(counter.count)
+        return stats
+
+    monkeypatch.setattr("qlora_dist.train.loop.train_step", counting)
+    train(config_of(raw, train__steps=3))
+    # the optimizer of the CPU reads its own step count, one a group
+    assert counts[1:] == [counts[1]] * 2 and counts[1] <= 1
+    tree = ast.parse((PACKAGE / "train" / "step.py").read_text())
+    (step,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train_step"]
+    reads = [
+        node.func.attr
+        for node in ast.walk(step)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("item", "tolist", "cpu", "numpy", "synchronize", "gather", "from_main", "any", "max")
+    ]  # fmt: skip
+    assert reads == ["tolist"]
+
+
+COLLECTIVES = {"sum", "max", "any", "gather", "from_main", "require_equal", "local_main_first", "all_reduce", "barrier"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_only_rank_0_does_contains_no_collective(path):
+    """Functions given to `from_main`, and those of the same file that they call: plain values of `world` only."""
+    tree = ast.parse(path.read_text())
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    todo: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_main":
+            (argument,) = node.args
+            todo.append(functions[argument.id] if isinstance(argument, ast.Name) else argument)
+    seen: set[int] = set()
+    while todo:
+        body = todo.pop()
+        if id(body) in seen:
+            continue
+        seen.add(id(body))
+        for node in ast.walk(body):
+            if not isinstance(node, ast.Call):
+                continue
+            if isinstance(node.func, ast.Name) and node.func.id in functions:
+                todo.append(functions[node.func.id])
+            if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+                is_collective = node.func.value.id in ("world", "dist") and node.func.attr in COLLECTIVES
+                assert not is_collective, f"{path.name}:{node.lineno} a collective that only rank 0 would enter"

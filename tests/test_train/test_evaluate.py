@@ -1,0 +1,90 @@
+"""Held-out loss: equal to a plain computation, over ranks, and without touching the model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.tiny_models import alone, random_batch, save_model, tiny_model
+
+from qlora_dist.data.packing import Batch
+from qlora_dist.model import base_fingerprint, decoder_layers, hidden_states, load_base, output_head, set_recompute
+from qlora_dist.model.lora import attach_lora
+from qlora_dist.model.loss import nll_sum
+from qlora_dist.train.evaluate import evaluate
+
+
+class OneRank:
+    device = torch.device("cpu")
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+class Doubled(OneRank):
+    """As if another rank held the same batches."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values * 2
+
+
+def nll_of(model: torch.nn.Module):  # type: ignore[no-untyped-def]
+    head = output_head(model)
+
+    def nll(batch: Batch) -> torch.Tensor:
+        return nll_sum(hidden_states(model, batch), head, batch.label_positions, batch.labels)
+
+    return nll
+
+
+BATCHES = [random_batch((9, 5), seed=1), random_batch((3, 12, 2), seed=2)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_loss_is_the_mean_over_all_labels_of_plain_cross_entropy(family: str) -> None:
+    model = tiny_model(family)
+    result = evaluate(model, BATCHES, nll_of(model), OneRank())
+    plain = tiny_model(family, attention="eager")
+    losses = []
+    with torch.no_grad():
+        for batch in BATCHES:
+            for one in alone(batch):
+                logits = plain(input_ids=one.input_ids).logits[0, :-1]
+                losses.append(F.cross_entropy(logits, one.input_ids[0, 1:], reduction="none"))
+    expected = torch.cat(losses).mean().item()
+    assert result.num_labels == sum(batch.num_labels for batch in BATCHES) == len(torch.cat(losses))
+    assert result.loss == pytest.approx(expected, rel=1e-5)  # fp32, other order of sums
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    assert result.seconds > 0
+
+
+def test_values_are_global_and_a_rank_without_labels_brings_none() -> None:
+    model = tiny_model()
+    one, two = (evaluate(model, BATCHES, nll_of(model), world) for world in (OneRank(), Doubled()))
+    assert two.num_labels == 2 * one.num_labels and two.loss == pytest.approx(one.loss)
+    filled = evaluate(model, [*BATCHES, BATCHES[0].without_labels()], nll_of(model), OneRank())
+    assert (filled.loss, filled.num_labels) == (one.loss, one.num_labels)
+    nothing = evaluate(model, [], nll_of(model), OneRank())
+    assert (nothing.loss, nothing.num_labels) == (0.0, 0)
+
+
+def test_evaluation_changes_no_mode_no_gradient_and_no_bit_of_the_base(tmp_path: Path) -> None:
+    base = load_base(
+        str(save_model(tmp_path)),
+        quantization="nf4",
+        double_quant=True,
+        compute_dtype=torch.bfloat16,
+        attention="auto",
+        device=OneRank.device,
+    )
+    model = attach_lora(base, rank=2, alpha=4, dropout=0.5).train()
+    set_recompute(model, "full")
+    before = base_fingerprint(model)
+    first = evaluate(model, BATCHES, nll_of(model), OneRank())
+    assert evaluate(model, BATCHES, nll_of(model), OneRank()).loss == first.loss  # dropout is off inside
+    assert model.training and all(layer.training for layer in decoder_layers(model))
+    assert base_fingerprint(model) == before
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,146 @@
+"""What a run says: each step once, plainly when nobody watches."""
+
+import io
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from qlora_dist.cluster.stop_signal import StopSignal
+from qlora_dist.errors import RunFailed
+from qlora_dist.train.checks import check_first_update
+from qlora_dist.train.metrics import Metrics, format_seconds, median_tokens_per_second, peak_bytes, restart_peak
+from qlora_dist.train.run_dir import RunDir, config_changes, read_metrics, write_atomically, write_json
+
+
+def _values(step, **more):
+    return {
+        "step": step, "loss": 2.0, "grad_norm": 0.5, "lr": 1e-4, "step_seconds": 1.0, "tokens_per_second": 100.0 + step,
+        "peak_bytes": 2**30, **more,
+    }  # fmt: skip
+
+
+def _run(tmp_path, steps, start=0, stream=None, is_main=True, tensorboard=False):
+    run = RunDir(tmp_path)
+    with Metrics(run, is_main, 100, tensorboard, stream or io.StringIO()) as metrics:
+        metrics.start(start)
+        for step in steps:
+            metrics.step(_values(step))
+    return run
+
+
+def test_steps_of_an_earlier_life_stand_once_after_a_resume(tmp_path):
+    run = _run(tmp_path, range(1, 8))
+    with open(run.metrics, "a") as file:
+        file.write('{"step": 8, "lo')  # cut short by a crash
+    _run(tmp_path, range(5, 10), start=4)
+    assert [line["step"] for line in read_metrics(run.metrics)] == list(range(1, 10))
+    assert median_tokens_per_second(run.metrics) == 105.0
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path):
+    stream = io.StringIO()
+    run = _run(tmp_path, range(1, 4), stream=stream, is_main=False)
+    assert stream.getvalue() == "" and not run.metrics.exists()
+
+
+def test_output_is_plain_lines_when_it_is_no_terminal_and_one_line_when_it_is(tmp_path):
+    plain = io.StringIO()
+    _run(tmp_path, range(1, 50), stream=plain)
+    assert "\r" not in plain.getvalue() and len(plain.getvalue().splitlines()) == 1  # the others came within seconds
+    assert plain.getvalue().startswith("step 1/100  loss 2.0000") and "1.00 GiB  left 1:39" in plain.getvalue()
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown = Terminal()
+    _run(tmp_path, range(1, 50), stream=shown)
+    assert shown.getvalue().count("\r") == 49
+
+
+def test_tensorboard_gets_train_and_held_out_values(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunDir(tmp_path)
+    with Metrics(run, True, 2, True, io.StringIO()) as metrics:
+        metrics.start(0)
+        metrics.step(_values(1))
+        metrics.step(_values(2, eval_loss=1.5, eval_perplexity=4.48))
+    events = EventAccumulator(str(run.tensorboard))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+    assert events.Scalars("eval/loss")[0].value == 1.5
+
+
+def test_times_and_peaks_have_their_units():
+    assert [format_seconds(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+    assert 2**26 < peak_bytes(torch.device("cpu")) < 2**37
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_stop_signals_become_a_flag_and_the_old_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested and stop.name == signal.Signals(number).name
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_interrupt_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), StopSignal():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_adapter_that_did_not_move_ends_the_run():
+    model = torch.nn.Module()
+    model.register_parameter("a_lora_B", torch.nn.Parameter(torch.ones(2)))
+    model.register_parameter("b_lora_B", torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(RunFailed, match="1 of 2 LoRA B matrices are still zero, such as b_lora_B"):
+        check_first_update(model)
+    model.b_lora_B.data[0] = 1e-8
+    check_first_update(model)
+
+
+def test_config_changes_name_each_key_but_the_free_ones():
+    there = "run_dir: a\nlora: {rank: 4, dropout: 0.1}\nmemory: {recompute: full}\noptim: {lr: 1.0}\n"
+    now = "run_dir: b\nlora: null\nmemory: {recompute: none}\noptim: {lr: 2.0}\n"
+    lines = config_changes(there, now)
+    assert "  optim.lr: 1.0 there, 2.0 now" in lines and "  lora.rank: 4 there, None now" in lines
+    assert not any("run_dir" in line or "memory" in line for line in lines)
+    assert config_changes(there, now, ("optim.lr", "lora")) == []
+
+
+def test_files_are_replaced_whole_and_json_has_no_nan(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": float("nan"), "b": [1.5, float("inf")]})
+    assert json.loads(path.read_text()) == {"a": None, "b": [1.5, None]}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "new")
+    assert json.loads(path.read_text())["b"][0] == 1.5 and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_peak_begins_anew_with_what_is_dead_given_back():
+    device = torch.device("cuda", torch.cuda.current_device())
+    restart_peak(device)
+    before, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    circle = [torch.empty(2**26, dtype=torch.uint8, device=device)]
+    circle.append(circle)  # as a model that keeps its own method
+    del circle
+    assert restart_peak(device) >= before + 2**26
+    assert (peak_bytes(device), torch.cuda.memory_reserved(device)) == (before, reserved)
+
+
+def test_the_peak_of_a_cpu_is_that_of_its_process():
+    assert restart_peak(torch.device("cpu")) == peak_bytes(torch.device("cpu")) > 0
