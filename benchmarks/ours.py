@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -65,14 +63,6 @@ class TimedWorld:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._world, name)
 
-    @contextlib.contextmanager
-    def accumulate(self, is_last: bool) -> Iterator[None]:
-        inner = self._world.accumulate(is_last)
-        inner.__enter__()
-        yield
-        with self._conductor.phase("communication"):  # what of the sums did not overlap with the backward pass
-            inner.__exit__(None, None, None)
-
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         with self._conductor.phase("communication"):
             return self._world.sum(values)
@@ -84,6 +74,14 @@ class TimedUpdate:
 
     def __init__(self, update: Any, conductor: Conductor) -> None:
         self._update, self._conductor = update, conductor
+        if (reducer := getattr(update, "reducer", None)) is not None:  # of ddp and fsdp
+            finish = reducer.finish
+
+            def timed_finish() -> None:
+                with conductor.phase("communication"):  # what of the sums did not overlap with the backward pass
+                    finish()
+
+            reducer.finish = timed_finish
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._update, name)

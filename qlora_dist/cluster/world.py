@@ -19,8 +19,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import RunFailed, UserError
-from ..optim.flat import Span
-from ..optim.reducer import GradientReducer
 from .heartbeat import Pulse
 from .shard_group import ShardGroup
 from .stop_signal import StopRequested, StopSignal
@@ -66,7 +64,6 @@ class World:
         self.local_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))  # ranks on this node
         self.device: torch.device = own_device(accelerator.device)
         self.is_main: bool = self.rank == 0
-        self._reducer: GradientReducer | None = None
         self._builds = 0
         self._has_stepped = False
         store = dist.distributed_c10d._get_default_store().clone() if self.size > 1 else None  # type: ignore[attr-defined]
@@ -133,6 +130,10 @@ class World:
         self.doing(f"step {step}", self._timeout_seconds if self._has_stepped else None)
         self._has_stepped = True
 
+    def beat(self) -> None:
+        """This rank goes on with what it does: its limit begins anew."""
+        self._pulse.mark()
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around what ends only when all ranks have come to it."""
@@ -150,36 +151,6 @@ class World:
             f"the connection to another rank was lost; {self._pulse.who_is_missing()}. Checkpoints are good: start the "
             f"same command again to go on from the newest. The collective said: {cause}"
         )
-
-    # --- gradients ----------------------------------------------------------------------------------------------------
-
-    def prepare(self, flat_grads: Sequence[torch.Tensor], spans: Sequence[Sequence[Span]]) -> None:
-        """Takes charge of the flat gradient buffers of the trainable weights, one per parameter group."""
-        self._reducer = GradientReducer(self.size, flat_grads, spans)
-
-    @contextmanager
-    def accumulate(self, is_last: bool) -> Iterator[None]:
-        """Around each micro-step: gradients add up locally; during the last one they are summed over ranks."""
-        assert self._reducer is not None, "prepare comes first"
-        self._pulse.mark()  # a step may have many micro-steps: each has the step's limit
-        if is_last and self.size > 1:
-            self._reducer.arm()
-        yield
-        if is_last and self.size > 1:
-            with self.waiting():
-                self._reducer.finish()
-
-    def own_gradients_are_finite(self) -> bool:
-        """Whether this rank's part of the last summed gradients was finite; to find the culprit after a failure."""
-        return self._reducer is None or self.size == 1 or bool(self._reducer.own_are_finite)
-
-    def backward(self, nll_sum: torch.Tensor) -> None:
-        """Backward pass of one micro-step's loss sum.
-
-        The division by the global step's number of labels is done once, in fp32, on the summed gradients: a scaled
-        seed would be rounded to the activations' type (up to 0.4 % in bf16, the same way for every gradient).
-        """
-        nll_sum.backward()
 
     # --- collectives --------------------------------------------------------------------------------------------------
 

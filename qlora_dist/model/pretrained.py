@@ -40,7 +40,7 @@ def _import_quietly(name: str) -> Any:
             sys.modules["kernels"] = kernels  # type: ignore[assignment]
 
 
-bitsandbytes = _import_quietly("bitsandbytes")
+bitsandbytes: Any = _import_quietly("bitsandbytes")
 # `Linear8bitLt` says at every call that it computes in float16; `load_base` says it once
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "will be cast" not in record.msg)
 

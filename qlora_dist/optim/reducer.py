@@ -43,6 +43,7 @@ class GradientReducer:
                     self._num_parameters.append(len(members))
                     self._buckets.append(flat[start:stop])
                     stop, members = start, []
+        self._num_ranks = num_ranks
         self._missing: list[int] = []
         self._works: list[dist.Work] = []
         self.own_are_finite = torch.ones((), dtype=torch.bool)  # this rank's gradients, before the last sum
@@ -52,6 +53,8 @@ class GradientReducer:
 
     def arm(self) -> None:
         """Before the last micro-step's backward pass: from now on full buckets are sent."""
+        if self._num_ranks == 1:
+            return
         self._missing = list(self._num_parameters)
         self._works = []
         self.own_are_finite = torch.ones((), dtype=torch.bool, device=self._buckets[0].device)
@@ -72,6 +75,8 @@ class GradientReducer:
 
     def finish(self) -> None:
         """After the last micro-step: all buckets are summed when it returns (on CUDA: in stream order)."""
+        if self._num_ranks == 1:
+            return
         while len(self._works) < len(self._buckets):
             self._send()
         for work in self._works:

@@ -113,18 +113,18 @@ def _reduce(shuffled):
     world = World.init()
     parameters = {f"p{i}": torch.nn.Parameter(torch.ones(300 + i)) for i in range(8)}
     flat = FlatParameters(parameters, lambda _: False)
-    world.prepare(flat.grads, [group.spans() for group in flat.groups])
+    sums = reducer.GradientReducer(world.size, flat.grads, [group.spans() for group in flat.groups])
     order = list(parameters.values())
     if shuffled and world.rank == 1:
         order = order[::-1]
-    with world.accumulate(is_last=False):
-        world.backward(sum(p.sum() for p in order))
-    with world.accumulate(is_last=True):
-        used = order[1:] if world.rank == 2 else order
-        loss = torch.zeros(())
-        for i, p in enumerate(used):
-            loss = loss + (p * float(world.rank + 1) * (i + 1 if not shuffled else 1)).sum()
-        world.backward(loss)
+    sum(p.sum() for p in order).backward()
+    sums.arm()
+    used = order[1:] if world.rank == 2 else order
+    loss = torch.zeros(())
+    for i, p in enumerate(used):
+        loss = loss + (p * float(world.rank + 1) * (i + 1 if not shuffled else 1)).sum()
+    loss.backward()
+    sums.finish()
     return {name: p.grad[0].item() for name, p in parameters.items()}, flat.grads[0].numel() * 4 // 4096
 
 

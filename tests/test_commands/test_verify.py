@@ -98,17 +98,21 @@ def _mean_of_means(monkeypatch):
 
 
 def _forgotten_microbatch(monkeypatch):
-    from qlora_dist.cluster.world import World
+    from qlora_dist.optim.replicated import ReplicatedUpdate
 
-    original = World.backward
+    original = ReplicatedUpdate.accumulate
     calls = []
 
-    def forgetting(self, nll):
-        calls.append(nll)
-        if len(calls) != 2:
-            original(self, nll)
+    def forgetting(self, loss_sum, is_last):
+        calls.append(is_last)
 
-    monkeypatch.setattr(World, "backward", forgetting)
+        def lost():
+            loss = loss_sum()
+            return loss.detach() + 0.0 * loss
+
+        return original(self, lost if len(calls) == 2 else loss_sum, is_last)
+
+    monkeypatch.setattr(ReplicatedUpdate, "accumulate", forgetting)
 
 
 def _shifted_labels(monkeypatch):

@@ -7,7 +7,6 @@
 Imports torch only for `--simulate` and for families that `memory.shapes` does not list.
 """
 
-from ...memory.read_shapes import read_shapes
 from .command import run_plan_command
 
-__all__ = ["read_shapes", "run_plan_command"]
+__all__ = ["run_plan_command"]
