@@ -87,6 +87,33 @@ class MemoryWatch:
             self._anonymous = max(self._anonymous, status_bytes("RssAnon"))
 
 
+class DeviceWatch:
+    """The largest number of bytes that a GPU has in use while this is open: context, allocator, managed memory that
+    lies there, and other processes. Looked at every `interval_seconds`; None on a CPU."""
+
+    def __init__(self, device: torch.device, interval_seconds: float = 1.0) -> None:
+        self._device, self._interval = device, interval_seconds
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self.peak_bytes: int | None = None
+
+    def __enter__(self) -> DeviceWatch:
+        if self._device.type == "cuda":
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        if self._device.type == "cuda":
+            self._thread.join()
+
+    def _sample(self) -> None:
+        while True:
+            self.peak_bytes = max(self.peak_bytes or 0, device_used_bytes(self._device))
+            if self._stopped.wait(self._interval):
+                return
+
+
 def _wake_libraries() -> None:
     """One update of a 64 x 64 layer: what torch imports and allocates at first use is then part of the baseline."""
     layer = torch.nn.Linear(64, 64)

@@ -11,8 +11,10 @@ the most work that a row can be. Training, memory and checkpoints are those of
 The card is cut down to `--cap-gib` (47.54 GiB: what an RTX A6000 shows): PyTorch may not allocate more, CUDA context
 included. Paged optimizer states are not PyTorch's and stay on a larger card as long as it has room; with `--crowd`
 another process holds the rest of the card, so that they have no more room than there. That is for a card of your own:
-managed memory beyond what is free can hang one, and `--crowd` refuses where it sees that coming. `--set` changes the
-recipe, for example to rows of 2,048 tokens (see the recipe's head); `--layers` and `--hidden` make the model smaller.
+managed memory beyond what is free can hang one. So `--crowd` refuses where the plan, states included, is larger than
+the card, and PyTorch is left what the states do not need: a run that takes more ends out of memory, and pages nothing.
+`--set` changes the recipe, for example to rows of 2,048 tokens (see the recipe's head); `--layers` and `--hidden` make
+the model smaller.
 """
 
 from __future__ import annotations
@@ -32,16 +34,18 @@ import numpy as np
 import torch
 
 from qlora_dist.config import RunConfig, load_config
+from qlora_dist.errors import UserError
 from qlora_dist.memory import choose
 from qlora_dist.memory.read_shapes import read_shapes
 from qlora_dist.train.loop import train
 
-from . import provenance
+from . import memory, provenance
 
 GIB = 2**30
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "repro_65b_48gb.yaml"
 MEASURED_STEPS = 5  # with random weights; the first is not timed
 A6000_GIB = 47.54
+LATE_KERNELS_BYTES = GIB // 2  # as much again as a context: CUDA loads kernels into it when they are first used
 HIDDEN, INNER, HEAD, LAYERS, VOCABULARY = 8192, 22016, 128, 80, 32000  # LLaMA-65B
 
 
@@ -107,13 +111,16 @@ def configure(arguments: argparse.Namespace) -> RunConfig:
     return load_config(RECIPE, (*arguments.overrides, *run, *made))
 
 
-def require_room(config: RunConfig, cap_bytes: int) -> None:
-    """With a neighbour that holds the rest of the card, paged states that do not fit are managed memory beyond what is
-    free, which can hang a GPU. Raises SystemExit where the plan sees that coming."""
+def require_room(config: RunConfig, cap_bytes: int) -> int:
+    """Bytes of the paged states, which have room beside the rest of the plan.
+
+    With a neighbour that holds the rest of the card, paged states that do not fit are managed memory beyond what is
+    free, which can hang a GPU. Raises SystemExit where the plan sees that coming.
+    """
     shapes = read_shapes(config.model.name, config.model.revision)
     plan = choose(config, shapes, world_size=1, local_world_size=1, device_bytes=cap_bytes)
     if plan.fits and not plan.paged_out_bytes:
-        return
+        return plan.pageable_bytes
     lacking = max(plan.paged_out_bytes, plan.peak_bytes - cap_bytes)
     raise SystemExit(
         f"--crowd: of {plan.peak_bytes / GIB:.2f} GiB planned, {lacking / GIB:.2f} GiB have no room on a card of "
@@ -122,11 +129,18 @@ def require_room(config: RunConfig, cap_bytes: int) -> None:
     )
 
 
+def allocator_limit(cap_bytes: int, context_bytes: int, paged_bytes: int) -> int:
+    """Bytes that PyTorch may take of the card. paged_bytes: of the states that must stay on a crowded card; what the
+    plan did not see (holes, kernels that are loaded late) must not take their place."""
+    return cap_bytes - context_bytes - (paged_bytes + LATE_KERNELS_BYTES if paged_bytes else 0)
+
+
 @contextlib.contextmanager
-def smaller_card(cap_gib: float, is_crowded: bool) -> Iterator[dict[str, Any]]:
-    """Leaves this process `cap_gib` of the GPU, context included. Nothing to cap on a CPU."""
+def smaller_card(cap_gib: float, is_crowded: bool, paged_bytes: int = 0) -> Iterator[dict[str, Any]]:
+    """Leaves this process `cap_gib` of the GPU, context included; PyTorch's part as `allocator_limit` has it. Nothing
+    to cap on a CPU."""
     if not torch.cuda.is_available():
-        yield {"cap_bytes": None, "context_bytes": None, "is_crowded": False}
+        yield {"cap_bytes": None, "context_bytes": None, "is_crowded": False, "allocator_limit_bytes": None}
         return
     torch.zeros(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
@@ -134,8 +148,9 @@ def smaller_card(cap_gib: float, is_crowded: bool) -> Iterator[dict[str, Any]]:
     cap = int(cap_gib * GIB)
     if cap > total:
         raise SystemExit(f"--cap-gib is {cap_gib}, the card has {total / GIB:.2f} GiB; give at most that")
-    torch.cuda.set_per_process_memory_fraction((cap - context) / total)
-    facts = {"cap_bytes": cap, "context_bytes": context, "is_crowded": is_crowded}
+    limit = allocator_limit(cap, context, paged_bytes)
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    facts = {"cap_bytes": cap, "context_bytes": context, "is_crowded": is_crowded, "allocator_limit_bytes": limit}
     if not is_crowded:
         yield facts
         return
@@ -204,7 +219,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random-weights", action="store_true", help="Make the model and the data on the spot.")
     parser.add_argument("--cap-gib", type=float, default=A6000_GIB, help="Memory of the card that is stood for.")
-    parser.add_argument("--crowd", action="store_true", help="Another process holds the rest of the card.")
+    parser.add_argument(
+        "--crowd",
+        action="store_true",
+        help="Another process holds the rest of the card (for a card of your own). Refused where the plan and the paged "
+        "states, 8 bytes a trainable parameter, are larger than --cap-gib.",
+    )
     parser.add_argument(
         "--steps", type=int, help=f"Updates (default: {MEASURED_STEPS} with random weights, else the recipe's)."
     )
@@ -220,18 +240,22 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> dict[str, Any]:
     arguments = parse(sys.argv[1:] if words is None else words)
+    try:
+        provenance.commit_and_source()  # what is stated wrongly is said before the run, not after it
+    except UserError as error:
+        raise SystemExit(str(error)) from None
     if arguments.random_weights:  # a reproduction of days is gone on with, not begun anew
         shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True, exist_ok=True)
     config = configure(arguments)
-    if arguments.crowd:
-        require_room(config, int(arguments.cap_gib * GIB))
+    paged = require_room(config, int(arguments.cap_gib * GIB)) if arguments.crowd else 0
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    with smaller_card(arguments.cap_gib, arguments.crowd) as card:
+    with smaller_card(arguments.cap_gib, arguments.crowd, paged) as card:
         before = provenance.device_state(device)
-        train(config)
+        with memory.DeviceWatch(device) as watch:
+            train(config)
         states = {"before": before, "after": provenance.device_state(device)}
-    result = summarize(config, card, arguments) | {"device_state": states}
+    result = summarize(config, card, arguments) | {"device_used_bytes": watch.peak_bytes, "device_state": states}
     text = json.dumps(result, indent=1)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

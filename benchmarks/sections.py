@@ -100,9 +100,10 @@ def machine(raw: Any) -> Section | None:
         gpus = ", ".join(gpu["name"] for gpu in hardware.get("gpus", []))
         commit = (origin["commit"] or f"no checkout, code {origin['code_hash']}")[:12]
         is_dirty = (origin["commit"] or "").endswith("-dirty")
+        is_stated = origin.get("commit_source") == "stated"  # by whoever started it, where .git did not come along
         versions = ", ".join(f"{name} {value}" for name, value in origin["versions"].items())
         rows.append(
-            [origin["date"], f"`{origin['command']}`", commit + (" with changes" if is_dirty else ""),
+            [origin["date"], f"`{origin['command']}`", commit + " with changes" * is_dirty + " (stated)" * is_stated,
              gpus or hardware["cpu"], hardware["num_cpus"], hardware["load_average"][0], origin["driver"], versions]
         )  # fmt: skip
     header = ["date", "command", "commit", "device", "CPUs", "load before", "driver", "versions"]

@@ -6,7 +6,7 @@ GEMM at several numbers of tokens x real shapes, plain and with 64 more columns 
 bandwidth, pinned transfers, bitsandbytes' dequantization, attention forward and backward, launch overhead. Operands
 are random: zeros draw less power and run faster. Runs on a CPU at tiny sizes too (--tiny).
 
-About 100 cases of at least `AT_LEAST_SECONDS`: an estimated 100 seconds on an H100, operands and warm-up included.
+About 100 cases of at least `AT_LEAST_SECONDS`: an estimated 90 seconds on an H100, operands and warm-up included.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import inspect
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Ceilings:
     def __init__(self, device: torch.device, is_tiny: bool) -> None:
         self.device, self.is_tiny = device, is_tiny
         self.at_least = 0.02 if is_tiny else AT_LEAST_SECONDS
-        self.cache_bytes = _cache_bytes(device)
+        self.cache_bytes = 0 if is_tiny else cache_bytes(device)
         self.results: list[dict[str, Any]] = []
 
     def measure(self, what: str, case: str, unit: str, amount: float, works: Sequence[Callable[[], Any]]) -> None:
@@ -130,7 +131,7 @@ class Ceilings:
                 [self._random(count, n, length, width) for n in (heads, kv_heads, kv_heads)]
                 for _ in range(num_sets(set_bytes, self.cache_bytes))
             ]
-            for name, attend in attentions(self.device, length).items():
+            for name, attend in attentions(self.device, length, count).items():
                 self._both(f"attention {name}", case, forward, attend, operands)
 
     def _both(self, what: str, case: str, forward: float, attend: Callable[..., Any], operands: list[Any]) -> None:
@@ -171,10 +172,12 @@ class Ceilings:
         return torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
 
 
-def attentions(device: torch.device, length: int) -> dict[str, Callable[..., Any]]:
-    """Kernels by name: sdpa takes (documents, heads, tokens, width), varlen and flash-attn (all tokens, heads, width),
-    whose documents are `length` tokens each."""
+def attentions(device: torch.device, length: int, count: int) -> dict[str, Callable[..., Any]]:
+    """Kernels by name, for `count` documents of `length` tokens: sdpa takes (documents, heads, tokens, width), varlen
+    and flash-attn (all tokens, heads, width)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    borders = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
 
     def sdpa(query: Any, key: Any, value: Any) -> Any:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -189,13 +192,11 @@ def attentions(device: torch.device, length: int) -> dict[str, Callable[..., Any
     def varlen(query: Any, key: Any, value: Any) -> Any:
         from torch.nn.attention import varlen as module
 
-        borders = _borders(length, len(query), device)
         return module.varlen_attn(query, key, value, borders, borders, length, length, **varlen_keywords())
 
     def flash(query: Any, key: Any, value: Any) -> Any:
         from flash_attn import flash_attn_varlen_func
 
-        borders = _borders(length, len(query), device)
         return flash_attn_varlen_func(query, key, value, borders, borders, length, length, causal=True)
 
     of_gpu = {"sdpa flash": forced(SDPBackend.FLASH_ATTENTION), "sdpa cudnn": forced(SDPBackend.CUDNN_ATTENTION)}
@@ -212,19 +213,14 @@ def varlen_keywords() -> dict[str, Any]:
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
-def _borders(length: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """(documents + 1,) int32."""
-    return torch.arange(0, tokens + 1, length, dtype=torch.int32, device=device)
+def cache_bytes(device: torch.device) -> int:
+    """The L2 cache of a GPU; 0 on a CPU, where ceilings are only tried."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
 def _flattened(tensor: torch.Tensor) -> torch.Tensor:
     """(documents, heads, tokens, width) -> (all tokens, heads, width)."""
     return tensor.transpose(1, 2).flatten(0, 1).contiguous()
-
-
-def _cache_bytes(device: torch.device) -> int:
-    """The L2 cache of a GPU. A CPU's cases are for trying the script: its caches are not looked at."""
-    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
 def main() -> None:
@@ -238,23 +234,28 @@ def main() -> None:
         provenance.require_clean(arguments.allow_dirty)
         if device.type == "cpu" and not arguments.tiny:
             raise UserError("no CUDA device: give --tiny to try the script on a CPU")
+        origin = provenance.collect(provenance.this_command("benchmarks.gpu.ceilings"), device)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    origin = provenance.collect(provenance.this_command("benchmarks.gpu.ceilings"), device)
-    ceilings = Ceilings(device, arguments.tiny)
     before = provenance.device_state(device)
+    ceilings = Ceilings(device, arguments.tiny)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
     for part in PARTS:
+        started = time.perf_counter()
         try:
             getattr(ceilings, part)()
         except Exception as error:
             text = f"{type(error).__name__}: {error}"[:300]
             ceilings.results.append({"what": part, "case": "", "value": None, "unit": "", "reason": text})
+        seconds[part] = round(time.perf_counter() - started, 1)
         content = {
             "benchmark": "ceilings",
             "provenance": origin,
             "device_state": {"before": before, "after": provenance.device_state(device)},
+            "l2_cache_bytes": cache_bytes(device),
+            "part_seconds": seconds,
             "results": ceilings.results,
         }
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")  # after each part: a time limit keeps the rest

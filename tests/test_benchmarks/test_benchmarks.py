@@ -34,9 +34,8 @@ def measured(tmp_path_factory):
     """A real small run: two methods of this package and a stock Trainer, in turns."""
     out = tmp_path_factory.mktemp("results") / "cpu"
     scratch = tmp_path_factory.mktemp("scratch")
-    results = throughput.run(
-        cells.tiny(), out, command="python -m benchmarks.throughput --preset tiny", scratch=scratch
-    )
+    preset = dataclasses.replace(cells.tiny(), profile_steps=2)
+    results = throughput.run(preset, out, command="python -m benchmarks.throughput --preset tiny", scratch=scratch)
     return {result["name"]: result for result in results}, out, scratch
 
 
@@ -63,6 +62,53 @@ def test_every_cell_gives_all_its_samples_and_figures(measured):
         parts = sum(result["phases"][name] for name in ("data", "forward", "backward", "communication", "optimizer"))
         assert parts + result["phases"]["other"] == pytest.approx(result["phases"]["total"], rel=0.05)
         assert result["phases"]["forward"] > 0 and result["phases"]["backward"] > 0
+
+
+def test_every_cell_has_a_table_of_its_kernels_and_says_how_its_device_ran(measured):
+    for name, result in measured[0].items():
+        raw = json.loads((measured[1] / f"{name}.json").read_text())
+        table = raw["profile"]
+        assert table["num_steps"] == 2 and table["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+        assert 0 < len(table["kernels"]) <= profiling.MOST_ROWS and table["busy_share"] > 0
+        names = {row["name"] for row in table["kernels"]}
+        assert torch.cuda.is_available() or names & {"aten::mm", "aten::addmm"}, names
+        longest = [row["microseconds_per_step"] for row in table["kernels"]]
+        assert longest == sorted(longest, reverse=True)
+        assert len(result["phase_samples"]) == 1  # the instrumented step, apart from those of the profile
+        assert raw["device_state"].keys() == {"before", "after"}
+        if torch.cuda.is_available():
+            assert raw["device_state"]["after"]["reserved_peak_bytes"] >= raw["memory"]["allocated_bytes"]
+
+
+def test_a_peer_that_is_not_installed_is_missing_before_anything_is_made_for_it(tmp_path, monkeypatch):
+    """On a machine without TRL its cells must not cost the minutes of drawing 16 GB of weights."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(inputs, "prepare", lambda *_: pytest.fail("inputs were made"))
+    preset = cells.depth()
+    trl = tuple(cell for group in preset.groups for cell in group.cells if cell.engine == "trl")
+    only = dataclasses.replace(preset, groups=(Group(trl, False, "a test"),))
+    results = throughput.run(only, tmp_path / "out", command="a test", scratch=tmp_path / "scratch")
+    assert [result["status"] for result in results] == ["missing"] and "pip install trl" in results[0]["reason"]
+
+
+def test_a_run_that_is_cut_has_compared_what_it_measured(tmp_path, monkeypatch):
+    """The raw file of each cell is whole before the next cell starts: lent minutes end in the middle of a list."""
+    ours = Cell("ours", "nf4-dq", "tiny", 64)
+    peer = dataclasses.replace(ours, engine="trainer", variant="best")
+
+    def one_by_one(run, group):
+        yield throughput._without_result(ours, "ok", "") | {"first_loss": 2.0}
+        yield throughput._without_result(peer, "ok", "") | {"first_loss": 2.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(throughput.Run, "_one_by_one", one_by_one)
+    monkeypatch.setattr(throughput.Run, "_gradients", lambda run, name: {"a": torch.ones(4)})
+    monkeypatch.setattr(figures, "one_line", lambda result: "")
+    preset = Preset((Group((ours, peer), in_turns=False),), 1, 1, 1, 0, 60)
+    with pytest.raises(KeyboardInterrupt):
+        throughput.run(preset, tmp_path / "out", command="a test", scratch=tmp_path / "scratch")
+    cut = json.loads((tmp_path / "out" / f"{peer.name}.json").read_text())
+    assert cut["same_work"]["is_same"] is True and cut["same_work"]["reference"] == ours.name
 
 
 def test_a_stock_trainer_does_the_same_work_from_the_same_weights_and_tokens(measured):
@@ -219,6 +265,15 @@ def test_a_number_without_its_origin_is_not_reported(measured, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"{path.name}: no commit; a number without its origin is not reported"):
         report.build(tmp_path / "results")
+
+
+def test_a_commit_that_was_only_stated_is_reported_as_such(measured, tmp_path):
+    shutil.copytree(measured[1], tmp_path / "results" / "cpu")
+    for path in (tmp_path / "results" / "cpu").glob("*.json"):
+        content = json.loads(path.read_text())
+        content["provenance"] |= {"commit": "ab" * 20, "commit_source": "stated"}
+        path.write_text(json.dumps(content))
+    assert "| ababababab" + "ab (stated) |" in report.to_markdown(report.build(tmp_path / "results"))
 
 
 def test_the_committed_report_is_made_from_the_committed_raw_files():

@@ -310,6 +310,10 @@ def test_ceilings_run_on_a_cpu_at_tiny_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ceilings", "--tiny", "--allow-dirty", "--out", str(out)])
     ceilings.main()
     content = json.loads(out.read_text())
+    assert content["part_seconds"].keys() == set(ceilings.PARTS) and content["l2_cache_bytes"] >= 0
+    timed = [entry for entry in content["results"] if entry["value"]]
+    assert all(entry["calls_per_sample"] >= 20 and entry["num_sets"] >= 1 for entry in timed)
+    assert all(entry["num_sets"] >= 3 for entry in timed if entry["what"].startswith(("gemm", "deq", "attention")))
     values = {(entry["what"], entry["case"]): entry["value"] for entry in content["results"]}
     kinds = {what for what, _ in values}
     assert {"gemm bf16", "copy", "dequantize nf4", "attention sdpa forward + backward", "launch"} <= kinds

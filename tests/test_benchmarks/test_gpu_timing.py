@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
-from benchmarks import nvml, profiling, provenance
+from benchmarks import memory, nvml, profiling, provenance
 from benchmarks.gpu import ceilings, timing
 
 MIB = 2**20
@@ -53,6 +55,61 @@ def test_varlen_gets_grouped_heads_as_they_are(monkeypatch) -> None:
     ):
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
         assert ceilings.varlen_keywords() == keywords
+
+
+def test_a_call_of_varlen_launches_nothing_but_attention(monkeypatch) -> None:
+    """The borders of documents are made once: made in the call they would be timed as attention."""
+    seen = []
+
+    def kernel(query, key, value, first, second, *lengths, window_size):
+        seen.append((first, second, lengths, query.shape[1], key.shape[1]))
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    attend = ceilings.attentions(torch.device("cpu"), 4, 3)["varlen"]
+    query, key = torch.ones(12, 4, 8), torch.ones(12, 2, 8)
+    attend(query, key, key)
+    attend(query, key, key)
+    assert seen[0][0] is seen[0][1] is seen[1][0] and seen[0][0].tolist() == [0, 4, 8, 12]
+    assert seen[0][2:] == ((4, 4), 4, 2)
+
+
+def test_tiny_cases_do_not_fill_the_cache_of_a_gpu(monkeypatch) -> None:
+    """Sets of some KB that hold more than twice 50 MB would be thousands, each made for a case that measures nothing."""
+    monkeypatch.setattr(ceilings, "cache_bytes", lambda device: 50 * MIB)
+    made = ceilings.Ceilings(torch.device("cpu"), True)
+    assert len(made.sets_of(lambda: lambda: None, 36_000)) == 3
+    assert len(ceilings.Ceilings(torch.device("cpu"), False).sets_of(lambda: lambda: None, 10 * MIB)) == 11
+
+
+def test_a_kernel_table_has_neither_named_ranges_nor_steps() -> None:
+    """They lie over the kernels: counted too, a GPU would be busy twice over."""
+
+    class Event:
+        def __init__(self, key, kind=torch.autograd.DeviceType.CUDA, is_user_annotation=False):
+            self.key, self.device_type, self.is_user_annotation = key, kind, is_user_annotation
+            self.count, self.self_device_time_total = 2, 7.0
+
+    events = [
+        Event("gemm"),
+        Event("Memcpy HtoD"),
+        Event("ProfilerStep#1"),
+        Event("a range", is_user_annotation=True),
+        Event("cudaLaunchKernel", torch.autograd.DeviceType.CPU),
+    ]
+    assert profiling._kernels(events) == [("gemm", 2, 7.0), ("Memcpy HtoD", 2, 7.0)]
+
+
+def test_a_watch_keeps_the_most_that_a_device_had_in_use(monkeypatch) -> None:
+    used = iter([3, 9, 4])
+    monkeypatch.setattr(memory, "device_used_bytes", lambda device: next(used, 1))
+    with memory.DeviceWatch(torch.device("cuda", 0), interval_seconds=0.01) as watch:
+        ends = time.monotonic() + 10
+        while watch.peak_bytes != 9 and time.monotonic() < ends:
+            time.sleep(0.01)
+    assert watch.peak_bytes == 9
+    with memory.DeviceWatch(torch.device("cpu")) as watch:
+        pass
+    assert watch.peak_bytes is None
 
 
 def test_pinned_copies_fit_a_small_source(monkeypatch) -> None:

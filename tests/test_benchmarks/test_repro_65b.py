@@ -57,6 +57,7 @@ def test_a_scaled_model_trains_by_the_recipe_without_any_weight_file(scaled: tup
     assert list((work / "run").glob("adapter/adapter_model.safetensors"))
     assert result["weights"] == "random" and result["is_full_size"] is False and result["recipe_hours"] is None
     assert result["tokens_per_second"] > 0 and result["peak_bytes"] > 0
+    assert result["device_state"] == {"before": None, "after": None} and result["device_used_bytes"] is None  # a CPU
     origin = result["provenance"]
     assert origin["code_hash"] and origin["versions"]["torch"]
     assert origin["command"].startswith("python -m benchmarks.repro_65b --random-weights --layers 2")
@@ -88,9 +89,26 @@ def test_a_crowded_card_is_refused_where_paged_states_would_have_no_room(tmp_pat
     arguments = repro.parse(["--random-weights", "--work", str(tmp_path / "work"), "--steps", "1"])
     arguments.work.mkdir()
     config = repro.configure(arguments)
-    repro.require_room(config, int(repro.A6000_GIB * repro.GIB))
+    paged = repro.require_room(config, int(repro.A6000_GIB * repro.GIB))
+    assert paged == 8 * 799_539_200
     with pytest.raises(SystemExit, match=r"--crowd: of 46\.5\d GiB planned, .* no room on a card of 44\.00 GiB"):
         repro.require_room(config, 44 * repro.GIB)
+
+
+def test_a_neighbour_leaves_pytorch_only_what_the_paged_states_do_not_need() -> None:
+    """Holes of the allocator that no plan sees would else push managed memory beyond what is free."""
+    cap, context, paged = 48 * repro.GIB, repro.GIB // 2, 6 * repro.GIB
+    assert repro.allocator_limit(cap, context, 0) == cap - context
+    limit = repro.allocator_limit(cap, context, paged)
+    assert limit + context + paged < cap and limit > 40 * repro.GIB
+
+
+def test_a_commit_that_is_none_is_said_before_a_run_of_hours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("benchmarks.provenance.commit", lambda: None)
+    monkeypatch.setenv("QLORA_DIST_COMMIT", "main")
+    monkeypatch.setattr(repro, "train", lambda config: pytest.fail("it was trained"))
+    with pytest.raises(SystemExit, match="'main', not a commit of 40 hex digits"):
+        repro.main(["--random-weights", "--layers", "2", "--hidden", "128", "--work", str(tmp_path / "work")])
 
 
 @pytest.mark.gpu
@@ -102,4 +120,6 @@ def test_on_a_gpu_four_full_layers_stay_under_the_cap_and_near_the_plan(tmp_path
     assert result["cap_bytes"] == 7 * 2**30
     assert result["peak_with_context_bytes"] <= result["cap_bytes"]
     assert abs(result["plan_error"]) < 0.05
+    # what the card had in use is at least the allocator's part; paged states may lie on it or not
+    assert result["reserved_bytes"] <= result["device_used_bytes"]
     assert all(math.isfinite(loss) for loss in result["losses"])
