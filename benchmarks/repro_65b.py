@@ -222,7 +222,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--crowd",
         action="store_true",
-        help="Another process holds the rest of the card (for a card of your own). Refused where the plan and the paged "
+        help="Another process holds the rest of the card, your own. Refused where the plan and the paged "
         "states, 8 bytes a trainable parameter, are larger than --cap-gib.",
     )
     parser.add_argument(

@@ -74,7 +74,7 @@ def test_a_call_of_varlen_launches_nothing_but_attention(monkeypatch) -> None:
 
 
 def test_tiny_cases_do_not_fill_the_cache_of_a_gpu(monkeypatch) -> None:
-    """Sets of some KB that hold more than twice 50 MB would be thousands, each made for a case that measures nothing."""
+    """Sets of some KB that fill twice 50 MB would be thousands, each made for a case that measures nothing."""
     monkeypatch.setattr(ceilings, "cache_bytes", lambda device: 50 * MIB)
     made = ceilings.Ceilings(torch.device("cpu"), True)
     assert len(made.sets_of(lambda: lambda: None, 36_000)) == 3
