@@ -393,6 +393,26 @@ def test_profiled_steps_come_last_and_leave_a_table_of_operators():
     assert 0 < table["kernel_microseconds_per_step"] <= table["wall_microseconds_per_step"] * 1.05
 
 
+@pytest.mark.parametrize("preset", [cells.fair("8b", 8), cells.depth(), cells.tiny()])
+@pytest.mark.parametrize("profiled", [0, 3])
+def test_a_peer_is_given_documents_for_every_step_that_it_takes(preset, profiled):
+    """Its trainer ends where they end: a profile that is not counted would never be finished."""
+    preset = dataclasses.replace(preset, profile_steps=profiled)
+    conductor = Conductor(
+        CPU,
+        warmup_steps=preset.warmup_steps,
+        steps=preset.steps,
+        instrumented_steps=preset.instrumented_steps,
+        profile_steps=profiled,
+    )
+    conductor.start()
+    taken = 1
+    while conductor.step_done(1, 1):
+        taken += 1
+    assert taken <= preset.num_steps
+    assert (conductor.profile is not None) == bool(profiled)
+
+
 @pytest.mark.parametrize("kind", ["drawn", "full"])
 def test_drawn_documents_are_data_that_a_trainer_accepts(kind, tmp_path):
     """A vocabulary so large that no end token comes by chance, as it does with a tiny one."""

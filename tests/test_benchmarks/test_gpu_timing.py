@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 
 import torch
 
@@ -101,11 +101,17 @@ def test_a_kernel_table_has_neither_named_ranges_nor_steps() -> None:
 
 def test_a_watch_keeps_the_most_that_a_device_had_in_use(monkeypatch) -> None:
     used = iter([3, 9, 4])
-    monkeypatch.setattr(memory, "device_used_bytes", lambda device: next(used, 1))
+    over = threading.Event()
+
+    def in_use(device):
+        value = next(used, None)
+        if value is None:
+            over.set()
+        return value or 1
+
+    monkeypatch.setattr(memory, "device_used_bytes", in_use)
     with memory.DeviceWatch(torch.device("cuda", 0), interval_seconds=0.01) as watch:
-        ends = time.monotonic() + 10
-        while watch.peak_bytes != 9 and time.monotonic() < ends:
-            time.sleep(0.01)
+        assert over.wait(20)  # what comes after the most must not replace it
     assert watch.peak_bytes == 9
     with memory.DeviceWatch(torch.device("cpu")) as watch:
         pass
