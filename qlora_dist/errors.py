@@ -17,3 +17,13 @@ class RunFailed(RuntimeError):
     """
 
     exit_code = 1
+
+
+def pack_error(error: BaseException) -> tuple[str, str]:
+    """(kind, text): plain data with which another rank raises the same, see `unpack_error`."""
+    return "user" if isinstance(error, UserError) else "run", str(error) or repr(error)
+
+
+def unpack_error(kind: str, text: str) -> UserError | RunFailed:
+    """What `pack_error` packed; anything but a UserError as a RunFailed."""
+    return UserError(text) if kind == "user" else RunFailed(text)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tasks import BASE_DIR, DATA_DIR, MERGED_DIR, NEW_TASK, RUN_DIR
 
+from qlora_dist.files import write_json
 from qlora_dist.model import INFERENCE, load_base  # before peft and transformers: it imports bitsandbytes quietly
-from qlora_dist.train.run_dir import write_json
 
 from peft import PeftModel  # isort: skip
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # isort: skip

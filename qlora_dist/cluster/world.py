@@ -18,7 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import RunFailed, UserError
+from ..errors import RunFailed, UserError, pack_error, unpack_error
 from .heartbeat import Pulse
 from .shard_group import ShardGroup
 from .stop_signal import StopRequested, StopSignal
@@ -230,7 +230,7 @@ class World:
                 outcome[2] = function()
             except Exception as error:
                 failure = error
-                outcome = ["user" if isinstance(error, UserError) else "run", str(error) or repr(error), None]
+                outcome = [*pack_error(error), None]
         if self.size > 1:
             with self.waiting():
                 dist.broadcast_object_list(outcome, src=0)
@@ -238,7 +238,7 @@ class World:
             raise failure
         kind, text, result = outcome
         if kind is not None:
-            raise (UserError if kind == "user" else RunFailed)(text)
+            raise unpack_error(kind, text)
         return result
 
     def require_equal(self, value: str, what: str) -> None:
@@ -266,9 +266,10 @@ class World:
             try:
                 yield
             except BaseException as error:
-                kind = {UserError: "user", StopRequested: "stop"}.get(type(error), "run")
-                store.set(key, f"{kind} failed: {error}")
-                if kind == "stop":
+                is_stop = isinstance(error, StopRequested)
+                kind, text = ("stop", "") if is_stop else pack_error(error)
+                store.set(key, f"{kind} failed: {text}")
+                if is_stop:
                     raise  # the others have been asked too, and all agree next
                 # the store lives in rank 0: the others must have read this before it ends
                 others, deadline = self.local_size - 1, time.monotonic() + 10
@@ -288,7 +289,7 @@ class World:
             kind, _, text = state.partition(" ")
             if kind == "stop":
                 raise StopRequested
-            raise (UserError if kind == "user" else RunFailed)(f"{what}: rank {node} of this node {text}")
+            raise unpack_error(kind, f"{what}: rank {node} of this node {text}")
         yield
 
     def shard_group(self) -> ShardGroup | None:

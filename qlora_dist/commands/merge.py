@@ -12,7 +12,6 @@ Legend: O outputs, I inputs of a layer, r rank.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ..cluster.world import own_device
 from ..errors import UserError
+from ..files import GIB, folder_aside
 from ..model import (
     INFERENCE,
     is_conv1d,
@@ -251,20 +251,11 @@ def _check_original(name: str, config: Any) -> None:
 
 
 def _write(model: Any, trained: Trained, out: Path, max_shard_size: str) -> None:
-    """Aside, then renamed: a folder of this name is whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     free = shutil.disk_usage(out.parent).free
     if needed > free:
-        raise UserError(
-            f"{out.parent} has {free / 2**30:.1f} GiB free, the merged model needs {needed / 2**30:.1f} GiB"
-        )
-    aside = out.with_name(f".{out.name}.incomplete-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+        raise UserError(f"{out.parent} has {free / GIB:.1f} GiB free, the merged model needs {needed / GIB:.1f} GiB")
+    with folder_aside(out) as aside:  # replaces an empty folder
         model.save_pretrained(aside, max_shard_size=max_shard_size)
         load_tokenizer(trained.tokenizer_source).save_pretrained(aside)
-        os.rename(aside, out)  # replaces an empty folder
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise

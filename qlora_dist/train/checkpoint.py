@@ -15,9 +15,7 @@ All functions here act on files of one process; the trainer calls them on rank 0
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -30,17 +28,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import RunFailed, UserError
+from ..files import DamagedFolder, check_manifest, folder_aside, remove_folder, write_json, write_manifest
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 _STEP = re.compile(r"step-(\d{8})")
-_ASIDE = ".incomplete-"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that must not be used; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -66,30 +59,20 @@ def save_checkpoint(
     Raises RunFailed when the disk is full or fails: nothing that was saved before is touched then.
     """
     target = folder / f"step-{step:08d}"
-    aside = folder / f"{_ASIDE}{target.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
+        remove_interrupted(folder)
         _require_space(folder, optimizer_tensors)
-        aside.mkdir()
-        write_weights(aside)
-        save_file(optimizer_tensors, aside / OPTIMIZER)
-        _write_text(aside / STATE, json.dumps({"format": FORMAT, "step": step, **state}, indent=2))
-        files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
-        for path in aside.iterdir():
-            _sync(path)
-        _write_text(aside / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2))
-        _sync(aside / MANIFEST)
-        _sync(aside)
-        if target.exists():  # a rejected one of the same step
-            shutil.rmtree(target)
-        os.rename(aside, target)
-        _sync(folder)
+        with folder_aside(target) as aside:  # a rejected one of the same step is replaced
+            write_weights(aside)
+            save_file(optimizer_tensors, aside / OPTIMIZER)
+            write_json(aside / STATE, {"format": FORMAT, "step": step, **state})
+            write_manifest(aside, {"format": FORMAT, "step": step})
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         good, _ = find_newest(folder)
         raise RunFailed(_save_failure(error, target, good)) from error
-    _rotate(folder, keep)
+    for old in sorted(_complete(folder))[:-keep]:
+        remove_folder(old)
     return target
 
 
@@ -99,7 +82,7 @@ def find_newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     for path in sorted(_complete(folder), reverse=True):
         try:
             verify_checkpoint(path)
-        except CheckpointError as error:
+        except DamagedFolder as error:
             rejected.append((path, str(error)))
         else:
             return path, rejected
@@ -107,26 +90,8 @@ def find_newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raises CheckpointError unless every file of the manifest is there with its size and SHA-256."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-    except FileNotFoundError:
-        raise CheckpointError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read ({error})") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"format {manifest.get('format')!r}, this version reads {FORMAT}")
-    for name, expected in files:
-        file = path / name
-        try:
-            size = file.stat().st_size
-        except OSError:
-            raise CheckpointError(f"{name} is missing") from None
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{name} has {size:,} bytes, {expected['bytes']:,} were written")
-        if _sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{name} is damaged: its SHA-256 is not the one that was written")
+    """Raises DamagedFolder unless every file of the manifest is there with its size and SHA-256."""
+    check_manifest(path, {"format": FORMAT})
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -145,23 +110,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Deletes what an interrupted save or deletion left."""
-    for path in folder.glob(f"{_ASIDE}*"):
-        shutil.rmtree(path, ignore_errors=True)
+def remove_interrupted(folder: Path) -> None:
+    """Deletes what interrupted saves and deletions left."""
+    for pattern in (".step-*.incomplete*", ".incomplete-step-*"):  # the second: of runs begun before 0.2
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
-
-
-def _rotate(folder: Path, keep: int) -> None:
-    for path in sorted(_complete(folder))[:-keep]:
-        doomed = folder / f"{_ASIDE}{path.name}"  # renamed first: a deletion cut short leaves no half checkpoint
-        os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _require_space(folder: Path, optimizer_tensors: dict[str, torch.Tensor]) -> None:
@@ -178,28 +137,3 @@ def _save_failure(error: Exception, target: Path, good: Path | None) -> str:
         f"checkpoint {target} could not be written: {error}. Nothing saved before was touched; {kept}. "
         "Free disk space (or lower train.keep) and start the same command again: it goes on from there"
     )
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Makes a file or a folder's entries survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,9 +8,10 @@ from functools import partial
 from ..cluster.stop_signal import StopRequested, StopSignal
 from ..cluster.world import World
 from ..config import RunConfig
+from ..files import write_json
 from .evaluate import evaluate
 from .metrics import Metrics, format_evaluation
-from .run_dir import RunDir, TrainState, write_json
+from .run_dir import RunDir, TrainState
 from .setup import Data, is_due
 from .step import Learner
 

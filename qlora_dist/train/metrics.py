@@ -16,7 +16,8 @@ from typing import Any, TextIO
 
 import torch
 
-from .run_dir import RunDir, read_metrics, write_atomically
+from ..files import write_text
+from .run_dir import RunDir, read_metrics
 
 GIB = 2**30
 PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
@@ -67,7 +68,7 @@ class Metrics:
         if not self._is_main:
             return
         kept = [line for line in read_metrics(self._run.metrics) if line["step"] <= step]
-        write_atomically(self._run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self._run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self._run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -85,7 +86,7 @@ class Metrics:
         lines = list(read_metrics(self._run.metrics))
         lines[-1] |= values
         self._file.close()
-        write_atomically(self._run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self._run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = open(self._run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
         self.say(f"step {lines[-1]['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
 

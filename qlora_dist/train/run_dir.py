@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import yaml
 
 from ..cluster.run_lock import LOCK
 from ..errors import UserError
+from ..files import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class RunDir:
                 f"run_dir {self.path} is not empty and holds no run (no config.yaml; found {', '.join(others)}); "
                 "choose another folder"
             )
-        write_atomically(self.config, config_text)
+        write_text(self.config, config_text)
 
     def make(self) -> None:
         """Makes the folder. Raises UserError when it cannot be written."""
@@ -165,26 +165,6 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file so that a reader, or a crash, sees the old text or the new one, never half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes plain data as JSON, atomically. Non-finite numbers become null: JSON has none."""
-    write_atomically(path, json.dumps(_finite(value), indent=2) + "\n")
-
-
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
     if not path.exists():
@@ -193,13 +173,3 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             with contextlib.suppress(json.JSONDecodeError):
                 yield json.loads(line)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +12,13 @@ from ..cluster.stop_signal import StopSignal
 from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
 from ..errors import UserError
+from ..files import DamagedFolder, folder_aside, write_json
 from ..memory import MemoryPlan
 from . import checkpoint
 from .checks import base_checksum, check_base_unchanged
 from .metrics import GIB, Metrics, median_tokens_per_second, peak_bytes
 from .provenance import commit, device_name, versions
-from .run_dir import RunDir, TrainState, config_changes, read_metrics, write_json
+from .run_dir import RunDir, TrainState, config_changes, read_metrics
 from .setup import Data, free_fields
 from .step import Learner
 from .trained_weights import export_trained, load_trained, save_trained, verify_trained
@@ -53,13 +52,13 @@ def _choose_checkpoint(config: RunConfig, run: RunDir, data: Data, choice: str) 
         path: Path | None = Path(choice)
         try:
             checkpoint.verify_checkpoint(Path(choice))
-        except checkpoint.CheckpointError as error:
+        except DamagedFolder as error:
             raise UserError(
                 f"--resume {choice}: {error}. Give a folder checkpoints/step-*, or --resume auto for the newest good"
             ) from None
         said = []
     else:
-        checkpoint.remove_leftovers(run.checkpoints)
+        checkpoint.remove_interrupted(run.checkpoints)
         path, rejected = checkpoint.find_newest(run.checkpoints)
         said = [f"rejected {bad.name}: {reason}" for bad, reason in rejected]
         if path is None and rejected:
@@ -175,14 +174,9 @@ def _exported(config: RunConfig, run: RunDir) -> Path:
 
 
 def _export(config: RunConfig, run: RunDir, learner: Learner) -> None:
-    target = _exported(config, run)
-    aside = target.with_name(f".{target.name}.incomplete")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    export_trained(learner.model, aside, config.model.name, learner.compute_dtype, config.lora is None)
-    base_model.load_tokenizer(config.model.name, config.model.revision).save_pretrained(aside)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(aside, target)
+    with folder_aside(_exported(config, run)) as aside:
+        export_trained(learner.model, aside, config.model.name, learner.compute_dtype, config.lora is None)
+        base_model.load_tokenizer(config.model.name, config.model.revision).save_pretrained(aside)
 
 
 def _summary(

@@ -20,7 +20,7 @@ import time
 # place -> (module that calls it, its name there)
 PLACES = {
     "step": ("qlora_dist.train.loop", "train_step"),
-    "save": ("qlora_dist.train.checkpoint", "_write_text"),  # twice a checkpoint: state.json, manifest.json
+    "save": ("qlora_dist.train.checkpoint", "write_json"),
     "data": ("qlora_dist.train.setup", "build_documents"),
     "load": ("qlora_dist.model", "load_base"),
     "evaluate": ("qlora_dist.train.held_out", "evaluate"),

@@ -126,7 +126,7 @@ def test_a_base_without_quantization_merges_to_the_trained_model(tmp_path: Path)
 
 def test_a_failed_merge_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path)
-    monkeypatch.setattr("qlora_dist.commands.merge.os.rename", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("qlora_dist.files.os.rename", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         merge(run, tmp_path / "out", compare=False)
     assert not (tmp_path / "out").exists()

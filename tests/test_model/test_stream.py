@@ -376,8 +376,8 @@ def test_of_several_processes_one_makes_the_copy(folder: Path, tmp_path: Path) -
 
 def _copy_and_count(folder: Path, cache: Path) -> tuple[str, int]:
     built = []
-    original = four_bit_files._write_manifest
-    four_bit_files._write_manifest = lambda *arguments: built.append(1) or original(*arguments)
+    original = four_bit_files.write_manifest
+    four_bit_files.write_manifest = lambda *values, **options: built.append(1) or original(*values, **options)
     return str(copy_of(folder, cache)), len(built)
 
 

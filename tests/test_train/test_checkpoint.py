@@ -15,9 +15,9 @@ from helpers.ranks import clean_environment
 from safetensors.torch import save_file
 
 from qlora_dist.errors import RunFailed, UserError
+from qlora_dist.files import DamagedFolder
 from qlora_dist.train import checkpoint
 from qlora_dist.train.checkpoint import (
-    CheckpointError,
     find_newest,
     load_checkpoint,
     save_checkpoint,
@@ -75,13 +75,13 @@ def test_every_damage_of_every_file_is_found_and_the_one_before_is_taken(tmp_pat
 def test_each_kind_of_damage_has_its_own_reason(tmp_path):
     path = _save(tmp_path, 1)
     (path / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"state\.json has 2 bytes, \d+ were written"):
+    with pytest.raises(DamagedFolder, match=r"state\.json has 2 bytes, \d+ were written"):
         verify_checkpoint(path)
     (path / "state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"state\.json is missing"):
+    with pytest.raises(DamagedFolder, match=r"state\.json is missing"):
         verify_checkpoint(path)
     (path / "manifest.json").write_text(json.dumps({"format": 99, "files": {}}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+    with pytest.raises(DamagedFolder, match="format 99, this version reads 1"):
         verify_checkpoint(path)
 
 
@@ -90,6 +90,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, "tests/test_train")
 import test_checkpoint
+from qlora_dist import files
 from qlora_dist.train import checkpoint
 folder, moment = Path(sys.argv[1]), int(sys.argv[2])
 count = 0
@@ -102,8 +103,8 @@ def at_each(function):
         return function(*arguments, **options)
     return wrapped
 test_checkpoint._save(folder, 1, keep=1)
-for module, name in ((checkpoint, "save_file"), (checkpoint, "_write_text"), (checkpoint, "_sync"),
-                     (checkpoint, "_describe"), (checkpoint.os, "rename"), (checkpoint.shutil, "rmtree")):
+for module, name in ((checkpoint, "save_file"), (checkpoint, "write_json"), (checkpoint, "write_manifest"),
+                     (files, "_sync"), (files, "_describe"), (files.os, "rename"), (files.shutil, "rmtree")):
     setattr(module, name, at_each(getattr(module, name)))
 test_checkpoint._save(folder, 2, keep=1)
 print(count)

@@ -98,7 +98,7 @@ def test_all_ranks_killed_in_a_step(config, tmp_path, sound, table):
 
 def test_rank_0_killed_in_a_save(config, tmp_path, sound, table):
     # the fourth text: the manifest of the second checkpoint, of which all else is written
-    with Crew(config, tmp_path, {"do": "SIGKILL", "at": "save", "nth": 4}) as crew:
+    with Crew(config, tmp_path, {"do": "SIGKILL", "at": "save", "nth": 2}) as crew:
         killed, other = crew.wait()
     assert (killed.code, other.code) == (-signal.SIGKILL, 1)
     assert re.search(r"rank 1: error: .*lost; rank 0 \(.*\) has ended: its store does not answer", other.said)
@@ -193,7 +193,7 @@ def test_an_evaluation_is_cut_short_by_a_signal_and_made_up_for(inputs, tmp_path
 
 
 def test_a_disk_that_is_full_at_a_save_ends_all_ranks_and_nothing_saved_is_lost(config, tmp_path, sound, table):
-    with Crew(config, tmp_path, {"do": "disk full", "at": "save", "nth": 3}) as crew:
+    with Crew(config, tmp_path, {"do": "disk full", "at": "save", "nth": 2}) as crew:
         ends = crew.wait()
     assert [end.code for end in ends] == [1, 1], crew.said()
     # rank 0 cannot even write that: its output is a file too

@@ -10,9 +10,10 @@ import torch
 
 from qlora_dist.cluster.stop_signal import StopSignal
 from qlora_dist.errors import RunFailed
+from qlora_dist.files import write_json, write_text
 from qlora_dist.train.checks import check_first_update
 from qlora_dist.train.metrics import Metrics, format_seconds, median_tokens_per_second, peak_bytes, restart_peak
-from qlora_dist.train.run_dir import RunDir, config_changes, read_metrics, write_atomically, write_json
+from qlora_dist.train.run_dir import RunDir, config_changes, read_metrics
 
 
 def _values(step, **more):
@@ -125,7 +126,7 @@ def test_files_are_replaced_whole_and_json_has_no_nan(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, "new")
+        write_text(path, "new")
     assert json.loads(path.read_text())["b"][0] == 1.5 and [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 

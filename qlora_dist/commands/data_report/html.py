@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...files import write_text
 from .measure import Audit, Sample
 from .terminal import COLUMNS
 
@@ -22,15 +22,13 @@ pre { white-space: pre-wrap; word-break: break-word; padding: .8rem; border: 1px
 
 
 def write_html(audits: Sequence[Audit], file: str | Path) -> None:
-    """Writes the page aside and renames it, so that a reader never sees half of one."""
+    """Writes the page."""
     sections = "".join(_section(audit) for audit in audits)
     page = (
         "<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>Training data</title>"
         f"<style>{_STYLE}</style><h1>Training data</h1>{sections}</html>\n"
     )
-    aside = Path(f"{file}.tmp")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, file)
+    write_text(Path(file), page)
 
 
 def _section(audit: Audit) -> str:

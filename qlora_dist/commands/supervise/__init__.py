@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...cluster.stop_signal import StopSignal
-from ...train.run_dir import RunDir, write_atomically
+from ...files import write_text
+from ...train.run_dir import RunDir
 from .exit_report import Outcome, read_outcome
 
 MAX_TRIES = 3  # without a new checkpoint
@@ -134,7 +135,7 @@ def _num_idle_lives(job: Job, run_dir: Path, is_idle: bool) -> int:
         number = 1 + int(file.read_text())
     except (OSError, ValueError):
         number = 1
-    write_atomically(file, str(number))
+    write_text(file, str(number))
     return number
 
 

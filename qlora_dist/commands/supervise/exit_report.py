@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from ...errors import UserError
-from ...train.run_dir import TrainState, write_json
+from ...files import write_json
+from ...train.run_dir import TrainState
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from typing import Any
 from ...cluster.file_lock import build_lock
 from ...config import SourceConfig
 from ...errors import UserError
+from ...files import folder_aside
 from ..formats import RawRecord, detect_format, group_records, map_columns
 from ..templates import NAMED, own_template
 from .encode import Encoded, Encoder, check_tokenizer
 from .select import select_documents
 from .sources import OpenSource, open_source
-from .store import STORE_VERSION, Documents, SourceStats, Store, StoreWriter, is_whole
+from .store import STORE_VERSION, Documents, SourceStats, Store, StoreWriter, has_store
 from .workers import EncodedRecord, choose_workers, encode_records
 
 logger = logging.getLogger(__name__)
@@ -48,10 +49,10 @@ def build_documents(
     settings: dict[str, Any] = {"row_tokens": row_tokens, "on_long": on_long, "on_bad": on_bad, "learn": learn}
     fingerprint = _fingerprint(opened, tokenizer, template, settings)
     folder = Path(cache_dir).expanduser() / fingerprint
-    if not is_whole(folder):
+    if not has_store(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with build_lock(folder):
-            if not is_whole(folder):  # another process may have built it while this one waited
+            if not has_store(folder):  # another process may have built it while this one waited
                 build = Build(tokenizer, template=template, num_workers=num_workers, **settings)
                 build.run(sources, opened, folder)
     else:
@@ -98,7 +99,7 @@ class Build:
 
     def run(self, sources: Sequence[SourceConfig], opened: Sequence[OpenSource], folder: Path) -> None:
         stats = [SourceStats(source.path) for source in sources]
-        with StoreWriter(folder.parent, folder.name) as writer:
+        with folder_aside(folder) as aside, StoreWriter(aside) as writer:
             for i, source in enumerate(sources):
                 self._add_source(writer, i, source, opened[i], stats[i])
             _check_not_empty(stats, self.row_tokens)
@@ -125,7 +126,7 @@ class Build:
         logger.info("%s: format %s (%s)%s", source.path, stats.format, stats.why, with_template)
         workers = self.num_workers or choose_workers(opened.num_bytes)
         grouped = group_records(stats.format, records)
-        for record in encode_records(encoder, grouped, workers, writer.aside, self.on_bad == "error"):
+        for record in encode_records(encoder, grouped, workers, writer.folder, self.on_bad == "error"):
             if record.problem is not None:
                 stats.bad += 1
                 stats.first_bad = stats.first_bad or f"{record.where}: {record.problem}"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...config import SourceConfig
+from ...files import sha256
 from ..formats import RawRecord, find_files, is_local, own_splits, read_file, read_hub
-from .store import sha256
 
 # files up to this size are hashed whole, larger ones at three places, with size and time of change
 _WHOLE_HASH_LIMIT = 256 * 2**20

@@ -11,13 +11,11 @@ import array
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from ...files import is_whole, read_manifest, write_manifest
 from ..packing import Example
 from .encode import Encoded
 
@@ -26,6 +24,7 @@ STORE_VERSION = 3
 
 # hashed again on each start; larger files are checked by size (the rename already says that they were whole)
 _HASH_LIMIT = 64 * 2**20
+HEAD = {"version": STORE_VERSION}  # of the manifest
 
 
 @dataclasses.dataclass
@@ -73,7 +72,7 @@ class Store:
         self.record_of = np.load(folder / "record_of.npy")  # (D,) int32, record of its source
         self.hashes = np.load(folder / "hashes.npy")  # (D,) uint64, of the tokens: equal documents, equal hashes
         self.stats = [SourceStats(**source) for source in json.loads((folder / "stats.json").read_text())]
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        files = read_manifest(folder)["files"]
         tokens = [files[name]["sha256"] for name in ("input_ids.bin", "is_label.bin", "lengths.npy")]
         self.content_digest = "".join(tokens).encode()
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
@@ -113,13 +112,10 @@ class Documents:
 
 
 class StoreWriter:
-    """Writes a store aside; `finish` gives it its name. Leaving the context without that removes what was written."""
+    """Context manager that writes a store into an empty folder; `finish` completes it."""
 
-    def __init__(self, cache_dir: Path, fingerprint: str) -> None:
-        self._final = cache_dir / fingerprint
-        for left in cache_dir.glob(f".{fingerprint}.*.tmp"):  # of a killed builder: the caller holds the lock
-            shutil.rmtree(left, ignore_errors=True)
-        self.aside = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", suffix=".tmp", dir=cache_dir))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._columns = {
             "lengths": array.array("i"),
             "num_labels": array.array("i"),
@@ -129,14 +125,13 @@ class StoreWriter:
         }
 
     def __enter__(self) -> StoreWriter:
-        self._ids = (self.aside / "input_ids.bin").open("wb")
-        self._labels = (self.aside / "is_label.bin").open("wb")
+        self._ids = (self.folder / "input_ids.bin").open("wb")
+        self._labels = (self.folder / "is_label.bin").open("wb")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ids.close()
         self._labels.close()
-        shutil.rmtree(self.aside, ignore_errors=True)
 
     def add(self, encoded: Encoded, source: int, record: int) -> None:
         ids = encoded.input_ids.tobytes()
@@ -148,24 +143,14 @@ class StoreWriter:
             column.append(value)
 
     def finish(self, stats: list[SourceStats]) -> None:
-        for file in (self._ids, self._labels):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+        self._ids.close()
+        self._labels.close()
         columns = {name: np.array(values) for name, values in self._columns.items()}
         _count_duplicates(stats, columns["hashes"], columns["source_of"])
         for name, values in columns.items():
-            np.save(self.aside / f"{name}.npy", values)
-        (self.aside / "stats.json").write_text(json.dumps([dataclasses.asdict(source) for source in stats]))
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
-            for file in sorted(self.aside.iterdir())
-            if file.is_file()
-        }
-        (self.aside / "manifest.json").write_text(json.dumps({"version": STORE_VERSION, "files": files}))
-        if self._final.exists():  # not whole, or it would have been read
-            shutil.rmtree(self._final)
-        self.aside.rename(self._final)
+            np.save(self.folder / f"{name}.npy", values)
+        (self.folder / "stats.json").write_text(json.dumps([dataclasses.asdict(source) for source in stats]))
+        write_manifest(self.folder, HEAD)
 
 
 def _count_duplicates(stats: list[SourceStats], hashes: np.ndarray, source_of: np.ndarray) -> None:
@@ -176,24 +161,6 @@ def _count_duplicates(stats: list[SourceStats], hashes: np.ndarray, source_of: n
         source.duplicates = int(is_repeated[source_of == i].sum())
 
 
-def is_whole(folder: Path) -> bool:
+def has_store(folder: Path) -> bool:
     """Whether a store of this name exists and is what was written."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["version"] != STORE_VERSION:
-            return False
-        for name, entry in manifest["files"].items():
-            size = (folder / name).stat().st_size
-            if size != entry["bytes"] or (size <= _HASH_LIMIT and sha256(folder / name) != entry["sha256"]):
-                return False
-    except (OSError, ValueError, KeyError):
-        return False
-    return True
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
+    return is_whole(folder, HEAD, _HASH_LIMIT)

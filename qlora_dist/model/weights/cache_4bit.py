@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ...cluster.file_lock import build_lock
 from ...errors import UserError
+from ...files import folder_aside, is_whole, write_manifest
 from ..pretrained import (
     Quantization,
     bitsandbytes,
@@ -51,7 +51,7 @@ from transformers import GenerationConfig  # isort: skip
 
 SHARD_BYTES = 512 * 2**20  # of a file, which is in host memory twice while safetensors serializes it
 FORMAT = 1  # part of every fingerprint: raise it when the same inputs give another folder
-MANIFEST = "manifest.json"
+HEAD = {"format": FORMAT}  # of the manifest
 
 
 def quantize_model(
@@ -91,19 +91,10 @@ def quantize_model(
     tied = settle_ties(skeleton.model, source)
     check_complete(name, skeleton.model, source, tied)
 
-    aside = out.with_name(f".{out.name}.incomplete")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with folder_aside(out) as aside:
         size = _write_weights(skeleton, source, tied, aside, device or torch.device("cpu"), shard_bytes)
         _write_rest(skeleton, name, revision, aside)
-        _write_manifest(aside)
-        if out.exists():
-            out.rmdir()  # empty
-        os.rename(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        write_manifest(aside, HEAD, is_hashed=False)
     return size
 
 
@@ -192,9 +183,9 @@ def cached_4bit(
         folder = root / f"{Path(name).name}-{quantization}-{_fingerprint(name, revision, double_quant, compute_dtype)}"
     except OSError as error:
         raise UserError(f"model.cache_4bit {root}: {first_line(error)}; name a folder that can be written") from None
-    if not is_whole(folder):
+    if not is_whole(folder, HEAD):
         with build_lock(folder, what="quantizing the same model"):
-            if not is_whole(folder):
+            if not is_whole(folder, HEAD):
                 shutil.rmtree(folder, ignore_errors=True)
                 quantize_model(
                     name,
@@ -218,22 +209,3 @@ def _fingerprint(name: str, revision: str | None, double_quant: bool, compute_dt
         real = path.resolve()
         parts.append(f"{real} {real.stat().st_size} {real.stat().st_mtime_ns}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _write_manifest(folder: Path) -> None:
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "bytes": sizes}, indent=2) + "\n")
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a 4-bit copy is there with every file in its size."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return manifest["format"] == FORMAT and all(
-            (folder / name).stat().st_size == size for name, size in manifest["bytes"].items()
-        )
-    except (OSError, ValueError, KeyError):
-        return False

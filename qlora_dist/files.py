@@ -1,0 +1,180 @@
+"""Files and folders that are whole or not there: written aside, synced, renamed, and checked by a manifest.
+
+The one home of atomic writes and of SHA-256 of files. Level 0: imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MIB, GIB = 2**20, 2**30
+MANIFEST = "manifest.json"
+
+
+class DamagedFolder(ValueError):
+    """A folder that is not what was written into it; the text says what is wrong."""
+
+
+def format_bytes(size: float) -> str:
+    """1.23 GiB, or 45.6 MiB below one."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- one file ---------------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file so that a reader, or a crash, sees the old text or the new one, never half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes plain data as JSON, atomically. Non-finite numbers become null: JSON has none."""
+    write_text(path, json.dumps(_finite(value), indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+# --- a folder ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def folder_aside(target: Path) -> Iterator[Path]:
+    """A new folder to fill. It takes the name `target` when the block ends well, in the place of what had it, and is
+    removed when the block fails. What an interrupted writer of the same folder left is removed first.
+    """
+    remove_leftovers(target)
+    aside = _aside(target)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in aside.iterdir():
+            _sync(path)
+        _sync(aside)
+        if target.exists():
+            replaced = _aside(target, "old")
+            os.rename(target, replaced)
+            os.rename(aside, target)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(aside, target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder. It loses its name first: a deletion that is cut short leaves no half of a folder."""
+    doomed = _aside(folder, "old")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Removes what an interrupted write or removal of a folder left."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.incomplete*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _aside(target: Path, kind: str = "new") -> Path:
+    return target.with_name(f".{target.name}.incomplete-{kind}-{os.getpid()}")
+
+
+def _sync(path: Path) -> None:
+    """Makes a file, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(folder: Path, head: dict[str, Any], is_hashed: bool = True) -> None:
+    """Lists every file of a folder with its size and SHA-256. The last file that is written into the folder."""
+    files = {path.name: _describe(path, is_hashed) for path in sorted(folder.iterdir()) if path.is_file()}
+    (folder / MANIFEST).write_text(json.dumps({**head, "files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def _describe(path: Path, is_hashed: bool) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size} | ({"sha256": sha256(path)} if is_hashed else {})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest with its `files` by name. Raises DamagedFolder when it is missing or unreadable."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if "files" not in manifest and "bytes" in manifest:  # of a 4-bit copy made before 0.2
+            manifest["files"] = {name: {"bytes": size} for name, size in manifest["bytes"].items()}
+        manifest["files"].items()
+    except FileNotFoundError:
+        raise DamagedFolder(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFolder(f"{MANIFEST} cannot be read ({error})") from None
+    return manifest
+
+
+def check_manifest(folder: Path, head: dict[str, Any], hash_limit: float = math.inf) -> None:
+    """Raises DamagedFolder unless the manifest has the values of `head` and every file has its size and SHA-256.
+
+    Files above `hash_limit` bytes are checked by their size alone.
+    """
+    manifest = read_manifest(folder)
+    for key, expected in head.items():
+        if manifest.get(key) != expected:
+            raise DamagedFolder(f"{key} {manifest.get(key)!r}, this version reads {expected}")
+    for name, written in manifest["files"].items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            raise DamagedFolder(f"{name} is missing") from None
+        if size != written["bytes"]:
+            raise DamagedFolder(f"{name} has {size:,} bytes, {written['bytes']:,} were written")
+        if "sha256" in written and size <= hash_limit and sha256(folder / name) != written["sha256"]:
+            raise DamagedFolder(f"{name} is damaged: its SHA-256 is not the one that was written")
+
+
+def is_whole(folder: Path, head: dict[str, Any], hash_limit: float = math.inf) -> bool:
+    """Whether a folder is there and is what was written, see `check_manifest`."""
+    try:
+        check_manifest(folder, head, hash_limit)
+    except DamagedFolder:
+        return False
+    return True
