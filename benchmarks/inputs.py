@@ -91,7 +91,6 @@ def planned(cell: Cell, scratch: Path) -> dict[str, Any] | None:
             config_of(cell, model, data, scratch),
             shapes,
             world_size=cell.ranks,
-            local_world_size=cell.ranks,
             device_bytes=None if cell.cap_gib is None else int(cell.cap_gib * 2**30),
         )
     except UserError as error:  # a plan that refuses is a finding, not the end of a measurement

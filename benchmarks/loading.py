@@ -60,11 +60,11 @@ def status(field: str) -> int:
 def measure(how: str, source: str, out: str) -> dict[str, float]:
     """In a process of its own: peaks over the state after the imports, seconds, bytes of the base in memory."""
     import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from qlora_dist.cluster.world import World
     from qlora_dist.model import held_bytes, load_base, quantize_model
-    from qlora_dist.model.pretrained import bitsandbytes
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # isort: skip
+    from qlora_dist.model.bitsandbytes_import import bitsandbytes
 
     torch.set_num_threads(1)
     world = World.init()

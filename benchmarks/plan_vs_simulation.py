@@ -76,9 +76,7 @@ def cell(name: str, row_tokens: int, level: str) -> dict[str, Any]:
     assert shapes is not None
     recompute = {"none": 0, "half": shapes.num_layers // 2, "full": shapes.num_layers}[level]
     config = run_config(row_tokens)
-    plan = plan_memory(
-        config, shapes, world_size=1, local_world_size=1, device_bytes=None, recompute=recompute, micro_rows=1
-    )
+    plan = plan_memory(config, shapes, world_size=1, device_bytes=None, recompute=recompute, micro_rows=1)
     pretrained = AutoConfig.for_model(raw["model_type"], **{k: v for k, v in raw.items() if k != "model_type"})
     started = time.perf_counter()
     trace = simulate(config, plan, pretrained)

@@ -118,7 +118,7 @@ def require_room(config: RunConfig, cap_bytes: int) -> int:
     free, which can hang a GPU. Raises SystemExit where the plan sees that coming.
     """
     shapes = read_shapes(config.model.name, config.model.revision)
-    plan = choose(config, shapes, world_size=1, local_world_size=1, device_bytes=cap_bytes)
+    plan = choose(config, shapes, world_size=1, device_bytes=cap_bytes)
     if plan.fits and not plan.paged_out_bytes:
         return plan.pageable_bytes
     lacking = max(plan.paged_out_bytes, plan.peak_bytes - cap_bytes)

@@ -137,7 +137,7 @@ def _of_repro(name: str, content: dict[str, Any]) -> Measured | None:
 def _measured(name: str, content: dict[str, Any], config: RunConfig, model: dict[str, Any], ranks: int) -> Measured:
     shapes = shapes_from_config(model)
     assert shapes is not None
-    plan = plan_memory(config, shapes, world_size=ranks, local_world_size=ranks, device_bytes=None)
+    plan = plan_memory(config, shapes, world_size=ranks, device_bytes=None)
     return Measured(name, content, config, shapes, plan, 0, None, None, plan.tensor_bytes, None, True)
 
 

@@ -7,6 +7,7 @@ import json
 import click
 
 from ..errors import UserError
+from ..files import format_bytes
 from .group import cli, rank
 
 
@@ -197,4 +198,4 @@ def quantize(model: str, out: str, quantization: str, double_quant: bool, dtype:
         compute_dtype=getattr(torch, dtype),
         device=own_device(),
     )
-    click.echo(f"{out}: {size / 2**30:.2f} GiB of {quantization}, double_quant={double_quant}")
+    click.echo(f"{out}: {format_bytes(size)} of {quantization}, double_quant={double_quant}")

@@ -1,4 +1,7 @@
-"""The run configuration: frozen pydantic models (`sections`), YAML files and overrides (`reading`), JSON schema."""
+"""The run configuration: frozen pydantic models (`sections`), YAML files and overrides (`reading`), JSON schema.
+
+`names` and `quantization` say what its values mean to more than one room.
+"""
 
 from .reading import dump_yaml, json_schema, load_config, parse_config
 from .sections import (

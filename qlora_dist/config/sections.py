@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .quantization import Quantization
+
 DataFormat = Literal[  # one function each in formats
     "auto", "alpaca", "alpaca-cleaned", "alpaca-gpt4", "messages", "sharegpt", "oasst", "guanaco", "self-instruct",
     "chip2", "hh-rlhf", "longform", "dolly", "unnatural-instructions", "input-output", "prompt-completion", "text",
@@ -29,7 +31,7 @@ class ModelConfig(_Section):
     """Hub name or local folder of a causal language model with safetensors weights."""
     revision: str | None = None
     """Hub branch, tag or commit. None: the default branch."""
-    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    quantization: Quantization = "nf4"
     """Storage of the frozen base. `none` keeps `compute_dtype` (LoRA on a 16-bit or 32-bit base)."""
     double_quant: bool = True
     """Quantize the quantization constants too (QLoRA, section 3). 4-bit bases only; saves 0.373 bit a parameter."""
@@ -37,8 +39,9 @@ class ModelConfig(_Section):
     """random: drawn by `seed` in the real shapes from config.json alone, for benchmarks and dry runs of any size."""
     cache_4bit: str | None = None
     """Folder for the base's 4-bit copy: the first start on a node makes it, later ones read it. null: none."""
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type of activations, of dequantized matrices, and of what is not quantized (norms, embeddings, head)."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations, of dequantized matrices, and of what is not quantized (norms, embeddings, head). Not
+    float16, whose gradients underflow without loss scaling."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Packed attention: flash-attn, torch's varlen, or one SDPA call a document. auto: the first that can be used."""
     kernels: Literal["auto", "off"] = "auto"
@@ -263,8 +266,6 @@ class RunConfig(_Section):
                 f"lora is null (full fine-tuning) but model.quantization is {self.model.quantization}: quantized "
                 "weights cannot be trained; set model.quantization=none, or give a lora section"
             )
-        if self.model.compute_dtype == "float16":
-            raise ValueError("model.compute_dtype is float16, which needs loss scaling; use bfloat16, or float32")
         has_held_out = self.data.eval or any(source.hold_out is not None for source in self.data.train)
         if self.train.eval_every is not None and not has_held_out:
             raise ValueError(

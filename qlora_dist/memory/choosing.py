@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config import RunConfig
-from .constants import GIB
+from ..files import GIB
 from .plan import MemoryPlan, plan_memory, planned_micro_rows
 from .shapes import ModelShapes
 from .strategies import STRATEGIES
@@ -20,7 +20,6 @@ def choose(
     shapes: ModelShapes,
     *,
     world_size: int,
-    local_world_size: int,
     device_bytes: int,
 ) -> MemoryPlan:
     """The plan with the settings that are left to be chosen. `memory.recompute: auto` becomes the smallest number of
@@ -35,7 +34,6 @@ def choose(
             config,
             shapes,
             world_size=world_size,
-            local_world_size=local_world_size,
             device_bytes=device_bytes,
             recompute=recompute,
             micro_rows=micro_rows,
@@ -56,7 +54,7 @@ def choose(
     if fitting:
         return min(fitting, key=lambda p: (p.paged_out_bytes > 0, relative_time(p), -p.micro_rows))
     chosen = plans[0]
-    return chosen.with_advice(tuple(_advice(config, shapes, chosen, world_size, local_world_size, device_bytes)))
+    return chosen.with_advice(tuple(_advice(config, shapes, chosen, world_size, device_bytes)))
 
 
 def _micro_rows_that_divide(rows_per_step: int, world_size: int) -> list[int]:
@@ -89,16 +87,14 @@ def _smallest_recompute(plan: Callable[[int], MemoryPlan], num_layers: int) -> i
     return num_layers
 
 
-def largest_row_tokens(
-    config: RunConfig, shapes: ModelShapes, *, world_size: int, local_world_size: int, device_bytes: int
-) -> int:
+def largest_row_tokens(config: RunConfig, shapes: ModelShapes, *, world_size: int, device_bytes: int) -> int:
     """Longest rows, in multiples of 256 tokens, that fit with every layer recomputed and one row at a time; 0: none."""
 
     def fits(tokens: int) -> bool:
         changed = changed_config(config, data={"row_tokens": tokens})
         return bool(
             plan_memory(
-                changed, shapes, world_size=world_size, local_world_size=local_world_size, device_bytes=device_bytes,
+                changed, shapes, world_size=world_size, device_bytes=device_bytes,
                 recompute=shapes.num_layers, micro_rows=1,
             ).fits
         )  # fmt: skip
@@ -106,15 +102,13 @@ def largest_row_tokens(
     return _bisect(fits, 256, LARGEST_ROW_TOKENS)
 
 
-def largest_micro_rows(
-    config: RunConfig, shapes: ModelShapes, *, world_size: int, local_world_size: int, device_bytes: int
-) -> int:
+def largest_micro_rows(config: RunConfig, shapes: ModelShapes, *, world_size: int, device_bytes: int) -> int:
     """Most rows at a time that fit with every layer recomputed; 0: none."""
 
     def fits(rows: int) -> bool:
         return bool(
             plan_memory(
-                config, shapes, world_size=world_size, local_world_size=local_world_size, device_bytes=device_bytes,
+                config, shapes, world_size=world_size, device_bytes=device_bytes,
                 recompute=shapes.num_layers, micro_rows=rows,
             ).fits
         )  # fmt: skip
@@ -144,12 +138,11 @@ def _advice(
     shapes: ModelShapes,
     plan: MemoryPlan,
     world_size: int,
-    local_world_size: int,
     device_bytes: int,
 ) -> Iterator[str]:
     """Single changes that would fit, those first that cost least: nothing, speed, another result."""
     sizes: dict[str, Any] = {
-        "world_size": world_size, "local_world_size": local_world_size, "device_bytes": device_bytes
+        "world_size": world_size, "device_bytes": device_bytes
     }  # fmt: skip
     full = shapes.num_layers
 

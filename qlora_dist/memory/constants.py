@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MIB, GIB = 2**20, 2**30
+from ..files import GIB, MIB
 
 ALIGNMENT = 256  # optim.flat.ALIGNMENT, elements
 CONTEXT_BYTES = 500 * MIB
@@ -20,6 +20,13 @@ RESERVE_SHARE = 0.02
 HOST_PROCESS_BYTES = 3 * GIB
 """Python, torch with its CUDA libraries, transformers: resident size of a rank that has done nothing yet."""
 STATE_SIZES = {"adamw": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+"""Bytes of Adam's two states per trained weight."""
+
+
+def state_bytes(optimizer: str, num_weights: int) -> tuple[int, int]:
+    """(Adam's two states, their scales: an fp32 for each 256 elements of an 8-bit state), bytes."""
+    size = STATE_SIZES[optimizer]
+    return size * num_weights, 2 * 4 * -(-num_weights // ALIGNMENT) if size == 2 else 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..config import RunConfig
 from ..errors import UserError
-from .constants import GIB, MIB
+from ..files import GIB, MIB
 from .plan import MemoryPlan
 from .shapes import ModelShapes
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from ..config import RunConfig
-from .constants import ALIGNMENT, HOST_PROCESS_BYTES, STATE_SIZES, Item
-from .layers import BLOCK, NESTED_BLOCK
+from ..config.quantization import quantized_bytes
+from .constants import ALIGNMENT, HOST_PROCESS_BYTES, STATE_SIZES, Item, state_bytes
 from .shapes import ModelShapes, adapted_linears
 from .strategies import Sharing
+
+CODE_TABLE_BYTES = 16 * 4  # the values of a 4-bit type, with each matrix
+NESTED_TABLE_BYTES = 256 * 4 + 4  # those of the 8-bit type of its constants, and their mean
 
 # --- on the device ----------------------------------------------------------------------------------------------------
 
@@ -35,28 +38,14 @@ def aligned_size(size: int) -> int:
 def base_bytes(config: RunConfig, shapes: ModelShapes) -> tuple[int, int, str]:
     """(weights of the linear layers, their quantization constants, what they are)."""
     kind, size = config.model.quantization, compute_size(config)
-    matrices = shapes.linears
     if kind == "none":
-        return shapes.linear_weights * size, 0, f"linear layers, {size} bytes a weight"
-    if kind == "int8":
-        constants = shapes.num_layers * sum(4 * linear.outputs for linear in matrices)
-        return shapes.linear_weights, constants, "linear layers, 1 byte a weight"
-    codes = shapes.num_layers * sum(-(-linear.num_weights // 2) for linear in matrices)
-    return (
-        codes,
-        shapes.num_layers * sum(_constants(linear.num_weights, config.model.double_quant) for linear in matrices),
-        (f"linear layers, 4 bits a weight ({kind})"),
-    )
-
-
-def _constants(num_weights: int, double_quant: bool) -> int:
-    """Bytes of quantization constants of one matrix."""
-    blocks = -(-num_weights // BLOCK)
-    table = 16 * 4  # the 16 values of the 4-bit type
-    if not double_quant:
-        return 4 * blocks + table
-    # one byte a block, one fp32 for 256 blocks, the 256 values of the 8-bit type, the mean
-    return blocks + 4 * -(-blocks // NESTED_BLOCK) + 256 * 4 + 4 + table
+        return shapes.linear_weights * size, 0, f"linear layers, {size} bytes per weight"
+    double = config.model.double_quant
+    matrices = [quantized_bytes(linear.num_weights, linear.outputs, kind, double) for linear in shapes.linears]
+    tables = 0 if kind == "int8" else CODE_TABLE_BYTES + (NESTED_TABLE_BYTES if double else 0)
+    codes = shapes.num_layers * sum(one.codes for one in matrices)
+    constants = shapes.num_layers * sum(one.constants + one.nested + tables for one in matrices)
+    return codes, constants, f"linear layers, {'1 byte' if kind == 'int8' else f'4 bits ({kind})'} per weight"
 
 
 def compute_size(config: RunConfig) -> int:
@@ -92,20 +81,19 @@ def persistent(config: RunConfig, shapes: ModelShapes, aligned: int, shared: Sha
 
 def _optimizer(name: str, aligned: int, shared: Sharing) -> dict[str, Item]:
     held = int(aligned * shared.optimizer)
-    size = STATE_SIZES[name]
     if shared.is_offloaded:
         return {}
     items = {}
-    scales = 2 * 4 * -(-held // ALIGNMENT) if size == 2 else 0
-    what = f"AdamW, 2 x {'fp32' if size == 8 else '8 bit'} a weight"
+    states, scales = state_bytes(name, held)
+    what = f"AdamW, 2 x {'8 bit' if scales else 'fp32'} per weight"
     if name.startswith("paged"):
         items["optimizer, pageable"] = Item(
-            size * held, f"{what}, in managed memory: moves to the host when the GPU is full", is_tensor=False,
+            states, f"{what}, in managed memory: moves to the host when the GPU is full", is_tensor=False,
             is_pageable=True,
         )  # fmt: skip
         items["optimizer"] = Item(scales, "scales of the 8-bit states")
     else:
-        items["optimizer"] = Item(size * held + scales, what)
+        items["optimizer"] = Item(states + scales, what)
     if shared.has_master_partition:
         items["optimizer"] = Item(
             items["optimizer"].size + 4 * held, items["optimizer"].note + ", and DeepSpeed's fp32 copy of its share"
@@ -116,11 +104,9 @@ def _optimizer(name: str, aligned: int, shared: Sharing) -> dict[str, Item]:
 # --- on the host ------------------------------------------------------------------------------------------------------
 
 
-def host(
-    config: RunConfig, shapes: ModelShapes, aligned: int, shared: Sharing, local_world_size: int, saved_bytes: int
-) -> dict[str, Item]:
+def host(config: RunConfig, shapes: ModelShapes, aligned: int, shared: Sharing, saved_bytes: int) -> dict[str, Item]:
     held = int(aligned * shared.optimizer)
-    states = STATE_SIZES[config.optim.name] * held
+    states, _ = state_bytes(config.optim.name, held)
     largest = max(shapes.embedding_weights, *(linear.num_weights for linear in shapes.linears)) * 2
     items = {
         "process": Item(HOST_PROCESS_BYTES, "Python, torch and its CUDA libraries"),

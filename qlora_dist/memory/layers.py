@@ -12,11 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..config.quantization import BLOCK, Quantization
 from .shapes import Linear, ModelShapes
 from .tape import Live, Tape, Value
-
-BLOCK = 64  # weights that share one quantization constant
-NESTED_BLOCK = 256  # constants that share one constant of the second quantization
 
 Attention = Literal["flash", "sdpa"]
 
@@ -31,7 +29,7 @@ class LayerSettings:
     adapted: frozenset[str] = frozenset()
     dropout: float = 0.0
     is_lean: bool = True  # model.lora.lean_forward; False: PEFT's own
-    quantization: str = "nf4"
+    quantization: Quantization = "nf4"
     double_quant: bool = True
     attention: Attention = "flash"  # flash stands for varlen too
     longest: int = 0  # longest document, tokens; matters where scores exist whole; 0: a document may fill all

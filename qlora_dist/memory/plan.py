@@ -122,7 +122,6 @@ def plan_memory(
     shapes: ModelShapes,
     *,
     world_size: int,
-    local_world_size: int,
     device_bytes: int | None,
     recompute: int | None = None,  # layers; None: as the config says, auto = all
     micro_rows: int | None = None,  # None: as the config says, auto = 1
@@ -152,7 +151,7 @@ def plan_memory(
     )
     return MemoryPlan(
         items={name: item for name, item in items.items() if item.size},
-        host_items=host(config, shapes, aligned, shared, local_world_size, moment.saved_bytes),
+        host_items=host(config, shapes, aligned, shared, moment.saved_bytes),
         peak_at=moment.name,
         device_bytes=device_bytes,
         recompute=count,

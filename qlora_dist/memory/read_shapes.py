@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..config.names import model_folder
 from ..errors import UserError
 from .shapes import ModelShapes, shapes_from_config
 
@@ -36,13 +37,11 @@ def read_config_json(name: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def _find(name: str, revision: str | None) -> Path:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = model_folder(name)
+    if folder is not None:
         if not (folder / "config.json").is_file():
             raise UserError(f"model.name {name}: the folder holds no config.json; give the folder of a model")
         return folder / "config.json"
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model.name {name}: there is no such folder (looked in {folder.resolve()})")
     from huggingface_hub import hf_hub_download
 
     try:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ..config.names import resolve_targets
 from ..errors import UserError
 
 
@@ -85,26 +86,12 @@ class ModelShapes:
 
 def adapted_linears(shapes: ModelShapes, target_modules: str | tuple[str, ...]) -> list[frozenset[str]]:
     """For each decoder layer, the names of the linear layers that get adapters. Raises UserError as training does."""
-    names = [linear.name for linear in shapes.linears]
-    if target_modules == "all-linear":
-        return [frozenset(names)] * shapes.num_layers
-    wanted = (target_modules,) if isinstance(target_modules, str) else target_modules
-    unmatched = set(wanted)
-    layers = []
-    for index in range(shapes.num_layers):
-        full = {name: f"{shapes.layer_prefix}.{index}.{name}" for name in names}
-        chosen = {
-            name: hits
-            for name in names
-            if (hits := [one for one in wanted if full[name] == one or full[name].endswith(f".{one}")])
-        }
-        unmatched -= {one for hits in chosen.values() for one in hits}
-        layers.append(frozenset(chosen))
-    if unmatched or not wanted:
-        available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-        missing = ", ".join(one for one in wanted if one in unmatched) or "an empty list"
-        raise UserError(f"lora.target_modules: {missing} matches no linear layer; available: {available}")
-    return layers
+    names = [
+        [f"{shapes.layer_prefix}.{index}.{linear.name}" for linear in shapes.linears]
+        for index in range(shapes.num_layers)
+    ]
+    chosen = set(resolve_targets([name for layer in names for name in layer], target_modules))
+    return [frozenset(linear.name for name, linear in zip(layer, shapes.linears) if name in chosen) for layer in names]
 
 
 # --- families ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .constants import GIB, MIB, Item
+from ..files import format_bytes
+from .constants import Item
 from .plan import MemoryPlan
 
 BAR = 24  # characters of a full bar
@@ -75,8 +76,3 @@ def summary_lines(plan: MemoryPlan) -> Iterator[str]:
     yield f"planned for {where}: {format_bytes(plan.peak_bytes)} at the peak ({parts}, ...)"
     if plan.fits:
         yield verdict(plan)
-
-
-def format_bytes(size: int) -> str:
-    """1.23 GiB, or 45.6 MiB below one."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"

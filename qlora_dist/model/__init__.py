@@ -9,13 +9,13 @@
 This folder is the home of transformers and bitsandbytes.nn. Inside it, imports go attention, loss <- pretrained <-
 forward <- check_config, lora, generation, and weights (safetensors_files <- quantize, sources <- stream <- shard,
 cache_4bit) <- load.
-The base is never changed after loading; `base_fingerprint` proves it.
+The base is never changed after loading; `base_checksum` proves it.
 """
 
-from .check_config import ModelFacts, check_config, resolve_targets
+from . import bitsandbytes_import  # noqa: F401  (first: see there)
+from .base_weights import base_checksum, base_weights, held_bytes, num_weights, own_part
+from .check_config import ModelFacts, check_config
 from .forward import (
-    base_fingerprint,
-    base_weights,
     check_head,
     decoder_layers,
     evaluation_mode,
@@ -24,9 +24,7 @@ from .forward import (
     is_4bit,
     is_conv1d,
     linear_layers,
-    num_weights,
     output_head,
-    own_part,
     plain_name,
     set_recompute,
     strip_wrappers,
@@ -34,16 +32,15 @@ from .forward import (
 )
 from .generation import Sampling, generate_ids, quantized_and_back
 from .load import load_base
-from .pretrained import INFERENCE, Quantization, load_config, load_tokenizer
+from .pretrained import INFERENCE, load_config, load_tokenizer
 from .weights.cache_4bit import cached_4bit, quantize_model
-from .weights.shard import check_gathered_layer, check_shares, held_bytes
+from .weights.shard import check_gathered_layer, check_shares
 
 __all__ = [
     "INFERENCE",
     "ModelFacts",
-    "Quantization",
     "Sampling",
-    "base_fingerprint",
+    "base_checksum",
     "base_weights",
     "cached_4bit",
     "check_config",
@@ -68,7 +65,6 @@ __all__ = [
     "plain_name",
     "quantize_model",
     "quantized_and_back",
-    "resolve_targets",
     "set_recompute",
     "strip_wrappers",
     "unwrap",

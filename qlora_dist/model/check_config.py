@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from ..errors import UserError
-from .attention import PROBE, Call, probing
-from .forward import decoder_layers, is_conv1d, linear_layers
-from .pretrained import Quantization, check_cpu_shapes, check_weight_files, load_config
-
-from transformers import (  # isort: skip
+from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
+
+from ..config.names import resolve_targets
+from ..config.quantization import Quantization
+from ..errors import UserError
+from .attention import PROBE, Call, probing
+from .forward import decoder_layers, is_conv1d, linear_layers
+from .pretrained import check_cpu_shapes, check_weight_files, load_config
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ class ModelFacts:
     vocab_size: int
     max_positions: int | None  # longest document that the positions were made for, tokens
     linear_names: tuple[str, ...]  # every linear layer but the output head
-    linear_shapes: dict[str, tuple[int, int]]  # by the same names: (outputs, inputs)
     num_parameters: int  # tied weights once
 
 
@@ -81,7 +81,6 @@ def check_config(
         text.vocab_size,
         max_positions,
         tuple(layers),
-        {key: _shape(layer) for key, layer in layers.items()},
         sum(parameter.numel() for parameter in model.parameters()),
     )
 
@@ -99,26 +98,6 @@ def build_on_meta(name: str, config: PretrainedConfig) -> PreTrainedModel:
             f"model.name {name}: {config.model_type} cannot be trained ({text[:200]}); expected a decoder-only causal "
             "language model of transformers whose attention can be replaced"
         ) from None
-
-
-def resolve_targets(linear_names: tuple[str, ...], target_modules: str | tuple[str, ...]) -> list[str]:
-    """Full names of the linear layers that get adapters: all, or those that equal or end in a given name.
-
-    Raises UserError naming what matched nothing and what there is.
-    """
-    if target_modules == "all-linear":
-        return list(linear_names)
-    wanted = (target_modules,) if isinstance(target_modules, str) else target_modules
-    matches = {one: [name for name in linear_names if name == one or name.endswith(f".{one}")] for one in wanted}
-    missing = [one for one, found in matches.items() if not found]
-    if missing or not wanted:
-        available = sorted({name.rsplit(".", 1)[-1] for name in linear_names})
-        raise UserError(
-            f"lora.target_modules: {', '.join(missing) or 'an empty list'} matches no linear layer; available: "
-            f"{', '.join(available)}, or all-linear (the output head and embeddings are never adapted)"
-        )
-    chosen = {name for found in matches.values() for name in found}
-    return [name for name in linear_names if name in chosen]
 
 
 def _shape(layer: torch.nn.Module) -> tuple[int, int]:

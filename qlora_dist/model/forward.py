@@ -5,7 +5,6 @@ Legend: T tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,16 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from ..data.packing import Batch
 from ..errors import UserError
 from .attention import PACKED, documents_of
+from .bitsandbytes_import import bitsandbytes
 from .loss import OutputHead
-from .pretrained import bitsandbytes  # first: it imports quietly what transformers may import loudly
-
-from transformers import PreTrainedModel  # isort: skip
-from transformers.modeling_layers import GradientCheckpointingLayer  # isort: skip
-from transformers.pytorch_utils import Conv1D  # isort: skip
 
 WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -191,46 +189,6 @@ def is_4bit(module: nn.Module) -> bool:
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, whose weight is stored (inputs, outputs)."""
     return isinstance(module, Conv1D)
-
-
-def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that makes up the base, adapters left out: plain weights, packed codes, quantization constants."""
-    base = unwrap(model)
-    for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
-        if "lora_" in name:
-            continue
-        yield plain_name(name), tensor
-        state = getattr(tensor, "quant_state", None)
-        for key, constant in (state.as_dict(packed=True) if state is not None else {}).items():
-            yield f"{plain_name(name)}.{key}", constant
-    for name, module in base.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
-            scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
-            yield plain_name(f"{name}.SCB"), scales
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that ranks share; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def num_weights(parameter: Tensor) -> int:
-    """Weights that a parameter stands for: a 4-bit weight counts as one, not as half a byte; its constants as none."""
-    packed: int | None = getattr(parameter, "num_weights", None)
-    if packed is not None:
-        return packed
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else torch.Size(state.shape).numel()
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """sha256 over the base, of a shared one this rank's part. The same before and after adapters and training."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base_weights(model), key=lambda item: item[0]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = own_part(tensor).detach().contiguous().cpu().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from ..config.quantization import BLOCK, Quantization
+from .bitsandbytes_import import bitsandbytes
 from .forward import unwrap
-from .pretrained import BLOCK, Quantization, bitsandbytes
-
-from transformers import PreTrainedTokenizerBase, TextStreamer  # isort: skip
 
 
 @dataclass(frozen=True)

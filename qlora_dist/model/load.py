@@ -7,16 +7,17 @@ import logging
 from typing import Any, Literal
 
 import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ..cluster.shard_group import ShardGroup
+from ..config.quantization import Quantization
 from ..errors import UserError
 from . import attention as packed_attention
 from .attention import PACKED
+from .bitsandbytes_import import bitsandbytes
 from .pretrained import (
     INFERENCE,
-    Quantization,
     attention_needs,
-    bitsandbytes,
     check_weight_files,
     expanded,
     first_line,
@@ -29,8 +30,6 @@ from .pretrained import (
 from .weights import shard as sharding
 from .weights import stream as streaming
 from .weights.sources import RandomSource, WeightSource, open_files
-
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel  # isort: skip
 
 log = logging.getLogger(__name__)
 

@@ -18,17 +18,17 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..config.names import resolve_targets
 from ..errors import RunFailed, UserError
-from .check_config import resolve_targets
-from .forward import linear_layers, num_weights, plain_name, strip_wrappers, unwrap
+from .base_weights import num_weights
+from .forward import linear_layers, plain_name, strip_wrappers, unwrap
 from .lora_forward import lowrank_forward
-
-from peft import LoraConfig, PeftModel, get_peft_model  # isort: skip  (after .forward)
-from peft.tuners.lora import LoraLayer  # isort: skip
 
 log = logging.getLogger(__name__)
 

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ..config.quantization import BLOCK, NESTED_BLOCK, Quantization
 from ..errors import UserError
 from .attention import PACKED
+from .bitsandbytes_import import bitsandbytes
 from .forward import linear_layers
-from .pretrained import BLOCK, Quantization, bitsandbytes, switch_dropout_off
-
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel  # isort: skip
-
-NESTED_BLOCK = 256  # constants that share one constant of the second quantization
+from .pretrained import switch_dropout_off
 
 
 def empty_base(

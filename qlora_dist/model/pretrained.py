@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
+from ..config.names import model_folder
+from ..config.quantization import BLOCK, Quantization
 from ..errors import UserError
 from . import attention as packed_attention
 from .attention import AttentionNeeds
-
-
-def _import_quietly(name: str) -> Any:
-    """Imports bitsandbytes without its look at the hub.
-
-    On CPUs with AVX512-BF16 the import asks the package `kernels` to download a kernel, and prints a notice when that
-    package is missing. Weights and code come only from where the user said, and the kernel is not used (see
-    `guard_cpu_layers`), so `kernels` is hidden during the import.
-    """
-    if name in sys.modules:
-        return sys.modules[name]
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    missing = object()
-    level, kernels = logger.level, sys.modules.get("kernels", missing)
-    logger.setLevel(logging.ERROR)
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        return importlib.import_module(name)
-    finally:
-        logger.setLevel(level)
-        if kernels is missing:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = kernels  # type: ignore[assignment]
-
-
-bitsandbytes: Any = _import_quietly("bitsandbytes")
-# `Linear8bitLt` says at every call that it computes in float16; `load_base` says it once
-logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "will be cast" not in record.msg)
-
-from transformers import (  # noqa: E402  (after bitsandbytes, which transformers may import)
-    AutoConfig,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging  # noqa: E402
+from .bitsandbytes_import import bitsandbytes
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +25,6 @@ packed_attention.register()
 if not sys.stderr.isatty():  # bars of many ranks in one log file are unreadable
     transformers_logging.disable_progress_bar()
 
-Quantization = Literal["nf4", "fp4", "int8", "none"]
-BLOCK = 64  # weights that share one 4-bit quantization constant
 INFERENCE = "inference"  # value of `attention` for generation: transformers' own attention and a key-value cache
 
 
@@ -103,23 +67,20 @@ def expanded(name: str) -> str:
 
 def where_to_read(name: str, revision: str | None) -> dict[str, Any]:
     """Where transformers may read from. A folder never leads to a request to a hub."""
-    folder = Path(name).expanduser()
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_path and not folder.is_dir():
-        raise UserError(f"model.name {name}: there is no such folder (looked in {folder.resolve()})")
+    folder = model_folder(name)
     # None is the default branch. By its name "main", transformers would ask a service to convert a repository without
     # safetensors, and load what that made
     return {
         "revision": None if revision == "main" else revision,
         "trust_remote_code": False,
-        "local_files_only": folder.is_dir(),
+        "local_files_only": folder is not None,
     }
 
 
 def check_weight_files(name: str) -> None:
     """A folder must hold safetensors. Hub models are checked when they are read."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+    folder = model_folder(name)
+    if folder is None or any(folder.glob("*.safetensors")):
         return
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     if pickled:

@@ -20,11 +20,11 @@ import torch
 
 from ..cluster.world import World
 from ..errors import RunFailed, UserError
-from .metrics import GIB
+from ..files import GIB
+from ..memory.constants import state_bytes
 from .provenance import code_digest, device_name
 
 SHARED_PATIENCE_SECONDS = 60.0  # a file made on one node is seen on others when their cache of the folder expires (NFS)
-STATE_BYTES = {"adamw": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1}  # of Adam, a weight
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _unlike(values: Sequence[tuple[str, str]]) -> str:
 
 def checkpoint_bytes(num_trainable: int, optimizer: str) -> int:
     """Bytes of one checkpoint: fp32 weights and the optimizer's states, and a MiB of JSON."""
-    return int(num_trainable * (4 + STATE_BYTES[optimizer])) + 2**20
+    return 4 * num_trainable + sum(state_bytes(optimizer, num_trainable)) + 2**20
 
 
 def describe_start(facts: Sequence[Facts], free_bytes: int) -> str:

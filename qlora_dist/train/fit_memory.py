@@ -6,7 +6,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -14,12 +13,13 @@ from .. import model as base_model
 from ..cluster.world import World
 from ..config import RunConfig
 from ..errors import RunFailed, UserError
+from ..files import GIB
 from ..memory import MemoryPlan, ModelShapes, choose, plan_memory
-from ..memory.constants import CONTEXT_BYTES
+from ..memory.constants import CONTEXT_BYTES, state_bytes
 from ..memory.read_shapes import read_shapes
 from ..memory.table import shortfall, summary_lines
 from ..model import lora as adapters
-from .metrics import GIB, Metrics, peak_bytes
+from .metrics import Metrics, peak_bytes
 from .run_dir import TrainState
 from .setup import Data
 from .step import Learner, try_batch
@@ -51,14 +51,13 @@ def settle(config: RunConfig, world: World) -> Fit:
     Raises UserError, with what would fit, when the tensors alone have no room; what the plan adds for fragments may be
     too much, so a run that fits without it is warned and tried.
     """
-    sizes: dict[str, Any] = {"world_size": world.size, "local_world_size": world.local_size}
     shapes = read_shapes(config.model.name, config.model.revision)
     device_bytes = usable_bytes(world)
     if device_bytes is None:
-        plan = plan_memory(config, shapes, **sizes, device_bytes=None)
+        plan = plan_memory(config, shapes, world_size=world.size, device_bytes=None)
         why = f"the memory of a {world.device.type} is not planned"
     else:
-        plan = choose(config, shapes, **sizes, device_bytes=device_bytes)
+        plan = choose(config, shapes, world_size=world.size, device_bytes=device_bytes)
         why = (
             f"of the settings that fit in {device_bytes / GIB:.2f} GiB the fastest" if plan.fits else "the least memory"
         )
@@ -136,8 +135,9 @@ def try_longest(
 
 def states_to_come(config: RunConfig, learner: Learner) -> int:
     """Bytes that the first update adds on the device. Paged states go to the host where there is no room."""
-    size = {"adamw": 8, "adamw_8bit": 2}.get(config.optim.name, 0)
-    return size * sum(parameter.numel() for parameter in adapters.trainable_parameters(learner.model).values())
+    if config.optim.name.startswith("paged"):
+        return 0
+    return sum(state_bytes(config.optim.name, learner.num_trainable_parameters))
 
 
 # --- out of memory ----------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def explaining_out_of_memory(fit: Fit, world: World) -> Iterator[Progress]:
         yield progress
     except torch.OutOfMemoryError as error:
         held = {} if progress.learner is None else held_bytes(progress.learner)
-        text = explain(fit, progress.place, held, peak_bytes(world.device), world.size, world.local_size)
+        text = explain(fit, progress.place, held, peak_bytes(world.device), world.size)
         raise RunFailed(
             f"{progress.place}, rank {world.rank} ({socket.gethostname()}): out of GPU memory: "
             f"{str(error).splitlines()[0]}\n{text}"
@@ -161,20 +161,11 @@ def explaining_out_of_memory(fit: Fit, world: World) -> Iterator[Progress]:
 def held_bytes(learner: Learner) -> dict[str, int]:
     """Bytes of what stays over a step, on this rank, by the plan's kinds of items."""
     trained = list(adapters.trainable_parameters(learner.model).values())
-    base = [] if not any("lora_" in name for name, _ in learner.model.named_parameters()) else [
-        tensor for _, tensor in base_model.base_weights(learner.model)
-    ]  # fmt: skip
     return {
-        "base": sum(_local(tensor).nbytes for tensor in base),
+        "base": base_model.held_bytes(learner.model) if learner.base_checksum is not None else 0,
         "adapters": sum(parameter.nbytes for parameter in trained),
         "gradients": sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None),
     }
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    """This rank's part of a sharded tensor."""
-    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
 
 
 PLAN_KINDS = {
@@ -184,7 +175,7 @@ PLAN_KINDS = {
 }
 
 
-def explain(fit: Fit, place: str, held: dict[str, int], peak: int, world_size: int, local_world_size: int) -> str:
+def explain(fit: Fit, place: str, held: dict[str, int], peak: int, world_size: int) -> str:
     """The plan beside what was found, item by item; what grew beyond it; the cheapest settings that would fit.
 
     `held` is from `held_bytes` (empty before there is a model), `peak` the most that tensors took, bytes.
@@ -209,17 +200,14 @@ def explain(fit: Fit, place: str, held: dict[str, int], peak: int, world_size: i
         lines.append("no item is beyond the plan: memory that is not this run's, or fragments; see nvidia-smi, and set "
                      "PYTORCH_ALLOC_CONF=expandable_segments:True")  # fmt: skip
     lines.append("the cheapest settings that would fit:")
-    advice = cheapest_settings(fit, peak, world_size, local_world_size)
+    advice = cheapest_settings(fit, peak, world_size)
     return "\n".join([*lines, *(f"  {line}" for line in advice[:NUM_ADVICE])])
 
 
-def cheapest_settings(fit: Fit, peak: int, world_size: int, local_world_size: int) -> tuple[str, ...]:
+def cheapest_settings(fit: Fit, peak: int, world_size: int) -> tuple[str, ...]:
     """The plan's advice for a device smaller by what the plan missed, so small that these settings do not fit."""
     plan = fit.plan
     limit = plan.peak_bytes - plan.pageable_bytes - 1  # these settings did not fit, whatever the plan says
     if plan.device_bytes is not None:
         limit = min(limit, plan.device_bytes - max(0, peak - plan.tensor_bytes))
-    smaller = choose(
-        fit.config, fit.shapes, world_size=world_size, local_world_size=local_world_size, device_bytes=limit
-    )
-    return smaller.advice
+    return choose(fit.config, fit.shapes, world_size=world_size, device_bytes=limit).advice

@@ -41,7 +41,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
             return stages.say_completed(run, world, done)
         fit = fitting.settle(config, world)
         config = fit.config  # from here on no `auto` in what decides memory
-        stages.check(config, world, run)
+        stages.check(config, world, run, fit.plan)
 
         # data: sources -> documents -> rows -> who trains what at which step
         data = stages.build_data(config, world)

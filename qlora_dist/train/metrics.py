@@ -16,10 +16,9 @@ from typing import Any, TextIO
 
 import torch
 
-from ..files import write_text
+from ..files import GIB, write_text
 from .run_dir import RunDir, read_metrics
 
-GIB = 2**30
 PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
 
 

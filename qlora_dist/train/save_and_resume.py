@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import model as base_model
 from ..cluster.stop_signal import StopSignal
 from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
 from ..errors import UserError
-from ..files import DamagedFolder, folder_aside, write_json
+from ..files import GIB, DamagedFolder, folder_aside, write_json
 from ..memory import MemoryPlan
+from ..model import base_checksum, load_tokenizer
 from . import checkpoint
-from .checks import base_checksum, check_base_unchanged
-from .metrics import GIB, Metrics, median_tokens_per_second, peak_bytes
+from .checks import check_base_unchanged
+from .metrics import Metrics, median_tokens_per_second, peak_bytes
 from .provenance import commit, device_name, versions
 from .run_dir import RunDir, TrainState, config_changes, read_metrics
 from .setup import Data, free_fields
@@ -176,7 +176,7 @@ def _exported(config: RunConfig, run: RunDir) -> Path:
 def _export(config: RunConfig, run: RunDir, learner: Learner) -> None:
     with folder_aside(_exported(config, run)) as aside:
         export_trained(learner.model, aside, config.model.name, learner.compute_dtype, config.lora is None)
-        base_model.load_tokenizer(config.model.name, config.model.revision).save_pretrained(aside)
+        load_tokenizer(config.model.name, config.model.revision).save_pretrained(aside)
 
 
 def _summary(

@@ -21,20 +21,20 @@ from ..data.documents import Documents, build_documents, split_sources
 from ..data.loader import Loader, StepRows, derive_accumulation, eval_batches
 from ..data.packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..errors import RunFailed, UserError
+from ..files import GIB
+from ..memory import MemoryPlan
 from ..model import lora as adapters
 from ..model.activation_offload import ActivationOffload
 from ..optim.adamw import lr_at
 from . import check_start as preflight
 from .checks import (
-    base_checksum,
     check_base_bytes,
     check_ends_are_learned,
     check_every_step_has_labels,
     check_source_bits,
-    held_base_bytes,
     promised_base_bytes,
 )
-from .metrics import GIB, peak_bytes, restart_peak
+from .metrics import peak_bytes, restart_peak
 from .run_dir import RunDir, StepStats, TrainState
 from .step import Learner
 from .strategy import build_update, check_update, describe_strategy, load_device
@@ -114,17 +114,17 @@ def say_completed(run: RunDir, world: World, steps: int) -> TrainState:
     return TrainState(step=steps)
 
 
-def check(config: RunConfig, world: World, run: RunDir) -> None:
+def check(config: RunConfig, world: World, run: RunDir, plan: MemoryPlan) -> None:
     """What can be known before data or weights are read: same config and code on all ranks, batch, model kind, targets,
     devices, network, disk. Rank 0 says where the run starts."""
     world.require_equal(dump_yaml(config), "the resolved config")
     derive_accumulation(config.batch.rows_per_step, config.batch.settled_rows, world.size)
     check_update(config, world)
-    facts = check_model(config, world)
+    check_model(config, world)
     started = preflight.check_start(
         world,
         run.path,
-        checkpoint_bytes=preflight.checkpoint_bytes(_count_trainable(config, facts), config.optim.name),
+        checkpoint_bytes=preflight.checkpoint_bytes(plan.trainable_parameters, config.optim.name),
         keep=config.train.keep,
         allow_mixed=config.strategy.mixed_devices,
     )
@@ -143,16 +143,6 @@ def check_model(config: RunConfig, world: World) -> base_model.ModelFacts:
         device_type=world.device.type,
         weights=config.model.weights,
     )
-
-
-def _count_trainable(config: RunConfig, facts: base_model.ModelFacts) -> int:
-    lora = config.lora
-    if lora is None:
-        return facts.num_parameters
-    targets = base_model.resolve_targets(facts.linear_names, lora.target_modules)
-    shapes = [facts.linear_shapes[name] for name in targets]
-    has_magnitudes = lora.variant == "dora"
-    return sum(lora.rank * (outputs + inputs) + has_magnitudes * outputs for outputs, inputs in shapes)
 
 
 def build_data(config: RunConfig, world: World) -> Data:
@@ -332,7 +322,7 @@ def check_base(config: RunConfig, world: World, learner: Learner) -> str:
     )
     strategy = config.strategy.name
     expected = promised.on_each_rank(strategy, world.size)
-    held = world.gather((socket.gethostname(), held_base_bytes(learner.model)))
+    held = world.gather((socket.gethostname(), base_model.held_bytes(learner.model)))
     check_base_bytes(held, expected, strategy)
     if strategy == "zero3":
         compared = "a gathered layer is not compared with its source: DeepSpeed gathers and drops weights by itself"
@@ -344,7 +334,7 @@ def check_base(config: RunConfig, world: World, learner: Learner) -> str:
         compared = check_source_bits(
             learner.model, settings.name, revision=settings.revision, compute_dtype=dtype, seed=config.seed
         )
-    learner.base_checksum = base_checksum(learner.model)
+    learner.base_checksum = base_model.base_checksum(learner.model)
     return f"base: {expected / GIB:.2f} GiB on each rank, as {strategy} promises; {compared}"
 
 

@@ -41,7 +41,7 @@ CELLS = (
 def measured(config, model):
     """(allocated bytes, tokens a second) on a GPU of the true constants."""
     shapes = shapes_from_config(model)
-    plan = plan_memory(config, shapes, world_size=1, local_world_size=1, device_bytes=None)
+    plan = plan_memory(config, shapes, world_size=1, device_bytes=None)
     speed = devices.estimate_speed(config, shapes, plan, TRUE_GPU)
     return plan.tensor_bytes - constants.WORKSPACE_BYTES + WORKSPACE, speed.tokens_per_second
 

@@ -41,7 +41,7 @@ def test_the_plan_counts_what_two_layers_of_the_recipe_allocate_in_full_width(ch
     config = load_config(repro.RECIPE, changes)
     shapes = shapes_from_config(repro.llama_65b(layers=2))
     assert shapes is not None
-    plan = plan_memory(config, shapes, world_size=1, local_world_size=1, device_bytes=None)
+    plan = plan_memory(config, shapes, world_size=1, device_bytes=None)
     trace = simulate(config, plan, LlamaConfig(**repro.llama_65b(layers=2)))
     # the plan knows the working set of one layer to 2 of its (T, H) tensors: 0.1 % of the whole card
     assert 0 <= trace.planned_bytes - trace.peak_bytes < 72 * 2**20

@@ -17,7 +17,7 @@ from qlora_dist.commands.doctor.devices import NF4_ERROR_RANGE, check_round_trip
 from qlora_dist.commands.doctor.finding import guarded
 from qlora_dist.commands.doctor.machine import check_hub
 from qlora_dist.commands.doctor.packages import check_packages, requires
-from qlora_dist.model.pretrained import bitsandbytes
+from qlora_dist.model.bitsandbytes_import import bitsandbytes
 
 REPOSITORY = Path(__file__).parents[2]
 

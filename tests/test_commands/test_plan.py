@@ -126,7 +126,7 @@ def test_a_family_that_is_not_listed_is_measured_and_said_to_be(tmp_path, capsys
     shapes = read_shapes(str(folder))
     assert not shapes.is_exact
     assert shapes.base_parameters == sum(parameter.numel() for parameter in model.parameters())
-    made = plan_memory(_config(32), shapes, world_size=1, local_world_size=1, device_bytes=None)
+    made = plan_memory(_config(32), shapes, world_size=1, device_bytes=None)
     assert made.remarks and "stablelm is not listed here" in made.remarks[0]
 
     experts = AutoConfig.for_model("mixtral", vocab_size=128, num_key_value_heads=4, num_local_experts=2, **sizes)
@@ -176,7 +176,7 @@ def _medium(family: str, **changes: Any) -> Any:
 def _compare(pretrained: Any, config: RunConfig, recompute: int) -> simulation.Trace:
     shapes = shapes_from_config(pretrained.to_dict())
     assert shapes is not None
-    made = plan_memory(config, shapes, world_size=1, local_world_size=1, device_bytes=None, recompute=recompute)
+    made = plan_memory(config, shapes, world_size=1, device_bytes=None, recompute=recompute)
     return simulate(config, made, pretrained)
 
 
@@ -227,7 +227,7 @@ def test_fake_tensors_see_what_real_tensors_do():
     shapes = shapes_from_config(pretrained.to_dict())
     assert shapes is not None
     for recompute in (0, 2):
-        made = plan_memory(config, shapes, world_size=1, local_world_size=1, device_bytes=None, recompute=recompute)
+        made = plan_memory(config, shapes, world_size=1, device_bytes=None, recompute=recompute)
         fake = simulate(config, made, pretrained)
         real = measure(config, made, pretrained, torch.device("cpu"))
         assert fake.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)  # real autograd adds more in place
@@ -276,6 +276,6 @@ def test_a_gpu_needs_what_the_plan_says(level):
     shapes = shapes_from_config(pretrained.to_dict())
     assert shapes is not None
     recompute = {"none": 0, "half": 8, "full": 16}[level]
-    made = plan_memory(config, shapes, world_size=1, local_world_size=1, device_bytes=None, recompute=recompute)
+    made = plan_memory(config, shapes, world_size=1, device_bytes=None, recompute=recompute)
     measured = measure(config, made, pretrained, torch.device("cuda"))
     assert measured.error == pytest.approx(0, abs=0.05), measured

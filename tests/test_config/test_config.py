@@ -33,7 +33,7 @@ def _load(tmp_path, raw, *overrides):
         ({"train": {}}, "exactly one of train.steps and train.epochs"),
         ({"lora__rank": 0}, r"lora\.rank: Input should be greater than or equal to 1 \(found 0\)"),
         ({"lora": None}, "quantized weights cannot be trained; set model.quantization=none"),
-        ({"model__compute_dtype": "float16"}, "needs loss scaling"),
+        ({"model__compute_dtype": "float16"}, "Input should be 'bfloat16' or 'float32'"),
         ({"model__quantization": "nf5"}, r"model\.quantization: Input should be 'nf4'"),
         ({"train__eval_every": 2}, "data.eval is empty"),
         ({"memory__recompute": -1}, "memory.recompute must be auto, full, none or a number of layers"),

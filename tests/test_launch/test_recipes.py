@@ -94,7 +94,7 @@ def planned(config: RunConfig, size: str, device_bytes: int) -> MemoryPlan:
             "vocab_size")  # fmt: skip
     shapes = shapes_from_config({"model_type": "llama", **dict(zip(keys, SHAPES[size], strict=True))})
     assert shapes is not None
-    return choose(config, shapes, world_size=1, local_world_size=1, device_bytes=device_bytes)
+    return choose(config, shapes, world_size=1, device_bytes=device_bytes)
 
 
 def recipe(stem: str, overrides: tuple[str, ...] = ()) -> RunConfig:

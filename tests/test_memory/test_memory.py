@@ -26,7 +26,6 @@ from qlora_dist.memory.choosing import changed_config
 from qlora_dist.memory.constants import ALIGNMENT, OFFLOAD_AHEAD_BYTES
 from qlora_dist.memory.devices import GPUS, estimate_speed, parse_gpu
 from qlora_dist.memory.head import CHUNK_BYTES
-from qlora_dist.memory.layers import BLOCK
 from qlora_dist.memory.strategies import BUCKET_BYTES, STRATEGIES
 from qlora_dist.memory.tape import Tape
 from qlora_dist.model import activation_offload as offload
@@ -70,9 +69,7 @@ def config(**changes: Any) -> RunConfig:
 
 def plan(shapes: ModelShapes, device_bytes: int | None = None, ranks: int = 1, **settings: Any) -> MemoryPlan:
     keywords = {key: settings.pop(key) for key in ("recompute", "micro_rows") if key in settings}
-    return plan_memory(
-        config(**settings), shapes, world_size=ranks, local_world_size=ranks, device_bytes=device_bytes, **keywords
-    )
+    return plan_memory(config(**settings), shapes, world_size=ranks, device_bytes=device_bytes, **keywords)
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
@@ -164,9 +161,6 @@ def test_constants_that_the_plan_repeats_are_those_of_the_code():
     assert loss.CHUNK_BYTES["cuda"] == CHUNK_BYTES
     assert (flat.ALIGNMENT, reducer.BUCKET_BYTES) == (ALIGNMENT, BUCKET_BYTES)
     assert offload.AHEAD_BYTES == OFFLOAD_AHEAD_BYTES
-    from qlora_dist.model import pretrained as loading
-
-    assert loading.BLOCK == BLOCK
 
 
 @pytest.mark.parametrize(
@@ -193,7 +187,7 @@ def test_the_floor_of_the_original_recipe_is_reproduced(size, base, lora, checkp
 
 
 def test_65b_fits_on_one_48_gb_card_and_the_fp32_masters_are_why_it_is_close():
-    made = choose(config(), llama("65B"), world_size=1, local_world_size=1, device_bytes=GPUS["a6000"].device_bytes)
+    made = choose(config(), llama("65B"), world_size=1, device_bytes=GPUS["a6000"].device_bytes)
     assert made.fits and made.paged_out_bytes == 0
     assert made.headroom_bytes is not None and made.headroom_bytes < GIB
 
@@ -232,7 +226,7 @@ def test_more_recomputation_never_needs_more():
 
 def test_choose_recomputes_as_few_layers_as_fit():
     shapes = llama("7B")
-    sizes = {"world_size": 1, "local_world_size": 1, "device_bytes": 14 * GIB}
+    sizes = {"world_size": 1, "device_bytes": 14 * GIB}
     settings = config(data__row_tokens=2048, optim__name="adamw")
     made = choose(settings, shapes, **sizes)
     assert made.fits and 0 < made.recompute < 32
@@ -241,7 +235,7 @@ def test_choose_recomputes_as_few_layers_as_fit():
 
 
 def test_the_largest_rows_and_micro_batch_fit_and_the_next_do_not():
-    shapes, sizes = llama("7B"), {"world_size": 1, "local_world_size": 1, "device_bytes": 16 * GIB}
+    shapes, sizes = llama("7B"), {"world_size": 1, "device_bytes": 16 * GIB}
     settings = config(data__row_tokens=512)
     tokens = largest_row_tokens(settings, shapes, **sizes)
     rows = largest_micro_rows(settings, shapes, **sizes)
@@ -258,7 +252,7 @@ def test_the_largest_rows_and_micro_batch_fit_and_the_next_do_not():
 
 def test_where_nothing_fits_the_advice_names_changes_that_do():
     shapes = llama("65B")
-    sizes = {"world_size": 4, "local_world_size": 4, "device_bytes": 44 * GIB}
+    sizes = {"world_size": 4, "device_bytes": 44 * GIB}
     settings = config(optim__name="adamw")
     made = choose(settings, shapes, **sizes)
     assert not made.fits and made.recompute == 80
@@ -275,7 +269,7 @@ def test_strategies_share_what_they_say_they_share():
     made = {
         name: plan_memory(
             changed_config(config(optim__name="adamw"), strategy={"name": name}), shapes, world_size=8,
-            local_world_size=8, device_bytes=None,
+            device_bytes=None,
         ).items
         for name in STRATEGIES
     }  # fmt: skip
@@ -294,7 +288,7 @@ def test_strategies_share_what_they_say_they_share():
     assert "optimizer" not in made["zero2_offload"]
     with pytest.raises(UserError, match=r"strategy.name is 'fsdp3'; expected one of ddp, zero1"):
         plan_memory(
-            changed_config(config(), strategy={"name": "fsdp3"}), shapes, world_size=1, local_world_size=1,
+            changed_config(config(), strategy={"name": "fsdp3"}), shapes, world_size=1,
             device_bytes=None,
         )  # fmt: skip
 
@@ -303,7 +297,7 @@ def test_full_fine_tuning_needs_16_bytes_a_weight_and_says_what_it_does_not_know
     shapes = llama("7B")
     adapted = config(model__quantization="none", optim__name="adamw", lora__rank=1)
     everything = adapted.model_copy(update={"lora": None})
-    sizes = {"world_size": 1, "local_world_size": 1, "device_bytes": 80 * GIB}
+    sizes = {"world_size": 1, "device_bytes": 80 * GIB}
     few, trained = (plan_memory(one, shapes, **sizes) for one in (adapted, everything))
     assert trained.trainable_parameters == shapes.base_parameters
     states = sum(trained.items[name].size for name in ("weights", "gradients", "optimizer"))

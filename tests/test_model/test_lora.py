@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from qlora_dist.errors import RunFailed, UserError
-from qlora_dist.model import INFERENCE, base_fingerprint, hidden_states, linear_layers, load_base, output_head
+from qlora_dist.model import INFERENCE, base_checksum, hidden_states, linear_layers, load_base, output_head
 from qlora_dist.model.lora import (
     CONFIG,
     WEIGHTS,
@@ -201,13 +201,13 @@ def test_the_seed_decides_a_and_the_global_generator_is_left_alone() -> None:
 
 def test_training_moves_the_adapter_and_not_one_bit_of_the_base(folder: Path) -> None:
     model = attach_lora(nf4_base(folder, torch.bfloat16), rank=4, alpha=8).train()
-    before, start = base_fingerprint(model), adapter_state(model)
+    before, start = base_checksum(model), adapter_state(model)
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
     for _ in range(3):
         optimizer.zero_grad()
         outputs_and_gradients(model)
         optimizer.step()
-    assert base_fingerprint(model) == before == base_fingerprint(nf4_base(folder, torch.bfloat16))
+    assert base_checksum(model) == before == base_checksum(nf4_base(folder, torch.bfloat16))
     assert all(not torch.equal(value, start[key]) for key, value in adapter_state(model).items())
 
 

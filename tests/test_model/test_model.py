@@ -21,10 +21,11 @@ from helpers.tiny_models import (
 )
 from safetensors.torch import load_file, save_file
 
+from qlora_dist.config.names import resolve_targets
 from qlora_dist.errors import UserError
 from qlora_dist.model import (
     INFERENCE,
-    base_fingerprint,
+    base_checksum,
     check_config,
     check_head,
     decoder_layers,
@@ -35,7 +36,6 @@ from qlora_dist.model import (
     load_base,
     load_tokenizer,
     output_head,
-    resolve_targets,
     set_recompute,
 )
 from qlora_dist.model.loss import nll_sum
@@ -88,26 +88,26 @@ def test_a_4_bit_layer_equals_the_product_with_its_dequantized_weight(tmp_path: 
 
 def test_evaluating_on_a_cpu_does_not_change_the_base(folder: Path) -> None:
     model = load(folder, dtype=torch.bfloat16)
-    before = base_fingerprint(model)
+    before = base_checksum(model)
     model.eval()
     with torch.no_grad():
         hidden_states(model, random_batch((5, 3)))
-    assert base_fingerprint(model) == before
+    assert base_checksum(model) == before
     assert not any(layer.support_avx512bf16_for_cpu for layer in linear_layers(model).values())
 
 
 def test_the_fingerprint_sees_one_changed_bit_in_codes_and_in_constants(folder: Path) -> None:
     model = load(folder)
-    seen = {base_fingerprint(model)}
+    seen = {base_checksum(model)}
     weight = linear_layers(model)["model.layers.1.mlp.up_proj"].weight
     weight.data[7] ^= 1
-    seen.add(base_fingerprint(model))
+    seen.add(base_checksum(model))
     weight.quant_state.absmax[0] ^= 1
-    seen.add(base_fingerprint(model))
+    seen.add(base_checksum(model))
     model.model.norm.weight.data[0] += 1e-3
-    seen.add(base_fingerprint(model))
+    seen.add(base_checksum(model))
     assert len(seen) == 4
-    assert base_fingerprint(load(folder)) == base_fingerprint(load(folder))
+    assert base_checksum(load(folder)) == base_checksum(load(folder))
 
 
 def test_shapes_that_a_cpu_dequantizes_wrongly_are_refused_before_and_at_loading(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_base_that_was_saved_in_4_bit_loads_to_the_same_bits_and_must_match_th
     model = load(folder, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     again = load(tmp_path, dtype=torch.bfloat16)
-    assert base_fingerprint(again) == base_fingerprint(model)
+    assert base_checksum(again) == base_checksum(model)
     with pytest.raises(UserError, match="stored as nf4 with double_quant=True, the run asks for fp4"):
         load(tmp_path, "fp4")
     with pytest.raises(UserError, match="the run asks for none"):

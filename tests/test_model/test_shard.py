@@ -15,7 +15,7 @@ from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inp
 
 from qlora_dist.errors import UserError
 from qlora_dist.model import (
-    base_fingerprint,
+    base_checksum,
     base_weights,
     check_gathered_layer,
     check_head,
@@ -29,7 +29,8 @@ from qlora_dist.model import (
     quantize_model,
     set_recompute,
 )
-from qlora_dist.model.forward import gathered, own_part
+from qlora_dist.model.base_weights import own_part
+from qlora_dist.model.forward import gathered
 
 BF16 = torch.bfloat16
 
@@ -131,7 +132,7 @@ def test_a_shared_base_has_the_bits_of_one_process_and_a_rank_holds_its_share(
 
 def _load_stored(folders: tuple[str, str]) -> list[bool]:
     world, shards = world_and_shards()
-    fingerprints = [base_fingerprint(load(folder, shards)) for folder in folders]
+    fingerprints = [base_checksum(load(folder, shards)) for folder in folders]
     world.close()
     return fingerprints
 
@@ -374,7 +375,7 @@ def _train(raw: dict[str, Any]) -> dict[str, Any]:
 
     def watching(config: Any, world: Any) -> Any:
         learner = build(config, world)
-        seen.update(learner=learner, before=base_fingerprint(learner.model))
+        seen.update(learner=learner, before=base_checksum(learner.model))
         return learner
 
     stages.build_learner = watching
@@ -383,7 +384,7 @@ def _train(raw: dict[str, Any]) -> dict[str, Any]:
         return {}
     model = seen["learner"].model
     return {
-        "unchanged": base_fingerprint(model) == seen["before"],
+        "unchanged": base_checksum(model) == seen["before"],
         "held": held_bytes(model),
         "counts": (seen["learner"].num_base_parameters, seen["learner"].num_trainable_parameters),
     }

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_dist.commands import invoke
 from qlora_dist.errors import UserError
 from qlora_dist.model import (
-    base_fingerprint,
+    base_checksum,
     base_weights,
     cached_4bit,
     check_config,
@@ -68,7 +68,7 @@ def test_every_family_is_streamed_to_the_bits_that_transformers_loads(
             streamed = load(tmp_path, quantization)
         assert "not streamed" not in caplog.text
         reference = by_transformers(monkeypatch, tmp_path, quantization)
-        assert base_fingerprint(streamed) == base_fingerprint(reference)
+        assert base_checksum(streamed) == base_checksum(reference)
         assert streamed.generation_config.to_dict() == reference.generation_config.to_dict()
         tied = [model.get_input_embeddings().weight is model.get_output_embeddings().weight for model in
                 (streamed, reference)]  # fmt: skip
@@ -110,7 +110,7 @@ def test_weights_without_the_prefix_of_the_base_model_and_in_several_files_are_f
         save_file({key: plain[key] for key in keys}, tmp_path / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {key: file for file, keys in files.items() for key in keys}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert base_fingerprint(load(tmp_path)) == base_fingerprint(load(folder))
+    assert base_checksum(load(tmp_path)) == base_checksum(load(folder))
 
 
 def test_tied_weights_that_differ_in_the_files_stay_apart_and_equal_ones_are_one(
@@ -141,11 +141,11 @@ def test_a_family_whose_files_must_be_converted_is_loaded_by_transformers_and_sa
 _FROM_HUB = """
     import sys
     import torch
-    from qlora_dist.model import base_fingerprint, load_base
+    from qlora_dist.model import base_checksum, load_base
     for name in sys.argv[1:]:
         model = load_base(name, quantization="nf4", double_quant=True, compute_dtype=torch.bfloat16,
                           attention="auto", device=torch.device("cpu"))
-        print(base_fingerprint(model), model.generation_config.temperature)
+        print(base_checksum(model), model.generation_config.temperature)
 """
 
 
@@ -274,7 +274,7 @@ def test_a_quantized_checkpoint_loads_in_stock_transformers_and_here_to_the_bits
     assert invoke(["quantize", str(source), str(out), "--quantization", quantization, flag]) == 0
     assert not list(tmp_path.glob(".out*"))
     expected = load(source, quantization, double_quant=double_quant)
-    assert base_fingerprint(load(out, quantization, double_quant=double_quant)) == base_fingerprint(expected)
+    assert base_checksum(load(out, quantization, double_quant=double_quant)) == base_checksum(expected)
     stock = AutoModelForCausalLM.from_pretrained(out, dtype=BF16)
     theirs, ours = dict(base_weights(stock)), dict(base_weights(expected))
     assert theirs.keys() == ours.keys()
@@ -292,7 +292,7 @@ def test_codes_that_were_saved_under_a_float_type_are_read_as_the_bytes_they_are
     assert load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == BF16
     model = load(tmp_path)
     assert linear_layers(model)["model.layers.0.mlp.up_proj"].weight.dtype == torch.uint8
-    assert base_fingerprint(model) == base_fingerprint(load(folder))
+    assert base_checksum(model) == base_checksum(load(folder))
 
 
 def test_the_quantized_checkpoint_is_split_into_files_and_appears_whole_or_not_at_all(
@@ -300,7 +300,7 @@ def test_the_quantized_checkpoint_is_split_into_files_and_appears_whole_or_not_a
 ) -> None:
     quantize_model(str(folder), tmp_path / "out", shard_bytes=20_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
-    assert base_fingerprint(load(tmp_path / "out")) == base_fingerprint(load(folder))
+    assert base_checksum(load(tmp_path / "out")) == base_checksum(load(folder))
 
     written = []
     monkeypatch.setattr(four_bit_files, "save_file", lambda *_, **__: written.append(1) or _full_disk())
@@ -340,7 +340,7 @@ def test_the_copy_is_made_once_and_anew_when_anything_that_decides_it_changes(
     source = save_model(tmp_path / "source")
     cache = tmp_path / "cache"
     first = copy_of(source, cache)
-    assert base_fingerprint(load(first)) == base_fingerprint(load(source))
+    assert base_checksum(load(first)) == base_checksum(load(source))
     made = first.stat().st_mtime_ns
     assert copy_of(source, cache) == first and first.stat().st_mtime_ns == made
     others = {copy_of(source, cache, double_quant=False), copy_of(source, cache, quantization="fp4"),
@@ -348,7 +348,7 @@ def test_the_copy_is_made_once_and_anew_when_anything_that_decides_it_changes(
     save_model(source, tiny_model(attention=None, seed=1))
     others.add(copy_of(source, cache))
     assert len(others | {first}) == 5
-    assert base_fingerprint(load(copy_of(source, cache))) == base_fingerprint(load(source))
+    assert base_checksum(load(copy_of(source, cache))) == base_checksum(load(source))
     # nothing to copy
     assert copy_of(source, cache, quantization="none") == source and copy_of(first, cache) == first
 
@@ -357,14 +357,14 @@ def test_a_copy_that_lost_a_part_is_made_anew_and_one_that_was_left_by_a_killed_
     folder: Path, tmp_path: Path
 ) -> None:
     whole = copy_of(folder, tmp_path)
-    expected = base_fingerprint(load(whole))
+    expected = base_checksum(load(whole))
     weights = next(whole.glob("model-*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert copy_of(folder, tmp_path) == whole and base_fingerprint(load(whole)) == expected
+    assert copy_of(folder, tmp_path) == whole and base_checksum(load(whole)) == expected
     left = whole.with_name(f".{whole.name}.incomplete")
     whole.rename(left)  # as a builder killed before its rename leaves it, but even the manifest is there
     weights.parent.mkdir(exist_ok=True)
-    assert copy_of(folder, tmp_path) == whole and base_fingerprint(load(whole)) == expected
+    assert copy_of(folder, tmp_path) == whole and base_checksum(load(whole)) == expected
     assert not left.exists()
 
 
@@ -402,8 +402,8 @@ def test_random_weights_need_config_json_only_and_depend_on_seed_and_name(tmp_pa
     assert residual.std().item() == pytest.approx(0.02 / 4, rel=0.02)  # 1 / sqrt(2 * 8)
     assert (model.model.norm.weight == 1).all()
     assert not torch.equal(plain, layers["model.layers.4.mlp.up_proj"].weight)
-    assert base_fingerprint(load(tmp_path, "none", torch.float32, weights="random", seed=5)) == base_fingerprint(model)
-    assert base_fingerprint(load(tmp_path, "none", torch.float32, weights="random", seed=6)) != base_fingerprint(model)
+    assert base_checksum(load(tmp_path, "none", torch.float32, weights="random", seed=5)) == base_checksum(model)
+    assert base_checksum(load(tmp_path, "none", torch.float32, weights="random", seed=6)) != base_checksum(model)
     packed = load(tmp_path, "nf4", weights="random", seed=5)
     check_head(packed)
     codes, state = functional.quantize_4bit(plain.to(BF16), quant_type="nf4", compress_statistics=True)

@@ -59,7 +59,7 @@ def _figures(run_dir):
 
 def _watched(raw):
     """A run, and what this rank holds of it just before it ends."""
-    from qlora_dist.model import base_fingerprint
+    from qlora_dist.model import base_checksum
     from qlora_dist.train import save_and_resume as keeping
     from qlora_dist.train import setup as stages
 
@@ -67,7 +67,7 @@ def _watched(raw):
     build, build_update, finish = stages.build_learner, stages.build_update, keeping.finish
 
     def fingerprinting(config, world, model, head_weight):
-        seen["base"] = base_fingerprint(model)
+        seen["base"] = base_checksum(model)
         seen["base_bytes"] = _base_bytes(model)
         seen["dtypes"] = {name: p.dtype for name, p in model.named_parameters()}
         return build_update(config, world, model, head_weight)
@@ -92,7 +92,7 @@ def _watched(raw):
         seen["base_share"] = _base_bytes(model) / seen["base_bytes"]
         with _whole(model):
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            seen["base_kept"] = base_fingerprint(model) == seen["base"]
+            seen["base_kept"] = base_checksum(model) == seen["base"]
             seen["all_b_moved"] = all(bool(p.any()) for name, p in trained.items() if "lora_B" in name)
             seen["dtypes_kept"] = {name: p.dtype for name, p in model.named_parameters()} == seen["dtypes"]
             seen["trained_dtypes"] = {str(p.dtype) for p in trained.values()}

@@ -17,16 +17,13 @@ import qlora_dist
 from qlora_dist import commands as cli
 from qlora_dist import model as base_model
 from qlora_dist.errors import RunFailed
-from qlora_dist.model import load_base
+from qlora_dist.model import base_checksum, held_bytes, load_base, own_part
 from qlora_dist.train.checks import (
-    base_checksum,
     check_base_bytes,
     check_base_unchanged,
     check_source_bits,
-    held_base_bytes,
     promised_base_bytes,
 )
-from qlora_dist.train.checks.base import local_part
 from qlora_dist.train.loop import train
 
 CPU = torch.device("cpu")
@@ -83,7 +80,7 @@ def test_the_bytes_in_memory_are_those_that_the_shapes_promise(family, quantizat
     promised = promised_base_bytes(
         str(tmp_path), quantization=quantization, double_quant=double_quant, dtype=torch.float32
     )
-    assert held_base_bytes(model) == promised.on_each_rank()  # exactly: storages of one rank, nothing is estimated
+    assert held_bytes(model) == promised.on_each_rank()  # exactly: storages of one rank, nothing is estimated
     assert promised.matrices > 0
     cut = promised.matrices + promised.constants
     assert promised.on_each_rank("fsdp", 2) == -(-cut // 2) + promised.vectors + promised.nested
@@ -91,9 +88,9 @@ def test_the_bytes_in_memory_are_those_that_the_shapes_promise(family, quantizat
 
 def test_a_base_that_is_not_quantized_or_not_sharded_is_named_with_rank_and_host(folder):
     promised = promised_base_bytes(str(folder), quantization="nf4", double_quant=True, dtype=torch.float32)
-    whole = held_base_bytes(base_of(folder))
+    whole = held_bytes(base_of(folder))
     check_base_bytes([("a", whole), ("b", whole)], promised.on_each_rank(), "ddp")
-    plain = held_base_bytes(base_of(folder, "none"))
+    plain = held_bytes(base_of(folder, "none"))
     with pytest.raises(
         RunFailed, match=r"strategy ddp promises 0\.1 MiB .* rank 1 \(b\) holds 0\.3 MiB: the base is not"
     ):
@@ -114,7 +111,7 @@ def _shared_base(raw, strategy):
     said = stages.check_base(config, world, learner)
     kept, learner.base_checksum = learner.base_checksum, None
     if world.rank == 1:  # one byte of this rank's part
-        local_part(next(p for p in learner.model.parameters() if p.dtype == torch.uint8)).view(-1)[0] ^= 1
+        own_part(next(p for p in learner.model.parameters() if p.dtype == torch.uint8)).view(-1)[0] ^= 1
     is_changed = base_checksum(learner.model) != kept
     stages.base_model.unwrap(learner.model).waste = torch.nn.Parameter(torch.ones(2**16))
     return said, is_changed, outcome(stages.check_base, config, world, learner)
@@ -132,10 +129,10 @@ def test_ranks_that_share_a_base_hold_half_each_and_see_a_change_of_their_part(r
 
 def test_a_small_view_of_a_large_buffer_costs_the_buffer(folder):
     model = base_of(folder)
-    before = held_base_bytes(model)
+    before = held_bytes(model)
     weight = model.model.layers[0].mlp.up_proj.weight
     weight.data = torch.cat([weight.data, weight.data])[: len(weight.data)]
-    assert held_base_bytes(model) == before + weight.data.numel()
+    assert held_bytes(model) == before + weight.data.numel()
 
 
 @pytest.mark.parametrize("seed", [0, 5])

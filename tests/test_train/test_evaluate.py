@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers.tiny_models import alone, random_batch, save_model, tiny_model
 
 from qlora_dist.data.packing import Batch
-from qlora_dist.model import base_fingerprint, decoder_layers, hidden_states, load_base, output_head, set_recompute
+from qlora_dist.model import base_checksum, decoder_layers, hidden_states, load_base, output_head, set_recompute
 from qlora_dist.model.lora import attach_lora
 from qlora_dist.model.loss import nll_sum
 from qlora_dist.train.evaluate import evaluate
@@ -82,9 +82,9 @@ def test_evaluation_changes_no_mode_no_gradient_and_no_bit_of_the_base(tmp_path:
     )
     model = attach_lora(base, rank=2, alpha=4, dropout=0.5).train()
     set_recompute(model, "full")
-    before = base_fingerprint(model)
+    before = base_checksum(model)
     first = evaluate(model, BATCHES, nll_of(model), OneRank())
     assert evaluate(model, BATCHES, nll_of(model), OneRank()).loss == first.loss  # dropout is off inside
     assert model.training and all(layer.training for layer in decoder_layers(model))
-    assert base_fingerprint(model) == before
+    assert base_checksum(model) == before
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -28,7 +28,7 @@ LLAMA_7B = {
     "num_key_value_heads": 32,
     "vocab_size": 32000,
 }
-ONE = {"world_size": 1, "local_world_size": 1}
+ONE = {"world_size": 1}
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(raw, tmp_path):
 
 
 def test_the_base_stays_bit_identical_and_only_adapters_move(raw, monkeypatch):
-    from qlora_dist.model import base_fingerprint
+    from qlora_dist.model import base_checksum
     from qlora_dist.train import setup as stages
 
     seen = {}
@@ -120,14 +120,14 @@ def test_the_base_stays_bit_identical_and_only_adapters_move(raw, monkeypatch):
 
     def watching(config, world):
         learner = build(config, world)
-        seen["learner"], seen["before"] = learner, base_fingerprint(learner.model)
+        seen["learner"], seen["before"] = learner, base_checksum(learner.model)
         seen["start"] = learner.update.digest()
         return learner
 
     monkeypatch.setattr(stages, "build_learner", watching)
     train(config_of(raw, data__eval=raw["data"]["train"], train__eval_every=2))
     learner = seen["learner"]
-    assert base_fingerprint(learner.model) == seen["before"]
+    assert base_checksum(learner.model) == seen["before"]
     assert learner.update.digest() != seen["start"]
     trained = {name for name, p in learner.model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)

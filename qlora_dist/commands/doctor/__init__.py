@@ -35,7 +35,7 @@ CHECKS = (
 def doctor() -> int:
     """Prints one line a check. Returns 0 when training can run here on some device, else 1."""
     with contextlib.suppress(Exception):  # what cannot be imported is reported below
-        import qlora_dist.model.pretrained  # noqa: F401  (before peft or transformers import bitsandbytes: see there)
+        import qlora_dist.model  # noqa: F401  (before peft or transformers import bitsandbytes: see `bitsandbytes_import`)
     findings = []
     for check in CHECKS:
         for finding in guarded(check):

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from .finding import GIB, Finding, reason
+from ...files import GIB
+from .finding import Finding, reason
 
 # Root mean square error of NF4 (blocks of 64, double quantization) on normally distributed weights, relative to their
 # root mean square: 0.0921. Sampling moves it by less than 0.001 at 2**18 weights, bfloat16 by as little.
@@ -46,7 +47,7 @@ def check_cuda() -> Iterator[Finding]:
 
 
 def check_bitsandbytes() -> Iterator[Finding]:
-    from ...model.pretrained import bitsandbytes  # its quiet import, see there
+    from ...model.bitsandbytes_import import bitsandbytes
 
     library = bitsandbytes.cextension.lib
     if isinstance(library, bitsandbytes.cextension.ErrorHandlerMockBNBNativeLibrary):
@@ -103,7 +104,7 @@ def nf4_relative_error(device: str) -> float:
     """Root mean square of (dequantized - weight) over that of the weight, for 2**18 normal weights."""
     import torch
 
-    from ...model.pretrained import bitsandbytes
+    from ...model.bitsandbytes_import import bitsandbytes
 
     # made on the CPU: the same weights on every device
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).to(device)
@@ -125,7 +126,7 @@ def check_paged_memory() -> Iterator[Finding]:
 def _check_paged_memory_of(index: int) -> Finding:
     import torch
 
-    from ...model.pretrained import bitsandbytes
+    from ...model.bitsandbytes_import import bitsandbytes
 
     subject = f"paged memory, GPU {index}"
     advice = "use optim.name=adamw_8bit instead of a paged optimizer"

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Finding:

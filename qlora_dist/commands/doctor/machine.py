@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from .finding import GIB, Finding
+from ...files import GIB
+from .finding import Finding
 
 MIN_DISK_BYTES = 20 * GIB  # a 7B base in 16 bit is 13 GiB to download, a checkpoint with its optimizer state about 2
 MIN_SHM_BYTES = GIB  # NCCL keeps its buffers there; a container's default is 64 MiB

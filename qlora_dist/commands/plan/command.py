@@ -7,19 +7,18 @@ import sys
 from typing import Any
 
 from ...config import RunConfig
+from ...files import format_bytes
 from ...memory import MemoryPlan, ModelShapes, choose, largest_micro_rows, largest_row_tokens, plan_memory
 from ...memory.devices import GPUS, Gpu, Speed, estimate_speed, parse_gpu
 from ...memory.read_shapes import read_shapes
-from ...memory.table import format_bytes, plan_lines
-
-RANKS_A_NODE = 8  # of a node, where only the number of ranks is given
+from ...memory.table import plan_lines
 
 
 def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
     """Prints the plan of a run on `ranks` GPUs of this kind (None: what it needs, and where that fits)."""
     device = None if gpu is None else parse_gpu(gpu)
     shapes = read_shapes(config.model.name, config.model.revision)
-    sizes: dict[str, int] = {"world_size": ranks, "local_world_size": min(ranks, RANKS_A_NODE)}
+    sizes: dict[str, int] = {"world_size": ranks}
     if device is None:
         plan = plan_memory(config, shapes, **sizes, device_bytes=None)
     else:

@@ -27,11 +27,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ... import model as base_model
 from ...config import RunConfig
+from ...config.quantization import BLOCK, Quantization
 from ...data.packing import Batch
 from ...errors import UserError
 from ...memory import MemoryPlan
-from ...memory.layers import BLOCK
-from ...model import Quantization
 from ...model import lora as adapters
 from ...model.loss import CHUNK_BYTES, OutputHead, nll_sum
 from ...model.meta import empty_base, fill_empty

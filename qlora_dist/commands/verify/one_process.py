@@ -53,7 +53,7 @@ def _prove(plan: Plan, world: World) -> list[Proof]:
     learner = stages.build_learner(config, world)
     has_adapter = config.lora is not None
     proofs = [_prove_base(config, world, learner)]
-    before = base_model.base_fingerprint(learner.model) if has_adapter else ""
+    before = base_model.base_checksum(learner.model) if has_adapter else ""
     move_adapters(learner, config.seed)
     documents = some_documents(data)
     packed = collate(documents, (0,)).to(world.device)
@@ -61,8 +61,8 @@ def _prove(plan: Plan, world: World) -> list[Proof]:
     proofs.append(prove_accumulation(learner, data.loader.step(0), world, tolerances.gradient))
     folder = plan.folder / "adapter"
     if has_adapter:
-        is_same = base_model.base_fingerprint(learner.model) == before
-        proofs.append(Proof(UNCHANGED, 0.0 if is_same else 1.0, 0.0, "SHA-256 of the whole base"))
+        is_same = base_model.base_checksum(learner.model) == before
+        proofs.append(Proof(UNCHANGED, 0.0 if is_same else 1.0, 0.0, "checksum of the whole base"))
         proofs.append(prove_reloaded(learner, folder, config.model.name))
     with torch.no_grad(), base_model.evaluation_mode(learner.model):
         ours = label_nll(learner, packed), learner.nll_sum(packed).item() / packed.num_labels

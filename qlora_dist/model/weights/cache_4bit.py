@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ...cluster.file_lock import build_lock
+from ...config.quantization import Quantization
 from ...errors import UserError
 from ...files import folder_aside, is_whole, write_manifest
+from ..bitsandbytes_import import bitsandbytes
 from ..pretrained import (
-    Quantization,
-    bitsandbytes,
     expanded,
     first_line,
     load_config,
@@ -46,8 +47,6 @@ from .stream import (
     settle_ties,
     weight_size,
 )
-
-from transformers import GenerationConfig  # isort: skip
 
 SHARD_BYTES = 512 * 2**20  # of a file, which is in host memory twice while safetensors serializes it
 FORMAT = 1  # part of every fingerprint: raise it when the same inputs give another folder

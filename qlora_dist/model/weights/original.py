@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
+from ...config.quantization import BLOCK
+from ..bitsandbytes_import import bitsandbytes
 from ..forward import is_4bit
-from ..pretrained import BLOCK, bitsandbytes, expanded, load_config, where_to_read
-
-from transformers.pytorch_utils import Conv1D  # isort: skip
-from transformers.utils import cached_file  # isort: skip
+from ..pretrained import expanded, load_config, where_to_read
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pretrained import BLOCK, bitsandbytes
+from ...config.quantization import BLOCK, NESTED_BLOCK
+from ..bitsandbytes_import import bitsandbytes
 
 PIECE = 2**21  # weights a time: 4 MiB of bf16. Host memory is bounded by a few of them, not by a tensor
-NESTED_BLOCK = 256  # first-level constants that share one second-level constant
 
 Read = Callable[[int, int], Tensor]  # (first, last + 1) weight in storage order -> 1-D tensor, any float type
 

@@ -21,12 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
 
 from ...cluster.shard_group import ShardGroup
+from ...config.quantization import BLOCK, NESTED_BLOCK
 from ...errors import RunFailed, UserError
-from ..forward import base_weights, decoder_layers, gathered, own_part, unwrap
-from ..pretrained import BLOCK, bitsandbytes
-from .quantize import NESTED_BLOCK, Range, block_share, make_state, quantize_range
+from ..base_weights import own_part
+from ..bitsandbytes_import import bitsandbytes
+from ..forward import decoder_layers, gathered, unwrap
+from .quantize import Range, block_share, make_state, quantize_range
 from .sources import WeightSource
 from .stream import (
     Progress,
@@ -40,8 +43,6 @@ from .stream import (
     room_for,
     weight_size,
 )
-
-from transformers import PreTrainedModel  # isort: skip
 
 CODES_PER_BLOCK = BLOCK // 2  # bytes
 STAND_IN = torch.float8_e5m2  # a float type of one byte, see `_cut_layer`
@@ -349,8 +350,3 @@ def check_shares(model: nn.Module) -> None:
             f"{shared.group.size}, such as {name} with {size:,} bytes: the memory that was planned is not saved. Use "
             "another torch, or strategy ddp"
         )
-
-
-def held_bytes(model: nn.Module) -> int:
-    """Bytes of the base that this rank holds between steps, on the device or, offloaded, in host memory."""
-    return sum(own_part(tensor).nbytes for _, tensor in base_weights(model))

@@ -14,14 +14,13 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from ...errors import UserError
 from ..pretrained import expanded, first_line, where_to_read
 from .safetensors_files import BadFile, WeightFiles
-
-from transformers import PretrainedConfig, PreTrainedModel  # isort: skip
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file  # isort: skip
-from transformers.utils.hub import get_checkpoint_shard_files  # isort: skip
 
 RANDOM_CHUNK = 2**20  # weights that share one seed: a part of a weight does not depend on how it was cut
 

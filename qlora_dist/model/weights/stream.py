@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
 
 from ...errors import UserError
-from ..pretrained import bitsandbytes
+from ..bitsandbytes_import import bitsandbytes
 from .quantize import PIECE, Range, make_state, quantize_range
 from .sources import FileSource, WeightSource, match_names, same_in_source
-
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel  # isort: skip
-from transformers.pytorch_utils import Conv1D  # isort: skip
-from transformers.quantizers import AutoHfQuantizer  # isort: skip
 
 log = logging.getLogger(__name__)
 

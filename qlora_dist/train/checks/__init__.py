@@ -11,24 +11,20 @@ between ranks is gathered by the caller, which has the World.
 
 from .base import (
     BaseBytes,
-    base_checksum,
     check_base_bytes,
     check_base_unchanged,
     check_source_bits,
-    held_base_bytes,
     promised_base_bytes,
 )
 from .learning import check_ends_are_learned, check_every_step_has_labels, check_first_update
 
 __all__ = [
     "BaseBytes",
-    "base_checksum",
     "check_base_bytes",
     "check_base_unchanged",
     "check_ends_are_learned",
     "check_every_step_has_labels",
     "check_first_update",
     "check_source_bits",
-    "held_base_bytes",
     "promised_base_bytes",
 ]

@@ -5,22 +5,17 @@ Everything here looks at this rank's tensors only; of a sharded base that is its
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ...config.quantization import Quantization, quantized_bytes
 from ...errors import RunFailed
-from ...model import base_weights, is_4bit, linear_layers, load_config, own_part, plain_name, unwrap
+from ...model import is_4bit, linear_layers, load_config, plain_name
 from ...model.check_config import build_on_meta
 from ...model.weights.original import has_quantized_files, read_source_weight, same_as_quantized
-
-BLOCK, NESTED_BLOCK = 64, 256  # weights that share a constant; constants that share one of the second level
-COLUMNS = 128  # of the checksum
-
 
 # --- how many bytes ---------------------------------------------------------------------------------------------------
 
@@ -45,7 +40,7 @@ class BaseBytes:
 
 
 def promised_base_bytes(
-    name: str, *, revision: str | None = None, quantization: str, double_quant: bool, dtype: torch.dtype
+    name: str, *, revision: str | None = None, quantization: Quantization, double_quant: bool, dtype: torch.dtype
 ) -> BaseBytes:
     """Bytes that the shapes say: half a byte a 4-bit weight, plus its constants; `dtype` for what is not quantized."""
     config = load_config(name, revision)
@@ -59,60 +54,15 @@ def promised_base_bytes(
     }
     matrices = constants = vectors = nested = 0
     for parameter in model.parameters():  # tied weights come once
-        num_weights = parameter.numel()
-        num_constants = -(-num_weights // BLOCK)
-        if id(parameter) not in quantized:
-            if parameter.ndim > 1:
-                matrices += num_weights * dtype.itemsize
-            else:
-                vectors += num_weights * dtype.itemsize
-        elif quantization == "int8":
-            matrices += num_weights
-            constants += 4 * quantized[id(parameter)]  # one fp32 scale a row
+        outputs = quantized.get(id(parameter))
+        if outputs is not None:
+            one = quantized_bytes(parameter.numel(), outputs, quantization, double_quant)
+            matrices, constants, nested = matrices + one.codes, constants + one.constants, nested + one.nested
+        elif parameter.ndim > 1:
+            matrices += parameter.numel() * dtype.itemsize
         else:
-            matrices += num_weights // 2
-            constants += num_constants * (1 if double_quant else 4)
-            nested += 4 * -(-num_constants // NESTED_BLOCK) if double_quant else 0
+            vectors += parameter.numel() * dtype.itemsize
     return BaseBytes(matrices, constants, vectors, nested)
-
-
-def held_base_bytes(model: nn.Module) -> int:
-    """Bytes of the storages that this rank's base keeps alive, code tables (1 KiB a layer) left out. Each storage once.
-
-    Storages, not tensors: a small view of a large buffer costs the buffer.
-    """
-    storages = {}
-    for tensor in _held(model):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr(), str(tensor.device)] = storage.nbytes()
-    return sum(storages.values())
-
-
-def _held(model: nn.Module) -> Iterator[Tensor]:
-    base = unwrap(model)
-    for name, parameter in base.named_parameters():
-        if "lora_" in name:
-            continue
-        yield local_part(parameter)
-        state: Any = getattr(parameter, "quant_state", None)
-        if state is not None:
-            yield local_part(state.absmax)
-            if state.nested:
-                yield local_part(state.state2.absmax)
-    for module in base.modules():
-        nested = getattr(module, "nested_absmax", None)  # of a shared 4-bit layer
-        if nested is not None:
-            yield nested
-        scales = getattr(getattr(module, "state", None), "SCB", None)
-        scales = scales if scales is not None else getattr(getattr(module, "weight", None), "SCB", None)
-        if scales is not None:  # 8-bit layers
-            yield scales
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that FSDP2 or ZeRO-3 has cut; any other tensor itself."""
-    partition: Tensor | None = getattr(tensor, "ds_tensor", None)
-    return own_part(tensor if partition is None else partition).detach()
 
 
 def check_base_bytes(held: list[tuple[str, int]], promised: int, strategy: str, slack: float = 0.01) -> None:
@@ -162,38 +112,6 @@ def check_source_bits(
             "changed while it was loaded. Nothing was trained; check the files and the installed versions"
         )
     return f"{plain} is bit-equal to its quantized source"
-
-
-@torch.no_grad()
-def base_checksum(model: nn.Module) -> str:
-    """A number of this rank's whole base that any changed bit changes; far cheaper than `model.base_fingerprint`.
-
-    Each tensor's bytes are read as 64-bit words, wrapped in rows of 128 and summed by column modulo 2**64 on the
-    device; only these sums are hashed. Reads the base once: memory bandwidth is the cost. A permutation within a
-    column, which nothing here makes, would go unseen; `base_fingerprint` sees that too.
-    """
-    digest = hashlib.sha256()
-    sums: dict[torch.device, list[Tensor]] = {}
-    for name, tensor in base_weights(model):
-        if name.endswith("inv_freq"):
-            continue  # made from the config, and made anew by models whose positions scale with the length
-        part = local_part(tensor)
-        digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-        sums.setdefault(part.device, []).append(_column_sums(part))
-    for columns in sums.values():  # one copy to the host for each device
-        digest.update(torch.cat(columns).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _column_sums(tensor: Tensor) -> Tensor:
-    """(COLUMNS,) int64."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8)
-    if data.storage_offset() % 8:
-        data = data.clone()  # words must be aligned
-    width = 8 * COLUMNS
-    whole = len(data) // width * width
-    tail = torch.nn.functional.pad(data[whole:], (0, width - (len(data) - whole))).view(torch.int64)
-    return data[:whole].view(torch.int64).view(-1, COLUMNS).sum(0) + tail
 
 
 def check_base_unchanged(changed: list[tuple[str, bool]], when: str) -> None:

@@ -1,0 +1,41 @@
+"""What names in the config mean: where a model lies, which linear layers get adapters. Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder that `model.name` means; None for the name of a hub model.
+
+    Raises UserError when the name can only be a path, and nothing is there.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model.name {name}: there is no such folder (looked in {folder.resolve()})")
+    return None
+
+
+def resolve_targets(linear_names: Sequence[str], target_modules: str | Sequence[str]) -> list[str]:
+    """Full names of the linear layers that get adapters: all, or those that equal or end in a given name.
+
+    Raises UserError naming what matched nothing and what there is.
+    """
+    if target_modules == "all-linear":
+        return list(linear_names)
+    wanted = (target_modules,) if isinstance(target_modules, str) else target_modules
+    matches = {one: [name for name in linear_names if f".{name}".endswith(f".{one}")] for one in wanted}
+    missing = [one for one, found in matches.items() if not found]
+    if missing or not wanted:
+        available = sorted({name.rsplit(".", 1)[-1] for name in linear_names})
+        raise UserError(
+            f"lora.target_modules: {', '.join(missing) or 'an empty list'} matches no linear layer; available: "
+            f"{', '.join(available)}, or all-linear (the output head and embeddings are never adapted)"
+        )
+    chosen = {name for found in matches.values() for name in found}
+    return [name for name in linear_names if name in chosen]
