@@ -16,9 +16,11 @@ from qlora_dist.config import RunConfig, parse_config
 from qlora_dist.data.packing import Batch
 from qlora_dist.model import unwrap
 from qlora_dist.model.lora import trainable_parameters
-from qlora_dist.train import setup as stages
-from qlora_dist.train.run_dir import StepStats
-from qlora_dist.train.step import Learner, train_step
+from qlora_dist.train.check_start import check_model
+from qlora_dist.train.run import join_ranks
+from qlora_dist.train.setup_data import build_data
+from qlora_dist.train.setup_model import build_model
+from qlora_dist.train.step import StepStats, TrainingModel, train_step
 
 from .cells import METHODS, Cell
 from .conductor import Conductor
@@ -86,15 +88,15 @@ class TimedUpdate:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._update, name)
 
-    def accumulate(self, loss_sum: Any, is_last: bool) -> torch.Tensor:
+    def forward_backward(self, loss_sum: Any, is_last: bool) -> torch.Tensor:
         with self._conductor.phase("backward", besides=("forward", "communication")):
-            loss: torch.Tensor = self._update.accumulate(loss_sum, is_last)
+            loss: torch.Tensor = self._update.forward_backward(loss_sum, is_last)
         return loss
 
 
 @dataclass
-class TimedLearner(Learner):
-    """The learner with a clock around its forward pass."""
+class TimedTrainingModel(TrainingModel):
+    """The model with a clock around its forward pass."""
 
     conductor: Any = None
 
@@ -108,14 +110,16 @@ def run(
 ) -> dict[str, Any]:
     """Trains until the conductor says stop; facts for the raw result (on every rank; rank 0 writes)."""
     config = config_of(cell, model_folder, data_folder, scratch)
-    with StopSignal() as stop, stages.join(config, stop) as world:
-        stages.check_model(config, world)  # not `check`: no checkpoint is written, so no disk is needed for one
-        data = stages.build_data(config, world)
+    with StopSignal() as stop, join_ranks(config, stop) as world:
+        check_model(config, world)  # not `check_run`: no checkpoint is written, so no disk is needed for one
+        data = build_data(config, world)
         watch.imported()
         timed_world: Any = TimedWorld(world, conductor)
-        learner = stages.build_learner(config, timed_world)
-        timed = TimedLearner(**{f.name: getattr(learner, f.name) for f in fields(Learner)}, conductor=conductor)
-        timed.update = TimedUpdate(learner.update, conductor)
+        model = build_model(config, timed_world)
+        timed = TimedTrainingModel(
+            **{f.name: getattr(model, f.name) for f in fields(TrainingModel)}, conductor=conductor
+        )
+        timed.update = TimedUpdate(model.update, conductor)
         step_fn = _ScaledStep(timed) if cell.method == "full-fp16" else train_step
         watch.loaded()
         conductor.start()
@@ -133,21 +137,21 @@ def run(
                 stop_requested=False,
             )
             if step == 0:
-                first = {"loss": stats.loss, "gradients": sample_gradients(trainable_parameters(learner.model))}
+                first = {"loss": stats.loss, "gradients": sample_gradients(trainable_parameters(model.module))}
             if not conductor.step_done(stats.num_tokens, stats.num_labels, stats.loss):
                 break  # all ranks count the same steps
             waited = time.perf_counter()
         for phase in conductor.phases:  # the rest of train_step: norm, scaling, update
             parts = sum(phase[name] for name in ("data", "forward", "backward", "communication"))
             phase["optimizer"] = max(0.0, phase["total"] - parts)
-        trainable = trainable_parameters(learner.model)
+        trainable = trainable_parameters(model.module)
         gradients = [parameter.grad for parameter in trainable.values() if parameter.grad is not None]
         return {
             "first": first,
-            "attention": getattr(unwrap(learner.model), "packed_backend", None),
-            "base_parameters": learner.num_base_parameters,
-            "trainable_parameters": learner.num_trainable_parameters,
-            "items": items(learner.model, getattr(learner.update, "_optimizer", None), trainable.values(), gradients),
+            "attention": getattr(unwrap(model.module), "packed_backend", None),
+            "base_parameters": model.num_base_parameters,
+            "trainable_parameters": model.num_trainable_parameters,
+            "items": items(model.module, getattr(model.update, "_optimizer", None), trainable.values(), gradients),
             "world_size": world.size,
             "rank": world.rank,
         }
@@ -160,21 +164,21 @@ class _ScaledStep:
     `train_step` with torch's GradScaler around the backward pass and the update.
     """
 
-    def __init__(self, learner: Learner) -> None:
-        update: Any = learner.update  # of ddp: the only strategy whose parts are in reach
+    def __init__(self, model: TrainingModel) -> None:
+        update: Any = model.update  # of ddp: the only strategy whose parts are in reach
         self._flat, self._optimizer = update._flat, update._optimizer
         device = self._flat.grads[0].device.type
         self._scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
-        learner.compute_dtype = torch.float16
-        learner.computing = lambda: torch.autocast(device, torch.float16)
+        model.compute_dtype = torch.float16
+        model.forward_context = lambda: torch.autocast(device, torch.float16)
 
-    def __call__(self, world: Any, learner: Learner, rows: Any, *, lr: float, **_: Any) -> StepStats:
+    def __call__(self, world: Any, model: TrainingModel, rows: Any, *, lr: float, **_: Any) -> StepStats:
         self._flat.zero_grad()
         losses = []
         for index, batch in enumerate(rows.microbatches):
             is_last = index == len(rows.microbatches) - 1
-            loss = partial(self._scaled_loss, learner, batch.to(world.device), rows.num_labels)
-            losses.append(learner.update.accumulate(loss, is_last) / self._scaler.get_scale())
+            loss = partial(self._scaled_loss, model, batch.to(world.device), rows.num_labels)
+            losses.append(model.update.forward_backward(loss, is_last) / self._scaler.get_scale())
         total = world.sum(torch.stack(losses).sum())
         self._scaler.unscale_(self._optimizer)
         norm = float(self._flat.grad_norm())
@@ -185,5 +189,5 @@ class _ScaledStep:
         self._scaler.update()
         return StepStats(float(total), norm, rows.num_labels, rows.num_tokens, False)
 
-    def _scaled_loss(self, learner: Learner, batch: Batch, num_labels: int) -> torch.Tensor:
-        return self._scaler.scale(learner.nll_sum(batch) / num_labels)  # a sum over the step would overflow fp16
+    def _scaled_loss(self, model: TrainingModel, batch: Batch, num_labels: int) -> torch.Tensor:
+        return self._scaler.scale(model.nll_sum(batch) / num_labels)  # a sum over the step would overflow fp16

@@ -37,7 +37,7 @@ from qlora_dist.config import RunConfig, load_config
 from qlora_dist.errors import UserError
 from qlora_dist.memory import choose
 from qlora_dist.memory.read_shapes import read_shapes
-from qlora_dist.train.loop import train
+from qlora_dist.train import train
 
 from . import memory, provenance
 

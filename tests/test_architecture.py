@@ -25,7 +25,7 @@ FOLDERS = {"config", "cluster", "data", "optim", "model", "memory", "train", "co
 # Library -> the files that may import it. doctor looks at what is installed: it may import anything.
 HOMES = {
     "pydantic": ["config/*"],
-    "yaml": ["config/*", "train/run_dir.py"],
+    "yaml": ["config/*"],
     "accelerate": ["cluster/*"],
     "deepspeed": ["optim/*"],
     "bitsandbytes": ["optim/adamw.py", "model/*"],

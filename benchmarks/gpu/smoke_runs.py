@@ -27,8 +27,7 @@ from qlora_dist.cluster.launcher import child_environment
 from qlora_dist.commands.merge import merge
 from qlora_dist.config import parse_config
 from qlora_dist.errors import UserError
-from qlora_dist.train import setup as stages
-from qlora_dist.train.loop import train
+from qlora_dist.train import train
 
 from ..dataset import write_tokenizer
 from ..provenance import ROOT
@@ -121,18 +120,18 @@ def read_run(folder: Path, num_moved: int = 0) -> Run:
 def _watching_offload() -> Iterator[list[Any]]:
     """The offloads that a run makes: the trainer keeps them to itself."""
     made: list[Any] = []
-    real = stages.ActivationOffload
+    real = setup_model.ActivationOffload
 
     class Watched(real):  # type: ignore[misc, valid-type]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             made.append(self)
 
-    stages.ActivationOffload = Watched  # type: ignore[misc]
+    setup_model.ActivationOffload = Watched  # type: ignore[misc]
     try:
         yield made
     finally:
-        stages.ActivationOffload = real  # type: ignore[misc]
+        setup_model.ActivationOffload = real  # type: ignore[misc]
 
 
 def plain_run(bench: Bench, name: str = "plain") -> Run:

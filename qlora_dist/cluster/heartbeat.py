@@ -42,7 +42,7 @@ class Store(Protocol):
     def add(self, key: str, amount: int) -> int: ...
 
 
-class Doing(NamedTuple):
+class Status(NamedTuple):
     """What this rank is doing, since when (monotonic), and for how long it may."""
 
     what: str
@@ -51,7 +51,7 @@ class Doing(NamedTuple):
     limit_seconds: float
 
 
-class Pulse:
+class Heartbeat:
     """This rank's sign of life. `store` None (one process): says and watches nothing."""
 
     def __init__(
@@ -61,15 +61,15 @@ class Pulse:
         self._store, self._rank, self._size, self._host, self._stop = store, rank, size, host, stop
         self._wait_seconds = wait_seconds
         self._limit_seconds: float | None = None
-        self._doing = Doing("start", False, time.monotonic(), math.inf)
+        self._status = Status("start", False, time.monotonic(), math.inf)
         self._ended = threading.Event()
         self._has_dumped = False
         self._first_host = "its host"
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         if store is not None:
             self._thread.start()
 
-    def mark(self, what: str | None = None, limit_seconds: float | None = None, is_waiting: bool = False) -> None:
+    def set_status(self, what: str | None = None, limit_seconds: float | None = None, is_waiting: bool = False) -> None:
         """From now on this rank does `what`, or still the same, and waits for other ranks in it or not.
 
         Without a limit of its own, only waiting has one: how long loading takes is nobody's guess. A microsecond.
@@ -79,7 +79,7 @@ class Pulse:
         limit = self._limit_seconds
         if limit is None:
             limit = self._wait_seconds if is_waiting else math.inf
-        self._doing = Doing(self._doing.what if what is None else what, is_waiting, time.monotonic(), limit)
+        self._status = Status(self._status.what if what is None else what, is_waiting, time.monotonic(), limit)
 
     def close(self) -> None:
         """Before the process group ends."""
@@ -121,79 +121,79 @@ class Pulse:
         while not self._ended.wait(BEAT_SECONDS if beat else 0.0):
             beat += 1
             try:
-                self._say(beat)
+                self._publish(beat)
                 if self._stop.name is not None and not has_announced:
                     has_announced = True
-                    self._store.set("pulse/stop", self._stop.name)
-                elif self._stop.is_listening and self._stop.name is None and self._store.check(["pulse/stop"]):
-                    name = self._store.get("pulse/stop").decode()
+                    self._store.set("heartbeat/stop", self._stop.name)
+                elif self._stop.is_listening and self._stop.name is None and self._store.check(["heartbeat/stop"]):
+                    name = self._store.get("heartbeat/stop").decode()
                     os.kill(os.getpid(), signal.Signals[name])  # its handler runs in the main thread
-                if self._store.check([f"pulse/dump/{self._rank}"]):
+                if self._store.check([f"heartbeat/dump/{self._rank}"]):
                     self._dump("another rank waits for it")
             except RuntimeError:
                 # the store is gone: rank 0 has ended, and this rank will notice in its next collective
                 if self._ended.wait(BEAT_SECONDS):
                     return
-            doing = self._doing
-            if time.monotonic() - doing.since > doing.limit_seconds:
-                self._give_up(doing)
+            status = self._status
+            if time.monotonic() - status.since > status.limit_seconds:
+                self._give_up(status)
 
-    def _say(self, beat: int) -> None:
+    def _publish(self, beat: int) -> None:
         assert self._store is not None
-        doing = self._doing
+        status = self._status
         sign = {
             "beat": beat,
             "host": self._host,
             "pid": os.getpid(),
-            "what": doing.what,
-            "is_waiting": doing.is_waiting,
-            "seconds": time.monotonic() - doing.since,
+            "what": status.what,
+            "is_waiting": status.is_waiting,
+            "seconds": time.monotonic() - status.since,
             "time": time.time(),
         }
-        self._store.set(f"pulse/{self._rank}", json.dumps(sign))
-        if beat == 2 and self._store.check(["pulse/0"]):
-            self._first_host = json.loads(self._store.get("pulse/0"))["host"]
+        self._store.set(f"heartbeat/{self._rank}", json.dumps(sign))
+        if beat == 2 and self._store.check(["heartbeat/0"]):
+            self._first_host = json.loads(self._store.get("heartbeat/0"))["host"]
 
     def _look(self) -> list[dict[str, Any] | None] | None:
         """Every rank's last sign of life, None for a rank without; None when the store is gone."""
         assert self._store is not None
         try:
-            keys = [f"pulse/{rank}" for rank in range(self._size)]
+            keys = [f"heartbeat/{rank}" for rank in range(self._size)]
             return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
         except RuntimeError:
             return None
 
-    def _give_up(self, doing: Doing) -> None:
+    def _give_up(self, status: Status) -> None:
         """Ends this process, so that the launcher ends all. One rank speaks for those that wait."""
         assert self._store is not None
-        limit = f"{doing.limit_seconds:.0f} s"
-        if not doing.is_waiting:
-            self._dump(f"for more than {limit} in {doing.what}")
+        limit = f"{status.limit_seconds:.0f} s"
+        if not status.is_waiting:
+            self._dump(f"for more than {limit} in {status.what}")
         try:
-            if self._store.add("pulse/speaker", 1) == 1:
+            if self._store.add("heartbeat/speaker", 1) == 1:
                 missing = self.who_is_missing()
                 for rank, sign in enumerate(self._look() or []):
                     if sign is not None and not sign["is_waiting"]:
-                        self._store.set(f"pulse/dump/{rank}", "1")
-                if doing.is_waiting and "all ranks are alive" in missing:
+                        self._store.set(f"heartbeat/dump/{rank}", "1")
+                if status.is_waiting and "all ranks are alive" in missing:
                     self._dump("all ranks wait")
                 print(
-                    f"error: rank {self._rank} ({self._host}) was in {doing.what} for more than {limit}"
-                    f"{', waiting for other ranks' if doing.is_waiting else ''}; {missing}. All ranks end; start the "
+                    f"error: rank {self._rank} ({self._host}) was in {status.what} for more than {limit}"
+                    f"{', waiting for other ranks' if status.is_waiting else ''}; {missing}. All ranks end; start the "
                     "same command again to go on from the newest checkpoint. If a step may take so long, raise "
                     "strategy.timeout_seconds",
                     file=sys.stderr,
                     flush=True,
                 )
                 time.sleep(LOOK_SECONDS)  # for the stuck ranks to print their stacks
-                self._store.set("pulse/spoken", "1")
+                self._store.set("heartbeat/spoken", "1")
             else:
                 deadline = time.monotonic() + 10 * BEAT_SECONDS
-                while not self._store.check(["pulse/spoken"]) and time.monotonic() < deadline:
+                while not self._store.check(["heartbeat/spoken"]) and time.monotonic() < deadline:
                     time.sleep(BEAT_SECONDS / 2)
         except RuntimeError:
             print(
-                f"error: rank {self._rank} ({self._host}) was in {doing.what} for more than {limit}; rank 0 "
+                f"error: rank {self._rank} ({self._host}) was in {status.what} for more than {limit}; rank 0 "
                 f"({self._first_host}) has ended: its store does not answer",
                 file=sys.stderr,
                 flush=True,

@@ -25,7 +25,6 @@ from typing import Any
 
 from ..errors import UserError
 
-LOCK = "lock"
 BEAT_SECONDS = 10.0
 MISSED_BEATS = 4  # until a lock that stands still is stale
 _SIZE = 1024  # bytes; of a fixed length, so that a rewrite in place leaves nothing of the last one behind
@@ -34,9 +33,10 @@ _SIZE = 1024  # bytes; of a fixed length, so that a rewrite in place leaves noth
 class RunLock:
     """The lock of one run directory; `acquire` and `release` it. Rank 0 only."""
 
-    def __init__(self, folder: Path, job: str | None = None, life: int = 0, beat_seconds: float = BEAT_SECONDS) -> None:
-        """`job`: the scheduler's id of the job that this process belongs to; `life`: how often it was requeued."""
-        self._file = folder / LOCK
+    def __init__(self, file: Path, job: str | None = None, life: int = 0, beat_seconds: float = BEAT_SECONDS) -> None:
+        """`file` is in the run directory. `job`: the scheduler's id of the job that this process belongs to; `life`:
+        how often it was requeued."""
+        self._file = file
         self._beat_seconds = beat_seconds
         self._token = uuid.uuid4().hex
         self._holder = {

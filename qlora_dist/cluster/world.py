@@ -9,17 +9,17 @@ import datetime
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import PartialState
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import RunFailed, UserError, pack_error, unpack_error
-from .heartbeat import Pulse
+from .heartbeat import Heartbeat
 from .shard_group import ShardGroup
 from .stop_signal import StopRequested, StopSignal
 
@@ -52,32 +52,24 @@ class World:
 
     _has_group_of_one = False
 
-    def __init__(
-        self, accelerator: Accelerator, trackers: Sequence[str], stop: StopSignal, timeout_seconds: float
-    ) -> None:
-        self._accelerator = accelerator
-        self._trackers = tuple(trackers)
+    def __init__(self, state: PartialState, stop: StopSignal, timeout_seconds: float) -> None:
         self._stop = stop
-        self.rank: int = accelerator.process_index
-        self.size: int = accelerator.num_processes
-        self.local_rank: int = accelerator.local_process_index
+        self.rank: int = state.process_index
+        self.size: int = state.num_processes
+        self.local_rank: int = state.local_process_index
         self.local_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))  # ranks on this node
-        self.device: torch.device = own_device(accelerator.device)
+        self.device: torch.device = own_device(state.device)
         self.is_main: bool = self.rank == 0
         self._builds = 0
         self._has_stepped = False
         store = dist.distributed_c10d._get_default_store().clone() if self.size > 1 else None  # type: ignore[attr-defined]
-        self._pulse = Pulse(store, self.rank, self.size, socket.gethostname(), stop, WAIT_FACTOR * timeout_seconds)
+        self._heartbeat = Heartbeat(
+            store, self.rank, self.size, socket.gethostname(), stop, WAIT_FACTOR * timeout_seconds
+        )
         self._timeout_seconds = timeout_seconds
 
     @classmethod
-    def init(
-        cls,
-        trackers: Sequence[str] = (),
-        logging_dir: str = ".",
-        stop: StopSignal | None = None,
-        timeout_seconds: float = TIMEOUT_SECONDS,
-    ) -> World:
+    def init(cls, stop: StopSignal | None = None, timeout_seconds: float = TIMEOUT_SECONDS) -> World:
         """Joins the process group that the launcher (accelerate, torchrun, srun, none) describes.
 
         `stop` is heard during the parts that are `stoppable`. `timeout_seconds` limits a wait within a training step,
@@ -92,64 +84,53 @@ class World:
                 "GPUs are visible; start one process a GPU (num_processes, --nproc-per-node), or check "
                 "CUDA_VISIBLE_DEVICES"
             )
-        timeout = _backend_timeout(timeout_seconds)
-        try:
-            accelerator = Accelerator(
-                cpu=not has_cuda,
-                log_with=list(trackers) or None,
-                project_dir=logging_dir,
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
-            )
-        except ValueError as error:
-            raise UserError(f"logging.trackers {list(trackers)}: {error}") from None
+        state = PartialState(cpu=not has_cuda, timeout=_backend_timeout(timeout_seconds))
         if has_cuda:
-            torch.cuda.set_device(own_device(accelerator.device))
-        return cls(accelerator, trackers, stop if stop is not None else StopSignal(), timeout_seconds)
+            torch.cuda.set_device(own_device(state.device))
+        return cls(state, stop if stop is not None else StopSignal(), timeout_seconds)
 
     def close(self) -> None:
-        """Ends trackers and the process group. After a failure it is not called: the launcher ends the others."""
+        """Ends the process group. After a failure it is not called: the launcher ends the others."""
         with self.waiting():
             self.any(False)  # together: a rank that leaves early breaks connections which others still use
-        self._pulse.close()
-        if self._trackers:
-            self._accelerator.end_training()
+        self._heartbeat.close()
         if dist.is_initialized() and not World._has_group_of_one:
             dist.destroy_process_group()
 
-    # --- signs of life ------------------------------------------------------------------------------------------------
+    # --- heartbeat ------------------------------------------------------------------------------------------------
 
-    def doing(self, what: str, limit_seconds: float | None = None) -> None:
+    def set_status(self, what: str, limit_seconds: float | None = None) -> None:
         """What this rank does from now on, for the others' error messages, and how long it, or a wait in it, may last.
 
         Without a limit only waiting for the others has one, three times that of a step.
         """
-        self._pulse.mark(what, limit_seconds)
+        self._heartbeat.set_status(what, limit_seconds)
 
-    def stepping(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """This rank begins a training step. The first of a process may compile: it is not limited as a step."""
-        self.doing(f"step {step}", self._timeout_seconds if self._has_stepped else None)
+        self.set_status(f"step {step}", self._timeout_seconds if self._has_stepped else None)
         self._has_stepped = True
 
-    def beat(self) -> None:
+    def restart_limit(self) -> None:
         """This rank goes on with what it does: its limit begins anew."""
-        self._pulse.mark()
+        self._heartbeat.set_status()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around what ends only when all ranks have come to it."""
-        self._pulse.mark(is_waiting=True)
+        self._heartbeat.set_status(is_waiting=True)
         yield
-        self._pulse.mark()
+        self._heartbeat.set_status()
 
-    def explained(self, error: RuntimeError) -> RuntimeError:
+    def explain(self, error: RuntimeError) -> RuntimeError:
         """The error itself, or for one of a collective a RunFailed that says which rank was lost. Takes seconds."""
         is_of_collective = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
         if self.size == 1 or not is_of_collective:
             return error
         cause = str(error).strip().splitlines()[0]
         return RunFailed(
-            f"the connection to another rank was lost; {self._pulse.who_is_missing()}. Checkpoints are good: start the "
-            f"same command again to go on from the newest. The collective said: {cause}"
+            f"the connection to another rank was lost; {self._heartbeat.who_is_missing()}. Checkpoints are good: start "
+            f"the same command again to go on from the newest. The collective said: {cause}"
         )
 
     # --- collectives --------------------------------------------------------------------------------------------------
@@ -185,7 +166,7 @@ class World:
 
         Raises StopRequested on all ranks after it.
         """
-        self.doing(what)
+        self.set_status(what)
         with suppress(StopRequested), nullcontext() if has_collectives else self._stop.interrupting():
             yield
         if self.any(self._stop.requested):
@@ -303,15 +284,3 @@ class World:
         group = dist.new_group(timeout=_backend_timeout(self._timeout_seconds))
         mesh = DeviceMesh.from_group(group, self.device.type)
         return ShardGroup(mesh, self.rank, self.size, self.device)
-
-    # --- trackers -----------------------------------------------------------------------------------------------------
-
-    def start_trackers(self, project: str, config: dict[str, Any]) -> None:
-        """Starts accelerate's trackers (wandb, mlflow, ...) on rank 0."""
-        if self._trackers:
-            self._accelerator.init_trackers(project, config=config)
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Hands values to accelerate's trackers."""
-        if self._trackers:
-            self._accelerator.log(values, step=step)

@@ -35,7 +35,7 @@ from ..model import (
     lora,
     quantized_and_back,
 )
-from .generate import Trained, find_trained, first_documents
+from .trained import Trained, find_trained, first_documents, load_trained
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def merge(
     adapter = Adapter.read(trained.adapter)
     device = device or own_device()
     samples = sample_ids(trained)
-    reference = _trained_logits(trained, samples, device)
+    reference = _logits(load_trained(trained, device), samples)
 
     model = _merged(trained, adapter, onto, dtype)
     gaps: dict[str, float] = {onto: _gap(model, samples, reference)}
@@ -98,8 +98,7 @@ def merge(
         other: Target = "dequantized" if onto == "base" else "base"
         del model
         gaps[other] = _gap(_merged(trained, adapter, other, dtype), samples, reference)
-    report = MergeReport(out, onto, gaps, max(float(one.abs().max()) for one in reference))
-    return report
+    return MergeReport(out, onto, gaps, max(float(one.abs().max()) for one in reference))
 
 
 def describe(report: MergeReport) -> str:
@@ -217,21 +216,6 @@ def _logits(model: Any, samples: Sequence[Sequence[int]]) -> list[Tensor]:
     """(T, V) fp32 on the CPU for each sample."""
     device = next(model.parameters()).device
     return [model(torch.tensor([list(ids)], device=device)).logits[0].float().cpu() for ids in samples]
-
-
-def _trained_logits(trained: Trained, samples: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
-    assert trained.adapter is not None
-    settings = trained.model
-    base = load_base(
-        settings.name,
-        revision=settings.revision,
-        quantization=settings.quantization,
-        double_quant=settings.double_quant,
-        compute_dtype=getattr(torch, settings.compute_dtype),
-        attention=INFERENCE,
-        device=device,
-    )
-    return _logits(lora.load_adapters(base, {"trained": trained.adapter}), samples)
 
 
 def _gap(model: Any, samples: Sequence[Sequence[int]], reference: Sequence[Tensor]) -> float:

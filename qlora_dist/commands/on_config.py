@@ -33,7 +33,7 @@ def train(config: str, overrides: tuple[str, ...], resume: str, outcome: str | N
     from ..config import load_config
 
     loaded = load_config(config, overrides)
-    from ..train.loop import train as run_training
+    from ..train import train as run_training
     from .supervise.exit_report import report_outcome
 
     report_outcome(Path(outcome) if outcome else None, rank() == 0, lambda: run_training(loaded, resume))

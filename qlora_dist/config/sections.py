@@ -143,9 +143,9 @@ class BatchConfig(_Section):
     """Rows that one rank holds in memory at a time. auto: the most that fit by the memory plan (on a CPU 1)."""
 
     @property
-    def settled_rows(self) -> int:
+    def resolved_micro_rows(self) -> int:
         """`micro_rows` as a number: the trainer replaces auto before it uses it."""
-        assert self.micro_rows != "auto", "train.fit_memory.settle comes first"
+        assert self.micro_rows != "auto", "train.fit_memory.resolve_auto comes first"
         return self.micro_rows
 
 

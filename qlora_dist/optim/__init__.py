@@ -29,10 +29,10 @@ class Update(Protocol):
     def zero_grad(self) -> None:
         """Before the first micro-step."""
 
-    def run(self, function: Callable[[], T]) -> T:
+    def forward(self, function: Callable[[], T]) -> T:
         """Runs what needs the model's layers: forward passes, with or without gradients."""
 
-    def accumulate(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
+    def forward_backward(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
         """Runs one micro-step and adds the gradients of its loss sum, which it returns, detached.
 
         After the last micro-step gradients are summed over ranks.
@@ -44,7 +44,7 @@ class Update(Protocol):
     def own_gradients_are_finite(self) -> bool:
         """Whether what this rank gave to the last sum was finite; to find the culprit after a failure."""
 
-    def step(self, lr: float, num_labels: int, grad_norm: float) -> None:
+    def clip_and_step(self, lr: float, num_labels: int, grad_norm: float) -> None:
         """One update by gradients / num_labels, clipped; `grad_norm` is their norm after that division."""
 
     def whole_weights(self) -> AbstractContextManager[object]:

@@ -33,11 +33,11 @@ class ReplicatedUpdate:
     def zero_grad(self) -> None:
         self._flat.zero_grad()
 
-    def run(self, function: Callable[[], T]) -> T:
+    def forward(self, function: Callable[[], T]) -> T:
         return function()
 
-    def accumulate(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
-        self._world.beat()  # a step may have many micro-steps: each has the step's limit
+    def forward_backward(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
+        self._world.restart_limit()  # a step may have many micro-steps: each has the step's limit
         if is_last:
             self.reducer.arm()
         loss = loss_sum()
@@ -55,7 +55,7 @@ class ReplicatedUpdate:
     def own_gradients_are_finite(self) -> bool:
         return bool(self.reducer.own_are_finite)
 
-    def step(self, lr: float, num_labels: int, grad_norm: float) -> None:
+    def clip_and_step(self, lr: float, num_labels: int, grad_norm: float) -> None:
         clip = 1.0 if self._max_grad_norm is None else min(1.0, self._max_grad_norm / (grad_norm + 1e-6))
         self._flat.scale_grads(clip / num_labels)
         step_optimizer(self._optimizer, lr)

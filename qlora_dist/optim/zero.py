@@ -73,10 +73,10 @@ class ZeroUpdate:
         self._own_norms = []
         self._zero.zero_grad()
 
-    def run(self, function: Callable[[], T]) -> T:
+    def forward(self, function: Callable[[], T]) -> T:
         return function()
 
-    def accumulate(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
+    def forward_backward(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
         self._engine.set_gradient_accumulation_boundary(is_last)
         loss = self._engine(loss_sum)
         self._engine.backward(loss, scale_wrt_gas=False)
@@ -94,7 +94,7 @@ class ZeroUpdate:
     def own_gradients_are_finite(self) -> bool:
         return bool(torch.stack(self._own_norms).isfinite().all())
 
-    def step(self, lr: float, num_labels: int, grad_norm: float) -> None:
+    def clip_and_step(self, lr: float, num_labels: int, grad_norm: float) -> None:
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._zero.override_loss_scale(num_labels / self._world.size)

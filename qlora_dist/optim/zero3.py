@@ -62,7 +62,7 @@ class Zero3Update(ZeroUpdate):
         super().__init__(world, groups, optimizer, ds_config, self._root)
         require_deepspeed().zero.register_external_parameter(self._root, head_weight)
 
-    def run(self, function: Callable[[], T]) -> T:
+    def forward(self, function: Callable[[], T]) -> T:
         result: T = self._root(function)
         return result
 

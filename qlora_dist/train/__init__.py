@@ -1,1 +1,105 @@
-"""Training: `loop.train` is the table of contents."""
+"""Config -> data -> rows -> model -> steps -> checkpoints. `train` is the table of contents: read it first.
+
+run              what one start of a run carries: config, ranks, run directory, data, metrics
+fit_memory       what fits in memory: `auto`, and the longest micro-batch first; out_of_memory: why it did not fit
+check_start      what all ranks must agree on before the model is read
+setup_data       sources -> documents -> rows -> this rank's micro-batches
+setup_model      4-bit base -> adapters -> what updates them (strategy)
+step             one optimizer update
+evaluation       held-out loss, by the loss code of training
+save_and_resume  checkpoints, results; checkpoint: their files
+metrics, checks  what is reported, what is checked
+"""
+
+from __future__ import annotations
+
+import time
+
+from ..cluster.stop_signal import StopSignal
+from ..cluster.trackers import Trackers
+from ..config import RunConfig
+from .check_start import check_run
+from .checks import check_first_update
+from .evaluation import evaluate_at_start, evaluate_missed, evaluate_unless_stopped
+from .fit_memory import resolve_auto, try_longest
+from .metrics import Metrics, restart_peak, step_values
+from .out_of_memory import explain_out_of_memory
+from .run import Run, TrainState, join_ranks, open_run_dir, report_completed, report_stopped
+from .save_and_resume import finish, resume_newest, save
+from .setup_data import build_data, count_steps
+from .setup_model import build_model, check_base
+from .step import train_step
+
+
+def train(config: RunConfig, resume: str = "auto") -> TrainState:
+    """Trains until the config's last step or a stop signal. `resume`: auto, never, or a checkpoint folder.
+
+    Raises UserError (what the user gave) before the model is read wherever that can be known, RunFailed (what went
+    wrong while running) on all ranks together.
+    """
+    # 1. join the ranks, open the run directory
+    with StopSignal() as stop, join_ranks(config, stop) as world, open_run_dir(config, world, resume) as run_dir:
+        if (steps := world.from_main(lambda: run_dir.completed_steps(config.train.length))) is not None:
+            return report_completed(run_dir, world, steps)
+
+        # 2. what fits in memory, and what all ranks must agree on before anything is read
+        trackers = Trackers(config.logging.trackers, config.run_dir)
+        fit = resolve_auto(config, world)
+        config = fit.config  # from here on no `auto` in what decides memory
+        check_run(config, world, run_dir, fit.plan)
+
+        # 3. data: sources -> documents -> rows -> who trains what at which step
+        data = build_data(config, world)
+        num_steps = count_steps(config, data)
+        with (
+            Metrics(run_dir, world.is_main, num_steps, trackers) as metrics,
+            explain_out_of_memory(fit, world) as progress,
+        ):
+            run = Run(config, world, run_dir, stop, data, num_steps, metrics)
+            metrics.print(run.describe() + fit.text)
+
+            # 4. model: 4-bit base -> adapters -> what updates them
+            progress.model = model = build_model(config, world)
+            metrics.print(check_base(config, world, model))
+            model.build_peak_bytes = restart_peak(world.device)
+
+            # 5. go on from the newest checkpoint
+            state = resume_newest(run, model, resume)
+            metrics.start(state.step, config)
+            try_longest(run, model, state, progress)
+            loss_at_start = evaluate_at_start(run, model, state)
+            evaluate_missed(run, model, state)
+
+            # 6. steps
+            waited_since, is_stopping = time.perf_counter(), False
+            for rows in data.loader.iterate(state.step, num_steps, pin_memory=world.device.type == "cuda"):
+                started = time.perf_counter()
+                progress.place = f"step {state.step + 1}"
+                world.begin_step(state.step + 1)
+                lr = run.learning_rate(state.step)
+                stats = train_step(
+                    world, model, rows, step=state.step, seed=config.seed, lr=lr, stop_requested=stop.requested
+                )
+                if state.step == 0:
+                    with model.update.whole_weights():
+                        check_first_update(model.module)
+                state = state.after(stats)
+                seconds, waited = time.perf_counter() - started, started - waited_since
+                values = step_values(world.device, state.step, stats, rows, lr, seconds, waited)
+                is_stopping = stats.stop_requested
+                if not is_stopping and run.evaluates_after(state.step):
+                    held_out, is_stopping = evaluate_unless_stopped(run, model)
+                    values |= held_out
+                metrics.step(values)
+                is_last = state.step == num_steps or is_stopping
+                if is_last or run.saves_after(state.step):
+                    save(run, model, state)
+                if is_last:
+                    break
+                waited_since = time.perf_counter()
+
+            # 7. finish
+            if is_stopping:
+                return report_stopped(run, state)
+            return finish(run, model, state, loss_at_start, fit.plan)
+    return TrainState(stopped_by=stop.name)  # before the first step

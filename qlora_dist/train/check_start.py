@@ -19,10 +19,16 @@ from pathlib import Path
 import torch
 
 from ..cluster.world import World
+from ..config import RunConfig, dump_yaml
+from ..config.run_dir import RunDir
+from ..data.loader import derive_accumulation
 from ..errors import RunFailed, UserError
 from ..files import GIB
+from ..memory import MemoryPlan
 from ..memory.constants import state_bytes
+from ..model import ModelFacts, check_config
 from .provenance import code_digest, device_name
+from .strategy import check_update
 
 SHARED_PATIENCE_SECONDS = 60.0  # a file made on one node is seen on others when their cache of the folder expires (NFS)
 
@@ -38,6 +44,37 @@ class Facts:
     collective_sum: float  # of 1..N over the ranks
     collective_seconds: float
     sees_run_dir: bool
+
+
+def check_run(config: RunConfig, world: World, run_dir: RunDir, plan: MemoryPlan) -> None:
+    """What can be known before data or weights are read: same config and code on all ranks, batch, model kind, targets,
+    devices, network, disk. Rank 0 prints where the run starts."""
+    world.require_equal(dump_yaml(config), "the resolved config")
+    derive_accumulation(config.batch.rows_per_step, config.batch.resolved_micro_rows, world.size)
+    check_update(config, world)
+    check_model(config, world)
+    started = check_start(
+        world,
+        run_dir.path,
+        checkpoint_bytes=checkpoint_bytes(plan.trainable_parameters, config.optim.name),
+        keep=config.train.keep,
+        allow_mixed=config.strategy.mixed_devices,
+    )
+    if world.is_main:
+        print(started, flush=True)
+
+
+def check_model(config: RunConfig, world: World) -> ModelFacts:
+    """What config.json alone says about the model. Raises UserError when it cannot be trained as asked."""
+    return check_config(
+        config.model.name,
+        revision=config.model.revision,
+        quantization=config.model.quantization,
+        target_modules="all-linear" if config.lora is None else config.lora.target_modules,
+        row_tokens=config.data.row_tokens,
+        device_type=world.device.type,
+        weights=config.model.weights,
+    )
 
 
 def check_start(

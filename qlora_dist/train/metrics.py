@@ -16,8 +16,12 @@ from typing import Any, TextIO
 
 import torch
 
+from ..cluster.trackers import Trackers
+from ..config import RunConfig
+from ..config.run_dir import RunDir, read_metrics
+from ..data.loader import StepRows
 from ..files import GIB, write_text
-from .run_dir import RunDir, read_metrics
+from .step import StepStats
 
 PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
 
@@ -44,16 +48,36 @@ def restart_peak(device: torch.device) -> int:
     return peak
 
 
+def step_values(
+    device: torch.device, step: int, stats: StepStats, rows: StepRows, lr: float, seconds: float, data_seconds: float
+) -> dict[str, Any]:
+    """The line of metrics.jsonl for one update; `step` counts from 1."""
+    return {
+        "step": step,
+        "epoch": rows.epoch,
+        "loss": stats.loss,
+        "lr": lr,
+        "grad_norm": stats.grad_norm,
+        "num_labels": stats.num_labels,
+        "tokens": stats.num_tokens,
+        "step_seconds": seconds,
+        "data_seconds": data_seconds,
+        "tokens_per_second": stats.num_tokens / (seconds + data_seconds),
+        "peak_bytes": peak_bytes(device),
+        "imbalance": rows.imbalance,
+    }
+
+
 class Metrics:
     """Context manager that takes each step's values. Does nothing on ranks other than 0."""
 
     def __init__(
-        self, run: RunDir, is_main: bool, num_steps: int, tensorboard: bool, stream: TextIO | None = None
+        self, run_dir: RunDir, is_main: bool, num_steps: int, trackers: Trackers, stream: TextIO | None = None
     ) -> None:
-        self._run = run
+        self._run_dir = run_dir
         self._is_main = is_main
         self._num_steps = num_steps
-        self._tensorboard = tensorboard
+        self._trackers = trackers
         self._stream = stream if stream is not None else sys.stdout
         self._is_terminal = self._stream.isatty()
         self._file: TextIO | None = None
@@ -61,39 +85,42 @@ class Metrics:
         self._last_line = -1e9
         self._seconds: list[float] = []
 
-    def start(self, step: int) -> None:
-        """Opens the files for a run that goes on after `step` updates: later lines of an earlier life are taken out,
-        so that every step stands in metrics.jsonl once."""
+    def start(self, step: int, config: RunConfig) -> None:
+        """Opens the files for a run that goes on after `step` updates, and starts the trackers. Lines of later steps,
+        which an earlier start wrote, are removed: every step appears in metrics.jsonl once."""
+        self._trackers.start(config.logging.project, config.model_dump(mode="json"))
         if not self._is_main:
             return
-        kept = [line for line in read_metrics(self._run.metrics) if line["step"] <= step]
-        write_text(self._run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self._run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
-        if self._tensorboard:
+        kept = [line for line in read_metrics(self._run_dir.metrics) if line["step"] <= step]
+        write_text(self._run_dir.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(self._run_dir.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
+        if "tensorboard" in config.logging.trackers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._run.tensorboard), purge_step=step + 1)
+            self._writer = SummaryWriter(str(self._run_dir.tensorboard), purge_step=step + 1)
 
     def lacks_evaluation(self) -> bool:
         """Whether the last line of metrics.jsonl has no held-out values. Rank 0 only."""
-        last = list(read_metrics(self._run.metrics))[-1:]
+        last = list(read_metrics(self._run_dir.metrics))[-1:]
         return bool(last) and "eval_loss" not in last[0]
 
     def amend(self, values: dict[str, Any]) -> None:
         """Adds held-out values to the last line of metrics.jsonl. Rank 0 only."""
         assert self._file is not None, "start comes first"
-        lines = list(read_metrics(self._run.metrics))
+        lines = list(read_metrics(self._run_dir.metrics))
         lines[-1] |= values
         self._file.close()
-        write_text(self._run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
-        self._file = open(self._run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
-        self.say(f"step {lines[-1]['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
+        write_text(self._run_dir.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = open(self._run_dir.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
+        self.print(f"step {lines[-1]['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
 
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._end_line()
+        if kind is None:
+            self._trackers.end()
         if self._file is not None:
             self._file.close()
         if self._writer is not None:
@@ -101,15 +128,16 @@ class Metrics:
 
     def step(self, values: dict[str, Any]) -> None:
         """One update's values, with held-out ones (`eval_...`) where it was evaluated; `step` counts from 1."""
+        self._trackers.log(values, values["step"])
         if not self._is_main:
             return
         self._seconds.append(values["step_seconds"])
         self._write(values)
         self._progress(values)
         if "eval_loss" in values:
-            self.say(f"step {values['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
+            self.print(f"step {values['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line for the user, below the progress line."""
         if self._is_main:
             self._end_line()

@@ -19,33 +19,44 @@ from ..errors import RunFailed
 from ..model import gathered_head, hidden_states
 from ..model.loss import OutputHead, nll_sum
 from ..optim import Update
-from .run_dir import StepStats
 
 
 @dataclass
-class Learner:
+class TrainingModel:
     """The model and what trains it, on this rank."""
 
-    model: torch.nn.Module
+    module: torch.nn.Module
     head: OutputHead
     update: Update
     compute_dtype: torch.dtype
-    computing: Callable[[], AbstractContextManager[object]]  # around every forward pass: autocast, offload, or nothing
+    # around every forward pass: autocast, activation offload, or nothing
+    forward_context: Callable[[], AbstractContextManager[object]]
     num_base_parameters: int
     num_trainable_parameters: int
     base_checksum: str | None = None  # of this rank's base as it was loaded; None: the base is what is trained
-    build_peak_bytes: int = 0  # what making all this took at most on this rank
+    build_peak_bytes: int = 0  # peak memory while all this was built, on this rank
 
     def nll_sum(self, batch: Batch) -> torch.Tensor:
         """() sum of the batch's label NLL."""
-        with self.computing():
-            hidden = hidden_states(self.model, batch)
+        with self.forward_context():
+            hidden = hidden_states(self.module, batch)
             return nll_sum(hidden.to(self.compute_dtype), gathered_head(self.head), batch.label_positions, batch.labels)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One optimizer update, equal on all ranks."""
+
+    loss: float  # mean NLL of the step's labels
+    grad_norm: float  # before clipping
+    num_labels: int
+    num_tokens: int
+    stop_requested: bool  # on any rank
 
 
 def train_step(
     world: World,
-    learner: Learner,
+    model: TrainingModel,
     rows: StepRows,
     *,
     step: int,  # 0-based
@@ -58,14 +69,18 @@ def train_step(
     A mean of micro-batch means would weight tokens unequally and depend on the number of ranks. Raises RunFailed on all
     ranks, before the update, when a loss or gradient of any rank is not finite.
     """
-    learner.update.zero_grad()
+    update = model.update
+    update.zero_grad()
+
+    # forward and backward of each micro-batch; gradients are summed over ranks after the last
     losses: list[torch.Tensor] = []
     for index, batch in enumerate(rows.microbatches):
         torch.manual_seed(_dropout_seed(seed, step, batch.row_indices[0]))
         is_last = index == len(rows.microbatches) - 1
-        nll = learner.update.accumulate(partial(learner.nll_sum, batch.to(world.device)), is_last)
+        nll = update.forward_backward(partial(model.nll_sum, batch.to(world.device)), is_last)
         losses.append(nll.double())
 
+    # the loss and what all ranks must know, summed over ranks
     nll = torch.stack(losses).sum()
     own_labels = sum(batch.num_labels for batch in rows.microbatches)
     # filled on the device: numbers copied from the host would be a second host sync
@@ -73,34 +88,33 @@ def train_step(
     num_labels = max(rows.num_labels, 1)
     # the one host sync of a step: the summed gradients are equal on all ranks, so all decide alike
     with world.waiting():
-        nll_total, stops, trained, grad_norm = torch.cat([total, learner.update.grad_norm().double()[None]]).tolist()
+        nll_total, stops, trained, grad_norm = torch.cat([total, update.grad_norm().double()[None]]).tolist()
+    grad_norm /= num_labels
     if trained != rows.num_labels or not trained:
         raise RunFailed(
             f"step {step + 1}: {trained:.0f} labels were computed over all ranks, its rows have {rows.num_labels:,}: "
-            "rows were lost, doubled or have no label. Stopped before the update; earlier checkpoints are good"
+            "rows were lost, duplicated or have no label. Stopped before the update; earlier checkpoints are good"
         )
-    grad_norm /= num_labels
     if not (math.isfinite(nll_total) and math.isfinite(grad_norm)):
-        raise RunFailed(
-            _explain_non_finite(world, learner.update, rows, losses, step, nll_total / num_labels, grad_norm)
-        )
+        raise RunFailed(_explain_non_finite(world, update, rows, losses, step, nll_total / num_labels, grad_norm))
 
-    learner.update.step(lr, num_labels, grad_norm)
+    # clip and step
+    update.clip_and_step(lr, num_labels, grad_norm)
     return StepStats(nll_total / num_labels, grad_norm, rows.num_labels, rows.num_tokens, stops > 0)
 
 
-def try_batch(world: World, learner: Learner, batch: Batch, later_bytes: int) -> None:
+def try_batch(world: World, model: TrainingModel, batch: Batch, later_bytes: int) -> None:
     """Forward and backward of one micro-batch, down to the first trained weight. Leaves no gradient and no trace.
 
     All ranks call it together. `later_bytes` of device memory are held meanwhile: what the first update will add
     (optimizer states). Raises torch.OutOfMemoryError where it does not fit.
     """
-    first = next(parameter for parameter in learner.model.parameters() if parameter.requires_grad)
+    first = next(parameter for parameter in model.module.parameters() if parameter.requires_grad)
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         held = torch.empty(later_bytes if devices else 0, dtype=torch.uint8, device=world.device)
         # not `backward`: no weight's gradient is written, so no strategy's hook sees this pass
-        learner.update.run(lambda: torch.autograd.grad(learner.nll_sum(batch.to(world.device)), first))
+        model.update.forward(lambda: torch.autograd.grad(model.nll_sum(batch.to(world.device)), first))
         del held
 
 

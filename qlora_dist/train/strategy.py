@@ -107,7 +107,7 @@ def _ds_config(config: RunConfig, world: World) -> dict[str, Any]:
         find_ds_config(strategy.name, strategy.ds_config),
         strategy=strategy.name,
         rows_per_step=batch.rows_per_step,
-        micro_rows=batch.settled_rows,
-        accumulation=derive_accumulation(batch.rows_per_step, batch.settled_rows, world.size),
+        micro_rows=batch.resolved_micro_rows,
+        accumulation=derive_accumulation(batch.rows_per_step, batch.resolved_micro_rows, world.size),
         max_grad_norm=config.optim.max_grad_norm,
     )

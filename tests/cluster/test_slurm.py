@@ -12,7 +12,7 @@ from helpers.slurm_cluster import GRACE_SECONDS, wait_for
 from helpers.tiny_run import changed, config_of, losses_of, write_config
 
 from qlora_dist.config import load_config
-from qlora_dist.train.loop import train
+from qlora_dist.train import train
 
 STEPS = 8
 pytestmark = pytest.mark.timeout(600)  # a job's processes import for a second each, and much longer on a busy machine

@@ -19,11 +19,11 @@ import time
 
 # place -> (module that calls it, its name there)
 PLACES = {
-    "step": ("qlora_dist.train.loop", "train_step"),
+    "step": ("qlora_dist.train", "train_step"),
     "save": ("qlora_dist.train.checkpoint", "write_json"),
-    "data": ("qlora_dist.train.setup", "build_documents"),
+    "data": ("qlora_dist.train.setup_data", "build_documents"),
     "load": ("qlora_dist.model", "load_base"),
-    "evaluate": ("qlora_dist.train.held_out", "evaluate"),
+    "evaluate": ("qlora_dist.train.evaluation", "evaluate"),
 }
 
 
@@ -93,7 +93,7 @@ class Finder(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def exec_module(module):
-            for fault in self.faults if name == "qlora_dist.train.loop" else ():
+            for fault in self.faults if name == "qlora_dist.train" else ():
                 if fault["at"] == "import":
                     strike(fault)
             execute(module)

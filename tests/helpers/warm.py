@@ -9,4 +9,4 @@ import datasets  # noqa: F401
 import tensorboard  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 
-import qlora_dist.train.loop  # noqa: F401
+import qlora_dist.train  # noqa: F401

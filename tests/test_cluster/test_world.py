@@ -11,6 +11,7 @@ import torch
 from helpers.ranks import on_ranks, outcome
 
 from qlora_dist.cluster.stop_signal import StopSignal
+from qlora_dist.cluster.trackers import Trackers
 from qlora_dist.cluster.world import World, own_device
 from qlora_dist.errors import RunFailed, UserError
 
@@ -146,8 +147,8 @@ def test_more_processes_than_gpus_is_explained(monkeypatch):
 
 
 def test_an_unknown_tracker_is_explained():
-    with pytest.raises(UserError, match=r"logging.trackers \['carrier_pigeon'\]"):
-        World.init(trackers=["carrier_pigeon"])
+    with pytest.raises(UserError, match=r"logging.trackers \['tensorboard', 'carrier_pigeon'\]"):
+        Trackers(["tensorboard", "carrier_pigeon"], ".")
 
 
 def test_errors_carry_their_exit_codes():

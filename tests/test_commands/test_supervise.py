@@ -13,7 +13,7 @@ from helpers.ranks import ROOT, clean_environment
 from qlora_dist.commands.supervise import Job, _num_idle_lives
 from qlora_dist.commands.supervise.exit_report import Outcome, read_outcome, report_outcome
 from qlora_dist.errors import RunFailed, UserError
-from qlora_dist.train.run_dir import TrainState
+from qlora_dist.train.run import TrainState
 
 # a launcher: writes down how it was started, saves a checkpoint where told to, and ends as told
 LAUNCHER = """

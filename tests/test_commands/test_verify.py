@@ -12,13 +12,12 @@ from helpers.tiny_run import changed, config_of, make_inputs, metrics_of, write_
 
 from qlora_dist import commands as cli
 from qlora_dist.cluster.world import World
-from qlora_dist.commands.verify import Plan, Proof, Report, prove, runs
-from qlora_dist.commands.verify import one_process as learner
+from qlora_dist.commands.verify import Plan, Proof, Report, one_process, prove, runs
 from qlora_dist.commands.verify.report import not_checked, relative_difference
+from qlora_dist.config.run_dir import RunDir
 from qlora_dist.data.loader import Loader
 from qlora_dist.errors import UserError
-from qlora_dist.train.loop import train
-from qlora_dist.train.run_dir import RunDir
+from qlora_dist.train import train
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +36,10 @@ def plan_of(raw, tmp_path, **changes):
     return Plan(config_of(raw, **changes), folder, steps=4, ranks=2, num_gpus=0)
 
 
-def learner_proofs(raw, tmp_path, **changes):
-    return {proof.name: proof for proof in learner.prove_learner(plan_of(raw, tmp_path, **changes), World.init())}
+def model_proofs(raw, tmp_path, **changes):
+    return {
+        proof.name: proof for proof in one_process.prove_on_one_process(plan_of(raw, tmp_path, **changes), World.init())
+    }
 
 
 def failures(proofs):
@@ -59,18 +60,18 @@ def failures(proofs):
     ids=["nf4 fp32", "nf4 bf16", "int8", "16 bit, DoRA, unpacked"],
 )
 def test_a_sound_trainer_has_every_claim_of_one_process_proved(raw, tmp_path, changes):
-    proofs = learner_proofs(raw, tmp_path, **changes)
-    assert list(proofs) == list(learner.CLAIMS)
+    proofs = model_proofs(raw, tmp_path, **changes)
+    assert list(proofs) == list(one_process.CLAIMS)
     assert {proof.verdict for proof in proofs.values()} == {"holds"}, proofs
     # what is compared is computed in two ways, not with itself
-    assert proofs[learner.STOCK].difference > 0 and proofs[learner.REFERENCE].difference > 0
+    assert proofs[one_process.STOCK].difference > 0 and proofs[one_process.REFERENCE].difference > 0
     assert not Path(raw["run_dir"]).exists(), "the user's run directory is not touched"
 
 
 def test_full_fine_tuning_has_no_adapter_to_prove_and_the_rest_holds(raw, tmp_path):
-    proofs = learner_proofs(raw, tmp_path, lora=None, model__quantization="none", model__compute_dtype="bfloat16")
-    assert failures(proofs) == [] and proofs[learner.REFERENCE].verdict == "holds"
-    assert learner.RELOADED not in proofs
+    proofs = model_proofs(raw, tmp_path, lora=None, model__quantization="none", model__compute_dtype="bfloat16")
+    assert failures(proofs) == [] and proofs[one_process.REFERENCE].verdict == "holds"
+    assert one_process.RELOADED not in proofs
 
 
 def _leaking(monkeypatch):
@@ -91,16 +92,16 @@ def _leaking(monkeypatch):
 
 
 def _mean_of_means(monkeypatch):
-    from qlora_dist.train.step import Learner
+    from qlora_dist.train.step import TrainingModel
 
-    original = Learner.nll_sum
-    monkeypatch.setattr(Learner, "nll_sum", lambda self, batch: original(self, batch) / max(batch.num_labels, 1))
+    original = TrainingModel.nll_sum
+    monkeypatch.setattr(TrainingModel, "nll_sum", lambda self, batch: original(self, batch) / max(batch.num_labels, 1))
 
 
 def _forgotten_microbatch(monkeypatch):
     from qlora_dist.optim.replicated import ReplicatedUpdate
 
-    original = ReplicatedUpdate.accumulate
+    original = ReplicatedUpdate.forward_backward
     calls = []
 
     def forgetting(self, loss_sum, is_last):
@@ -159,12 +160,12 @@ def _writes_to_base(monkeypatch):
 
     calls = []
 
-    def writing(world, learner, rows, **options):
+    def writing(world, model, rows, **options):
         calls.append(rows)
         if len(calls) > 1:  # twice would put the bit back
-            return original(world, learner, rows, **options)
-        learner.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").base_layer.weight.data[0] ^= 1
-        return original(world, learner, rows, **options)
+            return original(world, model, rows, **options)
+        model.module.get_submodule("base_model.model.model.layers.0.mlp.up_proj").base_layer.weight.data[0] ^= 1
+        return original(world, model, rows, **options)
 
     monkeypatch.setattr(module, "train_step", writing)
 
@@ -188,35 +189,39 @@ def _other_constants(monkeypatch):
 @pytest.mark.parametrize(
     ("defect", "claim"),
     [
-        (_leaking, learner.PACKED),
-        (_mean_of_means, learner.ACCUMULATED),
-        (_forgotten_microbatch, learner.ACCUMULATED),
-        (_shifted_labels, learner.REFERENCE),
-        (_wrong_scale, learner.STOCK),
+        (_leaking, one_process.PACKED),
+        (_mean_of_means, one_process.ACCUMULATED),
+        (_forgotten_microbatch, one_process.ACCUMULATED),
+        (_shifted_labels, one_process.REFERENCE),
+        (_wrong_scale, one_process.STOCK),
     ],
 )
 def test_a_defect_is_named_even_with_the_tolerance_of_bfloat16(raw, tmp_path, monkeypatch, defect, claim):
     defect(monkeypatch)
-    assert claim in failures(learner_proofs(raw, tmp_path, model__compute_dtype="bfloat16"))
+    assert claim in failures(model_proofs(raw, tmp_path, model__compute_dtype="bfloat16"))
 
 
 @pytest.mark.parametrize(
     ("defect", "claim"),
-    [(_lossy_save, learner.RELOADED), (_writes_to_base, learner.UNCHANGED), (_other_constants, learner.SOURCE)],
+    [
+        (_lossy_save, one_process.RELOADED),
+        (_writes_to_base, one_process.UNCHANGED),
+        (_other_constants, one_process.SOURCE),
+    ],
 )
 def test_a_defect_of_bits_is_named(raw, tmp_path, monkeypatch, defect, claim):
     defect(monkeypatch)
-    assert claim in failures(learner_proofs(raw, tmp_path))
+    assert claim in failures(model_proofs(raw, tmp_path))
 
 
 def test_a_base_that_is_too_large_for_one_device_is_said_and_not_called_proved(raw, tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("qlora_dist.train.setup.build_learner", full)
-    proofs = learner_proofs(raw, tmp_path)
-    assert {proof.verdict for proof in proofs.values()} == {"not checked"} and len(proofs) == len(learner.CLAIMS)
-    assert "does not fit on one device: CUDA out of memory" in proofs[learner.PACKED].note
+    monkeypatch.setattr("qlora_dist.commands.verify.one_process.build_model", full)
+    proofs = model_proofs(raw, tmp_path)
+    assert {proof.verdict for proof in proofs.values()} == {"not checked"} and len(proofs) == len(one_process.CLAIMS)
+    assert "does not fit on one device: CUDA out of memory" in proofs[one_process.PACKED].note
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -257,7 +262,7 @@ def test_verify_proves_everything_on_real_processes_and_leaves_no_trace(raw, tmp
     assert cli.invoke(["verify", str(config), "--json", "--set", "strategy.name=fsdp"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] is True
-    claims = [*learner.CLAIMS, "2 ranks = 1 rank", "strategy fsdp = ddp", "resumed = uninterrupted"]
+    claims = [*one_process.CLAIMS, "2 ranks = 1 rank", "strategy fsdp = ddp", "resumed = uninterrupted"]
     assert [proof["name"] for proof in report["proofs"]] == claims
     assert {proof["verdict"] for proof in report["proofs"]} == {"holds"}
     assert report["proofs"][-3]["difference"] > 0, "two ranks sum in another order: equal bits would be the same run"
@@ -296,7 +301,7 @@ def test_rows_that_a_resume_drops_fail_the_verification_by_name(raw, tmp_path, c
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_a_gpu_every_claim_of_one_process_is_proved(raw, tmp_path, dtype):
-    proofs = learner_proofs(raw, tmp_path, model__compute_dtype=dtype)
+    proofs = model_proofs(raw, tmp_path, model__compute_dtype=dtype)
     assert {proof.verdict for proof in proofs.values()} == {"holds"}, proofs
 
 

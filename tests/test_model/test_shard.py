@@ -367,26 +367,26 @@ def test_a_weight_that_is_whole_on_a_rank_is_an_error_with_its_name(name: str, t
 
 def _train(raw: dict[str, Any]) -> dict[str, Any]:
     """A run, with what it leaves in memory."""
-    from qlora_dist.train import setup as stages
-    from qlora_dist.train.loop import train
+    import qlora_dist.train as trainer
+    from qlora_dist.train import setup_model
 
     seen: dict[str, Any] = {}
-    build = stages.build_learner
+    build = setup_model.build_model
 
     def watching(config: Any, world: Any) -> Any:
-        learner = build(config, world)
-        seen.update(learner=learner, before=base_checksum(learner.model))
-        return learner
+        model = build(config, world)
+        seen.update(model=model, before=base_checksum(model.module))
+        return model
 
-    stages.build_learner = watching
-    train(config_of(raw))
+    trainer.build_model = watching
+    trainer.train(config_of(raw))
     if not seen:
         return {}
-    model = seen["learner"].model
+    model = seen["model"].module
     return {
         "unchanged": base_checksum(model) == seen["before"],
         "held": held_bytes(model),
-        "counts": (seen["learner"].num_base_parameters, seen["learner"].num_trainable_parameters),
+        "counts": (seen["model"].num_base_parameters, seen["model"].num_trainable_parameters),
     }
 
 
@@ -523,7 +523,7 @@ def test_a_dry_run_on_random_weights_needs_config_and_tokenizer_only(inputs: dic
 def test_what_fsdp_cannot_do_is_refused_before_the_model_is_read(
     inputs: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    from qlora_dist.train.loop import train
+    from qlora_dist.train import train
 
     raw = changed(inputs, run_dir=str(tmp_path / "run"), **{"strategy__name": "fsdp", **changes})
     with pytest.raises(UserError, match=message):
@@ -600,7 +600,7 @@ def test_cuda_gathers_every_pattern_of_bits_in_codes_and_constants_as_it_is(num_
 
 
 def test_nothing_of_the_head_is_kept_gathered(tmp_path: Path) -> None:
-    """The head of a learner is this rank's part: a whole one would stay in memory for the run."""
+    """The head of a model is this rank's part: a whole one would stay in memory for the run."""
     save_model(tmp_path, tokenizer=False)
     assert on_ranks(_head_rows, 2, str(tmp_path)) == [(64, 128), (64, 128)]
 

@@ -20,7 +20,7 @@ from qlora_dist.cluster.launcher import require_own_strategy
 from qlora_dist.cluster.world import World
 from qlora_dist.errors import UserError
 from qlora_dist.optim.deepspeed_config import STAGES, fill_ds_config, find_ds_config
-from qlora_dist.train.loop import train
+from qlora_dist.train import train
 from qlora_dist.train.strategy import build_update
 
 ZERO = ["zero1", "zero2", "zero2_offload", "zero3"]
@@ -59,12 +59,12 @@ def _figures(run_dir):
 
 def _watched(raw):
     """A run, and what this rank holds of it just before it ends."""
+    import qlora_dist.train as trainer
     from qlora_dist.model import base_checksum
-    from qlora_dist.train import save_and_resume as keeping
-    from qlora_dist.train import setup as stages
+    from qlora_dist.train import setup_model
 
     seen = {}
-    build, build_update, finish = stages.build_learner, stages.build_update, keeping.finish
+    build, build_update, finish = trainer.build_model, setup_model.build_update, trainer.finish
 
     def fingerprinting(config, world, model, head_weight):
         seen["base"] = base_checksum(model)
@@ -73,21 +73,21 @@ def _watched(raw):
         return build_update(config, world, model, head_weight)
 
     def watching(config, world):
-        learner = build(config, world)
-        seen["start"] = learner.update.digest()
-        accumulate = learner.update.accumulate
+        model = build(config, world)
+        seen["start"] = model.update.digest()
+        forward_backward = model.update.forward_backward
 
         def measured(loss_sum, is_last):
-            loss = accumulate(loss_sum, is_last)
+            loss = forward_backward(loss_sum, is_last)
             if is_last:
-                seen["gradient_bytes"] = _gradient_bytes(learner)
+                seen["gradient_bytes"] = _gradient_bytes(model)
             return loss
 
-        learner.update.accumulate = measured
-        return learner
+        model.update.forward_backward = measured
+        return model
 
-    def looking(config, run, world, learner, *rest):
-        model, update = learner.model, learner.update
+    def looking(run, trained_model, *rest):
+        model, update = trained_model.module, trained_model.update
         optimizer = getattr(update, "_optimizer", None) or update._zero.optimizer
         seen["base_share"] = _base_bytes(model) / seen["base_bytes"]
         with _whole(model):
@@ -104,9 +104,9 @@ def _watched(raw):
             for value in state.values()
             if isinstance(value, torch.Tensor) and value.ndim
         )
-        return finish(config, run, world, learner, *rest)
+        return finish(run, trained_model, *rest)
 
-    stages.build_update, stages.build_learner, keeping.finish = fingerprinting, watching, looking
+    setup_model.build_update, trainer.build_model, trainer.finish = fingerprinting, watching, looking
     _train(raw)
     del seen["dtypes"]
     return seen
@@ -129,10 +129,10 @@ def _base_bytes(model):
     return sum(p.numel() * p.element_size() for p in held)
 
 
-def _gradient_bytes(learner):
+def _gradient_bytes(model):
     """Bytes of gradients that are held between the last micro-step and the update."""
-    zero = getattr(learner.update, "_zero", None)
-    parameters = [p for p in learner.model.parameters() if p.requires_grad]
+    zero = getattr(model.update, "_zero", None)
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
     held = [p.grad for p in parameters if p.grad is not None]
     if zero is not None:
         held += [part for group in zero.averaged_gradients.values() if group is not None for part in group]
@@ -231,23 +231,23 @@ def test_a_value_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_updat
 
 def _poisoned(raw, where, step):
     """What training raises with a bad value on rank 1 in the second of two micro-steps, and the number of updates."""
-    from qlora_dist.train import setup as stages
-    from qlora_dist.train import step as step_module
+    import qlora_dist.train as trainer
+    from qlora_dist.train.step import TrainingModel
 
-    original, build = step_module.Learner.nll_sum, stages.build_learner
+    original, build = TrainingModel.nll_sum, trainer.build_model
     num_losses = num_updates = 0
 
     def counting(config, world):
-        learner = build(config, world)
-        update = learner.update.step
+        model = build(config, world)
+        update = model.update.clip_and_step
 
         def counted(*arguments):
             nonlocal num_updates
             num_updates += 1
             update(*arguments)
 
-        learner.update.step = counted
-        return learner
+        model.update.clip_and_step = counted
+        return model
 
     def poisoned(self, batch):
         nonlocal num_losses
@@ -257,7 +257,7 @@ def _poisoned(raw, where, step):
             return nll * float("nan") if where == "loss" else _BadGradient.apply(nll)
         return nll
 
-    stages.build_learner, step_module.Learner.nll_sum = counting, poisoned
+    trainer.build_model, TrainingModel.nll_sum = counting, poisoned
     return *outcome(train, config_of(raw)), num_updates
 
 
@@ -445,7 +445,7 @@ def test_one_process_without_a_launcher_trains_under_one_strategy_after_another(
     code = """
         import sys
         from qlora_dist.config import load_config
-        from qlora_dist.train.loop import train
+        from qlora_dist.train import train
         for path in sys.argv[1:]:
             train(load_config(path))
     """

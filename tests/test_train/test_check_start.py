@@ -12,6 +12,7 @@ from helpers.tiny_run import changed, config_of, make_inputs
 
 from qlora_dist.errors import RunFailed, UserError
 from qlora_dist.train import check_start as preflight
+from qlora_dist.train import train
 from qlora_dist.train.check_start import (
     Facts,
     check_code,
@@ -23,7 +24,7 @@ from qlora_dist.train.check_start import (
     checkpoint_bytes,
     describe_start,
 )
-from qlora_dist.train.loop import train
+from qlora_dist.train.fit_memory import resolve_auto
 
 GPU = Facts("node1", "NVIDIA H100", "cuda", 80 * 2**30, 3.0, 0.0004, True)
 
@@ -167,11 +168,10 @@ def test_rank_0_says_once_where_the_run_starts(raw, capsys):
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_the_estimate_of_a_checkpoint_is_what_is_written(raw, optimizer, variant):
     from qlora_dist.cluster.world import World
-    from qlora_dist.train import setup as stages
 
     config = config_of(raw, optim__name=optimizer, lora__variant=variant, lora__rank=64)
     train(config)
     written = sum(path.stat().st_size for path in Path(raw["run_dir"]).glob("checkpoints/step-*/*"))
-    num_trainable = stages._count_trainable(config, stages.check_model(config, World.init()))
+    num_trainable = resolve_auto(config, World.init()).plan.trainable_parameters
     # a MiB is meant for the JSON files, of which a tiny model has little
     assert written < checkpoint_bytes(num_trainable, optimizer) < 1.02 * written + 2**20

@@ -15,16 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_dist
 from qlora_dist import commands as cli
-from qlora_dist import model as base_model
 from qlora_dist.errors import RunFailed
-from qlora_dist.model import base_checksum, held_bytes, load_base, own_part
+from qlora_dist.model import base_checksum, held_bytes, load_base, own_part, unwrap
+from qlora_dist.train import train
 from qlora_dist.train.checks import (
     check_base_bytes,
     check_base_unchanged,
     check_source_bits,
     promised_base_bytes,
 )
-from qlora_dist.train.loop import train
 
 CPU = torch.device("cpu")
 PACKAGE = Path(qlora_dist.__file__).parent
@@ -47,7 +46,7 @@ def no_model(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the model was read")
 
-    monkeypatch.setattr(base_model, "load_base", refuse)
+    monkeypatch.setattr("qlora_dist.train.setup_model.load_base", refuse)
 
 
 def base_of(folder: Path, quantization: str = "nf4", double_quant: bool = True):
@@ -103,18 +102,18 @@ def test_a_base_that_is_not_quantized_or_not_sharded_is_named_with_rank_and_host
 def _shared_base(raw, strategy):
     from qlora_dist.cluster.world import World
     from qlora_dist.train import fit_memory as fitting
-    from qlora_dist.train import setup as stages
+    from qlora_dist.train import setup_model
 
     world = World.init()
-    config = fitting.settle(config_of(raw, strategy__name=strategy), world).config
-    learner = stages.build_learner(config, world)
-    said = stages.check_base(config, world, learner)
-    kept, learner.base_checksum = learner.base_checksum, None
+    config = fitting.resolve_auto(config_of(raw, strategy__name=strategy), world).config
+    model = setup_model.build_model(config, world)
+    said = setup_model.check_base(config, world, model)
+    kept, model.base_checksum = model.base_checksum, None
     if world.rank == 1:  # one byte of this rank's part
-        own_part(next(p for p in learner.model.parameters() if p.dtype == torch.uint8)).view(-1)[0] ^= 1
-    is_changed = base_checksum(learner.model) != kept
-    stages.base_model.unwrap(learner.model).waste = torch.nn.Parameter(torch.ones(2**16))
-    return said, is_changed, outcome(stages.check_base, config, world, learner)
+        own_part(next(p for p in model.module.parameters() if p.dtype == torch.uint8)).view(-1)[0] ^= 1
+    is_changed = base_checksum(model.module) != kept
+    unwrap(model.module).waste = torch.nn.Parameter(torch.ones(2**16))
+    return said, is_changed, outcome(setup_model.check_base, config, world, model)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +178,12 @@ def test_a_base_that_changes_while_it_trains_ends_the_run_before_the_save(raw, m
 
     original = step_module.train_step
 
-    def writing(world, learner, rows, **options):
+    def writing(world, model, rows, **options):
         if options["step"] == 3:
-            learner.model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").base_layer.weight.data[3] ^= 1
-        return original(world, learner, rows, **options)
+            model.module.get_submodule("base_model.model.model.layers.1.mlp.up_proj").base_layer.weight.data[3] ^= 1
+        return original(world, model, rows, **options)
 
-    monkeypatch.setattr("qlora_dist.train.loop.train_step", writing)
+    monkeypatch.setattr("qlora_dist.train.train_step", writing)
     config = write_config(tmp_path / "c.yaml", raw, train__steps=6, train__save_every=2)
     assert cli.invoke(["train", str(config)]) == 1
     assert "after step 4: the frozen base is not what was loaded on rank 0 (" in capsys.readouterr().err
@@ -194,12 +193,12 @@ def test_a_base_that_changes_while_it_trains_ends_the_run_before_the_save(raw, m
 
 
 def test_a_base_left_in_another_type_ends_the_run_before_the_first_step(raw, monkeypatch, capsys, tmp_path):
-    original = base_model.load_base
+    original = load_base
 
     def unquantized(name, **options):
         return original(name, **{**options, "quantization": "none"})
 
-    monkeypatch.setattr(base_model, "load_base", unquantized)
+    monkeypatch.setattr("qlora_dist.train.setup_model.load_base", unquantized)
     assert cli.invoke(["train", str(write_config(tmp_path / "c.yaml", raw))]) == 1
     assert "strategy ddp promises" in capsys.readouterr().err
     assert not (Path(raw["run_dir"]) / "metrics.jsonl").exists()
@@ -213,10 +212,10 @@ def test_a_rank_whose_base_differs_ends_all_ranks(raw):
 
 
 def _flips_after_load(raw):
-    from qlora_dist.train import save_and_resume as keeping
+    from qlora_dist.train import save_and_resume
 
-    original = keeping.base_checksum
-    keeping.base_checksum = lambda model: "other" if _rank() == 1 else original(model)
+    original = save_and_resume.base_checksum
+    save_and_resume.base_checksum = lambda model: "other" if _rank() == 1 else original(model)
     return outcome(train, config_of(raw))
 
 
@@ -287,7 +286,7 @@ def test_rows_that_one_rank_loses_end_all_ranks_before_the_update(raw):
     results = on_ranks(_loses_a_row, 2, changed(raw, train__steps=4))
     assert {name for name, _ in results} == {"RunFailed"}
     for _, text in results:
-        assert text.startswith("step 3: ") and "rows were lost, doubled or have no label" in text
+        assert text.startswith("step 3: ") and "rows were lost, duplicated or have no label" in text
     assert len(losses_of(raw["run_dir"])) == 2
 
 
@@ -317,9 +316,9 @@ def test_an_adapter_that_does_not_reload_ends_the_run_and_no_checkpoint_is_lost(
 ):
     from safetensors.torch import load_file, save_file
 
-    from qlora_dist.train import save_and_resume as keeping
+    from qlora_dist.train import save_and_resume
 
-    original = keeping.save_trained
+    original = save_and_resume.save_trained
     saves = []
 
     def broken(model, folder, base_name, is_full):
@@ -333,7 +332,7 @@ def test_an_adapter_that_does_not_reload_ends_the_run_and_no_checkpoint_is_lost(
                 next(iter(state.values()))[0, 0] += 1e-7
             save_file(state, folder / "adapter_model.safetensors")
 
-    monkeypatch.setattr(keeping, "save_trained", broken)
+    monkeypatch.setattr(save_and_resume, "save_trained", broken)
     config = write_config(tmp_path / "c.yaml", raw, train__steps=4, train__save_every=2, train__keep=1)
     assert cli.invoke(["train", str(config)]) == 1
     assert "is not what is in memory" in capsys.readouterr().err
@@ -370,7 +369,7 @@ def test_a_training_step_reads_values_once(raw, monkeypatch):
         counts.append(counter.count)
         return stats
 
-    monkeypatch.setattr("qlora_dist.train.loop.train_step", counting)
+    monkeypatch.setattr("qlora_dist.train.train_step", counting)
     train(config_of(raw, train__steps=3))
     # the optimizer of the CPU reads its own step count, one a group
     assert counts[1:] == [counts[1]] * 2 and counts[1] <= 1

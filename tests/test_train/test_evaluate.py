@@ -14,7 +14,7 @@ from qlora_dist.data.packing import Batch
 from qlora_dist.model import base_checksum, decoder_layers, hidden_states, load_base, output_head, set_recompute
 from qlora_dist.model.lora import attach_lora
 from qlora_dist.model.loss import nll_sum
-from qlora_dist.train.evaluate import evaluate
+from qlora_dist.train.evaluation import evaluate
 
 
 class OneRank:

@@ -16,7 +16,7 @@ from qlora_dist.cluster.world import World
 from qlora_dist.errors import RunFailed, UserError
 from qlora_dist.memory import choose, plan_memory, shapes_from_config
 from qlora_dist.train import fit_memory as fitting
-from qlora_dist.train.loop import train
+from qlora_dist.train import out_of_memory, train
 
 GIB = 2**30
 LLAMA_7B = {
@@ -67,7 +67,7 @@ def settle_7b(raw, tmp_path, monkeypatch):
             "batch__rows_per_step": 16,
             "optim__name": "paged_adamw_32bit",
         }
-        return fitting.settle(config_of(raw, **(settings | changes)), Card(device_bytes, size))
+        return fitting.resolve_auto(config_of(raw, **(settings | changes)), Card(device_bytes, size))
 
     return settle
 
@@ -80,8 +80,8 @@ def test_auto_takes_more_rows_or_less_recomputation_on_a_larger_card_and_says_so
         fit = settle_7b(gib * GIB, batch__micro_rows="auto", memory__recompute="auto")
         batch, memory = fit.config.batch, fit.config.memory
         assert fit.plan.fits and 16 % batch.micro_rows == 0
-        assert f"batch.micro_rows={batch.micro_rows} (of the settings that fit in {gib}.00 GiB" in fit.said
-        assert f"memory.recompute={memory.recompute}" in fit.said
+        assert f"batch.micro_rows={batch.micro_rows} (of the settings that fit in {gib}.00 GiB" in fit.messages
+        assert f"memory.recompute={memory.recompute}" in fit.messages
     layers = {gib: settle_7b(gib * GIB, memory__recompute="auto").plan.recompute for gib in (8, 12, 80)}
     assert layers[8] > layers[12] > layers[80] == 0  # of one row at a time
     rows = {gib: settle_7b(gib * GIB, batch__micro_rows="auto").plan.micro_rows for gib in (8, 12, 24)}
@@ -104,7 +104,7 @@ def test_the_micro_batch_divides_the_share_of_a_rank(settle_7b):
 
 def test_what_the_user_gave_is_not_touched(settle_7b):
     fit = settle_7b(80 * GIB, batch__micro_rows=2, memory__recompute=5)
-    assert (fit.config.batch.micro_rows, fit.config.memory.recompute, fit.said) == (2, 5, "")
+    assert (fit.config.batch.micro_rows, fit.config.memory.recompute, fit.messages) == (2, 5, "")
 
 
 def test_a_run_whose_tensors_have_no_room_is_refused_with_what_would_fit(settle_7b):
@@ -117,7 +117,7 @@ def test_a_run_that_lacks_the_reserve_only_is_warned_and_tried(settle_7b):
     reserve = plan.items["allocator reserve"].size
     fit = settle_7b(plan.peak_bytes - plan.pageable_bytes - reserve // 2)
     assert fit.plan.fits is False and fit.config.memory.recompute == "full"
-    assert "by the memory plan this run does not fit; what would: memory.offload_activations=true" in fit.said
+    assert "by the memory plan this run does not fit; to make it fit: memory.offload_activations=true" in fit.messages
 
 
 def test_on_a_cpu_auto_is_one_row_and_full_recomputation_and_the_reason_is_said(raw, capsys):
@@ -183,11 +183,11 @@ def test_the_longest_micro_batch_runs_before_the_first_step_and_has_the_most_tok
     seen = []
     original = fitting.try_batch
 
-    def watching(world, learner, batch, later_bytes):
-        seen.append((batch.num_tokens, later_bytes, [p.detach().clone() for p in learner.model.parameters()]))
-        original(world, learner, batch, later_bytes)
-        assert all(p.grad is None or not p.grad.any() for p in learner.model.parameters())
-        seen.append(all(torch.equal(a, b) for a, b in zip(seen[0][2], learner.model.parameters(), strict=True)))
+    def watching(world, model, batch, later_bytes):
+        seen.append((batch.num_tokens, later_bytes, [p.detach().clone() for p in model.module.parameters()]))
+        original(world, model, batch, later_bytes)
+        assert all(p.grad is None or not p.grad.any() for p in model.module.parameters())
+        seen.append(all(torch.equal(a, b) for a, b in zip(seen[0][2], model.module.parameters(), strict=True)))
 
     monkeypatch.setattr(fitting, "try_batch", watching)
     train(config_of(raw, train__longest_first=True, data__packing=False, train__steps=4))
@@ -204,16 +204,16 @@ def test_the_longest_micro_batch_runs_before_the_first_step_and_has_the_most_tok
 
 def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """The forward pass number `call` asks for too much."""
-    from qlora_dist.train.step import Learner
+    from qlora_dist.train.step import TrainingModel
 
-    original, calls = Learner.nll_sum, iter(range(1, 1000))
+    original, calls = TrainingModel.nll_sum, iter(range(1, 1000))
 
     def failing(self, batch):
         if next(calls) == call:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.20 GiB.\nGPU 0 has ...")
         return original(self, batch)
 
-    monkeypatch.setattr(Learner, "nll_sum", failing)
+    monkeypatch.setattr(TrainingModel, "nll_sum", failing)
 
 
 def test_out_of_memory_names_step_rank_items_and_what_would_fit(raw, monkeypatch):
@@ -257,19 +257,19 @@ def planned_7b(raw: dict[str, Any], **changes: Any) -> fitting.Fit:
 def held_as_planned(fit: fitting.Fit) -> dict[str, int]:
     return {
         kind: sum(fit.plan.items[name].size for name in names if name in fit.plan.items)
-        for kind, names in fitting.PLAN_KINDS.items()
+        for kind, names in out_of_memory.PLAN_KINDS.items()
     }
 
 
 def test_the_item_that_grew_beyond_the_plan_is_named(raw):
     fit = planned_7b(raw)
     held = held_as_planned(fit)
-    text = fitting.explain(fit, "step 1", held, fit.plan.tensor_bytes + 3 * GIB, 1, 1)
+    text = out_of_memory.explain(fit, "step 1", held, fit.plan.tensor_bytes + 3 * GIB, 1)
     assert "beyond the plan: activations and the rest\n" in text
     more = {**held, "base": held["base"] + 2 * GIB}
-    text = fitting.explain(fit, "step 1", more, fit.plan.tensor_bytes + 2 * GIB, 1, 1)
+    text = out_of_memory.explain(fit, "step 1", more, fit.plan.tensor_bytes + 2 * GIB, 1)
     assert "beyond the plan: base\n" in text
-    text = fitting.explain(fit, "step 1", held, fit.plan.tensor_bytes, 1, 1)
+    text = out_of_memory.explain(fit, "step 1", held, fit.plan.tensor_bytes, 1)
     assert "no item is beyond the plan" in text and "PYTORCH_ALLOC_CONF=expandable_segments:True" in text
 
 
@@ -277,7 +277,7 @@ def test_the_item_that_grew_beyond_the_plan_is_named(raw):
 def test_the_advice_fits_with_what_the_plan_missed(raw, missed_gib):
     fit = planned_7b(raw)
     peak = fit.plan.tensor_bytes + missed_gib * GIB
-    advice = fitting.cheapest_settings(fit, peak, 1, 1)
+    advice = out_of_memory.cheapest_settings(fit, peak, 1)
     assert advice and advice[0].startswith("batch.micro_rows=1")
     smaller = planned_7b(raw, batch__micro_rows=1).plan
     assert smaller.peak_bytes + missed_gib * GIB <= 24 * GIB
@@ -289,7 +289,7 @@ def test_the_advice_fits_with_what_the_plan_missed(raw, missed_gib):
 
 def test_before_there_is_a_model_the_plan_alone_is_shown(raw):
     fit = planned_7b(raw)
-    text = fitting.explain(replace(fit), "loading the model", {}, 3 * GIB, 1, 1)
+    text = out_of_memory.explain(replace(fit), "loading the model", {}, 3 * GIB, 1)
     assert "  base                              ? GiB, planned" in text and "beyond the plan" not in text
 
 
@@ -299,13 +299,13 @@ def test_a_rank_that_is_out_of_memory_ends_all_ranks(raw, tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(
         "import os, sys, torch\n"
-        "from qlora_dist.train.step import Learner\n"
-        "original, calls = Learner.nll_sum, iter(range(100))\n"
+        "from qlora_dist.train.step import TrainingModel\n"
+        "original, calls = TrainingModel.nll_sum, iter(range(100))\n"
         "def failing(self, batch):\n"
         "    if os.environ['RANK'] == '1' and next(calls) == 3:\n"
         "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1.20 GiB.')\n"
         "    return original(self, batch)\n"
-        "Learner.nll_sum = failing\n"
+        "TrainingModel.nll_sum = failing\n"
         "from qlora_dist.commands import main\n"
         f"sys.argv = ['qlora-dist', 'train', {str(config)!r}]\n"
         "main()\n"
@@ -318,10 +318,10 @@ def test_a_rank_that_is_out_of_memory_ends_all_ranks(raw, tmp_path):
 
 def test_other_errors_pass_as_they_are(raw):
     fit = planned_7b(raw)
-    with pytest.raises(KeyError, match="something else"), fitting.explaining_out_of_memory(fit, Card(None)):
+    with pytest.raises(KeyError, match="something else"), out_of_memory.explain_out_of_memory(fit, Card(None)):
         raise KeyError("something else")
     with (
         pytest.raises(RunFailed, match="loading the model, rank 0"),
-        fitting.explaining_out_of_memory(fit, Card(None)),
+        out_of_memory.explain_out_of_memory(fit, Card(None)),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory.")

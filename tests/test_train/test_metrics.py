@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from qlora_dist.cluster.stop_signal import StopSignal
+from qlora_dist.cluster.trackers import Trackers
+from qlora_dist.config import parse_config
+from qlora_dist.config.run_dir import RunDir, config_changes, read_metrics
 from qlora_dist.errors import RunFailed
 from qlora_dist.files import write_json, write_text
 from qlora_dist.train.checks import check_first_update
 from qlora_dist.train.metrics import Metrics, format_seconds, median_tokens_per_second, peak_bytes, restart_peak
-from qlora_dist.train.run_dir import RunDir, config_changes, read_metrics
 
 
 def _values(step, **more):
@@ -23,10 +25,23 @@ def _values(step, **more):
     }  # fmt: skip
 
 
+def _config(tmp_path, trackers):
+    return parse_config(
+        {
+            "run_dir": str(tmp_path),
+            "model": {"name": "base"},
+            "data": {"train": [{"path": "data.jsonl"}]},
+            "train": {"steps": 1},
+            "logging": {"trackers": trackers},
+        }
+    )
+
+
 def _run(tmp_path, steps, start=0, stream=None, is_main=True, tensorboard=False):
     run = RunDir(tmp_path)
-    with Metrics(run, is_main, 100, tensorboard, stream or io.StringIO()) as metrics:
-        metrics.start(start)
+    trackers = ("tensorboard",) if tensorboard else ()
+    with Metrics(run, is_main, 100, Trackers((), ""), stream or io.StringIO()) as metrics:
+        metrics.start(start, _config(tmp_path, trackers))
         for step in steps:
             metrics.step(_values(step))
     return run
@@ -66,8 +81,8 @@ def test_tensorboard_gets_train_and_held_out_values(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = RunDir(tmp_path)
-    with Metrics(run, True, 2, True, io.StringIO()) as metrics:
-        metrics.start(0)
+    with Metrics(run, True, 2, Trackers((), ""), io.StringIO()) as metrics:
+        metrics.start(0, _config(tmp_path, ("tensorboard",)))
         metrics.step(_values(1))
         metrics.step(_values(2, eval_loss=1.5, eval_perplexity=4.48))
     events = EventAccumulator(str(run.tensorboard))

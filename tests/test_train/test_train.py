@@ -10,8 +10,7 @@ import torch
 from helpers.ranks import on_ranks, outcome
 from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of
 
-from qlora_dist import model as base_model
-from qlora_dist.train.loop import train
+from qlora_dist.train import setup_model, train
 
 
 def _train(raw, **changes):
@@ -61,9 +60,9 @@ def test_packed_rows_give_the_losses_of_unpacked_rows_with_the_same_documents(ra
 
 def _num_rows(config):
     from qlora_dist.cluster.world import World
-    from qlora_dist.train import setup as stages
+    from qlora_dist.train.setup_data import build_data
 
-    return len(stages.build_data(config, World.init()).rows)
+    return len(build_data(config, World.init()).rows)
 
 
 # one optimizer is enough for 4 ranks: it runs the same code on each; 2 ranks would show nothing (a + b = b + a)
@@ -85,15 +84,15 @@ def _train_until_signal(raw, step):
     import os
     import signal
 
-    import qlora_dist.train.loop as trainer
+    import qlora_dist.train as trainer
 
     original = trainer.train_step
 
-    def interrupting(world, learner, rows, **options):
+    def interrupting(world, model, rows, **options):
         if options["step"] == step - 1 and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
             options["stop_requested"] = True
-        return original(world, learner, rows, **options)
+        return original(world, model, rows, **options)
 
     trainer.train_step = interrupting
     return train(config_of(raw)).step
@@ -113,23 +112,22 @@ def test_a_run_goes_on_with_another_number_of_ranks(raw, tmp_path):
 
 def test_the_base_stays_bit_identical_and_only_adapters_move(raw, monkeypatch):
     from qlora_dist.model import base_checksum
-    from qlora_dist.train import setup as stages
 
     seen = {}
-    build = stages.build_learner
+    build = setup_model.build_model
 
     def watching(config, world):
-        learner = build(config, world)
-        seen["learner"], seen["before"] = learner, base_checksum(learner.model)
-        seen["start"] = learner.update.digest()
-        return learner
+        model = build(config, world)
+        seen["model"], seen["before"] = model, base_checksum(model.module)
+        seen["start"] = model.update.digest()
+        return model
 
-    monkeypatch.setattr(stages, "build_learner", watching)
+    monkeypatch.setattr("qlora_dist.train.build_model", watching)
     train(config_of(raw, data__eval=raw["data"]["train"], train__eval_every=2))
-    learner = seen["learner"]
-    assert base_checksum(learner.model) == seen["before"]
-    assert learner.update.digest() != seen["start"]
-    trained = {name for name, p in learner.model.named_parameters() if p.requires_grad}
+    model = seen["model"]
+    assert base_checksum(model.module) == seen["before"]
+    assert model.update.digest() != seen["start"]
+    trained = {name for name, p in model.module.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
 
 
@@ -192,7 +190,7 @@ def test_a_value_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_updat
 def _poisoned(raw, where, step):
     from qlora_dist.train import step as step_module
 
-    original = step_module.Learner.nll_sum
+    original = step_module.TrainingModel.nll_sum
     calls = {"count": 0}
 
     def poisoned(self, batch):
@@ -202,7 +200,7 @@ def _poisoned(raw, where, step):
             return nll * float("nan") if where == "loss" else _BadGradient.apply(nll)
         return nll
 
-    step_module.Learner.nll_sum = poisoned
+    step_module.TrainingModel.nll_sum = poisoned
     return outcome(train, config_of(raw))
 
 
@@ -250,13 +248,13 @@ def test_full_fine_tuning_trains_and_resumes(raw, tmp_path):
 
 def test_full_fine_tuning_checks_its_head_as_a_step_computes(raw, monkeypatch):
     """Weights are fp32, kernels of attention take 16 bits: outside of autocast they would refuse."""
-    seen, check_head = [], base_model.check_head
+    seen, check_head = [], setup_model.check_head
 
     def checking(model):
         seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
         check_head(model)
 
-    monkeypatch.setattr(base_model, "check_head", checking)
+    monkeypatch.setattr(setup_model, "check_head", checking)
     train(config_of(raw, lora=None, model__quantization="none", model__compute_dtype="bfloat16", train__steps=1))
     assert seen == [torch.bfloat16]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
-from ...config import RunConfig, SourceConfig
-from ...data.documents import Documents, build_documents, split_sources
-from ...data.packing import Rows, one_document_per_row, pack_best_fit
+from ...config import RunConfig
+from ...data.documents import Documents, split_sources
+from ...train.setup_data import build_rows, documents_of
 from .html import write_html
 from .measure import Audit, Run, Sample, audit, sample_of
 from .terminal import print_audit
@@ -22,10 +21,10 @@ def run_data_command(
 ) -> list[Audit]:
     """Builds (or reads) the documents of a config, prints what is in them and writes the page if asked to."""
     train_sources, eval_sources = split_sources(config.data.train, config.data.eval)
-    trained = _documents(config, train_sources, tokenizer)
+    trained = documents_of(config.data, train_sources, tokenizer, config.seed)
     audits = [_audit(config, "data.train", trained, tokenizer, show, None)]
     if eval_sources:
-        held_out = _documents(config, eval_sources, tokenizer)
+        held_out = documents_of(config.data, eval_sources, tokenizer, config.seed)
         audits.append(_audit(config, "data.eval", held_out, tokenizer, show, trained))
     console = console or Console()
     for one in audits:
@@ -36,33 +35,12 @@ def run_data_command(
     return audits
 
 
-def _documents(config: RunConfig, sources: Sequence[SourceConfig], tokenizer: Any) -> Documents:
-    data = config.data
-    return build_documents(
-        sources,
-        tokenizer,
-        row_tokens=data.row_tokens,
-        on_long=data.on_long,
-        on_bad=data.on_bad,
-        learn=data.learn,
-        template=data.template,
-        cache_dir=data.cache_dir,
-        seed=config.seed,
-        num_workers=data.num_workers,
-    )
-
-
 def _audit(
     config: RunConfig, name: str, documents: Documents, tokenizer: Any, show: int, trained_on: Documents | None
 ) -> Audit:
-    rows: Rows
-    if config.data.packing:
-        rows = pack_best_fit(documents.lengths, config.data.row_tokens, config.seed)
-    else:
-        rows = one_document_per_row(documents.lengths, config.data.row_tokens)
     return audit(
         documents,
-        rows,
+        build_rows(config.data, documents, config.seed),
         tokenizer,
         name=name,
         template=config.data.template,

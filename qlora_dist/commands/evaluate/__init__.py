@@ -7,19 +7,19 @@ from pathlib import Path
 
 import torch
 
-from ... import model as base_model
 from ...cluster.world import World
 from ...config import DataConfig, load_config
 from ...data.documents import split_sources
 from ...data.loader import eval_batches
 from ...data.packing import Batch
 from ...errors import UserError
-from ...model import lora as adapters
+from ...model import check_head, hidden_states, load_tokenizer, output_head
+from ...model.lora import load_adapters
 from ...model.loss import nll_sum
-from ...train.evaluate import EvalResult, evaluate
+from ...train.evaluation import EvalResult, evaluate
 from ...train.metrics import format_evaluation
-from ...train.setup import build_rows, build_source_documents
-from ..generate import Trained, find_trained
+from ...train.setup_data import build_rows, documents_on_ranks
+from ..trained import Trained, find_trained, load_trained_base
 from .mmlu import MmluResult, read_questions, score
 from .mmlu import describe as describe_mmlu
 
@@ -62,28 +62,29 @@ def evaluate_trained(
     questions = read_questions(mmlu.folder, mmlu.split) if mmlu is not None else []
     worked = read_questions(mmlu.folder, "dev") if mmlu is not None and mmlu.shots else []
     world = World.init()
-    tokenizer = base_model.load_tokenizer(trained.tokenizer_source)
+    tokenizer = load_tokenizer(trained.tokenizer_source)
     batches: list[Batch] = []
     if data is not None:
         _, sources = split_sources(data.train, data.eval)
-        documents = build_source_documents(data, sources, tokenizer, world, "data.eval", seed=0)
+        documents = documents_on_ranks(data, sources, tokenizer, world, "data.eval", seed=0)
         batches = eval_batches(documents, build_rows(data, documents, 0), micro_rows, world.rank, world.size)
-    model = _load(trained, world)
-    head = base_model.output_head(model)
+    module = load_trained_base(trained, world.device, trained.model.attention)
+    check_head(module)
+    head = output_head(module)
 
     def batch_nll(batch: Batch) -> torch.Tensor:
-        hidden = base_model.hidden_states(model, batch)
+        hidden = hidden_states(module, batch)
         return nll_sum(hidden, head, batch.label_positions, batch.labels)
 
     def label_logits(batch: Batch) -> torch.Tensor:
-        return head.logits(base_model.hidden_states(model, batch)[batch.label_positions])
+        return head.logits(hidden_states(module, batch)[batch.label_positions])
 
     def figures() -> Evaluation:
-        held_out = evaluate(model, batches, batch_nll, world) if data is not None else None
+        held_out = evaluate(module, batches, batch_nll, world) if data is not None else None
         scored = None
         if mmlu is not None:
             scored = score(
-                model,
+                module,
                 label_logits,
                 tokenizer,
                 questions,
@@ -101,7 +102,7 @@ def evaluate_trained(
     if with_base and trained.adapter is not None:
         results["base"] = figures()
     if trained.adapter is not None:
-        model = adapters.load_adapters(model, {"trained": trained.adapter})
+        module = load_adapters(module, {"trained": trained.adapter})
     results["trained"] = figures()
     world.close()
     return results
@@ -115,22 +116,6 @@ def describe(evaluation: Evaluation) -> list[str]:
     if evaluation.mmlu is not None:
         lines.append(describe_mmlu(evaluation.mmlu))
     return lines
-
-
-def _load(trained: Trained, world: World) -> torch.nn.Module:
-    """The base as it was trained on; its head checked."""
-    settings = trained.model
-    model: torch.nn.Module = base_model.load_base(
-        settings.name,
-        revision=settings.revision,
-        quantization=settings.quantization if trained.adapter else "none",
-        double_quant=settings.double_quant,
-        compute_dtype=getattr(torch, settings.compute_dtype),
-        attention=settings.attention,
-        device=world.device,
-    )
-    base_model.check_head(model)
-    return model
 
 
 def _data_of(trained: Trained, config: str | None, path: str | Path) -> DataConfig:

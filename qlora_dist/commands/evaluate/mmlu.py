@@ -26,7 +26,7 @@ from ...data.loader import eval_batches
 from ...data.packing import Batch, Example, pack_best_fit
 from ...errors import UserError
 from ...model import evaluation_mode
-from ...train.evaluate import Summer
+from ...train.evaluation import Summer
 
 LETTERS = "ABCD"
 

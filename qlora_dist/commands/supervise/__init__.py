@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...cluster.stop_signal import StopSignal
+from ...config.run_dir import RunDir
 from ...files import write_text
-from ...train.run_dir import RunDir
 from .exit_report import Outcome, read_outcome
 
 MAX_TRIES = 3  # without a new checkpoint

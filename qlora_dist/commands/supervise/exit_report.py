@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ...errors import UserError
 from ...files import write_json
-from ...train.run_dir import TrainState
+
+if TYPE_CHECKING:
+    from ...train import TrainState  # imports torch, which `supervise` does without
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import torch
 from ...cluster.world import World
 from ...config import RunConfig
 from ...errors import UserError
-from ...train import setup as stages
-from .one_process import prove_learner
+from ...train.check_start import check_model
+from .one_process import prove_on_one_process
 from .report import Proof, Report
 from .runs import prove_runs
 from .variants import Plan
@@ -43,8 +43,8 @@ def prove(config: RunConfig, *, steps: int = 4, ranks: int = 2) -> Report:
             raise UserError(
                 f"verify starts its own ranks, but was launched on {world.size}; start it as a plain command"
             )
-        facts = stages.check_model(plan.single, world)
-        proofs = prove_learner(plan, world)
+        facts = check_model(plan.single, world)
+        proofs = prove_on_one_process(plan, world)
         world.close()
         proofs += prove_runs(plan, facts.num_parameters)
     subject = f"{config.model.name}, strategy {config.strategy.name}, {ranks} ranks, {steps} steps"

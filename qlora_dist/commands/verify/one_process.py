@@ -21,9 +21,10 @@ from ...data.loader import StepRows
 from ...data.packing import Batch, Example, collate
 from ...errors import RunFailed
 from ...model import lora as adapters
-from ...train import fit_memory as fitting
-from ...train import setup as stages
-from ...train.step import Learner, train_step
+from ...train.fit_memory import resolve_auto
+from ...train.setup_data import Data, build_data
+from ...train.setup_model import build_model, check_base
+from ...train.step import TrainingModel, train_step
 from .report import Proof, failed, not_checked, relative_difference
 from .variants import Plan
 
@@ -36,7 +37,7 @@ REFERENCE, STOCK = "loss = transformers' own", "adapter in stock PEFT = trained"
 CLAIMS = (SOURCE, PACKED, ACCUMULATED, UNCHANGED, RELOADED, REFERENCE, STOCK)
 
 
-def prove_learner(plan: Plan, world: World) -> list[Proof]:
+def prove_on_one_process(plan: Plan, world: World) -> list[Proof]:
     """Claims that one process can prove. Not checked where the whole base does not fit on one device."""
     try:
         return _prove(plan, world)
@@ -48,28 +49,28 @@ def prove_learner(plan: Plan, world: World) -> list[Proof]:
 
 
 def _prove(plan: Plan, world: World) -> list[Proof]:
-    config, tolerances = fitting.settle(plan.single, world).config, plan.tolerances
-    data = stages.build_data(config, world)
-    learner = stages.build_learner(config, world)
+    config, tolerances = resolve_auto(plan.single, world).config, plan.tolerances
+    data = build_data(config, world)
+    model = build_model(config, world)
     has_adapter = config.lora is not None
-    proofs = [_prove_base(config, world, learner)]
-    before = base_model.base_checksum(learner.model) if has_adapter else ""
-    move_adapters(learner, config.seed)
+    proofs = [_prove_base(config, world, model)]
+    before = base_model.base_checksum(model.module) if has_adapter else ""
+    move_adapters(model, config.seed)
     documents = some_documents(data)
     packed = collate(documents, (0,)).to(world.device)
-    proofs.append(prove_packed(learner, documents, world, tolerances.labels))
-    proofs.append(prove_accumulation(learner, data.loader.step(0), world, tolerances.gradient))
+    proofs.append(prove_packed(model, documents, world, tolerances.labels))
+    proofs.append(prove_accumulation(model, data.loader.step(0), world, tolerances.gradient))
     folder = plan.folder / "adapter"
     if has_adapter:
-        is_same = base_model.base_checksum(learner.model) == before
+        is_same = base_model.base_checksum(model.module) == before
         proofs.append(Proof(UNCHANGED, 0.0 if is_same else 1.0, 0.0, "checksum of the whole base"))
-        proofs.append(prove_reloaded(learner, folder, config.model.name))
-    with torch.no_grad(), base_model.evaluation_mode(learner.model):
-        ours = label_nll(learner, packed), learner.nll_sum(packed).item() / packed.num_labels
-    computing = learner.computing
-    del learner  # two bases at once may not fit
+        proofs.append(prove_reloaded(model, folder, config.model.name))
+    with torch.no_grad(), base_model.evaluation_mode(model.module):
+        ours = label_nll(model, packed), model.nll_sum(packed).item() / packed.num_labels
+    forward_context = model.forward_context
+    del model  # two bases at once may not fit
     _free_memory(world)
-    with torch.no_grad(), computing():
+    with torch.no_grad(), forward_context():
         return [*proofs, *_prove_reference(plan, world, documents, *ours, folder if has_adapter else None)]
 
 
@@ -82,7 +83,7 @@ def _free_memory(world: World) -> None:
 # --- what is computed -------------------------------------------------------------------------------------------------
 
 
-def some_documents(data: stages.Data) -> list[Example]:
+def some_documents(data: Data) -> list[Example]:
     """The first documents of the first step, cut short; every token but the first is learned, so that all are compared.
 
     Documents of the same beginning (a system prompt) would hide a leak: they are cut from where the data differ least,
@@ -96,22 +97,22 @@ def some_documents(data: stages.Data) -> list[Example]:
     return [example for example in examples if example.num_labels]
 
 
-def move_adapters(learner: Learner, seed: int) -> None:
+def move_adapters(model: TrainingModel, seed: int) -> None:
     """Gives every B small values: at zero, adapters would take no part in anything that is compared."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in adapters.trainable_parameters(learner.model).items():
+        for name, parameter in adapters.trainable_parameters(model.module).items():
             if "lora_B" in name:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
 @torch.no_grad()
-def label_nll(learner: Learner, batch: Batch) -> torch.Tensor:
+def label_nll(model: TrainingModel, batch: Batch) -> torch.Tensor:
     """(N,) fp32 NLL of each label by the path that is trained, dropout off. Documents in their order."""
-    with base_model.evaluation_mode(learner.model), learner.computing():
-        hidden = base_model.hidden_states(learner.model, batch).to(learner.compute_dtype)
+    with base_model.evaluation_mode(model.module), model.forward_context():
+        hidden = base_model.hidden_states(model.module, batch).to(model.compute_dtype)
         parts = [
-            torch.nn.functional.cross_entropy(learner.head.logits(hidden[positions]).float(), labels, reduction="none")
+            torch.nn.functional.cross_entropy(model.head.logits(hidden[positions]).float(), labels, reduction="none")
             for positions, labels in zip(batch.label_positions.split(CHUNK), batch.labels.split(CHUNK), strict=True)
         ]
     return torch.cat(parts)
@@ -120,28 +121,28 @@ def label_nll(learner: Learner, batch: Batch) -> torch.Tensor:
 # --- claims -----------------------------------------------------------------------------------------------------------
 
 
-def _prove_base(config: RunConfig, world: World, learner: Learner) -> Proof:
+def _prove_base(config: RunConfig, world: World, model: TrainingModel) -> Proof:
     try:
-        said = stages.check_base(config, world, learner)
+        compared = check_base(config, world, model)
     except RunFailed as error:
         return failed(SOURCE, str(error))
-    return Proof(SOURCE, 0.0, 0.0, said)
+    return Proof(SOURCE, 0.0, 0.0, compared)
 
 
-def prove_packed(learner: Learner, documents: Sequence[Example], world: World, tolerance: float) -> Proof:
+def prove_packed(model: TrainingModel, documents: Sequence[Example], world: World, tolerance: float) -> Proof:
     """Each document's labels, packed with the others and alone. The worst document counts."""
     if len(documents) < 2:
         return not_checked(PACKED, "the data give only one document")
-    together = label_nll(learner, collate(documents, (0,)).to(world.device))
+    together = label_nll(model, collate(documents, (0,)).to(world.device))
     parts = together.split([document.num_labels for document in documents])
     differences = [
-        relative_difference(part, label_nll(learner, collate([document], (0,)).to(world.device)))
+        relative_difference(part, label_nll(model, collate([document], (0,)).to(world.device)))
         for part, document in zip(parts, documents, strict=True)
     ]
     return Proof(PACKED, max(differences), tolerance, f"NLL of {len(together)} labels in {len(documents)} documents")
 
 
-def prove_accumulation(learner: Learner, rows: StepRows, world: World, tolerance: float) -> Proof:
+def prove_accumulation(model: TrainingModel, rows: StepRows, world: World, tolerance: float) -> Proof:
     """Gradient and loss of one update: document by document, and all documents in one micro-batch.
 
     By `train_step` itself, at learning rate zero: it leaves the weights, and the step's gradient in its buffers.
@@ -162,18 +163,18 @@ def prove_accumulation(learner: Learner, rows: StepRows, world: World, tolerance
             num_labels=sum(document.num_labels for document in documents),
             num_tokens=sum(len(document) for document in documents),
         )
-        with base_model.evaluation_mode(learner.model):
-            stats = train_step(world, learner, step, step=0, seed=0, lr=0.0, stop_requested=False)
+        with base_model.evaluation_mode(model.module):
+            stats = train_step(world, model, step, step=0, seed=0, lr=0.0, stop_requested=False)
         losses[name] = stats.loss
-        gradients[name] = torch.cat([gradient.detach().double().cpu().flatten() for gradient in _gradients(learner)])
-    learner.update.zero_grad()
+        gradients[name] = torch.cat([gradient.detach().double().cpu().flatten() for gradient in _gradients(model)])
+    model.update.zero_grad()
     difference = relative_difference(gradients["accumulated"], gradients["one"])
     loss_difference = abs(losses["accumulated"] - losses["one"]) / abs(losses["one"])
     return Proof(ACCUMULATED, max(difference, loss_difference), tolerance, "gradient of all trained weights, and loss")
 
 
-def _gradients(learner: Learner) -> list[torch.Tensor]:
-    parameters = adapters.trainable_parameters(learner.model).values()
+def _gradients(model: TrainingModel) -> list[torch.Tensor]:
+    parameters = adapters.trainable_parameters(model.module).values()
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
@@ -186,19 +187,19 @@ def documents_of(batch: Batch) -> list[Example]:
     return [Example(*pair) for pair in zip(np.split(ids, borders), np.split(is_label, borders), strict=True)]
 
 
-def prove_reloaded(learner: Learner, folder: Path, base_name: str) -> Proof:
+def prove_reloaded(model: TrainingModel, folder: Path, base_name: str) -> Proof:
     """The adapter written, its live weights overwritten, read back: the same bits in the file and in memory."""
-    adapters.save_adapter(learner.model, folder, base_name)
-    kept = learner.update.digest()
+    adapters.save_adapter(model.module, folder, base_name)
+    kept = model.update.digest()
     with torch.no_grad():
-        for parameter in adapters.trainable_parameters(learner.model).values():
+        for parameter in adapters.trainable_parameters(model.module).values():
             parameter.fill_(0.5)
     try:
-        adapters.load_adapter_weights(learner.model, folder)
-        adapters.verify_adapter_file(learner.model, folder, must_be_trained=True)
+        adapters.load_adapter_weights(model.module, folder)
+        adapters.verify_adapter_file(model.module, folder, must_be_trained=True)
     except (RunFailed, ValueError) as error:
         return failed(RELOADED, str(error))
-    return Proof(RELOADED, 0.0 if learner.update.digest() == kept else 1.0, 0.0, "every bit of the trained weights")
+    return Proof(RELOADED, 0.0 if model.update.digest() == kept else 1.0, 0.0, "every bit of the trained weights")
 
 
 def _prove_reference(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ...cluster.launcher import child_environment
 from ...config import RunConfig
-from ...train.run_dir import RunDir, read_metrics
+from ...config.run_dir import RunDir, read_metrics
 from .report import Proof, failed, not_checked, relative_difference
 from .variants import SMALL_PARAMETERS, Plan
 

@@ -50,11 +50,11 @@ def step(module):
             return [labels, 0.0, labels, 1.0]
         return found
 
-    def train_step(world, learner, rows, **options):
+    def train_step(world, model, rows, **options):
         rows_now.append(rows)
         library.null_reset()
         try:
-            return real(world, learner, rows, **options)
+            return real(world, model, rows, **options)
         finally:
             rows_now.pop()
             if counted:

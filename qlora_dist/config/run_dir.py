@@ -1,4 +1,4 @@
-"""Plain data of a run: where it is, what a step gave, and its directory. Level 0."""
+"""The run directory: the names of what lies in it, and whether it holds a run of this config."""
 
 from __future__ import annotations
 
@@ -12,35 +12,8 @@ from typing import Any
 
 import yaml
 
-from ..cluster.run_lock import LOCK
 from ..errors import UserError
 from ..files import write_json, write_text
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """How far the run is. Everything else that moves (data position, learning rate, dropout) is a function of step."""
-
-    step: int = 0  # optimizer updates done
-    num_tokens: int = 0  # seen so far, all ranks
-    num_labels: int = 0
-    stopped_by: str | None = None  # the signal that ended this start of the run before its last step
-
-    def after(self, stats: StepStats) -> TrainState:
-        """The state after one more update."""
-        return TrainState(self.step + 1, self.num_tokens + stats.num_tokens, self.num_labels + stats.num_labels)
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """One optimizer update, equal on all ranks."""
-
-    loss: float  # mean NLL of the step's labels
-    grad_norm: float  # before clipping
-    num_labels: int
-    num_tokens: int
-    stop_requested: bool  # on any rank
-
 
 # Fields that may differ between two starts of one run: they change memory, speed or reports, not the mathematics.
 FREE_FIELDS = (
@@ -67,6 +40,10 @@ class RunDir:
     """Folder of a run; the names of what lies in it."""
 
     path: Path
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
 
     @property
     def config(self) -> Path:
@@ -127,7 +104,7 @@ class RunDir:
                     + "\n".join(changed)
                     + "\nchoose another run_dir, or set these back to continue that run"
                 )
-        elif others := sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)[:5]:
+        elif others := sorted(entry.name for entry in self.path.iterdir() if entry.name != self.lock.name)[:5]:
             raise UserError(
                 f"run_dir {self.path} is not empty and holds no run (no config.yaml; found {', '.join(others)}); "
                 "choose another folder"

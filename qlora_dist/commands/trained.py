@@ -1,0 +1,125 @@
+"""What was trained: RUN_OR_ADAPTER -> which base, how quantized, which adapter, which data; and loading it.
+
+find_trained        a run directory or an adapter folder -> `Trained`
+load_trained_base   its base, as it was trained on
+load_trained        base and adapter
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import DataConfig, ModelConfig, RunConfig, load_config
+from ..config.run_dir import RunDir
+from ..data.documents import Documents, build_documents
+from ..errors import UserError
+from ..model import INFERENCE, load_base, lora
+from ..train.checkpoint import find_newest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run or an adapter folder holds."""
+
+    model: ModelConfig  # the base; after full fine-tuning, the trained model itself
+    adapter: Path | None  # None after full fine-tuning
+    data: DataConfig | None  # None for an adapter without its run
+
+    @property
+    def tokenizer_source(self) -> str:
+        """The folder of the adapter where a tokenizer was saved with it, else the base."""
+        if self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
+            return str(self.adapter)
+        return self.model.name
+
+
+def find_trained(path: str | Path, base: str | None = None) -> Trained:
+    """Reads a run directory (its adapter, else its newest good checkpoint) or an adapter folder.
+
+    `base` replaces the base that is named there (a folder that has moved). Raises UserError saying what is there.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder; give a run directory or the folder of an adapter")
+    run = RunDir(path)
+    if run.config.is_file():
+        return _with_base(_of_run(run, load_config(run.config)), base)
+    if not (path / lora.CONFIG).is_file():
+        raise UserError(f"{path}: neither a run directory (config.yaml) nor an adapter ({lora.CONFIG})")
+    for above in list(path.resolve().parents)[:2]:  # RUN/adapter, RUN/checkpoints/step-*
+        if RunDir(above).config.is_file():
+            config = load_config(RunDir(above).config)
+            return _with_base(Trained(config.model, path, config.data), base)
+    named = base or lora.read_adapter_config(path).base_model_name_or_path
+    if not named:
+        raise UserError(f"{path / lora.CONFIG} names no base model; name it with --base")
+    log.info("%s belongs to no run directory: the base %s is loaded as nf4 with double quantization", path, named)
+    return Trained(ModelConfig(name=named), path, None)
+
+
+def _of_run(run: RunDir, config: RunConfig) -> Trained:
+    if config.lora is None:
+        whole = run.path / "model"
+        if not whole.is_dir():
+            raise UserError(f"{run.path}: the run is not finished, {whole} is not there yet; let it finish first")
+        return Trained(config.model.model_copy(update={"name": str(whole), "revision": None}), None, config.data)
+    if (run.adapter / lora.CONFIG).is_file():
+        return Trained(config.model, run.adapter, config.data)
+    newest, rejected = find_newest(run.checkpoints) if run.checkpoints.is_dir() else (None, [])
+    for bad, reason in rejected:
+        log.warning("checkpoint %s is passed over: %s", bad, reason)
+    if newest is None:
+        raise UserError(f"{run.path}: no adapter and no good checkpoint yet; train it first")
+    log.info("the run is not finished: its newest checkpoint %s is used", newest)
+    return Trained(config.model, newest, config.data)
+
+
+def _with_base(trained: Trained, base: str | None) -> Trained:
+    return trained if base is None else replace(trained, model=trained.model.model_copy(update={"name": base}))
+
+
+def load_trained_base(trained: Trained, device: torch.device, attention: str = INFERENCE) -> torch.nn.Module:
+    """The base as it was trained on: quantized as then, unless all of its weights were trained.
+
+    `attention`: INFERENCE, or that of packed batches (auto, flash, varlen, sdpa).
+    """
+    settings = trained.model
+    module: torch.nn.Module = load_base(
+        settings.name,
+        revision=settings.revision,
+        quantization="none" if trained.adapter is None else settings.quantization,
+        double_quant=settings.double_quant,
+        compute_dtype=getattr(torch, settings.compute_dtype),
+        attention=attention,
+        device=device,
+    )
+    return module
+
+
+def load_trained(trained: Trained, device: torch.device) -> torch.nn.Module:
+    """Base and adapter, for inference."""
+    base = load_trained_base(trained, device)
+    return base if trained.adapter is None else lora.load_adapters(base, {"trained": trained.adapter})
+
+
+def first_documents(data: DataConfig, tokenizer: Any, count: int, row_tokens: int) -> Documents:
+    """A few documents of the first training source, as the run saw them. Raises UserError when it is gone."""
+    source = data.train[0].model_copy(update={"max_examples": count})
+    with tempfile.TemporaryDirectory() as folder:
+        return build_documents(
+            [source],
+            tokenizer,
+            row_tokens=row_tokens,
+            on_bad="skip",
+            learn="all",  # nothing is dropped for want of a label
+            template=data.template,
+            cache_dir=folder,
+        )

@@ -1,0 +1,114 @@
+"""Held-out loss and perplexity, by the same loss code as training: at the start, when it is due, after a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from ..cluster.stop_signal import StopRequested
+from ..data.packing import Batch
+from ..files import write_json
+from ..model import evaluation_mode
+from .metrics import format_evaluation
+from .run import Run, TrainState
+from .step import TrainingModel
+
+
+class Summer(Protocol):
+    """What evaluation needs of `cluster.world.World`."""
+
+    device: torch.device
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor: ...
+
+    def any(self, flag: bool) -> bool: ...
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Held-out results over all ranks."""
+
+    loss: float  # mean NLL of a label
+    perplexity: float
+    num_labels: int
+    seconds: float
+
+
+@torch.no_grad()
+def evaluate(
+    module: torch.nn.Module,
+    batches: Sequence[Batch],
+    nll_sum: Callable[[Batch], torch.Tensor],
+    world: Summer,
+    stop_requested: Callable[[], bool] | None = None,
+) -> EvalResult:
+    """Mean NLL over the labels of all ranks' batches. Every rank calls it; ranks without labels bring filler.
+
+    `nll_sum` gives the () sum of one batch's label NLL. Raises StopRequested on all ranks when one was asked to stop:
+    a part of the held-out data is not a valid result.
+    """
+    started = time.perf_counter()
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+    with evaluation_mode(module):
+        for batch in batches:
+            # agreed on before each batch: its forward pass may hold collectives (FSDP2)
+            if stop_requested is not None and world.any(stop_requested()):
+                raise StopRequested
+            totals[0] += nll_sum(batch.to(world.device)).double()
+            totals[1] += batch.num_labels
+    nll, num_labels = world.sum(totals).tolist()
+    loss = nll / max(num_labels, 1)
+    perplexity = math.exp(min(loss, 700.0))  # exp overflows above
+    return EvalResult(loss, perplexity, int(num_labels), time.perf_counter() - started)
+
+
+# --- while training ---------------------------------------------------------------------------------------------------
+
+
+def evaluate_held_out(run: Run, model: TrainingModel) -> dict[str, float]:
+    """Held-out values for a line of metrics.jsonl; nothing without data.eval. Raises StopRequested on all ranks."""
+    if not run.data.held_out:
+        return {}
+    run.world.set_status("evaluation")
+    result = evaluate(
+        model.module,
+        run.data.held_out,
+        lambda batch: model.update.forward(partial(model.nll_sum, batch)),
+        run.world,
+        lambda: run.stop.requested,
+    )
+    return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_seconds": result.seconds}
+
+
+def evaluate_unless_stopped(run: Run, model: TrainingModel) -> tuple[dict[str, float], bool]:
+    """(held-out values, False), or (nothing, True) on all ranks when a stop signal cut it short."""
+    try:
+        return evaluate_held_out(run, model), False
+    except StopRequested:
+        return {}, True
+
+
+def evaluate_at_start(run: Run, model: TrainingModel, state: TrainState) -> dict[str, float]:
+    """Held-out values before the first update, kept in a file for the summary of a run that is resumed."""
+    kept = run.dir.path / "eval_start.json"
+    if state.step > 0 or not run.data.held_out or not run.config.train.eval_at_start:
+        return run.world.from_main(lambda: json.loads(kept.read_text()) if kept.exists() else {})
+    values = evaluate_held_out(run, model)
+    run.world.from_main(lambda: write_json(kept, values))
+    run.metrics.print(f"before training: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
+    return values
+
+
+def evaluate_missed(run: Run, model: TrainingModel, state: TrainState) -> None:
+    """After a resume: makes up for the evaluation of the checkpoint's step if a stop signal cut it short."""
+    was_due = state.step > 0 and run.evaluates_after(state.step)
+    if was_due and run.data.held_out and run.world.from_main(run.metrics.lacks_evaluation):
+        values = evaluate_held_out(run, model)
+        run.world.from_main(lambda: run.metrics.amend(values))

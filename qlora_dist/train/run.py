@@ -1,0 +1,165 @@
+"""One start of a run: joining the ranks, opening its directory, and what its parts share (`Run`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..cluster.launcher import launched_job, require_own_strategy
+from ..cluster.run_lock import RunLock
+from ..cluster.stop_signal import StopRequested, StopSignal
+from ..cluster.world import World
+from ..config import RunConfig, dump_yaml
+from ..config.run_dir import RunDir
+from ..data.loader import derive_accumulation
+from ..errors import RunFailed, UserError
+from ..optim.adamw import lr_at
+from .metrics import Metrics, restart_peak
+from .setup_data import Data
+from .step import StepStats
+from .strategy import describe_strategy
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """How far the run is. Everything else that moves (data position, learning rate, dropout) is a function of step."""
+
+    step: int = 0  # optimizer updates done
+    num_tokens: int = 0  # seen so far, all ranks
+    num_labels: int = 0
+    stopped_by: str | None = None  # the signal that ended this start of the run before its last step
+
+    def after(self, stats: StepStats) -> TrainState:
+        """The state after one more update."""
+        return TrainState(self.step + 1, self.num_tokens + stats.num_tokens, self.num_labels + stats.num_labels)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What saving, resuming, evaluating and reporting share."""
+
+    config: RunConfig  # without `auto`
+    world: World
+    dir: RunDir
+    stop: StopSignal
+    data: Data
+    num_steps: int  # of the whole run
+    metrics: Metrics
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of 0-based update `step`."""
+        optim = self.config.optim
+        return lr_at(
+            step,
+            lr=optim.lr,
+            schedule=optim.schedule,
+            warmup_steps=optim.warmup_steps,
+            num_steps=self.num_steps,
+            min_lr_ratio=optim.min_lr_ratio,
+        )
+
+    def evaluates_after(self, num_done: int) -> bool:
+        """Whether held-out data are evaluated after this many updates."""
+        return num_done == self.num_steps or _is_due(num_done, self.config.train.eval_every)
+
+    def saves_after(self, num_done: int) -> bool:
+        """Whether `train.save_every` asks for a checkpoint after this many updates."""
+        return _is_due(num_done, self.config.train.save_every)
+
+    def describe(self) -> str:
+        """What is about to run, in one paragraph."""
+        config, world, data = self.config, self.world, self.data
+        batch, stats = config.batch, data.documents.stats
+        accumulation = derive_accumulation(batch.rows_per_step, batch.resolved_micro_rows, world.size)
+        return (
+            f"{len(data.documents):,} documents in {len(data.rows):,} rows of up to {config.data.row_tokens:,} tokens "
+            f"({data.rows.efficiency:.1%} full; truncated {stats.total('truncated'):,}, dropped "
+            f"{stats.total('dropped'):,}, bad {stats.total('bad'):,})\n"
+            f"{self.num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps "
+            f"x {batch.resolved_micro_rows} rows; strategy {config.strategy.name} on {world.device.type}: "
+            f"{describe_strategy(config, world.size)}"
+        )
+
+
+def _is_due(num_done: int, every: int | None) -> bool:
+    return every is not None and num_done % every == 0
+
+
+# --- begin and end ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def join_ranks(config: RunConfig, stop: StopSignal) -> Iterator[World]:
+    """This process's place among the ranks; left in order at the end, and left to the launcher after a failure.
+
+    A stop signal before the first step ends the block: all ranks have agreed then, and there is nothing to save.
+    """
+    require_own_strategy(config.strategy.name)
+    world = World.init(stop, config.strategy.timeout_seconds)
+    restart_peak(world.device)  # an earlier run in this process is neither planned nor measured with this one
+    try:
+        yield world
+    except RunFailed:
+        raise
+    except RuntimeError as error:
+        raise world.explain(error) from error
+    except StopRequested:
+        stop.name = world.first(stop.name)
+        if world.is_main:
+            print(
+                f"stopped by {stop.name} before the first step; nothing is lost. Start the same command again to go on"
+            )
+    world.close()
+
+
+@contextmanager
+def open_run_dir(config: RunConfig, world: World, resume: str) -> Iterator[RunDir]:
+    """The run directory with its resolved config, for this job alone.
+
+    Refuses another run's, one in use by another job, and `--resume never` where there is a run.
+    """
+    run_dir = RunDir(Path(config.run_dir))
+    lock = RunLock(run_dir.lock, *launched_job())
+
+    def open_on_main() -> None:
+        run_dir.make()
+        lock.acquire()
+        run_dir.open(dump_yaml(config), free_fields(config))
+        if resume == "never" and run_dir.checkpoints.is_dir() and any(run_dir.checkpoints.glob("step-*")):
+            raise UserError(
+                f"--resume never, but {run_dir.checkpoints} holds checkpoints; remove {run_dir.path}, choose another "
+                "run_dir, or use --resume auto to go on"
+            )
+
+    try:
+        world.from_main(open_on_main)
+        yield run_dir
+    finally:
+        lock.release()
+
+
+def free_fields(config: RunConfig) -> tuple[str, ...]:
+    """What may change between two starts of this run, besides config.run_dir.FREE_FIELDS."""
+    # with a constant rate the length of a run changes nothing in its steps: it may be extended
+    return ("train.steps", "train.epochs") if config.optim.schedule == "constant" else ()
+
+
+def report_completed(run_dir: RunDir, world: World, steps: int) -> TrainState:
+    """A finished run that is started again says so and does nothing."""
+    if world.is_main:
+        print(f"{run_dir.path}: this run is finished ({steps} steps, see {run_dir.summary}); nothing to do")
+    return TrainState(step=steps)
+
+
+def report_stopped(run: Run, state: TrainState) -> TrainState:
+    """After a stop signal: what was saved and how to go on. Called by all ranks: one may have heard another signal."""
+    name = run.world.first(run.stop.name)
+    if run.world.is_main:
+        print(
+            f"stopped by {name} after step {state.step}; checkpoint saved in {run.dir.checkpoints}. Start the same "
+            "command again to go on",
+            flush=True,
+        )
+    return replace(state, stopped_by=name)

@@ -1,0 +1,92 @@
+"""The data of a run: sources -> documents -> rows -> this rank's micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..cluster.world import World
+from ..config import DataConfig, RunConfig, SourceConfig
+from ..data.documents import Documents, build_documents, split_sources
+from ..data.loader import Loader, eval_batches
+from ..data.packing import Batch, Rows, one_document_per_row, pack_best_fit
+from ..model import load_tokenizer
+from .checks import check_ends_are_learned, check_every_step_has_labels
+
+
+@dataclass
+class Data:
+    """What is trained on and what is held out."""
+
+    documents: Documents
+    rows: Rows
+    loader: Loader
+    held_out: list[Batch]  # this rank's
+
+
+def build_data(config: RunConfig, world: World) -> Data:
+    """Sources -> documents -> rows -> loader. The first rank of each node tokenizes; the others read its cache."""
+    tokenizer = load_tokenizer(config.model.name, config.model.revision)
+    train_sources, eval_sources = split_sources(config.data.train, config.data.eval)
+    documents = documents_on_ranks(config.data, train_sources, tokenizer, world, "data.train", config.seed)
+    if config.data.require_eos:
+        check_ends_are_learned(documents, tokenizer, config.seed)
+    rows = build_rows(config.data, documents, config.seed)
+    loader = Loader(
+        documents,
+        rows,
+        rows_per_step=config.batch.rows_per_step,
+        micro_rows=config.batch.resolved_micro_rows,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        total_rows=None if config.train.epochs is None else max(1, round(config.train.epochs * len(rows))),
+    )
+    held_out = []
+    if eval_sources:
+        unseen = documents_on_ranks(config.data, eval_sources, tokenizer, world, "data.eval", config.seed)
+        unseen_rows = build_rows(config.data, unseen, config.seed)
+        held_out = eval_batches(unseen, unseen_rows, config.batch.resolved_micro_rows, world.rank, world.size)
+    return Data(documents, rows, loader, held_out)
+
+
+def documents_on_ranks(
+    data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, world: World, what: str, seed: int
+) -> Documents:
+    """Tokenized documents, the same on every rank. The store's lock also keeps other jobs from building them twice."""
+    with world.stoppable(f"preparing {what}"), world.local_main_first(f"preparing {what}"):
+        documents = documents_of(data, sources, tokenizer, seed)
+    world.require_equal(documents.fingerprint, what)
+    return documents
+
+
+def documents_of(data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, seed: int) -> Documents:
+    """Tokenized documents of some sources, as the data section says."""
+    return build_documents(
+        sources,
+        tokenizer,
+        row_tokens=data.row_tokens,
+        on_long=data.on_long,
+        on_bad=data.on_bad,
+        learn=data.learn,
+        template=data.template,
+        cache_dir=data.cache_dir,
+        seed=seed,
+        num_workers=data.num_workers,
+    )
+
+
+def build_rows(data: DataConfig, documents: Documents, seed: int) -> Rows:
+    """Documents -> rows, packed or one document each."""
+    if data.packing:
+        return pack_best_fit(documents.lengths, data.row_tokens, seed)
+    return one_document_per_row(documents.lengths, data.row_tokens)
+
+
+def count_steps(config: RunConfig, data: Data) -> int:
+    """Number of optimizer updates of the whole run."""
+    steps = config.train.steps if config.train.steps is not None else data.loader.num_steps
+    assert steps is not None
+    check_every_step_has_labels(data.documents, data.rows, data.loader.rows_of_step, steps)
+    return steps

@@ -1,0 +1,146 @@
+"""The model of a run: 4-bit base -> adapters -> what updates them, and what is checked before the first step."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from ..cluster.world import World
+from ..config import RunConfig
+from ..files import GIB
+from ..model import (
+    base_checksum,
+    cached_4bit,
+    check_gathered_layer,
+    check_head,
+    held_bytes,
+    load_base,
+    output_head,
+    set_recompute,
+)
+from ..model.activation_offload import ActivationOffload
+from ..model.lora import attach_lora, count_parameters
+from .checks import check_base_bytes, check_source_bits, promised_base_bytes
+from .step import TrainingModel
+from .strategy import build_update, load_device
+
+
+def build_model(config: RunConfig, world: World) -> TrainingModel:
+    """Base -> adapters -> what updates them."""
+    settings = config.model
+    compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
+    module = _adapted_base(config, world, compute_dtype)
+    assert config.memory.recompute != "auto", "resolve_auto comes first"
+    set_recompute(module, config.memory.recompute)
+    module.train()
+    num_base, num_trainable = count_parameters(module)
+    head = output_head(module)
+    update = build_update(config, world, module, head.weight)
+    offload = ActivationOffload(world.device) if config.memory.offload_activations else None
+
+    @contextmanager
+    def forward_context() -> Iterator[None]:
+        with ExitStack() as stack:
+            if config.lora is None and compute_dtype != torch.float32:
+                stack.enter_context(torch.autocast(world.device.type, compute_dtype))
+            if offload is not None:
+                stack.enter_context(offload)
+            yield
+
+    with forward_context():  # as a step computes: full fine-tuning has fp32 weights and kernels of 16 bits
+        update.forward(lambda: check_head(module))
+    check_gathered_layer(module)
+    world.require_equal(update.digest(), "the initial trainable weights")
+    return TrainingModel(module, head, update, compute_dtype, forward_context, num_base, num_trainable)
+
+
+def _adapted_base(config: RunConfig, world: World, compute_dtype: torch.dtype) -> torch.nn.Module:
+    """The base with its adapters; for full fine-tuning the base with all weights trainable."""
+    settings, lora = config.model, config.lora
+    source = _base_source(config, world)
+    shards = world.shard_group() if config.strategy.name == "fsdp" else None
+    with world.stoppable(f"loading {settings.name}", has_collectives=shards is not None):
+        module: torch.nn.Module = load_base(
+            source,
+            revision=settings.revision,
+            quantization=settings.quantization,
+            double_quant=settings.double_quant,
+            # full fine-tuning keeps fp32 masters and computes under autocast
+            compute_dtype=torch.float32 if lora is None else compute_dtype,
+            attention=settings.attention,
+            attention_dtype=compute_dtype,
+            device=load_device(config, world),
+            run_device=world.device,
+            weights=settings.weights,
+            seed=config.seed,
+            shards=shards,
+            offload=config.strategy.offload,
+        )
+    if lora is None:
+        return module.requires_grad_(True)
+    return attach_lora(
+        module,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        variant=lora.variant,
+        seed=config.seed,
+        init_from=lora.init_from,
+        kernels=settings.kernels,
+        device=world.device,
+    )
+
+
+def _base_source(config: RunConfig, world: World) -> str:
+    """What the base is read from: the model, or its 4-bit copy on this node, which the node's first rank makes."""
+    settings = config.model
+    if settings.cache_4bit is None or settings.weights != "files":
+        return settings.name
+    with world.local_main_first("making the 4-bit copy of the base"):
+        return cached_4bit(
+            settings.cache_4bit,
+            settings.name,
+            revision=settings.revision,
+            quantization=settings.quantization,
+            double_quant=settings.double_quant,
+            compute_dtype=getattr(torch, settings.compute_dtype),
+            device=world.device,
+        )
+
+
+def check_base(config: RunConfig, world: World, model: TrainingModel) -> str:
+    """The base as it lies in memory, before the first step: bytes by rank, bits of one layer. Notes its checksum.
+
+    Says what was compared. Full fine-tuning has no frozen base.
+    """
+    if config.lora is None:
+        return "no frozen base: all weights are trained"
+    settings = config.model
+    dtype: torch.dtype = getattr(torch, settings.compute_dtype)
+    promised = promised_base_bytes(
+        settings.name,
+        revision=settings.revision,
+        quantization=settings.quantization,
+        double_quant=settings.double_quant,
+        dtype=dtype,
+    )
+    strategy = config.strategy.name
+    expected = promised.on_each_rank(strategy, world.size)
+    held = world.gather((socket.gethostname(), held_bytes(model.module)))
+    check_base_bytes(held, expected, strategy)
+    if strategy == "zero3":
+        compared = "a gathered layer is not compared with its source: DeepSpeed gathers and drops weights by itself"
+    elif strategy == "fsdp":
+        compared = "a gathered layer is bit-equal to its quantized source"  # build_model has checked it
+    elif settings.weights != "files":
+        compared = "its weights are random, of no file"
+    else:
+        compared = check_source_bits(
+            model.module, settings.name, revision=settings.revision, compute_dtype=dtype, seed=config.seed
+        )
+    model.base_checksum = base_checksum(model.module)
+    return f"base: {expected / GIB:.2f} GiB on each rank, as {strategy} promises; {compared}"
