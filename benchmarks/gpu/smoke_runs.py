@@ -27,7 +27,7 @@ from qlora_dist.cluster.launcher import child_environment
 from qlora_dist.commands.merge import merge
 from qlora_dist.config import parse_config
 from qlora_dist.errors import UserError
-from qlora_dist.train import train
+from qlora_dist.train import setup_model, train
 
 from ..dataset import write_tokenizer
 from ..provenance import ROOT

@@ -35,8 +35,8 @@ def test_a_cuda_device_always_has_its_index(monkeypatch):
     assert own_device(torch.device("cpu")) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert own_device() == torch.device("cuda", 0)
-    accelerator = SimpleNamespace(process_index=0, num_processes=1, local_process_index=0, device=torch.device("cuda"))
-    assert World(accelerator, (), StopSignal(), 1.0).device == torch.device("cuda", 0)
+    state = SimpleNamespace(process_index=0, num_processes=1, local_process_index=0, device=torch.device("cuda"))
+    assert World(state, StopSignal(), 1.0).device == torch.device("cuda", 0)
 
 
 def _collectives():

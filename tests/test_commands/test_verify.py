@@ -171,9 +171,9 @@ def _writes_to_base(monkeypatch):
 
 
 def _other_constants(monkeypatch):
-    from qlora_dist import model as base_model
+    from qlora_dist.train import setup_model
 
-    original = base_model.load_base
+    original = setup_model.load_base
 
     def damaged(name, **options):
         model = original(name, **options)
@@ -183,7 +183,7 @@ def _other_constants(monkeypatch):
             layer.self_attn.k_proj.weight.data[0] ^= 1
         return model
 
-    monkeypatch.setattr(base_model, "load_base", damaged)
+    monkeypatch.setattr(setup_model, "load_base", damaged)
 
 
 @pytest.mark.parametrize(
