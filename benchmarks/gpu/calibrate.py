@@ -82,7 +82,7 @@ def calibrate(out: Path) -> dict[str, Any]:
 
 
 def gpu_named(device: str) -> devices.Gpu:
-    """The entry of memory.devices that a device's name means. Raises UserError when there is none."""
+    """The entry of memory.gpus that a device's name means. Raises UserError when there is none."""
     words = re.findall("[a-z0-9]+", device.lower())
     # rtx4090 is RTX 4090, a100-80 is A100-SXM4-80GB
     runs = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
@@ -155,7 +155,7 @@ def fit_speed(measured: list[Measured], ceilings: dict[str, Any] | None, gpu: de
     efficiency = Constant("Gpu.efficiency", gpu.efficiency)
     dequant = Constant("DEQUANT_EFFICIENCY", devices.DEQUANT_EFFICIENCY)
     if not gpu.peak_flops:
-        efficiency.note = dequant.note = f"{gpu.name} has no rates in memory.devices"
+        efficiency.note = dequant.note = f"{gpu.name} has no rates in memory.gpus"
         return [efficiency, dequant]
     rates = ceiling_rates(ceilings, "dequantize nf4", ", double")
     if rates:

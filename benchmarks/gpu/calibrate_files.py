@@ -14,7 +14,7 @@ from typing import Any
 from qlora_dist.config import RunConfig, parse_config
 from qlora_dist.errors import UserError
 from qlora_dist.memory import MemoryPlan, plan_memory, shapes_from_config
-from qlora_dist.memory.devices import DEQUANT_EFFICIENCY, Gpu, estimate_speed
+from qlora_dist.memory.gpus import DEQUANT_EFFICIENCY, Gpu, estimate_speed
 
 from ..cells import Cell
 from ..repro_65b import llama_65b

@@ -32,7 +32,7 @@ from ..model import (
     load_base,
     load_config,
     load_tokenizer,
-    lora,
+    lora_files,
     quantized_and_back,
 )
 from .trained import Trained, find_trained, first_documents, load_trained
@@ -127,7 +127,7 @@ class Adapter:
 
     @classmethod
     def read(cls, folder: Path) -> Adapter:
-        config = lora.read_adapter_config(folder)
+        config = lora_files.read_adapter_config(folder)
         unknown = {
             "modules_to_save": config.modules_to_save,
             "rank_pattern": config.rank_pattern,
@@ -136,13 +136,13 @@ class Adapter:
         }
         for field, setting in unknown.items():
             if setting:
-                text = f"{folder / lora.CONFIG}: {field} is {setting}, which is not merged here; use PEFT's merge"
+                text = f"{folder / lora_files.CONFIG}: {field} is {setting}, which is not merged here; use PEFT's merge"
                 raise UserError(text)
         factors: dict[str, dict[str, Tensor]] = {}
-        for key, value in lora.read_adapter_weights(folder).items():
+        for key, value in lora_files.read_adapter_weights(folder).items():
             found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(\.weight)?", key)
             if found is None:
-                raise UserError(f"{folder / lora.WEIGHTS}: {key} is not a LoRA weight of a linear layer")
+                raise UserError(f"{folder / lora_files.WEIGHTS}: {key} is not a LoRA weight of a linear layer")
             factors.setdefault(found[1], {})[found[2]] = value.float()
         pairs = {name: (part["A"], part["B"]) for name, part in factors.items()}
         magnitudes = {name: part["magnitude_vector"] for name, part in factors.items() if "magnitude_vector" in part}

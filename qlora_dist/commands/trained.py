@@ -19,7 +19,7 @@ from ..config import DataConfig, ModelConfig, RunConfig, load_config
 from ..config.run_dir import RunDir
 from ..data.documents import Documents, build_documents
 from ..errors import UserError
-from ..model import INFERENCE, load_base, lora
+from ..model import INFERENCE, load_base, lora, lora_files
 from ..train.checkpoint import find_newest
 
 log = logging.getLogger(__name__)
@@ -52,15 +52,15 @@ def find_trained(path: str | Path, base: str | None = None) -> Trained:
     run = RunDir(path)
     if run.config.is_file():
         return _with_base(_of_run(run, load_config(run.config)), base)
-    if not (path / lora.CONFIG).is_file():
-        raise UserError(f"{path}: neither a run directory (config.yaml) nor an adapter ({lora.CONFIG})")
+    if not (path / lora_files.CONFIG).is_file():
+        raise UserError(f"{path}: neither a run directory (config.yaml) nor an adapter ({lora_files.CONFIG})")
     for above in list(path.resolve().parents)[:2]:  # RUN/adapter, RUN/checkpoints/step-*
         if RunDir(above).config.is_file():
             config = load_config(RunDir(above).config)
             return _with_base(Trained(config.model, path, config.data), base)
-    named = base or lora.read_adapter_config(path).base_model_name_or_path
+    named = base or lora_files.read_adapter_config(path).base_model_name_or_path
     if not named:
-        raise UserError(f"{path / lora.CONFIG} names no base model; name it with --base")
+        raise UserError(f"{path / lora_files.CONFIG} names no base model; name it with --base")
     log.info("%s belongs to no run directory: the base %s is loaded as nf4 with double quantization", path, named)
     return Trained(ModelConfig(name=named), path, None)
 
@@ -71,7 +71,7 @@ def _of_run(run: RunDir, config: RunConfig) -> Trained:
         if not whole.is_dir():
             raise UserError(f"{run.path}: the run is not finished, {whole} is not there yet; let it finish first")
         return Trained(config.model.model_copy(update={"name": str(whole), "revision": None}), None, config.data)
-    if (run.adapter / lora.CONFIG).is_file():
+    if (run.adapter / lora_files.CONFIG).is_file():
         return Trained(config.model, run.adapter, config.data)
     newest, rejected = find_newest(run.checkpoints) if run.checkpoints.is_dir() else (None, [])
     for bad, reason in rejected:

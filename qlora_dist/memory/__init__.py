@@ -1,17 +1,14 @@
 """How much memory a run needs, before it starts: config + config.json -> bytes per rank, item by item.
 
-    shapes      config.json -> ModelShapes (no torch, no weights)
-    tape        lifetimes of tensors in a forward and backward pass, as sizes
-    layers      a decoder layer, written on a tape
-    head        the last norm and the loss on a tape
-    devices     GPUs by name, and a rough speed
-    strategies  what each strategy keeps on a rank
-    items       what stays for a whole run
-    moments     what comes and goes within a step
-    plan        plan_memory: everything added up at the largest moment
-    choosing    choose: the recompute level, micro-batch, row length and strategy that fit
-    read_shapes where config.json comes from; shapes by arithmetic, or measured (measured_shapes) for other families
-    table       the plan as text
+    read_shapes  where config.json comes from; shapes by arithmetic (families), or measured (measured_shapes)
+    tape         lifetimes of tensors in a forward and backward pass, as sizes; layers: a decoder layer on a tape
+    strategies   what each strategy keeps on a rank
+    resident     what stays for a whole run
+    step_peak    what comes and goes within a step
+    plan         plan_memory: everything added up at the largest moment
+    choosing     choose: the recompute level, micro-batch, row length and strategy that fit
+    gpus         GPUs by name, and a rough speed
+    table        the plan as text
 
 Nothing here but measured_shapes imports torch. `commands.plan.simulate` runs the real code under fake tensors and is
 what this is held against.
@@ -19,8 +16,9 @@ what this is held against.
 
 from .choosing import choose, largest_micro_rows, largest_row_tokens
 from .constants import Item
+from .families import shapes_from_config
 from .plan import MemoryPlan, plan_memory
-from .shapes import Linear, ModelShapes, shapes_from_config
+from .shapes import Linear, ModelShapes
 
 __all__ = [
     "Item",

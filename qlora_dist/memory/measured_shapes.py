@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import model as base_model
 from ..errors import UserError
+from ..model import decoder_layers, is_conv1d, linear_layers, load_config
 from ..model.check_config import build_on_meta
 from .shapes import Linear, ModelShapes
 
@@ -15,10 +15,10 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
 
     Raises UserError for a model that is no decoder-only causal language model, and for experts.
     """
-    config = base_model.load_config(name, revision)
+    config = load_config(name, revision)
     model: Any = build_on_meta(name, config)
     text: Any = config.get_text_config()
-    layers = base_model.decoder_layers(model)
+    layers = decoder_layers(model)
     if not layers:
         raise UserError(f"model.name {name}: {type(model).__name__} has no decoder layers that are known here")
     if any(parameter.ndim > 2 for layer in layers for parameter in layer.parameters()):
@@ -26,7 +26,7 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
             f"model.name {name}: {type(model).__name__} has experts; memory is planned for dense models only"
         )
     prefix = next(key for key, module in model.named_modules() if module is layers[0]).rpartition(".")[0]
-    inside = base_model.linear_layers(model)
+    inside = linear_layers(model)
     linears = tuple(
         _linear(key.removeprefix(f"{prefix}.0."), layer)
         for key, layer in inside.items()
@@ -63,6 +63,6 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
 
 def _linear(name: str, layer: Any) -> Linear:
     outputs, inputs = layer.weight.shape
-    if base_model.is_conv1d(layer):
+    if is_conv1d(layer):
         outputs, inputs = inputs, outputs
     return Linear(name, inputs, outputs, layer.bias is not None)

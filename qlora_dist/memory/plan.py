@@ -15,9 +15,9 @@ from typing import Any
 
 from ..config import RunConfig
 from .constants import CONTEXT_BYTES, NCCL_BYTES, RESERVE_SHARE, WORKSPACE_BYTES, Item
-from .items import adapter_sizes, aligned_size, base_bytes, compute_size, host, persistent
-from .moments import largest_moment
+from .resident import adapter_sizes, aligned_size, base_bytes, compute_size, host, persistent
 from .shapes import ModelShapes
+from .step_peak import largest_moment
 from .strategies import sharing
 
 

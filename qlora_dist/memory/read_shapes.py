@@ -8,7 +8,8 @@ from typing import Any
 
 from ..config.names import model_folder
 from ..errors import UserError
-from .shapes import ModelShapes, shapes_from_config
+from .families import shapes_from_config
+from .shapes import ModelShapes
 
 
 def read_shapes(name: str, revision: str | None = None) -> ModelShapes:

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from ..cluster.shard_group import ShardGroup
 from ..config.quantization import Quantization
 from ..errors import UserError
-from . import attention as packed_attention
-from .attention import PACKED
+from .attention import PACKED, leave_cudnn_out, resolve_backend
 from .bitsandbytes_import import bitsandbytes
 from .pretrained import (
     INFERENCE,
@@ -27,8 +26,7 @@ from .pretrained import (
     switch_dropout_off,
     where_to_read,
 )
-from .weights import shard as sharding
-from .weights import stream as streaming
+from .weights import shard, stream
 from .weights.sources import RandomSource, WeightSource, open_files
 
 log = logging.getLogger(__name__)
@@ -67,24 +65,24 @@ def load_base(
         check_weight_files(name)
     is_packed = attention != INFERENCE
     needs = attention_needs(config, attention_dtype or compute_dtype)
-    backend = packed_attention.resolve_backend(attention, run_device or device, needs) if is_packed else ""
+    backend = resolve_backend(attention, run_device or device, needs) if is_packed else ""
     if backend in ("sdpa", ""):
-        packed_attention.leave_cudnn_out(run_device or device)
+        leave_cudnn_out(run_device or device)
     settings = quantization_settings(name, config, quantization, double_quant, compute_dtype)
     implementation = PACKED if is_packed else None
     model = None
     if quantization != "int8":
-        skeleton = streaming.build_skeleton(
+        skeleton = stream.build_skeleton(
             config, dtype=compute_dtype, attention=implementation, four_bit=settings.get("quantization_config")
         )
         source = open_source(name, revision, skeleton, weights, seed, device)
         if source is not None:
-            tied = streaming.settle_ties(skeleton.model, source)
-            streaming.check_complete(name, skeleton.model, source, tied)
+            tied = stream.settle_ties(skeleton.model, source)
+            stream.check_complete(name, skeleton.model, source, tied)
             if shards is None:
-                model = streaming.fill(skeleton, source, tied, device)
+                model = stream.fill(skeleton, source, tied, device)
             else:
-                model = sharding.load_shared(skeleton, source, tied, shards, offload)
+                model = shard.load_shared(skeleton, source, tied, shards, offload)
             _set_generation(model, name, revision)
     elif weights == "random":
         raise UserError("model.weights is random, which int8 cannot be made from; use nf4, fp4 or none")
@@ -101,7 +99,7 @@ def load_base(
 def open_source(
     name: str,
     revision: str | None,
-    skeleton: streaming.Skeleton,
+    skeleton: stream.Skeleton,
     weights: Weights,
     seed: int,
     device: torch.device,
@@ -109,7 +107,7 @@ def open_source(
     """Where the weights come from; None when they must be converted by transformers, which is said."""
     if weights == "random":
         return RandomSource(skeleton.model, skeleton.model.config, seed, device)
-    source, reason = streaming.match_files(skeleton, open_files(name, revision))
+    source, reason = stream.match_files(skeleton, open_files(name, revision))
     if source is None:
         log.info("weights are loaded by transformers, not streamed: %s", reason)
     return source
@@ -141,7 +139,7 @@ def _from_pretrained(
     model, info = loaded
     lacking = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if lacking:
-        raise streaming.incomplete(name, lacking)
+        raise stream.incomplete(name, lacking)
     return model
 
 

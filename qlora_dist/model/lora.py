@@ -1,14 +1,12 @@
-"""LoRA on a frozen base: attach, count, save, reload, compare. The home of peft.
+"""LoRA on a frozen base: attach, count, combine; its files are in `lora_files`. The home of peft.
 
-A file that is written here is a PEFT adapter: stock `PeftModel.from_pretrained` loads it. Adapters are fp32 masters
-whatever the base is; the forward pass casts them to the type of its input.
+Adapters are fp32 masters whatever the base is; the forward pass casts them to the type of its input.
 
 Legend: T tokens, I inputs, O outputs of a layer, r rank.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -20,20 +18,16 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config.names import resolve_targets
-from ..errors import RunFailed, UserError
+from ..errors import UserError
 from .base_weights import num_weights
 from .forward import linear_layers, plain_name, strip_wrappers, unwrap
+from .lora_files import load_adapter_weights, read_adapter_config, require_weights
 from .lora_forward import lowrank_forward
 
 log = logging.getLogger(__name__)
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ADAPTER = "default"  # PEFT's name of the adapter that is trained
 
 Variant = Literal["lora", "rslora", "dora"]
 
@@ -147,100 +141,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return base, trainable
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter under PEFT's keys: copies on the CPU, contiguous, sorted by key."""
-    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in sorted(_live_state(model).items())}
-
-
-def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json into an existing or new folder. Not atomic by itself."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state(model), folder / WEIGHTS, metadata={"format": "pt"})
-    config = _peft(model).peft_config[ADAPTER].to_dict()
-    config |= {"base_model_name_or_path": base_name, "inference_mode": True}
-    # sets come in another order in every process: sorted, equal adapters are equal files
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-
-
-def load_adapter_weights(model: nn.Module, folder: str | Path) -> None:
-    """Copies a saved adapter into the attached one, in place. Raises UserError unless keys and shapes are the same."""
-    live, stored = _live_state(model), read_adapter_weights(folder)
-    missing, unexpected = sorted(live.keys() - stored.keys()), sorted(stored.keys() - live.keys())
-    if missing or unexpected:
-        lines = [f"{len(keys)} {what}, first {keys[0]}" for what, keys in
-                 (("missing", missing), ("unexpected", unexpected)) if keys]  # fmt: skip
-        raise UserError(
-            f"adapter {folder} does not belong to this model and lora section: {'; '.join(lines)}; "
-            "use the target_modules and the base it was trained with"
-        )
-    for key, value in live.items():
-        if value.shape != stored[key].shape:
-            raise UserError(
-                f"adapter {folder}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(value.shape)}; "
-                "lora.rank or the base differs from the one it was trained with"
-            )
-    with torch.no_grad():
-        for key, value in live.items():
-            value.copy_(stored[key])  # in place: the optimizer may hold views
-
-
-def verify_adapter_file(model: nn.Module, folder: str | Path, *, must_be_trained: bool = False) -> None:
-    """Reads a saved adapter back and compares it bit by bit with the live one. Raises RunFailed.
-
-    With must_be_trained, an adapter whose B matrices are all zero (it changes nothing) fails too.
-    """
-    live, stored = adapter_state(model), read_adapter_weights(folder)
-    wrong = sorted(
-        key for key in live.keys() | stored.keys()
-        if key not in live or key not in stored or not _same_bits(live[key], stored[key])
-    )  # fmt: skip
-    if wrong or not live:
-        raise RunFailed(
-            f"the adapter in {folder} is not what is in memory: {len(wrong)} of {len(live)} tensors differ"
-            + (f", first {wrong[0]}" if wrong else "")
-            + "; do not use this file, earlier checkpoints are unaffected"
-        )
-    if must_be_trained and not any(bool(value.any()) for key, value in live.items() if "lora_B" in key):
-        raise RunFailed(f"the adapter in {folder} changes nothing: every lora_B is zero; no gradient reached it")
-
-
-def read_adapter_weights(folder: str | Path) -> dict[str, Tensor]:
-    """Tensors of a saved adapter. Raises UserError."""
-    path = _require_weights(folder)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); the file is damaged or incomplete") from None
-
-
-def _require_weights(folder: str | Path) -> Path:
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        pickled = path.with_name("adapter_model.bin")
-        hint = f"{pickled.name} is pickled, which can run code: convert it to safetensors" if pickled.is_file() else ""
-        raise UserError(f"{folder}: no {WEIGHTS} here; {hint or 'give the folder of a saved PEFT adapter'}")
-    return path
-
-
-def read_adapter_config(folder: str | Path) -> LoraConfig:
-    """adapter_config.json of a LoRA adapter. Raises UserError for anything else."""
-    path = Path(folder) / CONFIG
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: {CONFIG} cannot be read ({error}); give the folder of a PEFT adapter") from None
-    if kind != "LORA":
-        raise UserError(f"{path}: peft_type is {kind}, expected LORA")
-    config = LoraConfig.from_pretrained(str(folder))
-    assert isinstance(config, LoraConfig)
-    return config
-
-
 # --- several adapters -------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +150,7 @@ def load_adapters(model: nn.Module, folders: dict[str, Path], *, lean: bool = Tr
     for name, folder in folders.items():
         # a clear error before PEFT's, which would take pickled weights, or look for them on the hub
         read_adapter_config(folder)
-        _require_weights(folder)
+        require_weights(folder)
         with _without_old_names():
             if adapted is None:
                 adapted = PeftModel.from_pretrained(unwrap(model), str(folder), adapter_name=name, is_trainable=False)
@@ -291,31 +191,6 @@ def _without_old_names() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
-
-
-def _peft(model: nn.Module) -> PeftModel:
-    """The PeftModel inside data-parallel and compile wrappers."""
-    inner: Any = model
-    while not isinstance(inner, PeftModel):
-        outer, inner = inner, getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
-        if inner is None:
-            raise RuntimeError(f"{type(outer).__name__} has no adapters; call attach_lora first")
-    return inner
-
-
-def _live_state(model: nn.Module) -> dict[str, Tensor]:
-    """PEFT's keys -> the parameters themselves. Made here: PEFT's function knows no wrappers inside of the model."""
-    return {
-        strip_wrappers(name).replace(f".{ADAPTER}.weight", "" if "lora_magnitude_vector" in name else ".weight"): value
-        for name, value in _peft(model).named_parameters()
-        if "lora_" in name and f".{ADAPTER}." in name
-    }
-
-
-def _same_bits(left: Tensor, right: Tensor) -> bool:
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
 
 
 def _check_same_shape(found: LoraConfig, wanted: LoraConfig, folder: Path) -> None:

@@ -15,13 +15,12 @@ from transformers.utils import logging as transformers_logging
 from ..config.names import model_folder
 from ..config.quantization import BLOCK, Quantization
 from ..errors import UserError
-from . import attention as packed_attention
-from .attention import AttentionNeeds
+from .attention import AttentionNeeds, register
 from .bitsandbytes_import import bitsandbytes
 
 log = logging.getLogger(__name__)
 
-packed_attention.register()
+register()
 if not sys.stderr.isatty():  # bars of many ranks in one log file are unreadable
     transformers_logging.disable_progress_bar()
 

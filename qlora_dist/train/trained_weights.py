@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import RunFailed, UserError
 from ..model import unwrap
-from ..model.lora import load_adapter_weights, save_adapter, trainable_parameters, verify_adapter_file
+from ..model.lora import trainable_parameters
+from ..model.lora_files import load_adapter_weights, save_adapter, verify_adapter_file
 
 FULL = "weights.safetensors"
 

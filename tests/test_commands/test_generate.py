@@ -28,7 +28,8 @@ from qlora_dist.config import parse_config
 from qlora_dist.data.documents import build_documents
 from qlora_dist.errors import UserError
 from qlora_dist.model import Sampling, load_tokenizer
-from qlora_dist.model.lora import attach_lora, save_adapter, trainable_parameters
+from qlora_dist.model.lora import attach_lora, trainable_parameters
+from qlora_dist.model.lora_files import save_adapter
 
 CPU = torch.device("cpu")
 QUESTIONS = ["w6 w7", "w9 w8 w7 w6 w20 w21", "w30"]

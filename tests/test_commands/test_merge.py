@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_dist.commands.merge import describe, merge
 from qlora_dist.errors import UserError
 from qlora_dist.model import INFERENCE, load_base
-from qlora_dist.model.lora import attach_lora, load_adapters, save_adapter, trainable_parameters
+from qlora_dist.model.lora import attach_lora, load_adapters, trainable_parameters
+from qlora_dist.model.lora_files import save_adapter
 
 CPU = torch.device("cpu")
 IDS = random_batch((12,)).input_ids

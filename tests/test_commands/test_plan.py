@@ -21,7 +21,7 @@ from qlora_dist.commands.plan.simulate import measure, simulate
 from qlora_dist.config import RunConfig, parse_config
 from qlora_dist.errors import UserError
 from qlora_dist.memory import plan_memory, shapes_from_config
-from qlora_dist.memory.devices import GPUS
+from qlora_dist.memory.gpus import GPUS
 from qlora_dist.memory.read_shapes import read_shapes
 
 LLAMA_65B = {

@@ -145,11 +145,11 @@ def _wrong_scale(monkeypatch):
 
 
 def _lossy_save(monkeypatch):
-    from qlora_dist.model import lora as adapters
+    from qlora_dist.model import lora_files
 
-    original = adapters.adapter_state
+    original = lora_files.adapter_state
     monkeypatch.setattr(
-        adapters, "adapter_state", lambda model: {k: v.bfloat16().float() for k, v in original(model).items()}
+        lora_files, "adapter_state", lambda model: {k: v.bfloat16().float() for k, v in original(model).items()}
     )
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from qlora_dist.config import RunConfig, dump_yaml, load_config
 from qlora_dist.memory import MemoryPlan, choose, shapes_from_config
-from qlora_dist.memory.devices import GPUS
+from qlora_dist.memory.gpus import GPUS
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))

@@ -24,8 +24,8 @@ from qlora_dist.memory import (
 )
 from qlora_dist.memory.choosing import changed_config
 from qlora_dist.memory.constants import ALIGNMENT, OFFLOAD_AHEAD_BYTES
-from qlora_dist.memory.devices import GPUS, estimate_speed, parse_gpu
-from qlora_dist.memory.head import CHUNK_BYTES
+from qlora_dist.memory.gpus import GPUS, estimate_speed, parse_gpu
+from qlora_dist.memory.step_peak import CHUNK_BYTES
 from qlora_dist.memory.strategies import BUCKET_BYTES, STRATEGIES
 from qlora_dist.memory.tape import Tape
 from qlora_dist.model import activation_offload as offload

@@ -17,19 +17,21 @@ from safetensors.torch import load_file, save_file
 from qlora_dist.errors import RunFailed, UserError
 from qlora_dist.model import INFERENCE, base_checksum, hidden_states, linear_layers, load_base, output_head
 from qlora_dist.model.lora import (
-    CONFIG,
-    WEIGHTS,
     activate,
-    adapter_state,
     attach_lora,
     combine_adapters,
     count_parameters,
-    load_adapter_weights,
     load_adapters,
     lora_layers,
+    trainable_parameters,
+)
+from qlora_dist.model.lora_files import (
+    CONFIG,
+    WEIGHTS,
+    adapter_state,
+    load_adapter_weights,
     read_adapter_config,
     save_adapter,
-    trainable_parameters,
     verify_adapter_file,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from qlora_dist.cluster.launcher import require_own_strategy
 from qlora_dist.cluster.world import World
 from qlora_dist.errors import UserError
+from qlora_dist.model import base_weights
 from qlora_dist.optim.deepspeed_config import STAGES, fill_ds_config, find_ds_config
 from qlora_dist.train import train
 from qlora_dist.train.strategy import build_update
@@ -60,14 +62,13 @@ def _figures(run_dir):
 def _watched(raw):
     """A run, and what this rank holds of it just before it ends."""
     import qlora_dist.train as trainer
-    from qlora_dist.model import base_checksum
     from qlora_dist.train import setup_model
 
     seen = {}
     build, build_update, finish = trainer.build_model, setup_model.build_update, trainer.finish
 
     def fingerprinting(config, world, model, head_weight):
-        seen["base"] = base_checksum(model)
+        seen["base"] = _digest(model)
         seen["base_bytes"] = _base_bytes(model)
         seen["dtypes"] = {name: p.dtype for name, p in model.named_parameters()}
         return build_update(config, world, model, head_weight)
@@ -92,7 +93,7 @@ def _watched(raw):
         seen["base_share"] = _base_bytes(model) / seen["base_bytes"]
         with _whole(model):
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            seen["base_kept"] = base_checksum(model) == seen["base"]
+            seen["base_kept"] = _digest(model) == seen["base"]
             seen["all_b_moved"] = all(bool(p.any()) for name, p in trained.items() if "lora_B" in name)
             seen["dtypes_kept"] = {name: p.dtype for name, p in model.named_parameters()} == seen["dtypes"]
             seen["trained_dtypes"] = {str(p.dtype) for p in trained.values()}
@@ -110,6 +111,15 @@ def _watched(raw):
     _train(raw)
     del seen["dtypes"]
     return seen
+
+
+def _digest(model):
+    """Of the whole base, gathered where ranks share it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base_weights(model), key=lambda item: item[0]):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _whole(model):

@@ -9,7 +9,7 @@ from typing import Any
 from ...config import RunConfig
 from ...files import format_bytes
 from ...memory import MemoryPlan, ModelShapes, choose, largest_micro_rows, largest_row_tokens, plan_memory
-from ...memory.devices import GPUS, Gpu, Speed, estimate_speed, parse_gpu
+from ...memory.gpus import GPUS, Gpu, Speed, estimate_speed, parse_gpu
 from ...memory.read_shapes import read_shapes
 from ...memory.table import plan_lines
 

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from ... import model as base_model
 from ...config import RunConfig
 from ...config.quantization import BLOCK, Quantization
 from ...data.packing import Batch
 from ...errors import UserError
 from ...memory import MemoryPlan
-from ...model import lora as adapters
+from ...model import hidden_states, output_head, quantized_and_back, set_recompute
+from ...model.lora import attach_lora, trainable_parameters
 from ...model.loss import CHUNK_BYTES, OutputHead, nll_sum
 from ...model.meta import empty_base, fill_empty
 from ...optim.adamw import build_optimizer, decays, step_optimizer
@@ -103,7 +103,7 @@ def _run_step(
     live.reset_peak()
     chunk = max(1, CHUNK_BYTES["cuda"] // (4 * head.weight.shape[0]))
     with live.category("saved activations"):
-        hidden = base_model.hidden_states(model, batch)
+        hidden = hidden_states(model, batch)
         hidden = hidden.to(_dtype(config))
     with live.category("loss"):
         nll = nll_sum(hidden, head, batch.label_positions, batch.labels, chunk)
@@ -129,7 +129,7 @@ def _meta_model(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> torch.n
         compute_dtype=dtype,
         backend="sdpa" if config.model.attention == "sdpa" or dtype == torch.float32 else "varlen",
     )
-    model = adapters.attach_lora(
+    model = attach_lora(
         model,
         rank=config.lora.rank,
         alpha=config.lora.alpha,
@@ -139,7 +139,7 @@ def _meta_model(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> torch.n
         seed=config.seed,
         kernels=config.model.kernels,
     )
-    base_model.set_recompute(model, plan.recompute)
+    set_recompute(model, plan.recompute)
     return model.train()
 
 
@@ -148,7 +148,7 @@ def _fill(config: RunConfig, model: torch.nn.Module, live: LiveBytes) -> tuple[O
     with live.category("base"):
         fill_empty(model)
     with live.category("adapters and gradients"):
-        flat = FlatParameters(adapters.trainable_parameters(model), decays)
+        flat = FlatParameters(trainable_parameters(model), decays)
     optim = config.optim
     with unset_fake_temporarily():  # bitsandbytes reads values of its table
         optimizer = build_optimizer(
@@ -156,7 +156,7 @@ def _fill(config: RunConfig, model: torch.nn.Module, live: LiveBytes) -> tuple[O
         )
     with live.category("optimizer"):
         step_optimizer(optimizer, 0.0)  # makes the states, as they are from the second step on
-    return base_model.output_head(model), optimizer
+    return output_head(model), optimizer
 
 
 def _batch(rows: int, row_tokens: int, live: LiveBytes) -> Batch:
@@ -178,7 +178,7 @@ def _dtype(config: RunConfig) -> torch.dtype:
 def _make_tables(quantization: Quantization) -> None:
     """bitsandbytes makes its tables of values at their first use, which must not be among fake tensors."""
     if quantization != "none":
-        base_model.quantized_and_back(torch.ones(BLOCK, BLOCK), quantization, True, torch.float32)
+        quantized_and_back(torch.ones(BLOCK, BLOCK), quantization, True, torch.float32)
 
 
 # --- what differs on a GPU --------------------------------------------------------------------------------------------

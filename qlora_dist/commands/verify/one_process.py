@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ... import model as base_model
 from ...cluster.world import World
 from ...config import RunConfig
 from ...data.loader import StepRows
 from ...data.packing import Batch, Example, collate
 from ...errors import RunFailed
-from ...model import lora as adapters
+from ...model import INFERENCE, base_checksum, evaluation_mode, hidden_states, load_base
+from ...model.lora import load_adapters, trainable_parameters
+from ...model.lora_files import load_adapter_weights, save_adapter, verify_adapter_file
 from ...train.fit_memory import resolve_auto
 from ...train.setup_data import Data, build_data
 from ...train.setup_model import build_model, check_base
@@ -54,7 +55,7 @@ def _prove(plan: Plan, world: World) -> list[Proof]:
     model = build_model(config, world)
     has_adapter = config.lora is not None
     proofs = [_prove_base(config, world, model)]
-    before = base_model.base_checksum(model.module) if has_adapter else ""
+    before = base_checksum(model.module) if has_adapter else ""
     move_adapters(model, config.seed)
     documents = some_documents(data)
     packed = collate(documents, (0,)).to(world.device)
@@ -62,10 +63,10 @@ def _prove(plan: Plan, world: World) -> list[Proof]:
     proofs.append(prove_accumulation(model, data.loader.step(0), world, tolerances.gradient))
     folder = plan.folder / "adapter"
     if has_adapter:
-        is_same = base_model.base_checksum(model.module) == before
+        is_same = base_checksum(model.module) == before
         proofs.append(Proof(UNCHANGED, 0.0 if is_same else 1.0, 0.0, "checksum of the whole base"))
         proofs.append(prove_reloaded(model, folder, config.model.name))
-    with torch.no_grad(), base_model.evaluation_mode(model.module):
+    with torch.no_grad(), evaluation_mode(model.module):
         ours = label_nll(model, packed), model.nll_sum(packed).item() / packed.num_labels
     forward_context = model.forward_context
     del model  # two bases at once may not fit
@@ -101,7 +102,7 @@ def move_adapters(model: TrainingModel, seed: int) -> None:
     """Gives every B small values: at zero, adapters would take no part in anything that is compared."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in adapters.trainable_parameters(model.module).items():
+        for name, parameter in trainable_parameters(model.module).items():
             if "lora_B" in name:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
@@ -109,8 +110,8 @@ def move_adapters(model: TrainingModel, seed: int) -> None:
 @torch.no_grad()
 def label_nll(model: TrainingModel, batch: Batch) -> torch.Tensor:
     """(N,) fp32 NLL of each label by the path that is trained, dropout off. Documents in their order."""
-    with base_model.evaluation_mode(model.module), model.forward_context():
-        hidden = base_model.hidden_states(model.module, batch).to(model.compute_dtype)
+    with evaluation_mode(model.module), model.forward_context():
+        hidden = hidden_states(model.module, batch).to(model.compute_dtype)
         parts = [
             torch.nn.functional.cross_entropy(model.head.logits(hidden[positions]).float(), labels, reduction="none")
             for positions, labels in zip(batch.label_positions.split(CHUNK), batch.labels.split(CHUNK), strict=True)
@@ -163,7 +164,7 @@ def prove_accumulation(model: TrainingModel, rows: StepRows, world: World, toler
             num_labels=sum(document.num_labels for document in documents),
             num_tokens=sum(len(document) for document in documents),
         )
-        with base_model.evaluation_mode(model.module):
+        with evaluation_mode(model.module):
             stats = train_step(world, model, step, step=0, seed=0, lr=0.0, stop_requested=False)
         losses[name] = stats.loss
         gradients[name] = torch.cat([gradient.detach().double().cpu().flatten() for gradient in _gradients(model)])
@@ -174,7 +175,7 @@ def prove_accumulation(model: TrainingModel, rows: StepRows, world: World, toler
 
 
 def _gradients(model: TrainingModel) -> list[torch.Tensor]:
-    parameters = adapters.trainable_parameters(model.module).values()
+    parameters = trainable_parameters(model.module).values()
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
@@ -189,14 +190,14 @@ def documents_of(batch: Batch) -> list[Example]:
 
 def prove_reloaded(model: TrainingModel, folder: Path, base_name: str) -> Proof:
     """The adapter written, its live weights overwritten, read back: the same bits in the file and in memory."""
-    adapters.save_adapter(model.module, folder, base_name)
+    save_adapter(model.module, folder, base_name)
     kept = model.update.digest()
     with torch.no_grad():
-        for parameter in adapters.trainable_parameters(model.module).values():
+        for parameter in trainable_parameters(model.module).values():
             parameter.fill_(0.5)
     try:
-        adapters.load_adapter_weights(model.module, folder)
-        adapters.verify_adapter_file(model.module, folder, must_be_trained=True)
+        load_adapter_weights(model.module, folder)
+        verify_adapter_file(model.module, folder, must_be_trained=True)
     except (RunFailed, ValueError) as error:
         return failed(RELOADED, str(error))
     return Proof(RELOADED, 0.0 if model.update.digest() == kept else 1.0, 0.0, "every bit of the trained weights")
@@ -207,18 +208,18 @@ def _prove_reference(
 ) -> list[Proof]:
     """The same documents, padded, by transformers' model and its loss, with the adapter put on by stock PEFT."""
     settings = plan.single.model
-    reference: Any = base_model.load_base(
+    reference: Any = load_base(
         settings.name,
         revision=settings.revision,
         quantization=settings.quantization,
         double_quant=settings.double_quant,
         # full fine-tuning keeps fp32 masters and computes under autocast
         compute_dtype=torch.float32 if adapter is None else getattr(torch, settings.compute_dtype),
-        attention=base_model.INFERENCE,
+        attention=INFERENCE,
         device=world.device,
     )
     if adapter is not None:
-        reference = adapters.load_adapters(reference, {"trained": adapter}, lean=False)
+        reference = load_adapters(reference, {"trained": adapter}, lean=False)
     output = reference.eval()(**padded(documents, world.device))
     longest = max(len(document) for document in documents)
     ids = padded(documents, world.device)["input_ids"]

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from ..config import RunConfig
 from .constants import OFFLOAD_AHEAD_BYTES, Item
-from .head import HeadBytes, head_bytes
-from .items import compute_size
-from .layers import LayerBytes, LayerSettings, layer_bytes
+from .layers import LayerBytes, LayerSettings, LayerTape, layer_bytes
+from .resident import compute_size
 from .shapes import ModelShapes, adapted_linears
+
+CHUNK_BYTES = 512 * 2**20  # model.loss.CHUNK_BYTES["cuda"]
 
 
 @dataclass(frozen=True)
@@ -113,3 +114,30 @@ def _layer_moments(
             },
             below,
         )
+
+
+# --- the last norm and the loss ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadBytes:
+    """What stands between the last layer and the loss."""
+
+    saved: int  # the last norm's tensors and the gradient of the hidden states, from the loss on
+    peak: int  # during the loss, with what is saved
+    logits: int  # of them: one chunk of fp32 logits and what is made of it
+
+
+def head_bytes(shapes: ModelShapes, tokens: int, compute_size: int, chunk_bytes: int = CHUNK_BYTES) -> HeadBytes:
+    """The last norm, then `model.loss.nll_sum` with every token a label (a row may hold nothing else)."""
+    row = tokens * shapes.hidden * compute_size
+    settings = LayerSettings(tokens, compute_size)
+    writer = LayerTape(shapes, settings)
+    hidden = writer._norm(writer.start)
+    normed = writer.tape.saved.total - hidden.size + (row if writer.start.refs > 1 else 0)
+    chunk = min(tokens, max(1, chunk_bytes // (4 * shapes.vocabulary)))
+    logits = 4 * chunk * shapes.vocabulary
+    # logsumexp makes one copy of the logits; a cap on them keeps its slope as well
+    extra = logits * (3 if shapes.caps_logits else 2)
+    # hidden states, those with a label, and their gradient
+    return HeadBytes(normed + row, normed + 3 * row + extra, extra)

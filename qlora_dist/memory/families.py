@@ -1,0 +1,279 @@
+"""config.json -> the shapes of a model, by plain arithmetic: no torch, no weights, a few milliseconds.
+
+Families are described by what differs between them: which linear layers a decoder layer has, in the order of its
+forward pass, which of them have biases, how many norms, where they stand. A family that is not listed here is measured
+on transformers' meta device instead (`memory.read_shapes`), which takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ..errors import UserError
+from .shapes import Linear, ModelShapes
+
+
+def _llama_like(
+    config: dict[str, Any],
+    *,
+    qkv_bias: bool | None = None,
+    out_bias: bool | None = None,
+    norms: int = 2,
+    tied: bool = False,
+    **differences: Any,
+) -> ModelShapes:
+    """Llama and those that differ from it in biases and norms. Biases of None are the config's `attention_bias`."""
+    hidden, width = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    said_bias = bool(config.get("attention_bias", False))
+    qkv_bias = said_bias if qkv_bias is None else qkv_bias
+    out_bias = said_bias if out_bias is None else out_bias
+    mlp_bias = bool(config.get("mlp_bias", False))
+    queries, keys = heads * head_dim, kv_heads * head_dim
+    linears = (
+        Linear("self_attn.q_proj", hidden, queries, qkv_bias),
+        Linear("self_attn.k_proj", hidden, keys, qkv_bias),
+        Linear("self_attn.v_proj", hidden, keys, qkv_bias),
+        Linear("self_attn.o_proj", queries, hidden, out_bias),
+        Linear("mlp.gate_proj", hidden, width, mlp_bias),
+        Linear("mlp.up_proj", hidden, width, mlp_bias),
+        Linear("mlp.down_proj", width, hidden, mlp_bias),
+    )
+    qk = differences.get("qk_norm", "none")
+    qk_weights = {"none": 0, "head": 2 * head_dim, "row": queries + keys}[qk]
+    vocabulary = config["vocab_size"]
+    is_tied = bool(config.get("tie_word_embeddings", tied))
+    return ModelShapes(
+        family=config["model_type"],
+        num_layers=config["num_hidden_layers"],
+        hidden=hidden,
+        vocabulary=vocabulary,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        layer_prefix="model.layers",
+        linears=linears,
+        norm_weights=norms * hidden + qk_weights,
+        embedding_weights=vocabulary * hidden,
+        head_weights=0 if is_tied else vocabulary * hidden,
+        final_weights=hidden,
+        rotary_dim=head_dim,
+        has_softcap=config.get("attn_logit_softcapping") is not None,
+        caps_logits=config.get("final_logit_softcapping") is not None,
+        **differences,
+    )
+
+
+def _llama(config: dict[str, Any]) -> ModelShapes:
+    return _llama_like(config)
+
+
+def _mistral(config: dict[str, Any]) -> ModelShapes:
+    return _llama_like(config, qkv_bias=False, out_bias=False)
+
+
+def _qwen2(config: dict[str, Any]) -> ModelShapes:
+    return _llama_like(config, qkv_bias=True, out_bias=False)
+
+
+def _qwen3(config: dict[str, Any]) -> ModelShapes:
+    return _llama_like(config, qk_norm="head")
+
+
+def _gemma(config: dict[str, Any]) -> ModelShapes:
+    return _llama_like({"head_dim": 256, **config}, tied=True)
+
+
+def _gemma2(config: dict[str, Any]) -> ModelShapes:
+    # the class's own defaults, for config files that leave them out
+    defaults = {"head_dim": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    return _llama_like({**defaults, **config}, tied=True, norms=4, norm_place="sandwich")
+
+
+def _gemma3(config: dict[str, Any]) -> ModelShapes:
+    return _llama_like({"head_dim": 256, **config}, tied=True, norms=4, norm_place="sandwich", qk_norm="head")
+
+
+def _granite(config: dict[str, Any]) -> ModelShapes:
+    return _llama_like(config, scales_logits=True)
+
+
+def _olmo2(config: dict[str, Any]) -> ModelShapes:
+    return _llama_like(config, norm_place="post", qk_norm="row")
+
+
+def _cohere(config: dict[str, Any]) -> ModelShapes:
+    if config.get("use_qk_norm"):
+        raise _Unlisted
+    return _llama_like(
+        config, tied=True, norms=1, norm="fp32_layer", is_parallel=True, shares_norm=True, scales_logits=True
+    )
+
+
+def _two_matrix(
+    config: dict[str, Any],
+    *,
+    prefix: str,
+    linears: tuple[Linear, ...],
+    rotary_share: float | None,
+    tied: bool,
+    positions: int = 0,
+    head_bias: bool = False,
+    **differences: Any,
+) -> ModelShapes:
+    """Layer norms with biases and an MLP of two matrices: GPT-2, GPT-NeoX, Phi."""
+    hidden = config.get("hidden_size") or config["n_embd"]
+    heads = config.get("num_attention_heads") or config["n_head"]
+    vocabulary = config["vocab_size"]
+    head_dim = hidden // heads
+    num_norms = 1 if differences.get("shares_norm") else 2
+    is_tied = bool(config.get("tie_word_embeddings", tied))
+    return ModelShapes(
+        family=config["model_type"],
+        num_layers=config.get("num_hidden_layers") or config["n_layer"],
+        hidden=hidden,
+        vocabulary=vocabulary,
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        layer_prefix=prefix,
+        linears=linears,
+        norm_weights=num_norms * 2 * hidden,
+        embedding_weights=(vocabulary + positions) * hidden,
+        head_weights=0 if is_tied else vocabulary * hidden,
+        final_weights=2 * hidden + (vocabulary if head_bias else 0),
+        norm="layer",
+        is_gated=False,
+        rotary_dim=0 if rotary_share is None else int(rotary_share * head_dim),
+        splits_rotary=rotary_share is not None,
+        **differences,
+    )
+
+
+def _gpt2(config: dict[str, Any]) -> ModelShapes:
+    hidden = config["n_embd"]
+    width = config.get("n_inner") or 4 * hidden
+    return _two_matrix(
+        config,
+        prefix="transformer.h",
+        linears=(
+            Linear("attn.c_attn", hidden, 3 * hidden, True),
+            Linear("attn.c_proj", hidden, hidden, True),
+            Linear("mlp.c_fc", hidden, width, True),
+            Linear("mlp.c_proj", width, hidden, True),
+        ),
+        rotary_share=None,
+        tied=True,
+        positions=config.get("n_positions", 1024),
+        activation="composed" if config.get("activation_function", "gelu_new") == "gelu_new" else "one",
+    )
+
+
+def _rotary_share(config: dict[str, Any], key: str, default: float) -> float:
+    inside = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
+    return float(config.get(key) or inside or default)
+
+
+def _gpt_neox(config: dict[str, Any]) -> ModelShapes:
+    hidden, width = config["hidden_size"], config["intermediate_size"]
+    has_bias = bool(config.get("attention_bias", True))
+    return _two_matrix(
+        config,
+        prefix="gpt_neox.layers",
+        linears=(
+            Linear("attention.query_key_value", hidden, 3 * hidden, has_bias),
+            Linear("attention.dense", hidden, hidden, has_bias),
+            Linear("mlp.dense_h_to_4h", hidden, width, True),
+            Linear("mlp.dense_4h_to_h", width, hidden, True),
+        ),
+        rotary_share=_rotary_share(config, "rotary_pct", 0.25),
+        tied=False,
+        is_parallel=bool(config.get("use_parallel_residual", True)),
+    )
+
+
+def _phi(config: dict[str, Any]) -> ModelShapes:
+    if config.get("qk_layernorm"):
+        raise _Unlisted
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    width, head_dim = config["intermediate_size"], hidden // heads
+    keys = (config.get("num_key_value_heads") or heads) * head_dim
+    return _two_matrix(
+        config,
+        prefix="model.layers",
+        linears=(
+            Linear("self_attn.q_proj", hidden, hidden, True),
+            Linear("self_attn.k_proj", hidden, keys, True),
+            Linear("self_attn.v_proj", hidden, keys, True),
+            Linear("self_attn.dense", hidden, hidden, True),
+            Linear("mlp.fc1", hidden, width, True),
+            Linear("mlp.fc2", width, hidden, True),
+        ),
+        rotary_share=_rotary_share(config, "partial_rotary_factor", 0.5),
+        tied=False,
+        head_bias=True,
+        is_parallel=True,
+        shares_norm=True,
+        activation="composed" if config.get("hidden_act", "gelu_new") == "gelu_new" else "one",
+    )
+
+
+def _phi3(config: dict[str, Any]) -> ModelShapes:
+    plain = _llama_like(config)
+    q, k, v, o, gate, up, down = plain.linears
+    return replace(
+        plain,
+        linears=(
+            Linear("self_attn.qkv_proj", plain.hidden, q.outputs + k.outputs + v.outputs),
+            o,
+            Linear("mlp.gate_up_proj", plain.hidden, gate.outputs + up.outputs),
+            down,
+        ),
+        rotary_dim=int(plain.head_dim * _rotary_share(config, "partial_rotary_factor", 1.0)),
+        splits_rotary=True,
+    )
+
+
+FAMILIES: dict[str, Callable[[dict[str, Any]], ModelShapes]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "granite": _granite,
+    "olmo2": _olmo2,
+    "cohere": _cohere,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "phi": _phi,
+    "phi3": _phi3,
+}
+
+
+class _Unlisted(Exception):
+    """A variant of a listed family that is not described here."""
+
+
+def shapes_from_config(config: dict[str, Any]) -> ModelShapes | None:
+    """Shapes from config.json as plain data. None: this family is not listed, measure it on the meta device.
+
+    Raises UserError when the file lacks what every model has.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        return None
+    try:
+        return FAMILIES[family](config)
+    except _Unlisted:
+        return None
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"config.json of a {family} model: {error!r} is missing or no number; expected the config.json that "
+            "transformers writes beside the weights"
+        ) from None
