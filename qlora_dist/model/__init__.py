@@ -1,18 +1,18 @@
 """The tokenizer and the frozen base: read, quantize, verify, run on packed batches.
 
-    check_config   config.json alone: can this model be trained as asked? Before any weight is read.
+    check_config   config.json alone: can this model be trained as configured? Runs before any weight is read.
     load_base      safetensors -> 4-bit, 8-bit or plain base on one device, every parameter frozen
-    quantize_model safetensors -> 4-bit safetensors, without the model in memory
-    check_head     on the loaded model: head and packing give the model's own logits
-    hidden_states  Batch -> (T, H), what the loss is computed from
+    quantize_model safetensors -> 4-bit safetensors, without ever holding the model in memory
+    check_head     on the loaded model: our head on packed documents reproduces the model's own logits
+    hidden_states  Batch -> (T, H), the input of the loss
 
-This folder is the home of transformers and bitsandbytes.nn. Inside it, imports go attention, loss <- pretrained <-
+Only this folder imports transformers and bitsandbytes.nn. Import order within it: attention, loss <- pretrained <-
 forward <- check_config, lora, generation, and weights (safetensors_files <- quantize, sources <- stream <- shard,
 cache_4bit) <- load.
-The base is never changed after loading; `base_checksum` proves it.
+The base never changes after loading; `base_checksum` proves it.
 """
 
-from . import bitsandbytes_import  # noqa: F401  (first: see there)
+from . import bitsandbytes_import  # noqa: F401  (must come first: see the module)
 from .base_weights import base_checksum, base_weights, held_bytes, num_weights, own_part
 from .check_config import ModelFacts, check_config
 from .forward import (
@@ -34,7 +34,7 @@ from .generation import Sampling, generate_ids, quantized_and_back
 from .load import load_base
 from .pretrained import INFERENCE, load_config, load_tokenizer
 from .weights.cache_4bit import cached_4bit, quantize_model
-from .weights.shard import check_gathered_layer, check_shares
+from .weights.shard import check_gathered_layer, check_sharding
 
 __all__ = [
     "INFERENCE",
@@ -46,7 +46,7 @@ __all__ = [
     "check_config",
     "check_gathered_layer",
     "check_head",
-    "check_shares",
+    "check_sharding",
     "decoder_layers",
     "evaluation_mode",
     "gathered_head",

@@ -1,12 +1,11 @@
-"""Saved activations in host memory between forward and backward, copied while the device computes.
+"""Keeps saved activations in host memory between forward and backward, copying while the device computes.
 
-torch's own `save_on_cpu` copies in the compute stream, so that the device waits for the bus, and copies every saved
-tensor, frozen weights among them. Here parameters stay where they are, a tensor that several operators save is copied
-once, copies to the host run in a stream of their own and back ahead of their use in another, through pinned buffers
-that are used again in every micro-step.
+torch's `save_on_cpu` copies in the compute stream, so the device waits for the bus, and copies every saved tensor,
+including frozen weights. Here parameters stay in place, a tensor saved by several operators is copied once, copies to
+the host run in one side stream and prefetches in another, through pinned buffers reused in every micro-step.
 
-With recomputed layers only their inputs are saved outside of the recomputation, so only these move: hidden size x
-tokens x bytes of the compute type for each layer. On a CPU the same code copies within host memory.
+With recomputed layers only their inputs are saved outside the recomputation, so only these move: hidden size x
+tokens x bytes of the compute type per layer. On a CPU the same code copies within host memory.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MIN_BYTES = {"cuda": 2**20, "cpu": 1}  # smaller tensors cost more to handle than they hold
+MIN_BYTES = {"cuda": 2**20, "cpu": 1}  # smaller tensors are not worth the overhead
 IN_FLIGHT = 2  # copies to the host that may keep their source alive
-AHEAD_BYTES = 256 * 2**20  # copied back before they are asked for
+AHEAD_BYTES = 256 * 2**20  # prefetched before they are needed
 
 
 class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
@@ -36,12 +35,12 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
         )
         self._device = device
         self._min_bytes = MIN_BYTES.get(device.type, 1) if min_bytes is None else min_bytes
-        self._buffers = _Buffers(is_pinned=device.type == "cuda")
-        self._leaving: deque[_Offloaded] = deque()  # copies to the host that may still run, oldest first
-        self._saved: list[weakref.ref[_Offloaded]] = []  # of this forward pass, in its order
+        self._buffers = _BufferPool(is_pinned=device.type == "cuda")
+        self._in_flight: deque[_Offloaded] = deque()  # copies to the host that may still run, oldest first
+        self._saved: list[weakref.ref[_Offloaded]] = []  # of this forward pass, in order
         self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else None
         self.num_offloaded = 0  # tensors copied so far
-        self.num_kept = 0  # tensors left where they are
+        self.num_kept = 0  # tensors left in place
 
     @property
     def host_bytes(self) -> int:
@@ -53,21 +52,21 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
 
     def __exit__(self, *details: Any) -> None:
         super().__exit__(*details)
-        while self._leaving:
-            self._settle()
+        while self._in_flight:
+            self._release_oldest()
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def _pack(self, tensor: Tensor) -> Tensor | _Offloaded:
-        if not self._moves(tensor):
+        if not self._should_move(tensor):
             self.num_kept += 1
             return tensor
-        for pending in self._leaving:  # saved a moment ago by another operator
-            if pending.holds(tensor):
+        for pending in self._in_flight:  # saved a moment ago by another operator
+            if pending.is_same(tensor):
                 pending.num_uses += 1
                 return pending
         self.num_offloaded += 1
-        offloaded = _Offloaded(tensor, len(self._saved), self._buffers, self._buffers.take(tensor.nbytes))
+        offloaded = _Offloaded(tensor, len(self._saved), self._buffers, self._buffers.acquire(tensor.nbytes))
         self._saved.append(weakref.ref(offloaded))
         if self._streams is None:
             offloaded.host.copy_(tensor)
@@ -79,13 +78,13 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
             with torch.cuda.stream(to_host):
                 offloaded.host.copy_(tensor, non_blocking=True)
             offloaded.copied = to_host.record_event()
-        self._leaving.append(offloaded)
-        while len(self._leaving) > IN_FLIGHT:
-            self._settle()
+        self._in_flight.append(offloaded)
+        while len(self._in_flight) > IN_FLIGHT:
+            self._release_oldest()
         return offloaded
 
-    def _moves(self, tensor: Tensor) -> bool:
-        """Activations do. Weights (and views of them) live on the device anyway, and a stride of 0 holds no memory."""
+    def _should_move(self, tensor: Tensor) -> bool:
+        """Activations do. Weights (and views of them) stay on the device anyway, and a stride of 0 takes no memory."""
         is_weight = isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
         return (
             tensor.device == self._device
@@ -95,9 +94,9 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
             and tensor.layout == torch.strided
         )
 
-    def _settle(self) -> None:
-        """Lets go of the oldest source. Its memory may be taken by what the compute stream does after its copy."""
-        oldest = self._leaving.popleft()
+    def _release_oldest(self) -> None:
+        """Releases the oldest source. The compute stream may reuse its memory after the copy."""
+        oldest = self._in_flight.popleft()
         if oldest.copied is not None:
             torch.cuda.current_stream(self._device).wait_event(oldest.copied)
         oldest.source = None
@@ -107,18 +106,18 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
     def _unpack(self, packed: Tensor | _Offloaded) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        self._bring_back(packed)
+        self._copy_back(packed)
         tensor = packed.returned
         assert tensor is not None
-        packed.wait_until_back()
+        packed.wait_for_copy()
         packed.num_uses -= 1
         if packed.num_uses <= 0:
             packed.returned = None
-        self._bring_back_ahead(packed.index)
+        self._prefetch(packed.index)
         return tensor
 
-    def _bring_back_ahead(self, index: int) -> None:
-        """The backward pass asks in the reverse order of the forward pass."""
+    def _prefetch(self, index: int) -> None:
+        """The backward pass needs tensors in the reverse order of the forward pass."""
         if self._streams is None:
             return
         ahead = 0
@@ -128,12 +127,12 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
                 ahead += earlier.host.nbytes
                 if ahead > AHEAD_BYTES and earlier.host.nbytes != ahead:
                     return
-                self._bring_back(earlier)
+                self._copy_back(earlier)
 
-    def _bring_back(self, offloaded: _Offloaded) -> None:
+    def _copy_back(self, offloaded: _Offloaded) -> None:
         if offloaded.returned is not None:
             return
-        # made in the compute stream, which frees it too: the copy only has to start after it and end before its use
+        # allocated in the compute stream, which also frees it: the copy must start after that and end before its use
         offloaded.returned = torch.empty_like(offloaded.host, device=self._device, pin_memory=False)
         if self._streams is None:
             offloaded.returned.copy_(offloaded.host)
@@ -148,12 +147,12 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
 
 
 class _Offloaded:
-    """One saved tensor in host memory. Its buffer goes back when autograd lets go of it."""
+    """One saved tensor in host memory. Its buffer is released when autograd frees it."""
 
-    def __init__(self, tensor: Tensor, index: int, buffers: _Buffers, buffer: _Buffer) -> None:
+    def __init__(self, tensor: Tensor, index: int, buffers: _BufferPool, buffer: _Buffer) -> None:
         self.source: Tensor | None = tensor
         self.index = index
-        self.num_uses = 1  # operators that saved it and have not asked for it yet
+        self.num_uses = 1  # operators that saved it and have not unpacked it yet
         self.buffer = buffer
         self.copied: torch.cuda.Event | None = None
         self.returned: Tensor | None = None
@@ -161,12 +160,12 @@ class _Offloaded:
         self._buffers = buffers
         self._version = tensor._version
         flat = self.buffer.memory[: tensor.nbytes].view(tensor.dtype)
-        # the same strides, where the tensor is dense: another layout could choose another kernel in the backward pass
+        # the same strides if the tensor is dense: another layout could select another kernel in the backward pass
         stride = torch.empty_like(tensor, device="meta").stride()
         self.host = flat.as_strided(tensor.shape, stride)
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether this is the same, unchanged tensor."""
+    def is_same(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is the saved one, unchanged."""
         source = self.source
         return (
             source is not None
@@ -177,14 +176,14 @@ class _Offloaded:
             and self._version == tensor._version
         )
 
-    def wait_until_back(self) -> None:
+    def wait_for_copy(self) -> None:
         """The compute stream waits for the copy to the device."""
         if self.arrived is not None and self.returned is not None:
             torch.cuda.current_stream(self.returned.device).wait_event(self.arrived)
 
     def __del__(self) -> None:
-        self.wait_until_back()  # brought back and never asked for: the compute stream frees it
-        self._buffers.give_back(self.buffer)
+        self.wait_for_copy()  # prefetched but never used: the compute stream frees it
+        self._buffers.release(self.buffer)
 
 
 class _Buffer:
@@ -193,26 +192,26 @@ class _Buffer:
         self.last_use: torch.cuda.Event | None = None  # the copy that last read it
 
 
-class _Buffers:
-    """Host buffers that are taken and given back; a new one is made only where no free one is large enough."""
+class _BufferPool:
+    """Reusable host buffers; a new one is allocated only if no free one is large enough."""
 
     def __init__(self, is_pinned: bool) -> None:
         self._is_pinned = is_pinned
         self._free: list[_Buffer] = []
         self.num_bytes = 0
 
-    def take(self, num_bytes: int) -> _Buffer:
+    def acquire(self, num_bytes: int) -> _Buffer:
         sizes = {buffer.memory.nbytes: buffer for buffer in self._free}
         fitting = [size for size in sizes if num_bytes <= size <= 2 * num_bytes]
         if fitting:
             self._free.remove(best := sizes[min(fitting)])
             return best
         smaller = [size for size in sizes if size < num_bytes]
-        if smaller:  # rows get longer: the largest of those that are too small makes room
+        if smaller:  # rows got longer: the largest of the too small ones is dropped
             self._free.remove(sizes[max(smaller)])
             self.num_bytes -= max(smaller)
         self.num_bytes += num_bytes
         return _Buffer(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_pinned))
 
-    def give_back(self, buffer: _Buffer) -> None:
+    def release(self, buffer: _Buffer) -> None:
         self._free.append(buffer)

@@ -1,22 +1,22 @@
 """Packed attention: many documents in one row, none of which sees another.
 
-    query (1, Hq, T, D), key and value (1, Hkv, T, D), borders of the documents  ->  (1, T, Hq, D)
+    query (1, Hq, T, D), key and value (1, Hkv, T, D), document boundaries  ->  (1, T, Hq, D)
 
-One attention function is registered with transformers under the name PACKED. It takes the borders of the documents
-from the keyword `packed`, which `model.hidden_states` hands to every layer, so they are computed once a batch, never
-derived from position ids on the device, and seen again by the recomputation of a checkpointed layer. No mask function
-is registered for PACKED: transformers then builds no mask at all, and what a mask would say (causal, sliding window)
-comes from the documents and from the layer's own keywords.
+One attention function is registered with transformers under the name PACKED. It reads the document boundaries from the
+keyword `packed`, which `model.hidden_states` passes to every layer, so they are computed once per batch, never derived
+from position ids on the device, and available again when a checkpointed layer is recomputed. No mask function is
+registered for PACKED: transformers then builds no mask at all, and what a mask would express (causality, sliding
+window) comes from the documents and the layer's own keywords.
 
 Backends, all with the same result:
     flash   flash-attn, fp16 and bf16; the cute kernels of flash-attn 4 on Hopper and later when they are installed
     varlen  torch.nn.attention.varlen on CUDA, fp16 and bf16, no softcap, no sinks
-    sdpa    one scaled_dot_product_attention call a document, any device and type; softcap and sinks by plain math
+    sdpa    one scaled_dot_product_attention call per document, any device and type; softcap and sinks by plain math
 
-Without `packed` (generation with a cache, padded batches) the function refuses to guess: a model for inference is
-loaded with attention "sdpa" of transformers itself (`model.INFERENCE`).
+Without `packed` (generation with a cache, padded batches) the function raises instead of guessing: a model for
+inference is loaded with transformers' own "sdpa" attention (`model.INFERENCE`).
 
-This is the home of flash_attn. It imports transformers only to enter its registry of attention functions.
+Only this file imports flash_attn. It imports transformers only to register its attention functions.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from ..errors import UserError
 
 log = logging.getLogger(__name__)
 
-PACKED = "qlora_dist_packed"  # no "flash" or "sdpa" in it: transformers reads meaning into these substrings
+PACKED = "qlora_dist_packed"  # no "flash" or "sdpa" in it: transformers gives these substrings a meaning
 PROBE = "qlora_dist_probe"
 BACKENDS = ("flash", "varlen", "sdpa")
-LARGEST_HEAD = 256  # head dimension of the flash kernels
+LARGEST_HEAD = 256  # largest head dimension of the flash kernels
 
 
 @dataclass(frozen=True)
 class PackedDocuments:
-    """Borders of the documents of one batch, as every backend wants them. Made by `documents_of`."""
+    """Document boundaries of one batch, in the forms that the backends need. Built by `documents_of`."""
 
     backend: str  # flash, varlen or sdpa
     lengths: tuple[int, ...]  # of the documents, on the host
@@ -64,7 +64,7 @@ def documents_of(batch: Batch, backend: str) -> PackedDocuments:
 
 @dataclass(frozen=True)
 class AttentionNeeds:
-    """What a model asks of an attention backend."""
+    """What a model requires of an attention backend."""
 
     dtype: torch.dtype = torch.bfloat16
     head_dim: int = 128
@@ -74,9 +74,9 @@ class AttentionNeeds:
 
 
 def resolve_backend(requested: str, device: torch.device, needs: AttentionNeeds | None = None) -> str:
-    """`auto` -> the first of flash, varlen, sdpa that can serve this device and model. Logs which, and why.
+    """`auto` -> the first of flash, varlen, sdpa that supports this device and model. Logs which, and why.
 
-    Raises UserError when a backend is asked for by name and cannot serve.
+    Raises UserError when a backend requested by name cannot be used.
     """
     needs = needs or AttentionNeeds()
     if requested != "auto" and requested not in BACKENDS:
@@ -95,33 +95,33 @@ def resolve_backend(requested: str, device: torch.device, needs: AttentionNeeds 
     return chosen
 
 
-def leave_cudnn_out(device: torch.device) -> None:
-    """Keeps this process's scaled_dot_product_attention from cuDNN, which torch prefers on Hopper.
+def disable_cudnn_attention(device: torch.device) -> None:
+    """Keeps scaled_dot_product_attention in this process from using cuDNN, which torch prefers on Hopper.
 
-    cuDNN builds a plan for each new shape, and here every document, in generation every token, has a length of its own.
+    cuDNN builds a plan for each new shape, and here every document (in generation, every token) has its own length.
     """
     if device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled():
         torch.backends.cuda.enable_cudnn_sdp(False)
-        log.info("attention: cuDNN's is left out: it builds a plan for every length of a document")
+        log.info("attention: cuDNN is disabled: it builds a plan for every document length")
 
 
 def _why_not(backend: str, device: torch.device, needs: AttentionNeeds) -> str:
-    """The reason why a backend cannot serve, or an empty text."""
+    """Why a backend cannot be used; empty if it can."""
     if backend == "sdpa":
         return ""
     if device.type != "cuda":
         return f"it needs a CUDA device, this is {device.type}"
     if needs.dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16, the compute type is {str(needs.dtype).removeprefix('torch.')}"
+        return f"it supports float16 and bfloat16, the compute type is {str(needs.dtype).removeprefix('torch.')}"
     if needs.head_dim > LARGEST_HEAD or needs.head_dim % 8:
-        return f"it takes heads up to {LARGEST_HEAD} wide in multiples of 8, the model's are {needs.head_dim}"
+        return f"it supports multiples of 8 up to {LARGEST_HEAD} as head dimension, the model's is {needs.head_dim}"
     if needs.has_sinks:
-        return "the model has attention sinks, which it does not compute"
+        return "the model has attention sinks, which it does not support"
     if backend == "varlen":
         if needs.has_softcap:
-            return "the model caps its attention scores, which it does not compute"
+            return "the model caps its attention scores, which it does not support"
         if needs.has_window and "window_size" not in _varlen_keywords():
-            return "the model has sliding windows, which this torch's varlen attention does not compute"
+            return "the model has sliding windows, which this torch's varlen attention does not support"
         return "" if _varlen_keywords() else "this torch has no torch.nn.attention.varlen"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "flash-attn needs compute capability 8.0 (Ampere)"
@@ -154,31 +154,31 @@ def packed_attention(
     """
     if packed is None:
         raise RuntimeError(
-            "packed attention was called without the borders of the documents; run the model through "
+            "packed attention was called without document boundaries; run the model through "
             "model.hidden_states(model, batch), or load it with attention 'sdpa' for generation"
         )
     if attention_mask is not None or unused.get("position_bias") is not None or is_causal is False:
         raise RuntimeError(
-            f"{type(module).__name__} wants an attention mask, a position bias or non-causal attention; "
+            f"{type(module).__name__} needs an attention mask, a position bias or non-causal attention; "
             "packed attention computes causal attention within documents only"
         )
     if dropout:
         raise RuntimeError(
-            f"{type(module).__name__} asks for attention dropout {dropout}; load_base turns dropout of the base off"
+            f"{type(module).__name__} requests attention dropout {dropout}; load_base turns the base's dropout off"
         )
-    # some models keep q and k in fp32 after rotary embedding or qk-norm; the kernels want one type
+    # some models keep q and k in fp32 after rotary embedding or qk-norm; the kernels need one type
     query, key = query.to(value.dtype), key.to(value.dtype)
     window = sliding_window if sliding_window is not None and sliding_window < packed.max_seqlen else None
     if packed.backend == "sdpa":
         out = _sdpa(query, key, value, packed, scaling, window, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
     assert s_aux is None
-    out = _on_tokens(query, key, value, packed, scaling, window, softcap)
+    out = _packed_kernel(query, key, value, packed, scaling, window, softcap)
     return out[None], None
 
 
 def register() -> None:
-    """Enters PACKED and PROBE into transformers' registry. Called once by `model`."""
+    """Registers PACKED and PROBE with transformers. Called once by `model`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, packed_attention)
@@ -199,7 +199,7 @@ _calls: list[Call] = []
 
 @contextmanager
 def probing() -> Iterator[list[Call]]:
-    """Inside, a model built with attention PROBE writes down its calls. For models on the meta device."""
+    """Inside, a model built with attention PROBE records its calls. For models on the meta device."""
     _calls.clear()
     yield _calls
 
@@ -254,10 +254,10 @@ def _sdpa(
 
 
 def _causal_mask(packed: PackedDocuments, length: int, window: int | None, device: torch.device) -> Tensor:
-    """(L, L) bool, True where a query (row) may look at a key. Kept for the other layers of this batch."""
+    """(L, L) bool, True where a query (row) may attend to a key. Kept for the other layers of this batch."""
     if (length, window) not in packed.windows:
-        place = torch.arange(length, device=device)
-        distance = place[:, None] - place[None, :]
+        position = torch.arange(length, device=device)
+        distance = position[:, None] - position[None, :]
         allowed = distance >= 0
         if window is not None:
             allowed &= distance < window
@@ -274,7 +274,7 @@ def _by_plain_math(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """One document (1, Hq, L, Dv) with capped scores or sinks, which SDPA does not know. Softmax in fp32."""
+    """One document (1, Hq, L, Dv) with capped scores or sinks, which SDPA does not support. Softmax in fp32."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -284,16 +284,16 @@ def _by_plain_math(
     scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is None:
         return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-    # a sink is one more key that takes probability and gives no value
+    # a sink is an extra key that absorbs probability and has no value
     column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(-1, -1, scores.shape[2], 1)
     weights = torch.cat([scores, column], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
     return weights.to(v.dtype) @ v
 
 
-# --- flash and varlen: kernels that take borders ----------------------------------------------------------------------
+# --- flash and varlen: kernels that take boundaries -------------------------------------------------------------------
 
 
-def _on_tokens(
+def _packed_kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -305,59 +305,59 @@ def _on_tokens(
     """(T, Hq, Dv) by one kernel call over all documents."""
     width = value.shape[-1]
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if width < q.shape[-1]:  # latent attention: the kernels want one width
+    if width < q.shape[-1]:  # latent attention: the kernels need one width
         v = F.pad(v, (0, q.shape[-1] - width))
-    borders, longest = packed.cu_seqlens, packed.max_seqlen
+    boundaries, longest = packed.cu_seqlens, packed.max_seqlen
     left = -1 if window is None else window - 1  # the kernels do not count the token itself
     if packed.backend == "flash":
         module = _flash_module(query.device, softcap is None and window is None)
         assert module is not None
-        # flash-attn 4 takes None for an open side of the window
-        open_side = None if module.__name__.startswith("flash_attn.cute") else -1
+        # flash-attn 4 uses None for an unbounded side of the window
+        unbounded = None if module.__name__.startswith("flash_attn.cute") else -1
         out = module.flash_attn_varlen_func(
             q,
             k,
             v,
-            cu_seqlens_q=borders,
-            cu_seqlens_k=borders,
+            cu_seqlens_q=boundaries,
+            cu_seqlens_k=boundaries,
             max_seqlen_q=longest,
             max_seqlen_k=longest,
             softmax_scale=scaling,
             causal=True,
-            window_size=(open_side, open_side) if window is None else (left, 0),
+            window_size=(unbounded, unbounded) if window is None else (left, 0),
             **({} if softcap is None else {"softcap": softcap}),
         )
         out = out[0] if isinstance(out, tuple) else out
     else:
-        out = _varlen(q, k, v, borders, longest, scaling, left)
+        out = _varlen(q, k, v, boundaries, longest, scaling, left)
     return out[..., :width]
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, scaling: float | None, left: int) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scaling: float | None, left: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    has = _varlen_keywords()
+    known = _varlen_keywords()
     keywords: dict[str, Any] = {}
-    # before torch 2.12 the kernel takes grouped heads, too: only the word for them is not there yet
-    if q.shape[1] != k.shape[1] and "enable_gqa" in has:
+    # before torch 2.12 the kernel supports grouped heads, too: only the keyword is missing
+    if q.shape[1] != k.shape[1] and "enable_gqa" in known:
         keywords["enable_gqa"] = True
-    if "window_size" in has:
+    if "window_size" in known:
         keywords["window_size"] = (left, 0)
     else:
         assert left < 0  # `_why_not`
         keywords["is_causal"] = True
-    if "scale" in has:
+    if "scale" in known:
         keywords["scale"] = scaling
     elif scaling is not None:  # the kernel divides by sqrt(D): undo that first
         q = q * (scaling * q.shape[-1] ** 0.5)
-    out = varlen_attn(q, k, v, borders, borders, longest, longest, **keywords)
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, **keywords)
     assert isinstance(out, Tensor)
     return out
 
 
 @lru_cache(maxsize=1)
 def _varlen_keywords() -> frozenset[str]:
-    """Keywords that this torch's varlen_attn knows; empty when there is none. They grew from 2.10 to 2.13."""
+    """Keywords of this torch's varlen_attn; empty if it has none. The set grew from 2.10 to 2.13."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -371,7 +371,7 @@ def _flash_module(device: torch.device, is_plain: bool) -> Any:
     if importlib.util.find_spec("flash_attn") is None:
         return None
     candidates: Sequence[str] = ("flash_attn",)
-    # the backward pass of flash-attn 4 has no capped scores, and windows not everywhere
+    # the backward pass of flash-attn 4 does not support capped scores, nor windows everywhere
     if torch.cuda.get_device_capability(device) >= (9, 0) and is_plain:
         candidates = ("flash_attn.cute", "flash_attn")
     for name in candidates:

@@ -1,6 +1,6 @@
-"""The tensors of the frozen base: which there are, how many bytes this rank holds, whether one of them has changed.
+"""The tensors of the frozen base: what they are, how many bytes this rank holds, whether any has changed.
 
-Everything here looks at this rank's tensors only; of a sharded base that is its part.
+Everything here inspects this rank's tensors only; of a sharded base, its part.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .bitsandbytes_import import bitsandbytes
 from .forward import plain_name, unwrap
 
 COLUMNS = 128  # 64-bit words of a row of the checksum
-PIECE = 2**14  # rows that are summed at a time: 16 MiB of temporary memory
+PIECE = 2**14  # rows summed at a time: 16 MiB of temporary memory
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that makes up the base, adapters left out: plain weights, packed codes, quantization constants."""
+    """Every tensor of the base, without adapters: plain weights, packed codes, quantization constants."""
     base = unwrap(model)
     for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
         if "lora_" in name:
@@ -43,7 +43,7 @@ def _int8_scales(module: Any) -> Tensor | None:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that FSDP2 or ZeRO-3 has cut; any other tensor as it is."""
+    """This rank's part of a tensor sharded by FSDP2 or ZeRO-3; any other tensor unchanged."""
     partition: Tensor | None = getattr(tensor, "ds_tensor", None)
     if partition is not None:
         return partition.detach()
@@ -51,7 +51,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def num_weights(parameter: Tensor) -> int:
-    """Weights that a parameter stands for: a 4-bit weight counts as one, not as half a byte; its constants as none."""
+    """Weights that a parameter represents: a 4-bit weight counts as one, not as half a byte; its constants as none."""
     packed: int | None = getattr(parameter, "num_weights", None)
     if packed is not None:
         return packed
@@ -60,9 +60,9 @@ def num_weights(parameter: Tensor) -> int:
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of the storages that this rank's base keeps alive, code tables (1 KiB a layer) left out. Each storage once.
+    """Bytes of the storages that this rank's base keeps alive, without code tables (1 KiB per layer). Each counts once.
 
-    Storages, not tensors: a small view of a large buffer costs the buffer.
+    Storages, not tensors: a small view of a large buffer keeps the whole buffer.
     """
     storages = {}
     for tensor in _held(unwrap(model)):
@@ -91,20 +91,20 @@ def _held(base: nn.Module) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def base_checksum(model: nn.Module) -> str:
-    """A number of this rank's whole base that any changed bit changes, and any two words that change places.
+    """A checksum of this rank's whole base: changing any bit changes it, and so does swapping any two words.
 
-    Each tensor's bytes are read as 64-bit words in rows of 128; the rows, each times an odd number of its own, are
-    summed by column modulo 2**64 on the device, and only these sums are hashed. The cost is memory bandwidth.
+    Each tensor's bytes are read as 64-bit words in rows of 128; each row is multiplied by its own odd number, the rows
+    are summed by column modulo 2**64 on the device, and only these sums are hashed. The cost is memory bandwidth.
     """
     digest = hashlib.sha256()
     sums: dict[torch.device, list[Tensor]] = {}
     for name, tensor in sorted(base_weights(model), key=lambda item: item[0]):
         if name.endswith("inv_freq"):
-            continue  # made from the config, and made anew by models whose positions scale with the length
+            continue  # computed from the config, and recomputed by models whose positions scale with the length
         part = own_part(tensor).detach()
         digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
         sums.setdefault(part.device, []).append(_column_sums(part))
-    for columns in sums.values():  # one copy to the host for each device
+    for columns in sums.values():  # one copy to the host per device
         digest.update(torch.cat(columns).cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -121,7 +121,7 @@ def _column_sums(tensor: Tensor) -> Tensor:
     total = tail * (2 * len(rows) + 1)
     for start in range(0, len(rows), PIECE):
         piece = rows[start : start + PIECE]
-        # odd: what changes one bit of a word changes its product modulo 2**64
+        # odd: changing any one bit of a word then changes its product modulo 2**64
         factors = torch.arange(start, start + len(piece), device=data.device) * 2 + 1
         total = total + (piece * factors[:, None]).sum(0)
     return total

@@ -1,5 +1,5 @@
-"""bitsandbytes, imported without its look at the hub. `model/__init__` imports this file first, before transformers and
-peft, which would import it loudly."""
+"""bitsandbytes, imported without a request to the hub. `model/__init__` imports this file first, before transformers
+and peft, which would import it with its messages."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def _import_quietly(name: str) -> Any:
-    """Imports bitsandbytes without its look at the hub.
+    """Imports bitsandbytes without a request to the hub.
 
     On CPUs with AVX512-BF16 the import asks the package `kernels` to download a kernel, and prints a notice when that
-    package is missing. Weights and code come only from where the user said, and the kernel is not used (see
+    package is missing. Weights and code come only from where the user specified, and the kernel is not used (see
     `guard_cpu_layers`), so `kernels` is hidden during the import.
     """
     if name in sys.modules:
@@ -34,5 +34,5 @@ def _import_quietly(name: str) -> Any:
 
 
 bitsandbytes: Any = _import_quietly("bitsandbytes")
-# `Linear8bitLt` says at every call that it computes in float16; `load_base` says it once
+# `Linear8bitLt` logs on every call that it computes in float16; `load_base` logs it once
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "will be cast" not in record.msg)

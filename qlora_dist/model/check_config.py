@@ -1,7 +1,7 @@
-"""Before any weight is read: config.json -> can this model be trained as asked? About a second, no memory.
+"""Before any weight is read: config.json -> can this model be trained as configured? About one second, no memory.
 
 The model is built on the meta device (shapes without storage) and run once with an attention function that only
-writes down how it was called. What a family does is thus seen, not looked up in a list of names.
+records how it was called. So a family's behaviour is observed, not looked up in a list of names.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What config.json says about a model that passed `check_config`."""
+    """What config.json specifies for a model that passed `check_config`."""
 
     config: PretrainedConfig
     family: str  # class name, such as LlamaForCausalLM
     num_layers: int
     hidden_size: int
     vocab_size: int
-    max_positions: int | None  # longest document that the positions were made for, tokens
-    linear_names: tuple[str, ...]  # every linear layer but the output head
-    num_parameters: int  # tied weights once
+    max_positions: int | None  # longest document that the positions were designed for, tokens
+    linear_names: tuple[str, ...]  # every linear layer except the output head
+    num_parameters: int  # tied weights counted once
 
 
 def check_config(
@@ -53,7 +53,7 @@ def check_config(
     device_type: str = "cuda",
     weights: str = "files",
 ) -> ModelFacts:
-    """Raises UserError for a model that cannot be trained as asked: not there, pickled, no causal language model,
+    """Raises UserError for a model that cannot be trained as configured: missing, pickled, not a causal language model,
     attention that cannot be packed, target modules that match nothing, rows longer than its position table, shapes
     that a CPU cannot dequantize, experts that cannot be quantized.
     """
@@ -86,7 +86,7 @@ def check_config(
 
 
 def build_on_meta(name: str, config: PretrainedConfig) -> PreTrainedModel:
-    """The model without storage. Raises UserError when the config is not one of a causal language model."""
+    """The model without storage. Raises UserError when the config does not describe a causal language model."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
@@ -96,7 +96,7 @@ def build_on_meta(name: str, config: PretrainedConfig) -> PreTrainedModel:
         text = str(error).strip().splitlines()[0]
         raise UserError(
             f"model.name {name}: {config.model_type} cannot be trained ({text[:200]}); expected a decoder-only causal "
-            "language model of transformers whose attention can be replaced"
+            "language model from transformers whose attention can be replaced"
         ) from None
 
 
@@ -114,7 +114,7 @@ def _check_experts(name: str, model: PreTrainedModel) -> None:
         first = next(iter(stacked))
         raise UserError(
             f"model.name {name}: {100 * sum(stacked.values()) // total} % of the weights are stacked experts (such as "
-            f"{first}), which bitsandbytes does not quantize; set model.quantization=none, or take a dense model"
+            f"{first}), which bitsandbytes does not quantize; set model.quantization=none, or use a dense model"
         )
 
 
@@ -126,11 +126,11 @@ def _check_positions(name: str, model: PreTrainedModel, row_tokens: int, max_pos
     )
     if has_table:
         raise UserError(
-            f"data.row_tokens is {row_tokens:,}, {name} has learned positions for {max_positions:,} tokens; "
+            f"data.row_tokens is {row_tokens:,}, but {name} has learned positions for {max_positions:,} tokens; "
             f"set data.row_tokens to at most {max_positions}"
         )
     log.warning(
-        "data.row_tokens is %d, %s was made for documents up to %d tokens; longer ones are outside of what it knows",
+        "data.row_tokens is %d, but %s was built for documents of up to %d tokens; longer ones are out of distribution",
         row_tokens,
         name,
         max_positions,
@@ -138,33 +138,33 @@ def _check_positions(name: str, model: PreTrainedModel, row_tokens: int, max_pos
 
 
 def _check_packing(name: str, model: PreTrainedModel, text: PretrainedConfig) -> None:
-    """Every layer must compute attention through the registered function, with the borders, without a mask."""
-    advice = "this family cannot be trained on packed rows; take another base model"
+    """Every layer must compute attention by the registered function, with document boundaries and without a mask."""
+    advice = "this family cannot be trained on packed rows; use another base model"
     kinds = set(getattr(text, "layer_types", None) or PACKABLE_LAYERS)
     if kinds - PACKABLE_LAYERS:
         raise UserError(
-            f"model.name {name}: {text.model_type} has layers of kind {', '.join(sorted(kinds - PACKABLE_LAYERS))}, "
+            f"model.name {name}: {text.model_type} has layers of type {', '.join(sorted(kinds - PACKABLE_LAYERS))}, "
             f"which carry state from one packed document into the next; {advice}"
         )
     if not model._supports_flash_attn:
         raise UserError(
-            f"model.name {name}: {text.model_type} puts more into its attention mask than borders and windows can say "
-            f"(transformers offers no flash attention for it); {advice}"
+            f"model.name {name}: {text.model_type} puts more into its attention mask than boundaries and windows can "
+            f"express (transformers has no flash attention for it); {advice}"
         )
     num_layers = text.num_hidden_layers
     calls = _probe(model)
     if calls is None:
-        return  # something in it cannot run without storage: `check_head` repeats the test on the loaded model
+        return  # part of it cannot run without storage: `check_head` repeats the test on the loaded model
     good = [call for call in calls if call.has_documents and not call.has_mask]
     if len(good) != num_layers:
         raise UserError(
-            f"model.name {name}: {len(good)} of {num_layers} layers of {text.model_type} take the borders of packed "
+            f"model.name {name}: {len(good)} of {num_layers} layers of {text.model_type} use the boundaries of packed "
             f"documents; {advice}"
         )
     expected = [kind == "sliding_attention" for kind in getattr(text, "layer_types", None) or []]
     if expected and expected != [call.sliding_window is not None for call in good]:
         raise UserError(
-            f"model.name {name}: {text.model_type} does not hand its sliding windows to attention; {advice}"
+            f"model.name {name}: {text.model_type} does not pass its sliding windows to attention; {advice}"
         )
 
 
@@ -180,6 +180,6 @@ def _probe(model: PreTrainedModel) -> list[Call] | None:
         try:
             model.base_model(**keywords)
         except (RuntimeError, NotImplementedError) as error:
-            log.debug("the packing of %s was not probed: %s", type(model).__name__, error)
+            log.debug("packing of %s was not probed: %s", type(model).__name__, error)
             return None
     return calls

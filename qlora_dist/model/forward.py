@@ -1,4 +1,4 @@
-"""Running: packed batches -> hidden states, the head, recomputation, and looking at the base's weights.
+"""Running the base: packed batches -> hidden states, the head, recomputation, and finding its layers.
 
 Legend: T tokens, H hidden, V vocabulary.
 """
@@ -29,7 +29,7 @@ WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapp
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The causal language model inside PEFT's and a data-parallel wrapper."""
+    """The causal language model inside PEFT and data-parallel wrappers."""
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.module
@@ -37,14 +37,14 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def strip_wrappers(name: str) -> str:
-    """A parameter's name without what compilers, data parallelism and checkpointing put between its parts."""
+    """A parameter's name without what compilers, data parallelism and checkpointing insert."""
     for wrapper in WRAPPERS:
         name = name.replace(f".{wrapper}", ".").removeprefix(wrapper)
     return name
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter has in the base alone, without wrappers and PEFT."""
+    """A parameter's name in the base alone, without wrappers and PEFT."""
     return strip_wrappers(name).removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
@@ -71,7 +71,7 @@ def _require_packed(base: PreTrainedModel) -> None:
 
 
 def output_head(model: nn.Module) -> OutputHead:
-    """The projection to logits, with the transforms that some families put around it. `check_head` verifies it."""
+    """The projection to logits, with the transforms that some families apply to it. `check_head` verifies it."""
     base = unwrap(model)
     head = base.get_output_embeddings()
     if head is None:
@@ -84,31 +84,31 @@ def output_head(model: nn.Module) -> OutputHead:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a shared tensor on the device, for as long as the caller keeps it; any other tensor as it is."""
+    """The whole of a sharded tensor on the device, for as long as the caller keeps it; any other tensor unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
     mesh = tensor.device_mesh
-    local = tensor.to_local().to(mesh.device_type)  # an offloaded part lies in host memory
-    shared = DTensor.from_local(
+    local = tensor.to_local().to(mesh.device_type)  # an offloaded part is in host memory
+    sharded = DTensor.from_local(
         local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
-    return shared.full_tensor()
+    return sharded.full_tensor()
 
 
 def gathered_head(head: OutputHead) -> OutputHead:
-    """The output head with its whole weight: for one loss, then dropped."""
+    """The output head with its whole weight, to be dropped after one loss."""
     return replace(head, weight=gathered(head.weight)) if isinstance(head.weight, DTensor) else head
 
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """On the loaded model and 8 tokens: our head gives the model's own logits, and packed documents stay apart.
+    """Checks on 8 tokens that our head gives the loaded model's own logits, and that packed documents stay separate.
 
-    Raises UserError for a family that does something to its logits, or to its attention, which is not known here.
+    Raises UserError for a family that transforms its logits, or its attention, in an unsupported way.
     """
     base = unwrap(model)
     _require_packed(base)
-    # where it computes: norms lie there even when shared matrices are kept in host memory
+    # where it computes: norms are there even when sharded matrices are kept in host memory
     device = next(one.device for one in base.parameters() if not isinstance(one, DTensor))
     vocabulary = base.config.get_text_config().vocab_size
     tokens = torch.tensor([(7 + 13 * i) % vocabulary for i in range(8)], device=device)
@@ -120,8 +120,8 @@ def check_head(model: nn.Module) -> None:
     family = type(base).__name__
     if _differ(ours, own):
         raise UserError(
-            f"{family} computes its logits in a way that is not known here (they differ from its head's by up to "
-            f"{(ours - own).abs().max():.3g}); training it would minimize another loss"
+            f"{family} computes its logits in an unsupported way (they differ from its head's by up to "
+            f"{(ours - own).abs().max():.3g}); training it would minimize the wrong loss"
         )
     if _differ(hidden[4:].float(), hidden_alone.float()):
         raise UserError(
@@ -131,10 +131,10 @@ def check_head(model: nn.Module) -> None:
 
 def _documents(tokens: Tensor, lengths: tuple[int, ...]) -> Batch:
     """Documents without labels, for `check_head`."""
-    places = torch.cat([torch.arange(length) for length in lengths])[None].to(tokens.device)
-    borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(tokens.device)
-    nothing = torch.empty(0, dtype=torch.int64, device=tokens.device)
-    return Batch(tokens[None], places, borders, max(lengths), nothing, nothing, (), lengths)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(tokens.device)
+    boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(tokens.device)
+    no_labels = torch.empty(0, dtype=torch.int64, device=tokens.device)
+    return Batch(tokens[None], positions, boundaries, max(lengths), no_labels, no_labels, (), lengths)
 
 
 def _differ(left: Tensor, right: Tensor) -> bool:
@@ -151,16 +151,16 @@ def set_recompute(model: nn.Module, recompute: Literal["full", "none"] | int) ->
     """Gradient checkpointing of all, no, or the first N decoder layers.
 
     Non-reentrant: it works with a frozen embedding, keeps DDP's hooks in order and recomputes only what is needed: with
-    `lora_forward`, not the last linear layer. Of what a layer could keep (attention's output, queries, gate and up),
-    every byte spares about the same work, so whole layers are the unit, and none pays for a mode that sorts operators.
-    The last layers are those that keep: theirs is the memory that the backward pass frees first.
+    `lora_forward`, not the last linear layer. Every byte that a layer could keep (attention output, queries, gate and
+    up) saves about the same work, so whole layers are the unit, without the cost of a mode that filters operators.
+    The last layers keep theirs: that is the memory that the backward pass frees first.
     """
     layers = decoder_layers(model)
     count = {"full": len(layers), "none": 0}.get(recompute, recompute) if isinstance(recompute, str) else recompute
     assert isinstance(count, int)
     if count > len(layers):
         raise UserError(
-            f"memory.recompute is {count}, the model has {len(layers)} layers; expected at most that, or full"
+            f"memory.recompute is {count}, but the model has {len(layers)} layers; expected at most that, or full"
         )
     if recompute == "full" and not layers:
         raise UserError(f"{type(unwrap(model)).__name__} cannot recompute its layers; set memory.recompute=none")
@@ -169,11 +169,11 @@ def set_recompute(model: nn.Module, recompute: Literal["full", "none"] | int) ->
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-# --- looking at weights -----------------------------------------------------------------------------------------------
+# --- finding layers ---------------------------------------------------------------------------------------------------
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer (plain, 4-bit, 8-bit, GPT-2's Conv1D) but the output head, by name."""
+    """Every linear layer (plain, 4-bit, 8-bit, GPT-2's Conv1D) except the output head, by name."""
     head = unwrap(model).get_output_embeddings()
     return {
         name: module
@@ -193,7 +193,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout and recomputation off inside; every module's own mode is back after."""
+    """Dropout and recomputation are off inside; every module's own mode is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Token ids in, token ids out: batched, streamed, deterministic. And a weight as its quantized form computes it."""
+"""Token ids in, token ids out: batched, streamed, deterministic. Also: a weight quantized and dequantized."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def generate_ids(
     stop_texts: Sequence[str] = (),
     on_text: Callable[[str], None] | None = None,
 ) -> list[list[int]]:
-    """New tokens for each prompt, prompt left out, cut before the first stop token.
+    """New tokens per prompt, without the prompt, cut before the first stop token.
 
-    Prompts of unequal length are padded on the left and masked: neighbours in a batch do not see each other.
-    `on_text` gets the text piece by piece while it is made (one prompt only).
+    Prompts of different lengths are left-padded and masked: prompts in a batch do not see each other.
+    `on_text` receives the text piece by piece as it is generated (one prompt only).
     """
     assert on_text is None or len(prompts) == 1
     base = unwrap(model)
@@ -79,7 +79,7 @@ def _until_stop(ids: list[int], stop_ids: set[int]) -> list[int]:
 
 
 class _Streamer(TextStreamer):
-    """Hands text on as soon as no later token can change it."""
+    """Passes text on as soon as no later token can change it."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -95,7 +95,7 @@ def quantized_and_back(
 ) -> Tensor:
     """(O, I) fp32: the weight that a base quantized by `load_base` computes with.
 
-    `weight` is the original in its stored type. Raises nothing: shapes were checked when the run was trained.
+    `weight` is the original in its stored type. Checks nothing: shapes were checked when the run was trained.
     """
     functional = bitsandbytes.functional
     rounded = weight.to(compute_dtype).contiguous()  # load_base rounds to the compute type first

@@ -1,4 +1,4 @@
-"""The frozen base: from its source into memory, quantized while it is read."""
+"""Loads the frozen base from its source into memory, quantizing it while reading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from ..cluster.shard_group import ShardGroup
 from ..config.quantization import Quantization
 from ..errors import UserError
-from .attention import PACKED, leave_cudnn_out, resolve_backend
+from .attention import PACKED, disable_cudnn_attention, resolve_backend
 from .bitsandbytes_import import bitsandbytes
 from .pretrained import (
     INFERENCE,
@@ -50,13 +50,13 @@ def load_base(
     shards: ShardGroup | None = None,
     offload: bool = False,
 ) -> PreTrainedModel:
-    """The base on one device: quantized while it is read, in `compute_dtype` elsewhere, frozen, dropout off.
+    """The base on one device: quantized while it is read, the rest in `compute_dtype`, frozen, dropout off.
 
-    `run_device` is where it is moved afterwards, when that is not `device`.
-    `attention_dtype` is the type that queries arrive in when it is not `compute_dtype` (fp32 weights under autocast).
+    `run_device` is where it is moved afterwards, if that is not `device`.
+    `attention_dtype` is the type of the queries, if that is not `compute_dtype` (fp32 weights under autocast).
     `attention` is auto, flash, varlen or sdpa (packed batches, see `hidden_states`), or INFERENCE (generation).
-    `weights` random needs config.json only and draws them by `seed`.
-    With `shards` this rank holds its part only (see `weights.shard`), with `offload` in host memory.
+    `weights` random needs only config.json and draws them from `seed`.
+    With `shards` this rank holds only its part (see `weights.shard`), with `offload` in host memory.
     Norms, embeddings and head keep `compute_dtype`: an upcast to fp32 costs gigabytes and changes nothing measurable.
     Raises UserError when weights are missing, pickled or of a kind that cannot be quantized here.
     """
@@ -67,7 +67,7 @@ def load_base(
     needs = attention_needs(config, attention_dtype or compute_dtype)
     backend = resolve_backend(attention, run_device or device, needs) if is_packed else ""
     if backend in ("sdpa", ""):
-        leave_cudnn_out(run_device or device)
+        disable_cudnn_attention(run_device or device)
     settings = quantization_settings(name, config, quantization, double_quant, compute_dtype)
     implementation = PACKED if is_packed else None
     model = None
@@ -77,23 +77,23 @@ def load_base(
         )
         source = open_source(name, revision, skeleton, weights, seed, device)
         if source is not None:
-            tied = stream.settle_ties(skeleton.model, source)
+            tied = stream.resolve_ties(skeleton.model, source)
             stream.check_complete(name, skeleton.model, source, tied)
             if shards is None:
                 model = stream.fill(skeleton, source, tied, device)
             else:
-                model = shard.load_shared(skeleton, source, tied, shards, offload)
+                model = shard.load_sharded(skeleton, source, tied, shards, offload)
             _set_generation(model, name, revision)
     elif weights == "random":
-        raise UserError("model.weights is random, which int8 cannot be made from; use nf4, fp4 or none")
+        raise UserError("model.weights is random, which int8 does not support; use nf4, fp4 or none")
     if model is None and shards is not None:
         raise UserError(
-            f"model.name {name}: strategy fsdp reads each rank's part of the files, which does not work for int8, nor "
+            f"model.name {name}: strategy fsdp reads each rank's part of the files, which works neither for int8 nor "
             "for families whose files transformers must convert; use strategy ddp"
         )
     if model is None:
         model = _from_pretrained(name, revision, settings, compute_dtype, implementation, device)
-    return _settle(model, backend, is_packed, compute_dtype, device)
+    return _finalize(model, backend, is_packed, compute_dtype, device)
 
 
 def open_source(
@@ -104,7 +104,7 @@ def open_source(
     seed: int,
     device: torch.device,
 ) -> WeightSource | None:
-    """Where the weights come from; None when they must be converted by transformers, which is said."""
+    """Where the weights come from; None, which is logged, if transformers must convert them."""
     if weights == "random":
         return RandomSource(skeleton.model, skeleton.model.config, seed, device)
     source, reason = stream.match_files(skeleton, open_files(name, revision))
@@ -121,7 +121,7 @@ def _from_pretrained(
     implementation: str | None,
     device: torch.device,
 ) -> PreTrainedModel:
-    """By transformers: 8-bit bases, and families whose files must be converted."""
+    """Loads through transformers: 8-bit bases, and families whose files must be converted."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             expanded(name),
@@ -137,16 +137,16 @@ def _from_pretrained(
         reason = "there is no *.safetensors file" if "safetensors" in str(error) else first_line(error)
         raise UserError(f"model.name {name}: weights cannot be read ({reason})") from None
     model, info = loaded
-    lacking = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
-    if lacking:
-        raise stream.incomplete(name, lacking)
+    missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if missing:
+        raise stream.incomplete(name, missing)
     return model
 
 
-def _settle(
+def _finalize(
     model: Any, backend: str, is_packed: bool, compute_dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """What holds for every base, however it was loaded."""
+    """Settings of every base, however it was loaded."""
     model.requires_grad_(False)
     model.config.use_cache = not is_packed
     model.packed_backend = backend
@@ -155,13 +155,13 @@ def _settle(
         guard_cpu_layers(model)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # a checkpoint that was saved in 4 bit brings the compute type of whoever saved it
+            # a checkpoint saved in 4 bits comes with the compute type it was saved with
             module.compute_dtype, module.compute_type_is_set = compute_dtype, True
     return model
 
 
 def _set_generation(model: PreTrainedModel, name: str, revision: str | None) -> None:
-    """generation_config.json where there is one; else what config.json says, as the model was built with."""
+    """generation_config.json if there is one; else the model keeps what config.json specifies."""
     model.name_or_path = expanded(name)
     model.config.name_or_path = expanded(name)
     source = where_to_read(name, revision)

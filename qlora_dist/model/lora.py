@@ -1,6 +1,6 @@
-"""LoRA on a frozen base: attach, count, combine; its files are in `lora_files`. The home of peft.
+"""LoRA on a frozen base: attach, count, combine; its files are in `lora_files`. Only these two import peft.
 
-Adapters are fp32 masters whatever the base is; the forward pass casts them to the type of its input.
+Adapters are fp32 masters for every base; the forward pass casts them to the dtype of its input.
 
 Legend: T tokens, I inputs, O outputs of a layer, r rank.
 """
@@ -45,11 +45,11 @@ def attach_lora(
     kernels: Literal["auto", "off"] = "auto",
     device: torch.device | None = None,
 ) -> PeftModel:
-    """Puts trainable adapters on the target layers; everything else stays frozen. A is random, B is zero.
+    """Attaches trainable adapters to the target layers; everything else stays frozen. A is random, B is zero.
 
     The same seed gives the same A on every rank and device. `init_from` is the folder of a PEFT adapter whose rank,
-    scale, variant and targets must equal these. kernels "auto" replaces PEFT's forward of plain LoRA by `lean_forward`.
-    `device` is where adapters live; None: where their layers' weights lie, which may be host memory (offloaded bases).
+    scale, variant and targets must match these. kernels "auto" replaces PEFT's forward of plain LoRA by `lean_forward`.
+    `device` is where adapters live; None: where their layers' weights are, which may be host memory (offloaded bases).
     Raises UserError when a name in target_modules matches nothing or init_from does not fit.
     """
     names = resolve_targets(tuple(linear_layers(model)), target_modules)
@@ -63,9 +63,9 @@ def attach_lora(
         fan_in_fan_out=not isinstance(dict(unwrap(model).named_modules())[names[0]], nn.Linear),  # Conv1D
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, then moves: the device does not matter
+    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, then moves the result: the device does not matter
         torch.manual_seed(seed)
-        with _without_old_names():
+        with _without_deprecation_warning():
             adapted = get_peft_model(unwrap(model), config, autocast_adapter_dtype=True)
     for name, parameter in trainable_parameters(adapted).items():
         assert "lora_" in name and parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
@@ -80,7 +80,7 @@ def attach_lora(
 
 
 def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
-    """Last parts of the names where these select just the same modules (other tools want them short), else names."""
+    """Last parts of the names if they select the same modules (other tools expect short names), else the names."""
     chosen = set(names)
     short = {name.rsplit(".", 1)[-1] for name in names}
     selected = {name for name, _ in unwrap(model).named_modules() if name.rsplit(".", 1)[-1] in short}
@@ -98,7 +98,7 @@ def use_lean_forward(model: nn.Module) -> None:
 
 
 def lean_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """base(x) + scale * B(A(dropout(x))), shape (..., O), in the type of x.
+    """base(x) + scale * B(A(dropout(x))), shape (..., O), in the dtype of x.
 
     PEFT's own forward clones the base output, computes in fp32 when the adapters are fp32 (casting x up and the
     product down), and scales and adds in two more passes over (T, O).
@@ -119,7 +119,7 @@ def lean_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """Adapted layers by the base's name of the layer."""
+    """Adapted layers by their name in the base."""
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
@@ -127,12 +127,12 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the optimizer updates, in the order of the model's layers, by names without wrappers."""
+    """What the optimizer updates, in the order of the model's layers, by name without wrappers."""
     return {strip_wrappers(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(weights of the base, trainable weights). A 4-bit weight counts as one, not as half a byte; tied ones once."""
+    """(weights of the base, trainable weights). A 4-bit weight counts as one, not as half a byte; ties count once."""
     base = trainable = 0
     for name, parameter in model.named_parameters():
         size = num_weights(parameter)
@@ -145,13 +145,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def load_adapters(model: nn.Module, folders: dict[str, Path], *, lean: bool = True) -> PeftModel:
-    """Puts saved adapters on a base for generation, each by its name; the first is active. lean False: stock PEFT."""
+    """Attaches saved adapters to a base for generation, by name; the first is active. lean False: stock PEFT."""
     adapted: PeftModel | None = None
     for name, folder in folders.items():
-        # a clear error before PEFT's, which would take pickled weights, or look for them on the hub
+        # fail clearly before PEFT, which would load pickled weights or look for them on the hub
         read_adapter_config(folder)
         require_weights(folder)
-        with _without_old_names():
+        with _without_deprecation_warning():
             if adapted is None:
                 adapted = PeftModel.from_pretrained(unwrap(model), str(folder), adapter_name=name, is_trainable=False)
             else:
@@ -159,7 +159,7 @@ def load_adapters(model: nn.Module, folders: dict[str, Path], *, lean: bool = Tr
     if adapted is None:
         raise UserError("no adapter was given; expected at least one name=folder")
     if lean:
-        use_lean_forward(adapted)  # what was trained is what answers
+        use_lean_forward(adapted)  # generate with the forward used in training
     return adapted.eval()
 
 
@@ -171,7 +171,7 @@ def activate(model: PeftModel, name: str) -> None:
 
 
 def combine_adapters(model: PeftModel, weights: dict[str, float], how: str = "cat", name: str = "combined") -> None:
-    """Makes and activates sum(weight * adapter). `cat` is exact; svd, linear, ties, ... are PEFT's approximations."""
+    """Builds and activates sum(weight * adapter). `cat` is exact; svd, linear, ties, ... are PEFT's approximations."""
     for one in weights:
         if one not in model.peft_config:
             raise UserError(f"adapter {one!r} is not loaded; loaded: {', '.join(model.peft_config)}")
@@ -182,26 +182,26 @@ def combine_adapters(model: PeftModel, weights: dict[str, float], how: str = "ca
     model.set_adapter(name)
 
 
-# --- inner parts ------------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _without_old_names() -> Iterator[None]:
-    """PEFT 0.21 reads a deprecated property of transformers 5.23; delete when it does not."""
+def _without_deprecation_warning() -> Iterator[None]:
+    """PEFT 0.21 reads a deprecated property of transformers 5.23; remove once it does not."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
-def _check_same_shape(found: LoraConfig, wanted: LoraConfig, folder: Path) -> None:
+def _check_same_shape(found: LoraConfig, expected: LoraConfig, folder: Path) -> None:
     pairs = {
-        "lora.rank": (found.r, wanted.r),
-        "lora.alpha": (found.lora_alpha, wanted.lora_alpha),
-        "lora.variant rslora": (found.use_rslora, wanted.use_rslora),
-        "lora.variant dora": (found.use_dora, wanted.use_dora),
+        "lora.rank": (found.r, expected.r),
+        "lora.alpha": (found.lora_alpha, expected.lora_alpha),
+        "lora.variant rslora": (found.use_rslora, expected.use_rslora),
+        "lora.variant dora": (found.use_dora, expected.use_dora),
     }
     for key, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise UserError(
-                f"lora.init_from {folder}: the adapter has {key} {theirs}, the config {ours}; make them equal"
+                f"lora.init_from {folder}: the adapter has {key} {theirs}, the config has {ours}; make them equal"
             )

@@ -1,4 +1,4 @@
-"""Adapter files in PEFT's format: save, read back, compare bit by bit. Stock `PeftModel.from_pretrained` loads them."""
+"""Adapter files in PEFT's format: save, read back, compare bit for bit. Stock PEFT loads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import RunFailed, UserError
 from .forward import strip_wrappers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ADAPTER = "default"  # PEFT's name of the adapter that is trained
+ADAPTER = "default"  # PEFT's name for the trained adapter
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -25,33 +25,33 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json into an existing or new folder. Not atomic by itself."""
+    """Writes adapter_model.safetensors and adapter_config.json into an existing or new folder. Not atomic."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapter_state(model), folder / WEIGHTS, metadata={"format": "pt"})
     config = _peft(model).peft_config[ADAPTER].to_dict()
     config |= {"base_model_name_or_path": base_name, "inference_mode": True}
-    # sets come in another order in every process: sorted, equal adapters are equal files
+    # the order of sets differs between processes: sorted, equal adapters give equal files
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
 
 def load_adapter_weights(model: nn.Module, folder: str | Path) -> None:
-    """Copies a saved adapter into the attached one, in place. Raises UserError unless keys and shapes are the same."""
+    """Copies a saved adapter into the attached one, in place. Raises UserError unless keys and shapes match."""
     live, stored = _live_state(model), read_adapter_weights(folder)
     missing, unexpected = sorted(live.keys() - stored.keys()), sorted(stored.keys() - live.keys())
     if missing or unexpected:
         lines = [f"{len(keys)} {what}, first {keys[0]}" for what, keys in
                  (("missing", missing), ("unexpected", unexpected)) if keys]  # fmt: skip
         raise UserError(
-            f"adapter {folder} does not belong to this model and lora section: {'; '.join(lines)}; "
-            "use the target_modules and the base it was trained with"
+            f"adapter {folder} does not match this model and lora section: {'; '.join(lines)}; "
+            "use the target_modules and the base that it was trained with"
         )
     for key, value in live.items():
         if value.shape != stored[key].shape:
             raise UserError(
                 f"adapter {folder}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(value.shape)}; "
-                "lora.rank or the base differs from the one it was trained with"
+                "it was trained with another lora.rank or base"
             )
     with torch.no_grad():
         for key, value in live.items():
@@ -59,7 +59,7 @@ def load_adapter_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def verify_adapter_file(model: nn.Module, folder: str | Path, *, must_be_trained: bool = False) -> None:
-    """Reads a saved adapter back and compares it bit by bit with the live one. Raises RunFailed.
+    """Reads a saved adapter back and compares it bit for bit with the live one. Raises RunFailed.
 
     With must_be_trained, an adapter whose B matrices are all zero (it changes nothing) fails too.
     """
@@ -70,7 +70,7 @@ def verify_adapter_file(model: nn.Module, folder: str | Path, *, must_be_trained
     )  # fmt: skip
     if wrong or not live:
         raise RunFailed(
-            f"the adapter in {folder} is not what is in memory: {len(wrong)} of {len(live)} tensors differ"
+            f"the adapter in {folder} differs from the one in memory: {len(wrong)} of {len(live)} tensors differ"
             + (f", first {wrong[0]}" if wrong else "")
             + "; do not use this file, earlier checkpoints are unaffected"
         )
@@ -110,7 +110,7 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     return config
 
 
-# --- inner parts ------------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _peft(model: nn.Module) -> PeftModel:
@@ -124,7 +124,7 @@ def _peft(model: nn.Module) -> PeftModel:
 
 
 def _live_state(model: nn.Module) -> dict[str, Tensor]:
-    """PEFT's keys -> the parameters themselves. Made here: PEFT's function knows no wrappers inside of the model."""
+    """PEFT's keys -> the parameters themselves. Own code: PEFT's function does not handle wrappers inside the model."""
     return {
         strip_wrappers(name).replace(f".{ADAPTER}.weight", "" if "lora_magnitude_vector" in name else ".weight"): value
         for name, value in _peft(model).named_parameters()

@@ -1,7 +1,7 @@
-"""Sum of label NLL of a batch without ever holding all logits. One token = one vote: sums here, divided once a step.
+"""Sum of label NLL of a batch without ever holding all logits. One token, one vote: sums here, divided once per step.
 
-Own code, not torch's chunked `F.linear_cross_entropy` (torch 2.13): with bf16 inputs and reduction="sum" that returns
-a bf16 sum (6 % off for 1,024 labels at a vocabulary of 32,000), and it knows neither a soft cap nor a logit scale.
+Not torch's chunked `F.linear_cross_entropy` (torch 2.13): with bf16 inputs and reduction="sum" that returns
+a bf16 sum (6 % off for 1,024 labels at a vocabulary of 32,000), and it supports neither a soft cap nor a logit scale.
 
 Legend: T tokens, N labels, H hidden, V vocabulary.
 """
@@ -19,7 +19,7 @@ CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}  # of fp32 logits; larger
 
 @dataclass(frozen=True)
 class OutputHead:
-    """What turns final hidden states into logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
+    """Maps final hidden states to logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
 
     weight: torch.Tensor  # (V, H)
     bias: torch.Tensor | None = None  # (V,)
@@ -39,14 +39,14 @@ class OutputHead:
 def nll_sum(
     hidden: torch.Tensor,  # (T, H) final hidden states
     head: OutputHead,
-    label_positions: torch.Tensor,  # (N,) int64: positions whose next token is learned
+    label_positions: torch.Tensor,  # (N,) int64: positions whose next token is a label
     labels: torch.Tensor,  # (N,) int64
-    chunk: int | None = None,  # labels a time; None: from CHUNK_BYTES
+    chunk: int | None = None,  # labels at a time; None: from CHUNK_BYTES
 ) -> torch.Tensor:
     """() fp32 (fp64 for fp64 input): sum over labels of -log p(label). No labels: zero, with a graph.
 
-    Only positions with a label reach the head. Gradients are made in the forward pass, chunk by chunk, so the head is
-    multiplied once for the logits and once for the gradient, and no logits are kept or made again.
+    Only positions with a label reach the head. Gradients are computed in the forward pass, chunk by chunk, so the head
+    is multiplied once for the logits and once for the gradient, and no logits are kept or recomputed.
     """
     if chunk is None:
         chunk = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * head.weight.shape[0]))
@@ -114,7 +114,7 @@ class _ChunkedNLL(torch.autograd.Function):
                 torch.mm(grad_logits, compute_weight, out=grad_hidden[start : start + chunk])
             if grad_weight is not None:
                 grad_weight += grad_logits.t() @ part
-            del logits, grad_logits, slope  # before the next chunk's are made
+            del logits, grad_logits, slope  # before the next chunk's are computed
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return total

@@ -1,7 +1,7 @@
-"""A base without weights: every tensor has its shape and type and no meaning. For memory traces under fake tensors.
+"""A base without weights: every tensor has its shape and dtype but no values. For memory traces under fake tensors.
 
-empty_base     config.json -> the base as `load_base` gives it, on the meta device, where adapters can be attached
-fill_empty     meta -> empty tensors of whatever mode is active; inside FakeTensorMode they take no memory
+empty_base     config.json -> the base as `load_base` returns it, on the meta device, ready for adapters
+fill_empty     meta -> empty tensors under the active mode; inside FakeTensorMode they take no memory
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def empty_base(
     compute_dtype: torch.dtype,
     backend: str,
 ) -> PreTrainedModel:
-    """The base on the meta device, with 4-bit layers where they will be.
+    """The base on the meta device, with its 4-bit layers in place.
 
     Raises UserError for int8, whose kernels cannot be traced.
     """
     if quantization == "int8":
         raise UserError(
-            "model.quantization int8 cannot be simulated: its kernels decide sizes by values; plan without --simulate"
+            "model.quantization int8 cannot be simulated: its kernels' sizes depend on the data; plan without --simulate"
         )
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
@@ -47,7 +47,7 @@ def empty_base(
                 setattr(
                     model.get_submodule(parent), last, _empty_4bit(layer, quantization, double_quant, compute_dtype)
                 )
-            model.is_loaded_in_4bit = True  # PEFT asks
+            model.is_loaded_in_4bit = True  # read by PEFT
     model.config.use_cache = False
     model.packed_backend = backend
     switch_dropout_off(model)
@@ -76,28 +76,28 @@ def _empty_4bit(layer: nn.Module, kind: str, double_quant: bool, compute_dtype: 
 
 
 def fill_empty(model: nn.Module) -> None:
-    """Gives every meta tensor a storage, made under the mode that is active here. 4-bit weights become codes with
-    constants. Shared tensors stay shared."""
-    made: dict[int, Any] = {}
+    """Allocates every meta tensor under the mode that is active here. 4-bit weights become codes with constants. Shared
+    tensors stay shared."""
+    filled: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            if id(parameter) not in made:
+            if id(parameter) not in filled:
                 if isinstance(module, bitsandbytes.nn.Linear4bit) and name == "weight":
-                    made[id(parameter)] = _empty_codes(module, parameter)
+                    filled[id(parameter)] = _empty_codes(module, parameter)
                 else:
-                    made[id(parameter)] = nn.Parameter(
+                    filled[id(parameter)] = nn.Parameter(
                         torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
                     )
-            module._parameters[name] = made[id(parameter)]
+            module._parameters[name] = filled[id(parameter)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
-                module._buffers[name] = made.setdefault(id(buffer), torch.empty(buffer.shape, dtype=buffer.dtype))
+                module._buffers[name] = filled.setdefault(id(buffer), torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _empty_codes(layer: Any, weight: Any) -> Any:
-    """Codes of a 4-bit layer with a QuantState of the right sizes.
+    """Codes of a 4-bit layer, with a QuantState of the right sizes.
 
     A plain parameter with the attributes of a Params4bit: a fake tensor cannot become one.
     """

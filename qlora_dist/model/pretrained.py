@@ -1,4 +1,4 @@
-"""What is read before weights are: tokenizer and config.json, how they are found, and what a base may look like."""
+"""What is read before the weights: tokenizer and config.json, where they are found, and which bases are accepted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .bitsandbytes_import import bitsandbytes
 log = logging.getLogger(__name__)
 
 register()
-if not sys.stderr.isatty():  # bars of many ranks in one log file are unreadable
+if not sys.stderr.isatty():  # progress bars of many ranks in one log file are unreadable
     transformers_logging.disable_progress_bar()
 
 INFERENCE = "inference"  # value of `attention` for generation: transformers' own attention and a key-value cache
@@ -36,24 +36,24 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(expanded(name), **where_to_read(name, revision))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"model.name {name}: no tokenizer could be read ({first_line(error)}); the folder or hub "
-            "repository must hold tokenizer.json, or tokenizer.model with sentencepiece installed"
+            f"model.name {name}: the tokenizer cannot be read ({first_line(error)}); the folder or hub "
+            "repository must contain tokenizer.json, or tokenizer.model with sentencepiece installed"
         ) from None
     if not tokenizer.is_fast:
         raise UserError(
-            f"model.name {name}: {type(tokenizer).__name__} has no fast form (tokenizer.json); convert it "
+            f"model.name {name}: {type(tokenizer).__name__} has no fast version (tokenizer.json); convert it "
             "with transformers' AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)"
         )
     return tokenizer
 
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """config.json of a model. Raises UserError when it is missing or needs code of its own."""
+    """config.json of a model. Raises UserError when it is missing or needs custom code."""
     try:
         return AutoConfig.from_pretrained(expanded(name), **where_to_read(name, revision))
     except (OSError, ValueError, KeyError) as error:
         hint = (
-            "it needs code of its own (trust_remote_code), which is never run here"
+            "it needs custom code (trust_remote_code), which is never run here"
             if "trust_remote_code" in str(error)
             else "give the name of a model on the hub, or a folder with config.json and *.safetensors"
         )
@@ -65,10 +65,10 @@ def expanded(name: str) -> str:
 
 
 def where_to_read(name: str, revision: str | None) -> dict[str, Any]:
-    """Where transformers may read from. A folder never leads to a request to a hub."""
+    """Where transformers may read from. A local folder never causes a request to a hub."""
     folder = model_folder(name)
-    # None is the default branch. By its name "main", transformers would ask a service to convert a repository without
-    # safetensors, and load what that made
+    # None is the default branch. Given its name, "main", transformers would ask a service to convert a repository
+    # without safetensors, and load the result
     return {
         "revision": None if revision == "main" else revision,
         "trust_remote_code": False,
@@ -77,18 +77,18 @@ def where_to_read(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def check_weight_files(name: str) -> None:
-    """A folder must hold safetensors. Hub models are checked when they are read."""
+    """A folder must contain safetensors. Hub models are checked when they are read."""
     folder = model_folder(name)
     if folder is None or any(folder.glob("*.safetensors")):
         return
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     if pickled:
         raise UserError(
-            f"model.name {name}: the weights are pickled ({', '.join(pickled[:3])}), which can run code when they are "
-            "read; convert them to safetensors once, for example with AutoModelForCausalLM.from_pretrained(...)"
+            f"model.name {name}: the weights are pickled ({', '.join(pickled[:3])}), and unpickling can run code; "
+            "convert them to safetensors once, for example with AutoModelForCausalLM.from_pretrained(...)"
             ".save_pretrained(folder), on a machine where you trust the file"
         )
-    raise UserError(f"model.name {name}: the folder holds no *.safetensors file")
+    raise UserError(f"model.name {name}: the folder contains no *.safetensors file")
 
 
 def first_line(error: BaseException) -> str:
@@ -105,7 +105,7 @@ def quantization_settings(
     double_quant: bool,
     compute_dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """The keyword for from_pretrained. None at all where the files are quantized: a None would hide what is stored."""
+    """The keyword for from_pretrained. Left out if the files are quantized: None would hide the stored settings."""
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         _check_stored_quantization(name, dict(stored), quantization, double_quant)
@@ -114,14 +114,14 @@ def quantization_settings(
         return {}
     if quantization == "int8":
         if compute_dtype != torch.float16:
-            log.info("int8 layers compute in float16 inside, whatever model.compute_dtype is")
+            log.info("int8 layers compute in float16 internally, regardless of model.compute_dtype")
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
-        # packed codes stay bytes: as a float type, a gather may rewrite bit patterns that are NaN
+        # packed codes stay bytes: a gather of floats may rewrite NaN bit patterns
         bnb_4bit_quant_storage=torch.uint8,
     )
     return {"quantization_config": four_bit}
@@ -130,19 +130,19 @@ def quantization_settings(
 def _check_stored_quantization(name: str, stored: dict[str, Any], quantization: str, double_quant: bool) -> None:
     method = str(stored.get("quant_method", "unknown")).rsplit(".")[-1].lower()
     if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
-        raise UserError(f"model.name {name}: the weights are quantized with {method}; give the 16-bit model instead")
+        raise UserError(f"model.name {name}: the weights are quantized with {method}; use the 16-bit model instead")
     kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "fp4")
     nested = bool(stored.get("bnb_4bit_use_double_quant"))
     if kind != quantization or (kind != "int8" and nested != double_quant):
         raise UserError(
-            f"model.name {name}: the weights are stored as {kind} with double_quant={nested}, the run asks for "
+            f"model.name {name}: the weights are stored as {kind} with double_quant={nested}, the run requests "
             f"{quantization} with double_quant={double_quant}; set model.quantization and model.double_quant "
-            "to what is stored, or give the 16-bit model"
+            "to the stored values, or use the 16-bit model"
         )
 
 
 def attention_needs(config: PretrainedConfig, dtype: torch.dtype) -> AttentionNeeds:
-    """What the attention of this model asks of a backend."""
+    """What this model's attention requires of a backend."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -175,15 +175,15 @@ def switch_dropout_off(model: nn.Module) -> None:
                 found.add(value)
                 setattr(module, attribute, 0.0)
     if found:
-        log.info("dropout of the base is off (its config has %s); lora.dropout is the only dropout", sorted(found))
+        log.info("the base's dropout is off (its config sets %s); lora.dropout is the only dropout", sorted(found))
 
 
 def guard_cpu_layers(model: nn.Module) -> None:
-    """Keeps bitsandbytes' CPU layers from changing the base, and refuses shapes that they read wrongly.
+    """Keeps bitsandbytes' CPU layers from changing the base, and rejects shapes that they misread.
 
-    In eval mode without gradients `Linear4bit` repacks its weight in place for a kernel of AVX512-BF16 machines: the
-    base then differs from what was loaded (and from what is saved), and some shapes fail an assertion.
-    Delete when bitsandbytes repacks a copy.
+    In eval mode without gradients `Linear4bit` repacks its weight in place for an AVX512-BF16 kernel: the base then
+    differs from the loaded (and the saved) one, and some shapes fail an assertion.
+    Remove once bitsandbytes repacks a copy.
     """
     check_cpu_shapes(
         {
@@ -198,14 +198,14 @@ def guard_cpu_layers(model: nn.Module) -> None:
 
 
 def check_cpu_shapes(in_features: dict[str, int]) -> None:
-    """Raises UserError for 4-bit layers whose rows are no whole number of blocks.
+    """Raises UserError for 4-bit layers whose rows are not a whole number of blocks.
 
-    bitsandbytes 0.50 reads such rows with the constants of other blocks on AVX512 CPUs: finite, wrong values.
+    bitsandbytes 0.50 dequantizes such rows with other blocks' constants on AVX512 CPUs: finite but wrong values.
     """
     wrong = {name: width for name, width in in_features.items() if width % BLOCK}
     if wrong:
         name, width = next(iter(wrong.items()))
         raise UserError(
-            f"layer {name} has {width} inputs, no multiple of the quantization block of {BLOCK} ({len(wrong)} such "
-            "layers); bitsandbytes dequantizes it wrongly on a CPU. Use a GPU, or set model.quantization=none"
+            f"layer {name} has {width} inputs, not a multiple of the quantization block size {BLOCK} ({len(wrong)} "
+            "such layers); bitsandbytes dequantizes it incorrectly on a CPU. Use a GPU, or set model.quantization=none"
         )

@@ -130,7 +130,7 @@ COMPARES_VALUES = {
     "test_kernels_equal_sdpa_with_gradients",
     "test_each_gpu_does_the_round_trip_and_reports_paged_memory",
     "test_on_a_gpu_every_claim_of_one_process_is_proved",
-    "test_cuda_gathers_every_pattern_of_bits_in_codes_and_constants_as_it_is",
+    "test_cuda_gathers_every_bit_pattern_in_codes_and_constants_unchanged",
 }
 ENDS_AT_VALUES = {
     "resume": "states are loaded before the first step",  # gradients that nobody has zeroed

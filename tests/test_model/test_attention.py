@@ -1,4 +1,4 @@
-"""Packed attention: no document sees another, and every family gives what each document gives alone."""
+"""Packed attention: no document sees another, and every family computes what it computes for each document alone."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_packed_hidden_states_equal_each_document_alone_under_the_librarys_own_attention(family: str) -> None:
+def test_packed_hidden_states_equal_each_document_alone_with_transformers_own_attention(family: str) -> None:
     batch = random_batch(LENGTHS)
     packed = hidden_states(tiny_model(family), batch)
-    # eager is the plainest reference: full matrices, masks made by transformers
+    # eager is the plainest reference: full matrices, masks built by transformers
     reference = tiny_model(family, attention="eager")
     single = [reference.base_model(input_ids=one.input_ids).last_hidden_state[0] for one in alone(batch)]
     # fp32 sums in another order, through two layers
@@ -32,12 +32,12 @@ def test_packed_hidden_states_equal_each_document_alone_under_the_librarys_own_a
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 @torch.no_grad()
-def test_another_first_document_changes_nothing_in_the_second_and_leaking_would_be_seen(family: str) -> None:
+def test_changing_the_first_document_leaves_the_second_unchanged_and_leaks_would_show(family: str) -> None:
     model = tiny_model(family)
     one, other = random_batch((9, 7), seed=1), random_batch((9, 7), seed=2)
     other = dataclasses.replace(other, input_ids=torch.cat([other.input_ids[:, :9], one.input_ids[:, 9:]], dim=1))
     assert torch.equal(hidden_states(model, one)[9:], hidden_states(model, other)[9:])
-    # the guard: as one document of the same positions, the second half does depend on the first
+    # the guard: as a single document with the same positions, the second half does depend on the first
     leaky = [
         dataclasses.replace(batch, lengths=(16,), cu_seqlens=torch.tensor([0, 16], dtype=torch.int32), max_seqlen=16)
         for batch in (one, other)
@@ -64,7 +64,7 @@ def _reference(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One (T, T) matrix of scores with a mask written out token by token."""
+    """One (T, T) matrix of scores with an explicit mask, token by token."""
     document = [index for index, length in enumerate(LENGTHS) for _ in range(length)]
     size = len(document)
     allowed = torch.tensor(
@@ -87,7 +87,7 @@ def _reference(
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("has_sinks", [False, True])
-def test_windows_caps_sinks_and_scaling_equal_a_matrix_written_out(
+def test_windows_caps_sinks_and_scaling_equal_an_explicit_matrix(
     window: int | None, softcap: float | None, has_sinks: bool
 ) -> None:
     q, k, v = _qkv()
@@ -117,10 +117,10 @@ def test_gradients_stay_within_a_document() -> None:
         assert torch.count_nonzero(tensor.grad[:, :, LENGTHS[0] + 1 :]) > 0
 
 
-def test_calls_that_packing_cannot_serve_are_refused() -> None:
+def test_calls_that_packing_does_not_support_are_rejected() -> None:
     q, k, v = _qkv()
     module, documents = torch.nn.Module(), documents_of(random_batch(LENGTHS), "sdpa")
-    with pytest.raises(RuntimeError, match="without the borders of the documents"):
+    with pytest.raises(RuntimeError, match="without document boundaries"):
         packed_attention(module, q, k, v, None)
     with pytest.raises(RuntimeError, match="attention mask"):
         packed_attention(module, q, k, v, torch.ones(1), packed=documents)
@@ -130,26 +130,26 @@ def test_calls_that_packing_cannot_serve_are_refused() -> None:
         packed_attention(module, q, k, v, None, dropout=0.1, packed=documents)
 
 
-def test_sdpa_on_cuda_leaves_cudnn_out_for_training_and_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_attention_is_disabled_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        attention.leave_cudnn_out(CPU)
-        assert torch.backends.cuda.cudnn_sdp_enabled(), "nothing to leave out on a CPU"
-        attention.leave_cudnn_out(torch.device("cuda", 0))
+        attention.disable_cudnn_attention(CPU)
+        assert torch.backends.cuda.cudnn_sdp_enabled(), "nothing to disable on a CPU"
+        attention.disable_cudnn_attention(torch.device("cuda", 0))
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def test_auto_on_a_cpu_is_sdpa_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_on_a_cpu_is_sdpa_and_logs_why(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="qlora_dist.model.attention"):
         assert resolve_backend("auto", CPU) == "sdpa"
     assert "not flash: it needs a CUDA device" in caplog.text and "not varlen" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["flash", "varlen"])
-def test_a_backend_that_cannot_serve_is_refused_by_name(name: str) -> None:
+def test_a_requested_backend_that_cannot_be_used_is_rejected(name: str) -> None:
     with pytest.raises(UserError, match=f"model.attention is {name}.*needs a CUDA device.*sdpa"):
         resolve_backend(name, CPU)
     with pytest.raises(UserError, match="expected auto, flash, varlen, sdpa"):
@@ -160,21 +160,21 @@ def test_a_backend_that_cannot_serve_is_refused_by_name(name: str) -> None:
     ("needs", "reason"),
     [
         (AttentionNeeds(dtype=torch.float32), "compute type is float32"),
-        (AttentionNeeds(head_dim=512), "the model's are 512"),
+        (AttentionNeeds(head_dim=512), "the model's is 512"),
         (AttentionNeeds(has_sinks=True), "sinks"),
         (AttentionNeeds(has_softcap=True), "caps its attention scores"),
     ],
 )
-def test_what_a_model_needs_rules_kernels_out(needs: AttentionNeeds, reason: str) -> None:
+def test_model_requirements_rule_out_kernels(needs: AttentionNeeds, reason: str) -> None:
     assert reason in attention._why_not("varlen", torch.device("cuda"), needs)
 
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("known", [{"is_causal"}, {"scale", "window_size"}, {"scale", "window_size", "enable_gqa"}])
-def test_varlen_of_torch_2_10_to_2_13_is_called_so_that_it_means_the_same(
+def test_varlen_calls_of_torch_2_10_to_2_13_are_equivalent(
     window: int | None, known: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The CUDA kernel cannot run here: a stand-in computes what the documentation says of its arguments."""
+    """The CUDA kernel cannot run here: a stand-in computes what its arguments are documented to mean."""
     needs = AttentionNeeds(head_dim=8, has_window=window is not None)
     monkeypatch.setattr(attention, "_varlen_keywords", lambda: frozenset(known))
     reason = attention._why_not("varlen", torch.device("cuda"), needs)
@@ -185,15 +185,15 @@ def test_varlen_of_torch_2_10_to_2_13_is_called_so_that_it_means_the_same(
 
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **given):  # type: ignore[no-untyped-def]
         assert given.keys() <= known and max_q == max_k == max(LENGTHS)
-        # grouped heads as they are, said where there is a word for it: repeated they would be kept for every layer
+        # grouped heads unexpanded, with the keyword where it exists: expanded, they would be saved for every layer
         assert (q.shape[1], k.shape[1], v.shape[1]) == (4, 2, 2)
         assert given.get("enable_gqa", False) == ("enable_gqa" in known)
         left, right = given.get("window_size", (-1, 0 if given.get("is_causal") else -1))
         assert right == 0
         parts = []
         for start, stop in zip(cu_q[:-1].tolist(), cu_q[1:].tolist()):
-            place = torch.arange(stop - start)
-            distance = place[:, None] - place[None]
+            position = torch.arange(stop - start)
+            distance = position[:, None] - position[None]
             mask = (distance >= 0) & ((distance <= left) | (left < 0))
             one = (tensor[start:stop].transpose(0, 1)[None] for tensor in (q, k, v))
             out = F.scaled_dot_product_attention(*one, attn_mask=mask, scale=given.get("scale"), enable_gqa=True)
@@ -209,7 +209,7 @@ def test_varlen_of_torch_2_10_to_2_13_is_called_so_that_it_means_the_same(
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("version", [2, 4])
-def test_flash_attention_is_called_so_that_it_means_the_same(
+def test_flash_attention_calls_of_versions_2_and_4_are_equivalent(
     window: int | None, softcap: float | None, version: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in again, with the arguments that flash-attn 2 and 4 document; 4 returns a pair."""
@@ -245,7 +245,7 @@ def test_kernels_equal_sdpa_with_gradients(backend: str, window: int | None) -> 
     reason = attention._why_not(backend, device, AttentionNeeds(head_dim=64))
     if reason:
         pytest.skip(reason)
-    attention.leave_cudnn_out(torch.device("cuda", 0))  # as training has it
+    attention.disable_cudnn_attention(torch.device("cuda", 0))  # as in training
     results = []
     for name in (backend, "sdpa"):
         q, k, v = (x.to(device, torch.bfloat16).requires_grad_() for x in _qkv(width=64))

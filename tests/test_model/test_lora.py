@@ -1,4 +1,4 @@
-"""LoRA: what is adapted, counted, computed, saved and reloaded."""
+"""LoRA: what is adapted, counted, computed, saved, reloaded."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("base"))
 
 
-def give_b_values(model: torch.nn.Module, seed: int = 0) -> None:
-    """B starts at zero; with values in it the adapter changes the output."""
+def set_b_values(model: torch.nn.Module, seed: int = 0) -> None:
+    """B starts at zero; with other values the adapter changes the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in trainable_parameters(model).items():
@@ -73,7 +73,7 @@ def outputs_and_gradients(model: torch.nn.Module) -> tuple[torch.Tensor, dict[st
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi"])
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
-def test_all_linear_adapts_every_linear_layer_but_the_head(family: str, quantization: Any, tmp_path: Path) -> None:
+def test_all_linear_adapts_every_linear_layer_except_the_head(family: str, quantization: Any, tmp_path: Path) -> None:
     save_model(tmp_path, tiny_model(family, attention=None))
     base = load_base(
         str(tmp_path),
@@ -91,7 +91,7 @@ def test_all_linear_adapts_every_linear_layer_but_the_head(family: str, quantiza
         assert "lora_" not in name or parameter.dtype == torch.float32
 
 
-def test_names_select_layers_and_a_name_without_a_match_is_refused() -> None:
+def test_names_select_layers_and_a_name_without_a_match_is_rejected() -> None:
     model = attach_lora(tiny_model(), rank=2, alpha=4, target_modules=("q_proj", "layers.1.mlp.up_proj"))
     assert set(lora_layers(model)) == {
         "model.layers.0.self_attn.q_proj",
@@ -123,7 +123,7 @@ def test_distilgpt2_has_82_million_weights_and_589824_trainable_ones() -> None:
     assert round(100 * trainable / (base + trainable), 4) == 0.7149
 
 
-def test_packed_weights_are_counted_as_the_weights_they_hold(folder: Path) -> None:
+def test_packed_weights_count_as_the_weights_they_contain(folder: Path) -> None:
     plain, _ = count_parameters(tiny_model())
     assert count_parameters(nf4_base(folder)) == (plain, 0)
     base, trainable = count_parameters(attach_lora(nf4_base(folder), rank=2, alpha=4))
@@ -143,17 +143,17 @@ def test_the_lean_forward_equals_pefts_in_values_and_gradients(family: str, vari
         model = attach_lora(nf4_base(tmp_path), rank=4, alpha=8, variant=variant, kernels=kernels, seed=3)
         is_lean = any("forward" in vars(layer) for layer in lora_layers(model).values())
         assert is_lean == (kernels == "auto" and variant != "dora")
-        give_b_values(model)
+        set_b_values(model)
         results.append(outputs_and_gradients(model.train()))
     (ours, our_gradients), (pefts, peft_gradients) = results
-    torch.testing.assert_close(ours, pefts, atol=1e-6, rtol=1e-6)  # fp32: the sum is rounded in another place
+    torch.testing.assert_close(ours, pefts, atol=1e-6, rtol=1e-6)  # fp32: the sum is rounded at another point
     for name, gradient in our_gradients.items():
         torch.testing.assert_close(gradient, peft_gradients[name], atol=1e-6, rtol=1e-5)  # sums over 14 tokens
 
 
 def test_in_bfloat16_masters_and_gradients_stay_fp32(folder: Path) -> None:
     model = attach_lora(nf4_base(folder, torch.bfloat16), rank=4, alpha=8)
-    give_b_values(model)
+    set_b_values(model)
     hidden, gradients = outputs_and_gradients(model.train())
     assert hidden.dtype == torch.bfloat16
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
@@ -173,7 +173,7 @@ def test_a_new_adapter_changes_nothing_and_switching_it_off_gives_the_base(folde
         before = hidden_states(nf4_base(folder), batch)
         model = attach_lora(nf4_base(folder), rank=4, alpha=8).eval()
         assert torch.equal(hidden_states(model, batch), before)
-        give_b_values(model)
+        set_b_values(model)
         assert (hidden_states(model, batch) - before).abs().max() > 0.01
         with model.disable_adapter():
             assert torch.equal(hidden_states(model, batch), before)
@@ -181,14 +181,14 @@ def test_a_new_adapter_changes_nothing_and_switching_it_off_gives_the_base(folde
 
 def test_dropout_acts_on_the_adapter_in_training_only() -> None:
     model = attach_lora(tiny_model(), rank=4, alpha=8, dropout=0.5)
-    give_b_values(model)
+    set_b_values(model)
     batch = random_batch((9, 5))
     with torch.no_grad():
         assert torch.equal(hidden_states(model.eval(), batch), hidden_states(model, batch))
         assert not torch.equal(hidden_states(model.train(), batch), hidden_states(model, batch))
 
 
-def test_the_seed_decides_a_and_the_global_generator_is_left_alone() -> None:
+def test_the_seed_determines_a_and_the_global_generator_is_untouched() -> None:
     torch.manual_seed(11)
     expected = torch.rand(3)
     states = []
@@ -201,7 +201,7 @@ def test_the_seed_decides_a_and_the_global_generator_is_left_alone() -> None:
     assert not all(torch.equal(states[0][key], states[2][key]) for key in states[0])
 
 
-def test_training_moves_the_adapter_and_not_one_bit_of_the_base(folder: Path) -> None:
+def test_training_changes_the_adapter_but_not_one_bit_of_the_base(folder: Path) -> None:
     model = attach_lora(nf4_base(folder, torch.bfloat16), rank=4, alpha=8).train()
     before, start = base_checksum(model), adapter_state(model)
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
@@ -221,7 +221,7 @@ def test_a_saved_adapter_loads_with_stock_peft_and_gives_the_same_logits(
     variant: Any, folder: Path, tmp_path: Path
 ) -> None:
     model = attach_lora(nf4_base(folder), rank=4, alpha=8, variant=variant, dropout=0.1)
-    give_b_values(model)
+    set_b_values(model)
     save_adapter(model, tmp_path, str(folder))
     verify_adapter_file(model, tmp_path, must_be_trained=True)
     stock = PeftModel.from_pretrained(nf4_base(folder, attention=INFERENCE), str(tmp_path)).eval()
@@ -233,7 +233,7 @@ def test_a_saved_adapter_loads_with_stock_peft_and_gives_the_same_logits(
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_keys_and_values_are_those_that_peft_saves(variant: Any) -> None:
+def test_keys_and_values_match_what_peft_saves(variant: Any) -> None:
     model = attach_lora(tiny_model(), rank=2, alpha=4, variant=variant)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     ours = adapter_state(model)
@@ -241,7 +241,7 @@ def test_keys_and_values_are_those_that_peft_saves(variant: Any) -> None:
     assert all(torch.equal(ours[key], expected[key]) for key in ours)
 
 
-def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
+def test_equal_adapters_give_equal_files(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_adapter(attach_lora(tiny_model(), rank=2, alpha=4), tmp_path / name, "base")
     for name in (WEIGHTS, CONFIG):
@@ -269,7 +269,7 @@ def test_wrappers_leave_no_trace_in_saved_names(tmp_path: Path) -> None:
 
 def test_reloading_is_in_place_and_strict(tmp_path: Path) -> None:
     source = attach_lora(tiny_model(), rank=2, alpha=4, seed=1)
-    give_b_values(source)
+    set_b_values(source)
     save_adapter(source, tmp_path / "good", "base")
     target = attach_lora(tiny_model(), rank=2, alpha=4, seed=2)
     views = {name: parameter.data for name, parameter in trainable_parameters(target).items()}
@@ -300,7 +300,7 @@ def test_reloading_is_in_place_and_strict(tmp_path: Path) -> None:
         load_adapter_weights(target, tmp_path / "absent")
 
 
-def test_a_file_that_differs_in_one_bit_or_changes_nothing_fails_the_check(tmp_path: Path) -> None:
+def test_a_file_that_differs_in_one_bit_or_has_no_effect_fails_the_check(tmp_path: Path) -> None:
     model = attach_lora(tiny_model(), rank=2, alpha=4)
     save_adapter(model, tmp_path, "base")
     verify_adapter_file(model, tmp_path)
@@ -315,23 +315,23 @@ def test_a_file_that_differs_in_one_bit_or_changes_nothing_fails_the_check(tmp_p
         verify_adapter_file(model, tmp_path)
 
 
-def test_training_can_start_from_an_adapter_of_the_same_shape_only(tmp_path: Path) -> None:
+def test_training_can_only_start_from_an_adapter_of_the_same_shape(tmp_path: Path) -> None:
     source = attach_lora(tiny_model(), rank=2, alpha=4, seed=1)
-    give_b_values(source)
+    set_b_values(source)
     save_adapter(source, tmp_path, "base")
     started = attach_lora(tiny_model(), rank=2, alpha=4, init_from=tmp_path)
     assert all(torch.equal(value, adapter_state(source)[key]) for key, value in adapter_state(started).items())
     for changes, message in (
-        ({"rank": 4, "alpha": 4}, "lora.rank 2, the config 4"),
-        ({"rank": 2, "alpha": 8}, "lora.alpha 4, the config 8"),
-        ({"rank": 2, "alpha": 4, "variant": "rslora"}, "rslora False, the config True"),
+        ({"rank": 4, "alpha": 4}, "lora.rank 2, the config has 4"),
+        ({"rank": 2, "alpha": 8}, "lora.alpha 4, the config has 8"),
+        ({"rank": 2, "alpha": 4, "variant": "rslora"}, "rslora False, the config has True"),
         ({"rank": 2, "alpha": 4, "target_modules": ("q_proj",)}, "unexpected, first"),
     ):
         with pytest.raises(UserError, match=message):
             attach_lora(tiny_model(), init_from=tmp_path, **changes)  # type: ignore[arg-type]
 
 
-def test_other_kinds_of_adapter_are_refused(tmp_path: Path) -> None:
+def test_other_kinds_of_adapter_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
         read_adapter_config(tmp_path)
     (tmp_path / CONFIG).write_text('{"peft_type": "PREFIX_TUNING"}')
@@ -346,7 +346,7 @@ def test_adapters_are_loaded_by_name_switched_and_combined_exactly(folder: Path,
     deltas, folders = {}, {}
     for seed, name in enumerate(("first", "second")):
         model = attach_lora(tiny_model(), rank=2 + seed, alpha=4, seed=seed)
-        give_b_values(model, seed)
+        set_b_values(model, seed)
         save_adapter(model, tmp_path / name, str(folder))
         folders[name] = tmp_path / name
         deltas[name] = {key: layer.get_delta_weight("default") for key, layer in lora_layers(model).items()}

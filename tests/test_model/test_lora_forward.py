@@ -1,4 +1,4 @@
-"""The low-rank update: right derivatives, and nothing saved after the product of the base."""
+"""The low-rank update: correct derivatives, and nothing saved after the base's product."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def parts(num_updates: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor,
 
 @pytest.mark.parametrize("num_updates", [1, 2])
 @pytest.mark.parametrize("is_view", [False, True])
-def test_value_and_derivatives_are_those_of_the_formula(num_updates: int, is_view: bool) -> None:
+def test_value_and_derivatives_match_the_formula(num_updates: int, is_view: bool) -> None:
     x, weight, pairs = parts(num_updates)
 
     def base(states: Tensor) -> Tensor:
@@ -58,14 +58,14 @@ def test_value_and_derivatives_are_those_of_the_formula(num_updates: int, is_vie
     assert torch.autograd.gradcheck(ours, (x, *flat))
 
 
-def test_without_a_gradient_of_the_input_the_adapters_still_have_theirs() -> None:
+def test_adapters_get_gradients_when_the_input_needs_none() -> None:
     x, weight, [(a, b)] = parts(1)
     y = lowrank_forward(lambda states: states @ weight.t(), x.detach(), [(x.detach(), a, b, 1.0)])
     y.sum().backward()
     assert a.grad is not None and a.grad.any() and b.grad is not None and b.grad.any()
 
 
-def test_all_is_saved_before_the_product_of_the_base_and_masters_are_saved_as_they_are() -> None:
+def test_everything_is_saved_before_the_base_product_and_masters_are_saved_uncast() -> None:
     x, weight, [(a, b)] = parts(1, torch.float32)
     events: list[Any] = []
 
@@ -84,8 +84,8 @@ def test_all_is_saved_before_the_product_of_the_base_and_masters_are_saved_as_th
     assert a.grad is not None and a.grad.dtype == torch.float32
 
 
-def test_the_backward_pass_makes_no_zeros_for_what_has_no_gradient() -> None:
-    """Autograd would, for `low`, in every layer of every micro-step: a launch and T x r elements each."""
+def test_the_backward_pass_allocates_no_zeros_for_outputs_without_a_gradient() -> None:
+    """Autograd would, for `low`, in every layer of every micro-step: one launch and T x r elements each."""
     x, weight, [(a, b)] = parts(1, torch.float32)
     y = lowrank_forward(lambda states: states @ weight.t(), x, [(x, a, b, 1.0)])
     with Ops() as ops:

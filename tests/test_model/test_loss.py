@@ -1,4 +1,4 @@
-"""The chunked loss is F.cross_entropy, value and gradient, and never holds all logits."""
+"""The chunked loss equals F.cross_entropy in value and gradient, and never holds all logits."""
 
 import pytest
 import torch
@@ -35,20 +35,20 @@ def test_chunked_loss_equals_cross_entropy_in_value_and_gradient(chunk, scale, s
     expected_grads = torch.autograd.grad(expected, inputs)
     found = nll_sum(h, OutputHead(weight, bias, softcap, scale), positions, labels, chunk=chunk)
     found_grads = torch.autograd.grad(found, inputs)
-    # fp64: only the order of sums differs
+    # fp64: only the summation order differs
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for mine, theirs in zip(found_grads, expected_grads):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    for found_grad, expected_grad in zip(found_grads, expected_grads):
+        torch.testing.assert_close(found_grad, expected_grad, rtol=1e-10, atol=1e-12)
 
 
-def test_head_logits_are_those_of_the_loss():
+def test_the_loss_uses_the_heads_logits():
     h, weight, bias, positions, labels = _case()
     head = OutputHead(weight, bias, softcap=4.0, scale=0.5)
     from_logits = F.cross_entropy(head.logits(h[positions]), labels, reduction="sum")
     torch.testing.assert_close(nll_sum(h, head, positions, labels), from_logits, rtol=1e-12, atol=0)
 
 
-def test_a_batch_without_labels_gives_a_zero_with_a_graph():
+def test_a_batch_without_labels_gives_zero_with_a_graph():
     h, weight, _, _, _ = _case(torch.float32)
     empty = torch.empty(0, dtype=torch.int64)
     loss = nll_sum(h, OutputHead(weight), empty, empty)

@@ -1,4 +1,4 @@
-"""The base: what is read, refused, frozen; hidden states and head; recomputation; the fingerprint."""
+"""The base: what is read, rejected, frozen; hidden states and head; recomputation; the checksum."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def load(folder: Path, quantization: Any = "nf4", dtype: torch.dtype = torch.flo
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
-def test_every_linear_layer_but_the_head_is_4_bit_and_frozen(family: str, quantization: str, tmp_path: Path) -> None:
+def test_every_linear_layer_except_the_head_is_4_bit_and_frozen(family: str, quantization: str, tmp_path: Path) -> None:
     model = load(save_model(tmp_path, tiny_model(family, attention=None)), quantization, torch.bfloat16)
     layers = linear_layers(model)
     assert len(layers) == (14 if family == "llama" else 8)
@@ -67,7 +67,7 @@ def test_every_linear_layer_but_the_head_is_4_bit_and_frozen(family: str, quanti
         assert layer.weight.dtype == torch.uint8 and layer.compute_dtype == torch.bfloat16
         assert layer.weight.quant_state.quant_type == quantization and layer.weight.quant_state.nested
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    # nothing is raised to fp32: that costs gigabytes at 65B
+    # nothing is upcast to fp32: that costs gigabytes at 65B
     assert {p.dtype for p in model.parameters()} == {torch.uint8, torch.bfloat16}
     assert not model.config.use_cache
 
@@ -96,7 +96,7 @@ def test_evaluating_on_a_cpu_does_not_change_the_base(folder: Path) -> None:
     assert not any(layer.support_avx512bf16_for_cpu for layer in linear_layers(model).values())
 
 
-def test_the_fingerprint_sees_one_changed_bit_in_codes_and_in_constants(folder: Path) -> None:
+def test_the_checksum_changes_with_one_bit_of_codes_or_constants(folder: Path) -> None:
     model = load(folder)
     seen = {base_checksum(model)}
     weight = linear_layers(model)["model.layers.1.mlp.up_proj"].weight
@@ -110,9 +110,9 @@ def test_the_fingerprint_sees_one_changed_bit_in_codes_and_in_constants(folder: 
     assert base_checksum(load(folder)) == base_checksum(load(folder))
 
 
-def test_shapes_that_a_cpu_dequantizes_wrongly_are_refused_before_and_at_loading(tmp_path: Path) -> None:
+def test_shapes_that_a_cpu_dequantizes_incorrectly_are_rejected_before_and_at_loading(tmp_path: Path) -> None:
     save_model(tmp_path, tiny_model("llama", attention=None, intermediate_size=96))
-    message = r"layer model.layers.0.mlp.down_proj has 96 inputs, no multiple of the quantization block of 64"
+    message = r"layer model.layers.0.mlp.down_proj has 96 inputs, not a multiple of the quantization block size 64"
     with pytest.raises(UserError, match=message):
         check_config(str(tmp_path), device_type="cpu")
     with pytest.raises(UserError, match=message):
@@ -121,27 +121,27 @@ def test_shapes_that_a_cpu_dequantizes_wrongly_are_refused_before_and_at_loading
     load(tmp_path, "none")
 
 
-def test_dropout_of_the_base_is_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_bases_dropout_is_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="qlora_dist"):
         model = load(save_model(tmp_path, tiny_model("gpt2", attention=None)), "none").train()
-    assert "dropout of the base is off" in caplog.text
+    assert "the base's dropout is off" in caplog.text
     batch = random_batch((6, 4))
     assert torch.equal(hidden_states(model, batch), hidden_states(model, batch))
 
 
-def test_missing_weights_are_refused_instead_of_drawn_at_random(tmp_path: Path) -> None:
+def test_missing_weights_are_rejected_instead_of_drawn_at_random(tmp_path: Path) -> None:
     save_model(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         UserError,
-        match=r"1 weights are missing or have another shape.*model\.layers\.1\.mlp\.up_proj\.weight",
+        match=r"1 weights are missing or have the wrong shape.*model\.layers\.1\.mlp\.up_proj\.weight",
     ):
         load(tmp_path)
 
 
-def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_pickled_weights_are_rejected_with_the_remedy(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     for call in (lambda: check_config(str(tmp_path)), lambda: load(tmp_path)):
@@ -152,16 +152,14 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
         check_config(str(tmp_path))
 
 
-def test_a_base_that_was_saved_in_4_bit_loads_to_the_same_bits_and_must_match_the_config(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_base_saved_in_4_bits_loads_to_the_same_bits_and_must_match_the_config(folder: Path, tmp_path: Path) -> None:
     model = load(folder, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     again = load(tmp_path, dtype=torch.bfloat16)
     assert base_checksum(again) == base_checksum(model)
-    with pytest.raises(UserError, match="stored as nf4 with double_quant=True, the run asks for fp4"):
+    with pytest.raises(UserError, match="stored as nf4 with double_quant=True, the run requests fp4"):
         load(tmp_path, "fp4")
-    with pytest.raises(UserError, match="the run asks for none"):
+    with pytest.raises(UserError, match="the run requests none"):
         load(tmp_path, "none")
 
 
@@ -173,18 +171,18 @@ def test_nothing_is_read_from_a_hub_for_a_path(tmp_path: Path) -> None:
             load_tokenizer(name)
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
         check_config(str(tmp_path))
-    with pytest.raises(UserError, match="no tokenizer could be read"):
+    with pytest.raises(UserError, match="the tokenizer cannot be read"):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_home_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_with_a_tilde_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     assert check_config(f"~/{folder.name}").num_layers == 2
     assert load_tokenizer(f"~/{folder.name}").is_fast
     assert linear_layers(load(Path(f"~/{folder.name}")))
 
 
-def test_importing_the_model_part_prints_nothing_and_asks_no_hub() -> None:
+def test_importing_the_model_package_prints_nothing_and_contacts_no_hub() -> None:
     code = "import sys, qlora_dist.model; import bitsandbytes; print('kernels' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout == "False\n"
@@ -204,7 +202,7 @@ def test_the_tokenizer_is_fast(folder: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_known_families_pass_the_preflight(family: str, tmp_path: Path) -> None:
     tiny_config(family).save_pretrained(tmp_path)
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")  # the weights are not looked at
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")  # the weights are not inspected
     facts = check_config(str(tmp_path), device_type="cpu", row_tokens=64)
     assert (facts.num_layers, facts.hidden_size, facts.vocab_size, facts.max_positions) == (2, 64, 128, 64)
     assert not {"lm_head", "embed_out"} & set(facts.linear_names) and "LM" in facts.family
@@ -213,14 +211,14 @@ def test_known_families_pass_the_preflight(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ("bloom", "cannot be trained|no flash attention|layers of bloom take"),
+        ("bloom", "cannot be trained|no flash attention|layers of bloom use"),
         ("mamba", "cannot be trained|no flash attention|layers of mamba"),
-        ("qwen3_next", "layers of kind linear_attention, which carry state"),
-        ("falcon", "cannot be trained|take the borders"),
+        ("qwen3_next", "layers of type linear_attention, which carry state"),
+        ("falcon", "cannot be trained|use the boundaries"),
         ("t5", "cannot be trained"),
     ],
 )
-def test_families_whose_attention_cannot_be_packed_are_refused(family: str, message: str, tmp_path: Path) -> None:
+def test_families_whose_attention_cannot_be_packed_are_rejected(family: str, message: str, tmp_path: Path) -> None:
     changes = {"num_hidden_layers": 4} if family == "qwen3_next" else {}
     tiny_config(family, **changes).save_pretrained(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
@@ -228,7 +226,7 @@ def test_families_whose_attention_cannot_be_packed_are_refused(family: str, mess
         check_config(str(tmp_path), quantization="none")
 
 
-def test_experts_that_cannot_be_quantized_are_refused(tmp_path: Path) -> None:
+def test_experts_that_cannot_be_quantized_are_rejected(tmp_path: Path) -> None:
     tiny_config("mixtral", num_key_value_heads=2).save_pretrained(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"stacked experts.*bitsandbytes does not quantize"):
@@ -236,19 +234,19 @@ def test_experts_that_cannot_be_quantized_are_refused(tmp_path: Path) -> None:
     check_config(str(tmp_path), quantization="none")
 
 
-def test_models_that_need_their_own_code_or_are_of_unknown_kind_are_refused(tmp_path: Path) -> None:
+def test_models_that_need_custom_code_or_have_an_unknown_type_are_rejected(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     config = {"model_type": "nonsense", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "mine.py").write_text("raise SystemExit('this must never run')")
-    with pytest.raises(UserError, match="code of its own"):
+    with pytest.raises(UserError, match="custom code"):
         check_config(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
         check_config(str(tmp_path))
 
 
-def test_target_modules_that_match_nothing_are_named_with_what_there_is(folder: Path) -> None:
+def test_target_modules_that_match_nothing_are_named_with_the_available_ones(folder: Path) -> None:
     with pytest.raises(UserError, match=r"wrong_proj matches no linear layer; available: down_proj, .*v_proj, or all-"):
         check_config(str(folder), target_modules=("q_proj", "wrong_proj"))
     with pytest.raises(UserError, match="lm_head matches no linear layer"):
@@ -262,14 +260,14 @@ def test_target_modules_that_match_nothing_are_named_with_what_there_is(folder: 
     ]
 
 
-def test_rows_longer_than_learned_positions_are_an_error_and_than_rotary_ones_a_warning(
+def test_rows_longer_than_learned_positions_are_an_error_but_than_rotary_ones_a_warning(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_model(tmp_path, tiny_model("gpt2", attention=None))
     with pytest.raises(UserError, match=r"row_tokens is 65, .* learned positions for 64 tokens"):
         check_config(str(tmp_path), row_tokens=65)
     check_config(str(folder), row_tokens=65)
-    assert "made for documents up to 64 tokens" in caplog.text
+    assert "built for documents of up to 64 tokens" in caplog.text
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -287,17 +285,19 @@ def test_head_of_hidden_states_equals_the_models_own_logits(family: str) -> None
 
 
 @pytest.mark.parametrize(("family", "field"), [("gemma2", "softcap"), ("cohere", "scale"), ("granite", "scale")])
-def test_a_head_that_is_not_the_models_is_refused(family: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_differs_from_the_models_is_rejected(
+    family: str, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model(family)
     plain = {"softcap": None, "scale": 1.0}[field]
     right = output_head(model)
     assert getattr(right, field) != plain
     monkeypatch.setattr("qlora_dist.model.forward.OutputHead", lambda w, b, c, s: type(right)(w, b))
-    with pytest.raises(UserError, match="computes its logits in a way that is not known here"):
+    with pytest.raises(UserError, match="computes its logits in an unsupported way"):
         check_head(model)
 
 
-def test_a_model_that_leaks_between_documents_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_leaks_between_documents_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora_dist.model import attention
 
     model = tiny_model()
@@ -313,7 +313,7 @@ def test_a_model_that_leaks_between_documents_is_refused(monkeypatch: pytest.Mon
         check_head(model)
 
 
-def test_a_model_loaded_for_generation_refuses_packed_batches_and_uses_a_cache(folder: Path) -> None:
+def test_a_model_loaded_for_generation_rejects_packed_batches_and_uses_a_cache(folder: Path) -> None:
     model = load(folder, attention=INFERENCE)
     assert model.config.use_cache
     with pytest.raises(RuntimeError, match="loaded for generation"):
@@ -322,7 +322,7 @@ def test_a_model_loaded_for_generation_refuses_packed_batches_and_uses_a_cache(f
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_recomputation_gives_bitwise_the_same_loss_and_gradients(folder: Path, quantization: str) -> None:
+def test_recomputation_gives_bitwise_identical_loss_and_gradients(folder: Path, quantization: str) -> None:
     batch = random_batch((9, 5, 7))
     results = []
     for recompute, count in (("none", 0), (1, 1), ("full", 2)):
@@ -339,11 +339,11 @@ def test_recomputation_gives_bitwise_the_same_loss_and_gradients(folder: Path, q
     assert results[0][1].abs().max() > 0
     for other in results[1:]:
         assert torch.equal(other[0], results[0][0]) and torch.equal(other[1], results[0][1])
-    with pytest.raises(UserError, match=r"memory\.recompute is 3, the model has 2 layers"):
+    with pytest.raises(UserError, match=r"memory\.recompute is 3, but the model has 2 layers"):
         set_recompute(model, 3)
 
 
-def test_evaluation_mode_gives_every_module_its_mode_back() -> None:
+def test_evaluation_mode_restores_every_modules_mode() -> None:
     model = tiny_model().train()
     model.model.layers[0].eval()
     with evaluation_mode(model):

@@ -60,7 +60,7 @@ class CountOps(TorchDispatchMode):
 
 
 def forward_backward(model: Any) -> tuple[Counter[str], dict[str, torch.Tensor]]:
-    """Operators of the backward pass, and every gradient."""
+    """Operators of the backward pass and every gradient."""
     model.zero_grad()
     torch.manual_seed(5)
     loss = hidden_states(model, random_batch((9, 5))).float().square().mean()
@@ -88,13 +88,13 @@ def test_every_recompute_level_gives_the_same_bits(folder: Path, dropout: float,
         set_recompute(model, level)
         calls, found[level] = forward_backward(model)
         num_recomputed = {"none": 0, "full": NUM_LAYERS}.get(level, level)
-        assert calls["bitsandbytes::gemm_4bit"] == 6 * num_recomputed  # it did recompute as much as it was told to
+        assert calls["bitsandbytes::gemm_4bit"] == 6 * num_recomputed  # it did recompute as much as configured
     for level in LEVELS[1:]:
         require_equal_bits(found["none"], found[level])
 
 
-def test_dropout_is_in_these_gradients(folder: Path) -> None:
-    """Without this the test above could pass with dropout that does nothing."""
+def test_dropout_affects_these_gradients(folder: Path) -> None:
+    """Without this the test above could pass with dropout that has no effect."""
     model = nf4_lora(folder, dropout=0.3)
     set_recompute(model, "full")
     _, dropped = forward_backward(model)
@@ -102,8 +102,8 @@ def test_dropout_is_in_these_gradients(folder: Path) -> None:
     assert any(not torch.equal(gradient, whole[name]) for name, gradient in dropped.items())
 
 
-def test_a_recomputed_layer_never_multiplies_its_last_linear_again(folder: Path) -> None:
-    """Of seven products with the base per layer, recomputation makes six; with PEFT's own forward all seven."""
+def test_recomputing_a_layer_skips_its_last_linear(folder: Path) -> None:
+    """Of seven products with the base per layer, recomputation repeats six; with PEFT's own forward all seven."""
     calls = {}
     for kernels in ("auto", "off"):
         model = nf4_lora(folder, dtype=torch.float32, kernels=kernels)
@@ -117,7 +117,7 @@ def test_a_recomputed_layer_never_multiplies_its_last_linear_again(folder: Path)
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("quantization", ["int8", "none"])
-def test_on_other_bases_the_levels_agree_too(family: str, quantization: Any, tmp_path: Path) -> None:
+def test_recompute_levels_agree_on_other_bases(family: str, quantization: Any, tmp_path: Path) -> None:
     save_model(tmp_path, tiny_model(family, attention=None), tokenizer=False)
     base = load_base(
         str(tmp_path),
@@ -144,7 +144,7 @@ def test_offloaded_activations_give_the_same_bits_at_every_level(folder: Path, l
     set_recompute(model, level)
     _, expected = forward_backward(model)
     offload = ActivationOffload(CPU)
-    for _ in range(2):  # the second time with buffers that are used again
+    for _ in range(2):  # the second time with reused buffers
         model.zero_grad()
         torch.manual_seed(5)
         with offload:
@@ -154,7 +154,7 @@ def test_offloaded_activations_give_the_same_bits_at_every_level(folder: Path, l
     assert offload.num_offloaded > NUM_LAYERS
 
 
-def test_with_recomputed_layers_only_their_inputs_move_and_buffers_are_used_again(folder: Path) -> None:
+def test_with_recomputed_layers_only_their_inputs_move_and_buffers_are_reused(folder: Path) -> None:
     model = nf4_lora(folder)
     set_recompute(model, "full")
     offload = ActivationOffload(CPU)
@@ -169,7 +169,7 @@ def test_with_recomputed_layers_only_their_inputs_move_and_buffers_are_used_agai
 
 
 def _through_the_layers(model: Any, batch: Any, offload: ActivationOffload) -> None:
-    """Forward and backward of the decoder layers alone, by the keywords that the model gives them."""
+    """Forward and backward of the decoder layers alone, with the keywords that the model passes to them."""
     layers = decoder_layers(model)
     calls: list[Any] = []
     hook = layers[0].register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
@@ -199,7 +199,7 @@ def test_weights_and_their_views_never_move() -> None:
     torch.testing.assert_close(scale.grad, y.detach().sum(0))
 
 
-def test_a_tensor_that_several_operators_save_is_copied_once_and_small_ones_stay() -> None:
+def test_a_tensor_saved_by_several_operators_is_copied_once_and_small_ones_stay() -> None:
     offload = ActivationOffload(CPU, min_bytes=1024)
     x = torch.randn(16, 64, requires_grad=True)
     small = torch.randn(4, requires_grad=True)
@@ -213,8 +213,8 @@ def test_a_tensor_that_several_operators_save_is_copied_once_and_small_ones_stay
     assert torch.equal(small.grad, 2 * small.detach())
 
 
-def test_offload_refuses_a_device_without_an_index() -> None:
-    """`cuda` equals no tensor's device, so that nothing would ever move."""
+def test_offload_rejects_a_device_without_an_index() -> None:
+    """`cuda` equals no tensor's device, so nothing would ever move."""
     with pytest.raises(AssertionError, match="cuda equals no tensor's device"):
         ActivationOffload(torch.device("cuda"))
 
@@ -222,20 +222,20 @@ def test_offload_refuses_a_device_without_an_index() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams, events and pinned memory")
 @pytest.mark.parametrize("is_checkpointed", [False, True])
-def test_on_a_gpu_asynchronous_offload_gives_the_same_bits_and_holds_less(is_checkpointed: bool) -> None:
-    # wide rows and narrow weights: the gradients, which stay on the device, must not hide what is saved
+def test_on_a_gpu_asynchronous_offload_gives_the_same_bits_and_takes_less_memory(is_checkpointed: bool) -> None:
+    # wide rows and narrow weights: the gradients, which stay on the device, must not hide the savings
     device, tokens, width, depth = torch.device("cuda", 0), 32768, 1024, 16
     generator = torch.Generator(device).manual_seed(0)
     weights = [torch.randn(width, width, device=device, generator=generator) / 32 for _ in range(depth)]
     weights = [torch.nn.Parameter(weight) for weight in weights]  # other leaves would be offloaded
-    x = torch.randn(tokens, width, device=device, generator=generator)  # 128 MiB a layer
+    x = torch.randn(tokens, width, device=device, generator=generator)  # 128 MiB per layer
     offload = ActivationOffload(device)
 
     def layer(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.tanh(states @ weight)
 
     def run(is_offloaded: bool) -> tuple[list[torch.Tensor], int]:
-        """Gradients in host memory, and the peak beyond what was there before."""
+        """Gradients in host memory, and the peak above the memory allocated before."""
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         with offload if is_offloaded else contextlib.nullcontext():
@@ -248,10 +248,10 @@ def test_on_a_gpu_asynchronous_offload_gives_the_same_bits_and_holds_less(is_che
         gradients = [gradient.cpu() for gradient in torch.autograd.grad(loss, weights)]
         return gradients, torch.cuda.max_memory_allocated(device) - before
 
-    expected, most = run(False)
-    for _ in range(3):  # buffers are used again, while copies of the round before may still run
+    expected, highest = run(False)
+    for _ in range(3):  # buffers are reused while copies of the previous round may still run
         found, peak = run(True)
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-        assert peak < most - depth // 2 * x.nbytes
+        assert peak < highest - depth // 2 * x.nbytes
         held = offload.host_bytes
     assert held == offload.host_bytes <= (2 * depth + 2) * x.nbytes

@@ -1,4 +1,4 @@
-"""The shared base: what each rank holds, that it is gathered bit-exactly, that training on it is training on ddp."""
+"""The sharded base: what each rank holds, bit-exact gathering, and training that equals ddp."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qlora_dist.model import (
     base_weights,
     check_gathered_layer,
     check_head,
-    check_shares,
+    check_sharding,
     decoder_layers,
     held_bytes,
     hidden_states,
@@ -51,15 +51,15 @@ def world_and_shards() -> tuple[Any, Any]:
 
 
 def _compare_with_one_process(folder: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Loads the base whole and shared on each rank, gathers every weight, and compares all bits."""
+    """Loads the base whole and sharded on each rank, gathers every weight, and compares all bits."""
     world, shards = world_and_shards()
-    whole, shared = load(folder, None, **changes), load(folder, shards, **changes)
-    check_head(shared)
-    check_gathered_layer(shared)
+    whole, sharded = load(folder, None, **changes), load(folder, shards, **changes)
+    check_head(sharded)
+    check_gathered_layer(sharded)
     expected = {name: tensor for name, tensor in base_weights(whole) if "bitsandbytes__" not in name}
-    found = dict(base_weights(shared))
-    modules = dict(shared.named_modules())
-    for module in [*decoder_layers(shared), shared.get_input_embeddings()]:
+    found = dict(base_weights(sharded))
+    modules = dict(sharded.named_modules())
+    for module in [*decoder_layers(sharded), sharded.get_input_embeddings()]:
         module.unshard()
     bits = {}
     for name, tensor in expected.items():
@@ -79,21 +79,21 @@ def _compare_with_one_process(folder: str, changes: dict[str, Any]) -> dict[str,
         if name.endswith("nested_absmax"):
             layer_whole = dict(whole.named_modules())[name.split(".weight.")[0]]
             bits[f"{name} offset"] = torch.equal(layer.nested_offset, layer_whole.weight.quant_state.offset)
-    for module in [*decoder_layers(shared), shared.get_input_embeddings()]:
+    for module in [*decoder_layers(sharded), sharded.get_input_embeddings()]:
         module.reshard()
     batch = random_batch((9, 5))
     with torch.no_grad():
-        same_output = torch.equal(hidden_states(whole, batch), hidden_states(shared, batch))
+        same_output = torch.equal(hidden_states(whole, batch), hidden_states(sharded, batch))
     large = sum(tensor.nbytes for name, tensor in expected.items() if tensor.ndim > 1 or name.endswith("weight.absmax"))
     result = {
         "wrong": [name for name, is_equal in bits.items() if not is_equal],
         "compared": len(bits),
         "same_output": same_output,
-        "held": held_bytes(shared),
+        "held": held_bytes(sharded),
         "whole": held_bytes(whole),
         "large": large,
         "dtypes": {str(tensor.dtype) for name, tensor in found.items() if "proj.weight" in name},
-        "weights": sum(num_weights(one) for one in shared.parameters()),
+        "weights": sum(num_weights(one) for one in sharded.parameters()),
         "expected_weights": sum(num_weights(one) for one in whole.parameters()),
     }
     world.close()
@@ -106,12 +106,12 @@ def _compare_with_one_process(folder: str, changes: dict[str, Any]) -> dict[str,
         (2, "llama", {}),
         (4, "llama", {"double_quant": False}),
         (2, "gemma2", {"quantization": "fp4", "offload": True}),  # tied embedding and head
-        (3, "gpt2", {}),  # rows and blocks that three ranks cannot share evenly; weights stored transposed
+        (3, "gpt2", {}),  # rows and blocks that three ranks cannot split evenly; weights stored transposed
         (2, "phi", {"quantization": "none"}),  # biases, also on the head
         (3, "llama", {"weights": "random", "seed": 3}),
     ],
 )
-def test_a_shared_base_has_the_bits_of_one_process_and_a_rank_holds_its_share(
+def test_a_sharded_base_has_the_bits_of_one_process_and_a_rank_holds_its_shard(
     num_ranks: int, family: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     save_model(tmp_path, tiny_model(family, attention=None), tokenizer=False)
@@ -121,8 +121,8 @@ def test_a_shared_base_has_the_bits_of_one_process_and_a_rank_holds_its_share(
         assert result["compared"] > 15
         assert result["weights"] == result["expected_weights"]
         if changes.get("quantization") != "none":
-            assert result["dtypes"] <= {"torch.uint8"}  # codes are never a float type
-    # large tensors: a share each, up to a row or block of rounding a tensor; the rest (norms, biases, rotary
+            assert result["dtypes"] <= {"torch.uint8"}  # codes never have a float type
+    # large tensors: one shard each, up to a row or block of rounding per tensor; the rest (norms, biases, rotary
     # frequencies, second-level constants and code books) on every rank
     total, whole, large = sum(result["held"] for result in results), results[0]["whole"], results[0]["large"]
     small = whole - large
@@ -132,12 +132,12 @@ def test_a_shared_base_has_the_bits_of_one_process_and_a_rank_holds_its_share(
 
 def _load_stored(folders: tuple[str, str]) -> list[bool]:
     world, shards = world_and_shards()
-    fingerprints = [base_checksum(load(folder, shards)) for folder in folders]
+    checksums = [base_checksum(load(folder, shards)) for folder in folders]
     world.close()
-    return fingerprints
+    return checksums
 
 
-def test_a_4_bit_checkpoint_is_shared_to_the_same_bits_as_the_16_bit_model(tmp_path: Path) -> None:
+def test_a_4_bit_checkpoint_is_sharded_to_the_same_bits_as_the_16_bit_model(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source")
     quantize_model(str(source), tmp_path / "packed")
     for first, second in on_ranks(_load_stored, 2, (str(source), str(tmp_path / "packed"))):
@@ -174,12 +174,12 @@ def test_a_rank_reads_only_its_part_of_the_files(tmp_path: Path) -> None:
 
 
 def canonical_nan(tensor: torch.Tensor) -> torch.Tensor:
-    """What a conversion through float makes of a 16-bit float tensor on CUDA: every NaN gets one bit pattern."""
+    """A 16-bit float tensor after a conversion through float on CUDA: every NaN gets the same bit pattern."""
     return torch.where(tensor.isnan(), torch.tensor(float("nan"), dtype=tensor.dtype), tensor)
 
 
 def emulate_cuda_copies() -> list[int]:
-    """From now on copies of float types in FSDP2's gather rewrite NaN patterns, as on CUDA. Returns a counter."""
+    """From here on, copies of float types in FSDP2's gather rewrite NaN patterns, as on CUDA. Returns a counter."""
     rewritten = [0]
     foreach_copy, split_copy = torch._foreach_copy_, torch.split_with_sizes_copy
 
@@ -198,7 +198,7 @@ def emulate_cuda_copies() -> list[int]:
 
 
 def _gather_float_storage() -> tuple[int, int]:
-    """The field's recipe: packed codes stored as bfloat16 under fully_shard. (words that changed, words)."""
+    """The usual recipe: packed codes stored as bfloat16 under fully_shard. (words that changed, words)."""
     from torch.distributed.fsdp import fully_shard
 
     world, shards = world_and_shards()
@@ -227,38 +227,38 @@ def _gather_under_cuda_copies(folder: str) -> list[str]:
     return wrong
 
 
-def test_copies_through_float_change_codes_stored_as_bf16_and_none_of_ours(tmp_path: Path) -> None:
+def test_copies_through_float_change_codes_stored_as_bf16_but_not_ours(tmp_path: Path) -> None:
     for changed_words, words in on_ranks(_gather_float_storage, 2):
-        # the guard: the emulated fault is there. 254 of 65,536 patterns are NaN, two of them the canonical one
+        # the guard: the emulated fault occurs. 254 of 65,536 patterns are NaN, two of them the canonical one
         assert 0.003 < changed_words / words < 0.005
     save_model(tmp_path, tokenizer=False)
     assert on_ranks(_gather_under_cuda_copies, 2, str(tmp_path)) == [["", ""], ["", ""]]
 
 
-def save_model_with_room(folder: Path) -> str:
-    """A model whose matrices of 512 x 512 have room for all 65,536 words of 16 bits among their codes."""
+def save_model_with_512_columns(folder: Path) -> str:
+    """A model whose 512 x 512 matrices have enough codes to contain all 65,536 16-bit words."""
     sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1}
     return str(save_model(folder, tiny_model(attention=None, **sizes), tokenizer=False))
 
 
 def gather_every_pattern(model: Any, shards: Any) -> dict[str, int]:
-    """Puts all patterns of bits into one matrix's codes and constants, gathers them: {name: bytes that changed}."""
+    """Writes all bit patterns to one matrix's codes and constants, gathers them: {name: bytes that changed}."""
     layer = decoder_layers(model)[0]
     matrix = layer.mlp.up_proj
     words = torch.arange(2**16).to(torch.int16)
     if matrix.is_nested:
         constants = torch.arange(4096).to(torch.uint8)  # each byte 16 times
-    else:  # 16 NaN of fp32 for every upper half that can be one
+    else:  # 16 fp32 NaNs for every upper half that can be one
         upper = torch.cat([torch.arange(0x7F80, 0x8000), torch.arange(0xFF80, 0x10000)])
         constants = (upper[:, None] * 2**16 + torch.arange(1, 17)).flatten().to(torch.int32)
         assert constants.view(torch.float32).isnan().all() and len(constants.unique()) == 4096
     changed_bytes = {}
     for attribute, values in (("weight", words), ("absmax", constants)):
-        shared = getattr(matrix, attribute)
-        rows, own = values.view(torch.uint8).view(shared.shape), shared.to_local()
+        sharded = getattr(matrix, attribute)
+        rows, own = values.view(torch.uint8).view(sharded.shape), sharded.to_local()
         first = shards.rank * -(-len(rows) // shards.size)
         own.copy_(rows[first : first + len(own)])
-        assert shared.dtype == shared._spec.tensor_meta.dtype == torch.uint8  # a tensor of bytes, whoever looks
+        assert sharded.dtype == sharded._spec.tensor_meta.dtype == torch.uint8  # bytes in every view
         layer.unshard()
         whole = getattr(matrix, attribute).data
         assert whole.dtype == torch.uint8
@@ -280,29 +280,29 @@ def _gather_every_pattern(folder: str, changes: dict[str, Any]) -> dict[str, int
 
 
 @pytest.mark.parametrize(("num_ranks", "changes"), [(2, {}), (3, {"double_quant": False}), (2, {"offload": True})])
-def test_every_pattern_of_bits_in_codes_and_constants_is_gathered_as_it_is(
+def test_every_bit_pattern_in_codes_and_constants_is_gathered_unchanged(
     num_ranks: int, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    folder = save_model_with_room(tmp_path)
+    folder = save_model_with_512_columns(tmp_path)
     for changed_bytes in on_ranks(_gather_every_pattern, num_ranks, folder, changes):
         assert changed_bytes == {"weight": 0, "absmax": 0}
 
 
 def _gathered_while_layers_run(folder: str) -> tuple[list[int], int]:
-    """A forward and a backward pass with recomputation: layers that are whole while each runs, bytes left after."""
+    """A forward and a backward pass with recomputation: layers that are whole while each runs, bytes left."""
     world, shards = world_and_shards()
     model = load(folder, shards)
     layers = decoder_layers(model)
     whole: list[int] = []
     seen: dict[int, torch.Tensor] = {}
 
-    def look(matrix: Any, *_: Any) -> None:
+    def record(matrix: Any, *_: Any) -> None:
         weights = [layer.mlp.up_proj.weight for layer in layers]
         whole.append(sum(weight is own_part(weight) for weight in weights))
         seen[id(matrix)] = matrix.weight.data
 
     for layer in layers:
-        layer.mlp.up_proj.register_forward_hook(look)
+        layer.mlp.up_proj.register_forward_hook(record)
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, hidden: hidden.requires_grad_())
     set_recompute(model, "full")
     model.train()
@@ -334,31 +334,34 @@ def _check_with_a_changed_bit(folder: str, what: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("what", ["weight", "absmax", "plain"])
-def test_one_changed_bit_on_one_rank_stops_all_ranks_with_the_name_of_the_weight(what: str, tmp_path: Path) -> None:
+def test_one_changed_bit_on_one_rank_stops_all_ranks_naming_the_weight(what: str, tmp_path: Path) -> None:
     save_model(tmp_path, tokenizer=False)
     for name, text in on_ranks(_check_with_a_changed_bit, 2, str(tmp_path), what):
         assert name == "RunFailed"
-        assert "the gathered weight model.layers.0.mlp.up_proj.weight is not what its source gives (1 weights" in text
+        assert "the gathered weight model.layers.0.mlp.up_proj.weight differs from its source (1 weights" in text
 
 
 def _check_with_a_whole_weight(folder: str, name: str) -> tuple[str, str]:
     world, shards = world_and_shards()
     model = load(folder, shards)
-    check_shares(model)
+    check_sharding(model)
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     module._parameters[attribute] = torch.nn.Parameter(gathered(getattr(module, attribute)), requires_grad=False)
-    result = outcome(check_shares, model)
+    result = outcome(check_sharding, model)
     world.close()
     return result
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
-def test_a_weight_that_is_whole_on_a_rank_is_an_error_with_its_name(name: str, tmp_path: Path) -> None:
+def test_a_weight_that_is_whole_on_a_rank_is_an_error_naming_it(name: str, tmp_path: Path) -> None:
     save_model(tmp_path, tokenizer=False)
     for kind, text in on_ranks(_check_with_a_whole_weight, 2, str(tmp_path), name):
         assert kind == "RunFailed"
-        assert f"1 large weights are whole on rank {'0' if 'rank 0' in text else '1'} instead of cut into 2" in text
+        assert (
+            f"1 large weights are whole on rank {'0' if 'rank 0' in text else '1'} instead of sharded over 2 ranks"
+            in text
+        )
         assert f"such as {name} with" in text
 
 
@@ -366,19 +369,19 @@ def test_a_weight_that_is_whole_on_a_rank_is_an_error_with_its_name(name: str, t
 
 
 def _train(raw: dict[str, Any]) -> dict[str, Any]:
-    """A run, with what it leaves in memory."""
+    """A run; returns facts about the model that it leaves in memory."""
     import qlora_dist.train as trainer
     from qlora_dist.train import setup_model
 
     seen: dict[str, Any] = {}
     build = setup_model.build_model
 
-    def watching(config: Any, world: Any) -> Any:
+    def recording(config: Any, world: Any) -> Any:
         model = build(config, world)
         seen.update(model=model, before=base_checksum(model.module))
         return model
 
-    trainer.build_model = watching
+    trainer.build_model = recording
     trainer.train(config_of(raw))
     if not seen:
         return {}
@@ -395,7 +398,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def figures(run_dir: Any) -> list[tuple[float, float]]:
+def losses_and_norms(run_dir: Any) -> list[tuple[float, float]]:
     return [(line["loss"], line["grad_norm"]) for line in metrics_of(run_dir)]
 
 
@@ -410,7 +413,7 @@ LAST = "checkpoints/step-00000010"
         {"model__quantization": "none", "memory__recompute": 1, "lora__dropout": 0.1},
     ],
 )
-def test_fsdp_trains_as_ddp_bit_by_bit_over_ten_steps(
+def test_fsdp_matches_ddp_bit_for_bit_over_ten_steps(
     inputs: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     raw = changed(inputs, train__steps=10, data__eval=inputs["data"]["train"], train__eval_every=5, **changes)
@@ -420,8 +423,9 @@ def test_fsdp_trains_as_ddp_bit_by_bit_over_ten_steps(
         if strategy == "ddp":
             own["strategy__offload"] = False
         found[strategy] = on_ranks(_train, 2, changed(raw, **own))
-    # the same numbers in the same kernels, whoever held them before: no tolerance
-    assert figures(tmp_path / "fsdp") == figures(tmp_path / "ddp") and len(losses_of(tmp_path / "ddp")) == 10
+    # the same numbers in the same kernels, wherever they were stored: no tolerance
+    assert losses_and_norms(tmp_path / "fsdp") == losses_and_norms(tmp_path / "ddp")
+    assert len(losses_of(tmp_path / "ddp")) == 10
     assert losses_of(tmp_path / "fsdp")[-1] < losses_of(tmp_path / "fsdp")[0]
     assert digests_of(tmp_path / "fsdp" / LAST) == digests_of(tmp_path / "ddp" / LAST)
     assert [m["eval_loss"] for m in metrics_of(tmp_path / "fsdp")[4::5]] == [
@@ -429,24 +433,22 @@ def test_fsdp_trains_as_ddp_bit_by_bit_over_ten_steps(
     ]
     for ddp, fsdp in zip(found["ddp"], found["fsdp"]):
         assert fsdp["unchanged"] and fsdp["counts"] == ddp["counts"]
-        assert fsdp["held"] < 0.62 * ddp["held"]  # half, and what every rank holds: code books and norms weigh here
+        assert fsdp["held"] < 0.62 * ddp["held"]  # half, plus what every rank holds: code books and norms matter here
 
 
-def test_four_ranks_give_the_losses_of_one_also_when_some_have_no_labels(
-    inputs: dict[str, Any], tmp_path: Path
-) -> None:
-    # 13 rows in steps of 4: in the last step three ranks have filler; they must gather every layer all the same
+def test_four_ranks_give_the_losses_of_one_even_if_some_have_no_labels(inputs: dict[str, Any], tmp_path: Path) -> None:
+    # 13 rows in steps of 4: in the last step three ranks have filler, but must still gather every layer
     raw = changed(inputs, train__steps=None, train__epochs=13 / 24, batch__rows_per_step=4)
     on_ranks(_train, 4, changed(raw, run_dir=str(tmp_path / "four"), strategy__name="fsdp"))
-    # one rank has nobody to share with: fsdp is then ddp
+    # with one rank there is nothing to shard: fsdp is then ddp
     on_ranks(_train, 1, changed(raw, run_dir=str(tmp_path / "one"), strategy__name="fsdp"))
     four = metrics_of(tmp_path / "four")
     assert len(four) == 4 and four[-1]["tokens"] <= 32 < four[0]["tokens"], "the last step must be one row"
-    # fp32 sums in another order, four updates deep
+    # fp32 sums in another order, over four updates
     assert losses_of(tmp_path / "four") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
 
 
-def test_a_run_goes_on_under_another_strategy_bit_by_bit(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_resumes_under_another_strategy_bit_for_bit(inputs: dict[str, Any], tmp_path: Path) -> None:
     raw = changed(inputs, lora__dropout=0.1)
     on_ranks(_train, 2, changed(raw, run_dir=str(tmp_path / "whole"), train__steps=6))
     moved = changed(raw, run_dir=str(tmp_path / "moved"))
@@ -457,7 +459,7 @@ def test_a_run_goes_on_under_another_strategy_bit_by_bit(inputs: dict[str, Any],
     assert digests_of(tmp_path / "moved" / last) == digests_of(tmp_path / "whole" / last)
 
 
-def test_the_adapter_of_a_shared_base_is_whole_and_loads_in_stock_peft(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_the_adapter_of_a_sharded_base_is_whole_and_loads_in_stock_peft(inputs: dict[str, Any], tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -476,7 +478,7 @@ def test_the_adapter_of_a_shared_base_is_whole_and_loads_in_stock_peft(inputs: d
         assert value.shape == ((4, layer.shape[1]) if "lora_A" in name else (layer.shape[0], 4))
 
 
-def test_a_run_with_a_cache_reads_the_copy_on_every_rank(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_with_a_4_bit_cache_reads_the_copy_on_every_rank(inputs: dict[str, Any], tmp_path: Path) -> None:
     raw = changed(inputs, train__steps=3)
     on_ranks(_train, 2, changed(raw, run_dir=str(tmp_path / "plain")))
     own = {"model__cache_4bit": str(tmp_path / "cache"), "strategy__name": "fsdp"}
@@ -487,7 +489,7 @@ def test_a_run_with_a_cache_reads_the_copy_on_every_rank(inputs: dict[str, Any],
     assert raw["model"]["name"] in adapter and "cache" not in adapter
 
 
-def test_the_launch_file_of_ddp_starts_fsdp_and_the_run_says_what_is_shared(
+def test_the_ddp_launch_file_starts_fsdp_and_the_run_reports_what_is_sharded(
     inputs: dict[str, Any], tmp_path: Path
 ) -> None:
     config = write_config(tmp_path / "config.yaml", inputs, run_dir=str(tmp_path / "run"), train__steps=2)
@@ -498,7 +500,7 @@ def test_the_launch_file_of_ddp_starts_fsdp_and_the_run_says_what_is_shared(
     assert len(losses_of(tmp_path / "run")) == 2
 
 
-def test_a_dry_run_on_random_weights_needs_config_and_tokenizer_only(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_a_dry_run_on_random_weights_needs_only_config_and_tokenizer(inputs: dict[str, Any], tmp_path: Path) -> None:
     model = Path(shutil.copytree(inputs["model"]["name"], tmp_path / "model"))
     (model / "model.safetensors").unlink()
     raw = changed(inputs, run_dir=str(tmp_path / "files"), train__steps=2, model__name=str(model))
@@ -520,7 +522,7 @@ def test_a_dry_run_on_random_weights_needs_config_and_tokenizer_only(inputs: dic
         ({"strategy__name": "ddp", "strategy__offload": True}, "strategy.offload .*only strategy fsdp"),
     ],
 )
-def test_what_fsdp_cannot_do_is_refused_before_the_model_is_read(
+def test_what_fsdp_does_not_support_is_rejected_before_the_model_is_read(
     inputs: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     from qlora_dist.train import train
@@ -540,7 +542,7 @@ def _refusals(folders: dict[str, str]) -> list[tuple[str, str]]:
     return found
 
 
-def test_what_cannot_be_shared_is_refused_by_the_loader(tmp_path: Path) -> None:
+def test_the_loader_rejects_what_cannot_be_sharded(tmp_path: Path) -> None:
     experts = tiny_model("mixtral", attention=None, num_key_value_heads=2)
     folders = {
         "experts": str(save_model(tmp_path / "experts", experts, tokenizer=False)),
@@ -555,7 +557,7 @@ def test_what_cannot_be_shared_is_refused_by_the_loader(tmp_path: Path) -> None:
 
 
 def _gather_on_cuda(folder: str) -> dict[str, int]:
-    """Real copies of the CUDA gather: every pattern of 16 bits, among our codes and stored as bfloat16."""
+    """Real copies in the CUDA gather: every 16-bit pattern, in our codes and stored as bfloat16."""
     from torch.distributed.fsdp import fully_shard
 
     world, shards = world_and_shards()
@@ -591,16 +593,16 @@ NEEDS_TWO = [
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=NEEDS_TWO)])
-def test_cuda_gathers_every_pattern_of_bits_in_codes_and_constants_as_it_is(num_ranks: int, tmp_path: Path) -> None:
-    folder = save_model_with_room(tmp_path)
+def test_cuda_gathers_every_bit_pattern_in_codes_and_constants_unchanged(num_ranks: int, tmp_path: Path) -> None:
+    folder = save_model_with_512_columns(tmp_path)
     for changed_bytes in on_ranks(_gather_on_cuda, num_ranks, folder, timeout=300):
         assert changed_bytes["weight"] == changed_bytes["absmax"] == 0
         if changed_bytes["stored as bfloat16"] == 0:
             print("this torch and driver gather bfloat16 bit-exactly too: pytorch #159333 is gone here")
 
 
-def test_nothing_of_the_head_is_kept_gathered(tmp_path: Path) -> None:
-    """The head of a model is this rank's part: a whole one would stay in memory for the run."""
+def test_the_head_is_not_kept_gathered(tmp_path: Path) -> None:
+    """The head is this rank's part: a whole one would stay in memory for the run."""
     save_model(tmp_path, tokenizer=False)
     assert on_ranks(_head_rows, 2, str(tmp_path)) == [(64, 128), (64, 128)]
 

@@ -30,7 +30,7 @@ from qlora_dist.model import load as base_module
 from qlora_dist.model.weights import cache_4bit as four_bit_files
 from qlora_dist.model.weights import quantize
 from qlora_dist.model.weights import stream as streaming
-from qlora_dist.model.weights.quantize import Range, block_share, make_state, quantize_range
+from qlora_dist.model.weights.quantize import Range, make_state, quantize_range, shard_range
 from qlora_dist.model.weights.safetensors_files import BadFile, WeightFiles
 
 CPU = torch.device("cpu")
@@ -58,11 +58,11 @@ def by_transformers(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **changes:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_streamed_to_the_bits_that_transformers_loads(
+def test_every_family_is_streamed_to_the_same_bits_as_by_transformers(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_model(tmp_path, tiny_model(family, attention=None), tokenizer=False)
-    monkeypatch.setattr(quantize, "PIECE", 64 * 7)  # pieces that end inside of rows
+    monkeypatch.setattr(quantize, "PIECE", 64 * 7)  # pieces that end inside rows
     for quantization in ("nf4", "none"):
         with caplog.at_level("INFO", logger="qlora_dist"):
             streamed = load(tmp_path, quantization)
@@ -77,7 +77,7 @@ def test_every_family_is_streamed_to_the_bits_that_transformers_loads(
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_a_weight_in_pieces_and_shares_has_the_bits_of_bitsandbytes(
+def test_a_weight_in_pieces_and_shards_has_the_bits_of_bitsandbytes(
     quant_type: str, double_quant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize, "PIECE", 64 * 50)
@@ -85,11 +85,11 @@ def test_a_weight_in_pieces_and_shares_has_the_bits_of_bitsandbytes(
     codes, state = functional.quantize_4bit(weight, quant_type=quant_type, compress_statistics=double_quant)
     flat = weight.view(-1)
     for size in (1, 2, 7, 901):  # the last: more ranks than blocks
-        shares = [block_share(flat.numel(), rank, size) for rank in range(size)]
+        shards = [shard_range(flat.numel(), rank, size) for rank in range(size)]
         ours_codes = torch.empty_like(codes)
         absmax = torch.cat([
             quantize_range(ours_codes[s.start // 2 : s.stop // 2], lambda a, b: flat[a:b], s, quant_type, BF16)
-            for s in shares
+            for s in shards
         ])  # fmt: skip
         assert torch.equal(ours_codes, codes)
         ours = make_state(absmax, (300, 192), quant_type, BF16, double_quant).as_dict(packed=True)
@@ -113,7 +113,7 @@ def test_weights_without_the_prefix_of_the_base_model_and_in_several_files_are_f
     assert base_checksum(load(tmp_path)) == base_checksum(load(folder))
 
 
-def test_tied_weights_that_differ_in_the_files_stay_apart_and_equal_ones_are_one(
+def test_tied_weights_that_differ_in_the_files_stay_untied_and_equal_ones_are_tied(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = load_file(folder / "model.safetensors")
@@ -123,11 +123,11 @@ def test_tied_weights_that_differ_in_the_files_stay_apart_and_equal_ones_are_one
         model = load(tmp_path)
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied
         check_head(model)
-    assert "differ in the files: they stay apart" in caplog.text
+    assert "differ in the files: they stay untied" in caplog.text
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"].to(BF16))
 
 
-def test_a_family_whose_files_must_be_converted_is_loaded_by_transformers_and_says_so(
+def test_a_family_whose_files_must_be_converted_is_loaded_by_transformers_with_a_notice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_model(tmp_path, tiny_model("mixtral", attention=None, num_key_value_heads=2), tokenizer=False)
@@ -149,7 +149,7 @@ _FROM_HUB = """
 """
 
 
-def test_a_model_of_the_hubs_local_cache_is_streamed_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_the_local_hub_cache_is_streamed_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = tmp_path / "hub" / "models--some--model"
     snapshot = save_model(repository / "snapshots" / ("0" * 40))
     (snapshot / "generation_config.json").write_text(json.dumps({"temperature": 0.25, "do_sample": True}))
@@ -164,9 +164,9 @@ def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
     whole = (folder / "model.safetensors").read_bytes()
     for damaged, message in (
-        (whole[:-100], "does not lie where its header says; the file is cut short or damaged"),
-        (whole[:4], "no safetensors file, or cut short"),
-        (b"\xff" * 4096, "no safetensors file, or cut short"),
+        (whole[:-100], "is not where the header places it; the file is truncated or damaged"),
+        (whole[:4], "not a safetensors file, or truncated"),
+        (b"\xff" * 4096, "not a safetensors file, or truncated"),
         ((20).to_bytes(8, "little") + b"x" * 20, "its header is not JSON"),
     ):
         (tmp_path / "model.safetensors").write_bytes(damaged)
@@ -176,16 +176,16 @@ def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
             load(tmp_path)
 
 
-def test_progress_is_said_in_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_is_logged_in_lines_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="qlora_dist"):
         progress = streaming.Progress("reading", 200, every_seconds=0.0)
         progress.add(50)
         progress.add(150)
         progress.close()
-        silent = streaming.Progress("often", 2)  # seconds apart: a short load says nothing
+        silent = streaming.Progress("often", 2)  # seconds apart: a short load logs nothing
         silent.add(1)
-    said = [record.getMessage() for record in caplog.records]
-    assert [line.split(" after ")[0] for line in said] == ["reading: 25%", "reading: 100%"]
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(" after ")[0] for line in lines] == ["reading: 25%", "reading: 100%"]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ _PEAK = """
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """0.6 GB of bf16: 12 layers of 51 MB; the files repeat one layer's numbers."""
+    """0.6 GB of bf16: 12 layers of 51 MB; the files repeat the same numbers."""
     folder = tmp_path_factory.mktemp("large")
     config = tiny_config("llama", hidden_size=1024, intermediate_size=6912, num_hidden_layers=12, vocab_size=4096,
                          head_dim=64, num_attention_heads=16, num_key_value_heads=16)  # fmt: skip
@@ -245,7 +245,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("what", ["load", "quantize"])
-def test_memory_is_bounded_by_what_is_kept_and_a_constant_far_below_the_model(
+def test_memory_is_bounded_by_what_stays_loaded_plus_a_constant_far_below_the_model(
     what: str, large: Path, tmp_path: Path
 ) -> None:
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
@@ -253,8 +253,8 @@ def test_memory_is_bounded_by_what_is_kept_and_a_constant_far_below_the_model(
     before, peak, held = map(
         int, run_python(_PEAK, what, str(large), str(tmp_path / "out"), timeout=280).stdout.split()
     )
-    # a third of the model: pieces of 2 M weights in the types that bitsandbytes goes through on a CPU, modules that are
-    # imported on first use, what the allocator keeps, and a file of 32 MiB with its serialized form while it is written
+    # a third of the model: pieces of 2 M weights in the types that bitsandbytes uses on a CPU, modules imported on
+    # first use, what the allocator keeps, and a file of 32 MiB with its serialized form while it is written
     constant = 192 * 2**20
     assert peak - before < held + constant, f"{(peak - before) / 2**20:.0f} MiB, {held / 2**20:.0f} of them held"
     assert (held > 150e6) == (what == "load")
@@ -280,11 +280,11 @@ def test_a_quantized_checkpoint_loads_in_stock_transformers_and_here_to_the_bits
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
     assert (out / "tokenizer.json").exists()
-    with pytest.raises(UserError, match="the run asks for none"):
+    with pytest.raises(UserError, match="the run requests none"):
         load(out, "none")
 
 
-def test_codes_that_were_saved_under_a_float_type_are_read_as_the_bytes_they_are(folder: Path, tmp_path: Path) -> None:
+def test_codes_saved_as_a_float_type_are_read_as_bytes(folder: Path, tmp_path: Path) -> None:
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_quant_storage=BF16)  # fmt: skip
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, quantization_config=settings, device_map="cpu")
@@ -295,7 +295,7 @@ def test_codes_that_were_saved_under_a_float_type_are_read_as_the_bytes_they_are
     assert base_checksum(model) == base_checksum(load(folder))
 
 
-def test_the_quantized_checkpoint_is_split_into_files_and_appears_whole_or_not_at_all(
+def test_the_quantized_checkpoint_is_split_into_files_and_appears_complete_or_not_at_all(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize_model(str(folder), tmp_path / "out", shard_bytes=20_000)
@@ -313,11 +313,11 @@ def _full_disk() -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_what_cannot_be_quantized_is_refused_with_the_reason(folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_what_cannot_be_quantized_is_rejected_with_the_reason(folder: Path, tmp_path: Path, capsys: Any) -> None:
     quantize_model(str(folder), tmp_path / "out")
-    with pytest.raises(UserError, match=r"quantized already .*give the 16-bit model"):
+    with pytest.raises(UserError, match=r"already quantized .*give the 16-bit model"):
         quantize_model(str(tmp_path / "out"), tmp_path / "again")
-    with pytest.raises(UserError, match="is there and not empty; name a new folder"):
+    with pytest.raises(UserError, match="already exists and is not empty; give a new folder"):
         quantize_model(str(folder), tmp_path / "out")
     save_model(tmp_path / "experts", tiny_model("mixtral", attention=None, num_key_value_heads=2), tokenizer=False)
     with pytest.raises(UserError, match=r"cannot be quantized one by one \(model.layers.* must be converted"):
@@ -334,15 +334,15 @@ def copy_of(folder: Path, cache: Path, **changes: Any) -> Path:
     return Path(cached_4bit(cache, str(folder), **options))
 
 
-def test_the_copy_is_made_once_and_anew_when_anything_that_decides_it_changes(
+def test_the_copy_is_built_once_and_rebuilt_when_its_inputs_change(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_model(tmp_path / "source")
     cache = tmp_path / "cache"
     first = copy_of(source, cache)
     assert base_checksum(load(first)) == base_checksum(load(source))
-    made = first.stat().st_mtime_ns
-    assert copy_of(source, cache) == first and first.stat().st_mtime_ns == made
+    built = first.stat().st_mtime_ns
+    assert copy_of(source, cache) == first and first.stat().st_mtime_ns == built
     others = {copy_of(source, cache, double_quant=False), copy_of(source, cache, quantization="fp4"),
               copy_of(source, cache, compute_dtype=torch.float32)}  # fmt: skip
     save_model(source, tiny_model(attention=None, seed=1))
@@ -353,22 +353,20 @@ def test_the_copy_is_made_once_and_anew_when_anything_that_decides_it_changes(
     assert copy_of(source, cache, quantization="none") == source and copy_of(first, cache) == first
 
 
-def test_a_copy_that_lost_a_part_is_made_anew_and_one_that_was_left_by_a_killed_builder_is_not_used(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_copy_is_rebuilt_and_leftovers_of_a_killed_builder_are_not_used(folder: Path, tmp_path: Path) -> None:
     whole = copy_of(folder, tmp_path)
     expected = base_checksum(load(whole))
     weights = next(whole.glob("model-*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
     assert copy_of(folder, tmp_path) == whole and base_checksum(load(whole)) == expected
     left = whole.with_name(f".{whole.name}.incomplete")
-    whole.rename(left)  # as a builder killed before its rename leaves it, but even the manifest is there
+    whole.rename(left)  # as left by a builder killed before its rename, here even with the manifest
     weights.parent.mkdir(exist_ok=True)
     assert copy_of(folder, tmp_path) == whole and base_checksum(load(whole)) == expected
     assert not left.exists()
 
 
-def test_of_several_processes_one_makes_the_copy(folder: Path, tmp_path: Path) -> None:
+def test_only_one_of_several_processes_builds_the_copy(folder: Path, tmp_path: Path) -> None:
     results = on_ranks(_copy_and_count, 3, folder, tmp_path / "cache")
     assert len({path for path, _ in results}) == 1
     assert sum(built for _, built in results) == 1
@@ -381,16 +379,16 @@ def _copy_and_count(folder: Path, cache: Path) -> tuple[str, int]:
     return str(copy_of(folder, cache)), len(built)
 
 
-def test_a_cache_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"model.cache_4bit .*file.*name a folder that can be written"):
+    with pytest.raises(UserError, match=r"model.cache_4bit .*file.*give a writable folder"):
         copy_of(folder, tmp_path / "file" / "cache")
 
 
 # --- random weights ---------------------------------------------------------------------------------------------------
 
 
-def test_random_weights_need_config_json_only_and_depend_on_seed_and_name(tmp_path: Path) -> None:
+def test_random_weights_need_only_config_json_and_depend_on_seed_and_name(tmp_path: Path) -> None:
     tiny_config("llama", hidden_size=256, num_hidden_layers=8).save_pretrained(tmp_path)
     check_config(str(tmp_path), device_type="cpu", weights="random")
     with pytest.raises(UserError, match=r"no \*\.safetensors"):
@@ -409,11 +407,11 @@ def test_random_weights_need_config_json_only_and_depend_on_seed_and_name(tmp_pa
     codes, state = functional.quantize_4bit(plain.to(BF16), quant_type="nf4", compress_statistics=True)
     layer = linear_layers(packed)["model.layers.3.mlp.up_proj"]
     assert torch.equal(layer.weight, codes) and torch.equal(layer.weight.quant_state.absmax, state.absmax)
-    with pytest.raises(UserError, match="random, which int8 cannot be made from"):
+    with pytest.raises(UserError, match="random, which int8 does not support"):
         load(tmp_path, "int8", weights="random")
 
 
-def test_any_part_of_a_random_weight_is_the_same_however_it_is_cut(
+def test_any_part_of_a_random_weight_is_the_same_however_it_is_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_dist.model.weights import sources
@@ -423,6 +421,6 @@ def test_any_part_of_a_random_weight_is_the_same_however_it_is_cut(
     source = sources.RandomSource(model, model.config, 3, CPU)
     name = "model.layers.0.mlp.up_proj.weight"
     whole = source.read(name, 0, 8192)
-    cut = [source.read(name, start, stop) for start, stop in ((0, 1), (1, 250), (250, 300), (300, 8192))]
-    assert torch.equal(torch.cat(cut), whole) and len(whole.unique()) > 8000
-    assert Range(0, 4096) == block_share(8192, 0, 2)
+    parts = [source.read(name, start, stop) for start, stop in ((0, 1), (1, 250), (250, 300), (300, 8192))]
+    assert torch.equal(torch.cat(parts), whole) and len(whole.unique()) > 8000
+    assert Range(0, 4096) == shard_range(8192, 0, 2)

@@ -335,7 +335,7 @@ def test_an_adapter_that_does_not_reload_ends_the_run_and_no_checkpoint_is_lost(
     monkeypatch.setattr(save_and_resume, "save_trained", broken)
     config = write_config(tmp_path / "c.yaml", raw, train__steps=4, train__save_every=2, train__keep=1)
     assert cli.invoke(["train", str(config)]) == 1
-    assert "is not what is in memory" in capsys.readouterr().err
+    assert "differs from the one in memory" in capsys.readouterr().err
     # keep is 1: the earlier checkpoint goes only when the later one is good
     kept = [path.name for path in (Path(raw["run_dir"]) / "checkpoints").glob("step-*")]
     assert kept == ["step-00000002"]

@@ -1,1 +1,1 @@
-"""Weights on their way from files to devices: read, quantized, shared out, kept in 4 bits."""
+"""Weights on their way from files to devices: read, quantized, sharded, cached in 4 bits."""

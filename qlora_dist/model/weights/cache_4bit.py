@@ -1,6 +1,6 @@
-"""A 4-bit checkpoint of a 16-bit model, written while it is read: for `qlora-dist quantize` and for `model.cache_4bit`.
+"""A 4-bit checkpoint of a 16-bit model, written while that is read: for `qlora-dist quantize` and `model.cache_4bit`.
 
-Stock transformers loads what is written here. A folder appears under its name when it is whole, or not at all.
+Stock transformers loads the result. A folder appears under its name complete or not at all.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from .stream import (
     build_skeleton,
     check_complete,
     each_weight,
+    empty_buffer,
     is_4bit_weight,
     match_files,
     read_4bit,
     read_plain,
-    room_for,
-    settle_ties,
+    resolve_ties,
     weight_size,
 )
 
-SHARD_BYTES = 512 * 2**20  # of a file, which is in host memory twice while safetensors serializes it
-FORMAT = 1  # part of every fingerprint: raise it when the same inputs give another folder
+SHARD_BYTES = 512 * 2**20  # per file, which is in host memory twice while safetensors serializes it
+FORMAT = 1  # part of every fingerprint: increment it when the same inputs give another result
 HEAD = {"format": FORMAT}  # of the manifest
 
 
@@ -64,30 +64,30 @@ def quantize_model(
     device: torch.device | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Writes the 4-bit form of a 16-bit model with its tokenizer into the new folder `out`; returns its bytes.
+    """Writes the 4-bit form of a 16-bit model with its tokenizer into the new folder `out`; returns its size in bytes.
 
     Memory: twice the tensors of one file (`shard_bytes`, or a larger single weight) and a few pieces of a weight.
-    Raises UserError for an output in use, a model that is quantized already, and files that must be converted.
+    Raises UserError if `out` is not empty, the model is already quantized, or its files must be converted.
     """
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there and not empty; name a new folder")
+        raise UserError(f"{out} already exists and is not empty; give a new folder")
     if quantization not in ("nf4", "fp4"):
-        raise UserError(f"quantize makes 4-bit checkpoints: nf4 or fp4, not {quantization}")
+        raise UserError(f"quantize writes 4-bit checkpoints: nf4 or fp4, not {quantization}")
     config = load_config(name, revision)
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         method = dict(stored).get("quant_method", "unknown")
-        raise UserError(f"{name} is quantized already ({method}); give the 16-bit model that it was made from")
+        raise UserError(f"{name} is already quantized ({method}); give the 16-bit model that it was made from")
     settings = quantization_settings(name, config, quantization, double_quant, compute_dtype)["quantization_config"]
     skeleton = build_skeleton(config, dtype=compute_dtype, attention=None, four_bit=settings)
     source, reason = match_files(skeleton, open_files(name, revision))
     if source is None:
         raise UserError(
-            f"{name}: its weights cannot be quantized one by one ({reason}); load it with transformers in 4 bit and "
-            "save_pretrained, which needs memory for the whole model"
+            f"{name}: its weights cannot be quantized one by one ({reason}); load it in 4 bits with transformers and "
+            "call save_pretrained, which needs memory for the whole model"
         )
-    tied = settle_ties(skeleton.model, source)
+    tied = resolve_ties(skeleton.model, source)
     check_complete(name, skeleton.model, source, tied)
 
     with folder_aside(out) as aside:
@@ -125,21 +125,21 @@ def _write_weights(
 def _tensors(
     skeleton: Skeleton, source: WeightSource, tied: set[str], device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """What belongs to one weight, on the CPU, by the names in the file."""
+    """The tensors of one weight after another, on the CPU, by their names in the file."""
     weights = list(each_weight(skeleton.model, tied))
     progress = Progress("quantizing", sum(weight_size(module, one) for _, module, one in weights))
     for name, module, attribute in weights:
         parameter = module._parameters[attribute]
         assert parameter is not None
         is_packed = is_4bit_weight(module, attribute)
-        room = room_for(skeleton, module, attribute, device if is_packed else torch.device("cpu"))
+        buffer = empty_buffer(skeleton, module, attribute, device if is_packed else torch.device("cpu"))
         if is_packed:
-            state = read_4bit(room, source, name, module, skeleton)
+            state = read_4bit(buffer, source, name, module, skeleton)
             constants = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
-            yield {key: value.cpu().contiguous() for key, value in {name: room, **constants}.items()}
+            yield {key: value.cpu().contiguous() for key, value in {name: buffer, **constants}.items()}
         else:
-            read_plain(room.view(-1), source, name, Range(0, room.numel()))
-            yield {name: room}
+            read_plain(buffer.view(-1), source, name, Range(0, buffer.numel()))
+            yield {name: buffer}
         progress.add(parameter.numel())
     progress.close()
 
@@ -152,7 +152,7 @@ def _write_rest(skeleton: Skeleton, name: str, revision: str | None, folder: Pat
     source.pop("trust_remote_code")
     with contextlib.suppress(OSError):  # not every model has one
         GenerationConfig.from_pretrained(expanded(name), **source).save_pretrained(folder)
-    with contextlib.suppress(UserError):  # weights alone are a model, too
+    with contextlib.suppress(UserError):  # a model may have no tokenizer
         load_tokenizer(name, revision).save_pretrained(folder)
 
 
@@ -169,10 +169,10 @@ def cached_4bit(
     compute_dtype: torch.dtype,
     device: torch.device,
 ) -> str:
-    """Folder of the model's 4-bit copy, made now if there is none: what `load_base` takes instead of `name`.
+    """Folder of the model's 4-bit copy, built now if there is none: what `load_base` gets instead of `name`.
 
-    A model that is stored quantized, or is not to be, is its own copy. One process builds, others wait for its lock.
-    What a killed one left, or a copy that lost a file, is not used but made anew.
+    A model that is stored quantized, or not to be in 4 bits, is its own copy. One process builds, others wait for its
+    lock. Leftovers of a killed process, and copies that lost a file, are not used but rebuilt.
     """
     if quantization not in ("nf4", "fp4") or getattr(load_config(name, revision), "quantization_config", None):
         return name
@@ -181,7 +181,7 @@ def cached_4bit(
         root.mkdir(parents=True, exist_ok=True)
         folder = root / f"{Path(name).name}-{quantization}-{_fingerprint(name, revision, double_quant, compute_dtype)}"
     except OSError as error:
-        raise UserError(f"model.cache_4bit {root}: {first_line(error)}; name a folder that can be written") from None
+        raise UserError(f"model.cache_4bit {root}: {first_line(error)}; give a writable folder") from None
     if not is_whole(folder, HEAD):
         with build_lock(folder, what="quantizing the same model"):
             if not is_whole(folder, HEAD):
@@ -199,7 +199,7 @@ def cached_4bit(
 
 
 def _fingerprint(name: str, revision: str | None, double_quant: bool, compute_dtype: torch.dtype) -> str:
-    """Of all that decides the copy. Files of a hub's cache are named by their content; others tell by size and time."""
+    """Of all that determines the copy. Files in the hub cache are named by content; others count with size and time."""
     parts = [f"{FORMAT} {bitsandbytes.__version__} {double_quant} {compute_dtype}"]
     config = Path(expanded(name)) / "config.json"
     if config.is_file():

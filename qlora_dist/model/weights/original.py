@@ -1,4 +1,4 @@
-"""One weight as the files hold it, to compare what is in memory with: read apart from whatever loaded the model."""
+"""One weight as stored in the files, to check the one in memory: read independently of the model's loader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def read_source_weight(name: str, revision: str | None, key: str) -> Tensor | None:
-    """A tensor of the base's files under the model's own name for it; None where the files name it otherwise."""
+    """A tensor of the base's files by the model's own name for it; None where the files use another name."""
     index = _file(name, revision, INDEX)
     if index is not None:
         files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
@@ -31,7 +31,7 @@ def read_source_weight(name: str, revision: str | None, key: str) -> Tensor | No
             return None
         with safe_open(single, framework="pt") as opened:
             files = dict.fromkeys(opened.keys(), SINGLE)
-    short = key.partition(".")[2]  # some files hold the decoder without the head's prefix: layers.0... h.0...
+    short = key.partition(".")[2]  # some files store the decoder without the model's prefix: layers.0... h.0...
     found = next((one for one in (key, short) if one in files), None)
     path = _file(name, revision, files[found]) if found is not None else None
     if path is None or found is None:
@@ -41,14 +41,14 @@ def read_source_weight(name: str, revision: str | None, key: str) -> Tensor | No
 
 
 def has_quantized_files(name: str, revision: str | None) -> bool:
-    """Whether the files hold quantized weights, which are read as they are."""
+    """Whether the files contain quantized weights, which are read as they are."""
     return getattr(load_config(name, revision), "quantization_config", None) is not None
 
 
 def same_as_quantized(layer: nn.Module, source: Tensor, compute_dtype: torch.dtype) -> str | None:
-    """Quantizes a source weight anew on the layer's device and compares; the name of the first part that differs.
+    """Quantizes a source weight on the layer's device and compares; returns the name of the first part that differs.
 
-    Parts are the packed codes and the constants (of both levels with double quantization), all bit by bit.
+    Parts are the packed codes and the constants (of both levels with double quantization), compared bit for bit.
     """
     assert is_4bit(layer)
     weight: Any = layer.weight

@@ -1,9 +1,9 @@
-"""A weight -> packed 4-bit codes and constants, piece by piece, with the bits that bitsandbytes gives for the whole.
+"""A weight -> packed 4-bit codes and constants, piece by piece, with the bits that bitsandbytes computes for the whole.
 
-Blocks of 64 weights are quantized alone, so a weight may be cut anywhere between two of them: into pieces that fit
-into a small buffer, or into the parts of several ranks. With double quantization the constants (one fp32 a block) are
-quantized too, in blocks of 256, after their mean over the whole weight was taken off: that needs all of them, and
-they are small (1/16 of the packed codes' bits), so ranks exchange them and each does the second level for itself.
+Blocks of 64 weights are quantized independently, so a weight may be split between any two of them: into pieces that
+fit into a small buffer, or into the shards of several ranks. With double quantization the constants (one fp32 per
+block) are quantized too, in blocks of 256, after subtracting their mean over the whole weight: that needs all of them,
+and they are small (1/16 byte per weight), so ranks exchange them and each computes the second level itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ...config.quantization import BLOCK, NESTED_BLOCK
 from ..bitsandbytes_import import bitsandbytes
 
-PIECE = 2**21  # weights a time: 4 MiB of bf16. Host memory is bounded by a few of them, not by a tensor
+PIECE = 2**21  # weights at a time: 4 MiB of bf16. Host memory is bounded by a few pieces, not by a tensor
 
 Read = Callable[[int, int], Tensor]  # (first, last + 1) weight in storage order -> 1-D tensor, any float type
 
@@ -30,8 +30,8 @@ class Range:
     stop: int
 
 
-def block_share(numel: int, rank: int, size: int) -> Range:
-    """The weights of one rank: whole blocks, cut as torch.chunk cuts rows. The last ranks may have none."""
+def shard_range(numel: int, rank: int, size: int) -> Range:
+    """The weights of one rank: whole blocks, split as torch.chunk splits rows. The last ranks may have none."""
     blocks = -(-numel // BLOCK)
     per_rank = -(-blocks // size)
     start, stop = (min(blocks, per_rank * index) for index in (rank, rank + 1))
@@ -41,7 +41,7 @@ def block_share(numel: int, rank: int, size: int) -> Range:
 def quantize_range(codes: Tensor, read: Read, part: Range, quant_type: str, dtype: torch.dtype) -> Tensor:
     """Writes the packed codes of a part into `codes` (weights / 2, 1) uint8; returns its constants (blocks,) fp32.
 
-    Weights are rounded to `dtype` first, as a loader that casts and then quantizes does.
+    Weights are rounded to `dtype` first, as in a loader that casts, then quantizes.
     """
     size, device = part.stop - part.start, codes.device
     absmax = torch.empty(-(-size // BLOCK), dtype=torch.float32, device=device)

@@ -1,8 +1,8 @@
 """Weights in safetensors files, read piece by piece into ordinary memory.
 
-A map of a whole file counts as memory of the process that touches it, and keeps every page it touched; here only the
-piece asked for is ever held. The system's page cache is shared by all processes of a node, so ranks that read the same
-file read the disk once.
+A memory map of a whole file counts as memory of the process that touches it, and keeps every touched page; here only
+the requested piece is ever held. The system's page cache is shared by all processes of a node, so a file that several
+ranks read is read from disk once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LARGEST_HEADER = 100 * 2**20  # bytes; the format's own limit
+LARGEST_HEADER = 100 * 2**20  # bytes; the format's limit
 TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -34,17 +34,17 @@ TYPES = {
 
 
 class BadFile(ValueError):
-    """A file that is not a whole safetensors file. The text names it and what is wrong."""
+    """A file that is not a complete safetensors file. The message names the file and the problem."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies."""
+    """Location of one tensor."""
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int  # byte of the file
+    start: int  # byte offset in the file
 
     @property
     def numel(self) -> int:
@@ -53,7 +53,7 @@ class Entry:
 
 
 class WeightFiles:
-    """The tensors of one or more safetensors files, by name. Raises BadFile when one is cut short or no such file."""
+    """The tensors of one or more safetensors files, by name. Raises BadFile if one is truncated or not safetensors."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = tuple(paths)
@@ -85,7 +85,7 @@ def _read_into(file: object, view: memoryview, path: Path) -> None:
     while done < len(view):
         count = file.readinto(view[done:])  # type: ignore[attr-defined]
         if not count:
-            raise BadFile(f"{path} ended early: it is cut short")
+            raise BadFile(f"{path} ended early: it is truncated")
         done += count
 
 
@@ -94,21 +94,21 @@ def _read_header(path: Path) -> dict[str, Entry]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(LARGEST_HEADER, size - 8):
-            raise BadFile(f"{path} is no safetensors file, or cut short")
+            raise BadFile(f"{path} is not a safetensors file, or truncated")
         try:
             header = json.loads(file.read(length))
         except ValueError:
-            raise BadFile(f"{path} is no safetensors file: its header is not JSON") from None
+            raise BadFile(f"{path} is not a safetensors file: its header is not JSON") from None
     entries = {}
     for name, tensor in header.items():
         if name == "__metadata__":
             continue
         dtype = TYPES.get(tensor["dtype"])
         if dtype is None:
-            raise BadFile(f"{path}: {name} has the type {tensor['dtype']}, which is not known here")
+            raise BadFile(f"{path}: {name} has the type {tensor['dtype']}, which is not supported")
         start, stop = tensor["data_offsets"]
         entry = Entry(path, dtype, tuple(tensor["shape"]), 8 + length + start)
         if 8 + length + stop > size or stop - start != entry.numel * dtype.itemsize:
-            raise BadFile(f"{path}: {name} does not lie where its header says; the file is cut short or damaged")
+            raise BadFile(f"{path}: {name} is not where the header places it; the file is truncated or damaged")
         entries[name] = entry
     return entries

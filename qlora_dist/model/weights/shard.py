@@ -1,14 +1,14 @@
-"""A base that ranks share: each holds a part of every large weight, and a layer is whole while it runs (FSDP2).
+"""A sharded base: each rank holds a part of every large weight, and a layer is whole only while it runs (FSDP2).
 
-    packed codes     (blocks, 32) uint8 parameters, cut between blocks of 64 weights: a part is quantized alone
-    constants        first level as bytes beside the codes, cut alike; second level and offset (1/4096) on every rank
-    embedding, head  cut by rows; the embedding is gathered by FSDP2, the head for each loss
+    packed codes     (blocks, 32) uint8 parameters, sharded between blocks of 64 weights: each part is quantized alone
+    constants        first level as bytes, sharded alike; second level and offset (1/4096 byte per weight) on all ranks
+    embedding, head  sharded by rows; the embedding is gathered by FSDP2, the head once per loss
     norms, biases    on every rank, as are the adapters, which never pass through FSDP2
 
-Codes are never seen as a float type. The usual recipe stores them as bfloat16 so that FSDP accepts them, and its
-gather then copies them as floats, which on CUDA rewrites NaN patterns (pytorch #159333): the base that is trained on
-is another one, silently. Plain uint8 parameters are gathered byte by byte; each run proves it once on one layer.
-FSDP2 does so in every torch that the package takes, but before 2.12 it cannot cut them: `_cut_layer` helps it there.
+Codes never have a float type. The usual recipe stores them as bfloat16 so that FSDP accepts them, and its gather then
+copies them as floats, which on CUDA rewrites NaN patterns (pytorch #159333): training silently runs on a different
+base. Plain uint8 parameters are gathered byte by byte; each run verifies this once on one layer. FSDP2 does so in every
+supported torch, but before 2.12 it cannot shard them: `_shard_layer` works around that.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from ...errors import RunFailed, UserError
 from ..base_weights import own_part
 from ..bitsandbytes_import import bitsandbytes
 from ..forward import decoder_layers, gathered, unwrap
-from .quantize import Range, block_share, make_state, quantize_range
+from .quantize import Range, make_state, quantize_range, shard_range
 from .sources import WeightSource
 from .stream import (
     Progress,
     Skeleton,
     each_weight,
+    empty_buffer,
     finish,
     is_4bit_weight,
     place,
     read_4bit,
     read_plain,
-    room_for,
     weight_size,
 )
 
 CODES_PER_BLOCK = BLOCK // 2  # bytes
-STAND_IN = torch.float8_e5m2  # a float type of one byte, see `_cut_layer`
+STAND_IN = torch.float8_e5m2  # a one-byte float type, see `_shard_layer`
 
 
 @dataclass
-class Shared:
-    """Kept on a shared base: who shares it and where it came from."""
+class Sharded:
+    """Kept on a sharded base: its group of ranks and its source."""
 
     group: ShardGroup
     skeleton: Skeleton
@@ -58,7 +58,7 @@ class Shared:
 
 
 class ShardedLinear4bit(bitsandbytes.nn.Linear4bit):
-    """A 4-bit layer whose codes and constants are parameters of bytes, whole only while its decoder layer runs."""
+    """A 4-bit layer whose codes and constants are byte parameters, whole only while its decoder layer runs."""
 
     codes_shape: torch.Size  # (O, I) of the weight
     quant_type: str
@@ -66,7 +66,7 @@ class ShardedLinear4bit(bitsandbytes.nn.Linear4bit):
     is_nested: bool
 
     def gathered_state(self) -> Any:
-        """The quantization state of the gathered weight. Views: what FSDP frees and fills again stays attached."""
+        """The quantization state of the gathered weight. Views: memory that FSDP frees and refills stays attached."""
         functional = bitsandbytes.functional
         absmax, state2 = self.absmax.view(-1), None
         if self.is_nested:
@@ -87,7 +87,7 @@ class ShardedLinear4bit(bitsandbytes.nn.Linear4bit):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O), as bitsandbytes' layer on one device."""
+        """(..., I) -> (..., O), as bitsandbytes' layer computes on one device."""
         computing = x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         y = bitsandbytes.matmul_4bit(computing, self.weight.view(-1, 1), bias=bias, quant_state=self.gathered_state())
@@ -97,37 +97,37 @@ class ShardedLinear4bit(bitsandbytes.nn.Linear4bit):
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
-def load_shared(
+def load_sharded(
     skeleton: Skeleton, source: WeightSource, tied: set[str], group: ShardGroup, offload: bool
 ) -> PreTrainedModel:
-    """The base with this rank's part of every large weight on the device (with `offload` in host memory).
+    """The base with this rank's part of every large weight on the device, or with `offload` in host memory.
 
-    Raises UserError for families without decoder layers, and for weights that are no whole number of blocks.
+    Raises UserError for families without decoder layers, and for weights that are not a whole number of blocks.
     Raises RunFailed when a large weight was left whole.
     """
     model: Any = skeleton.model
     weights = [(name, module, attribute, weight_size(module, attribute))
                for name, module, attribute in each_weight(model, tied)]  # fmt: skip
     wrap(model, group, offload)
-    progress = Progress("loading this rank's part of the base", sum(size for *_, size in weights))
-    home = torch.device("cpu") if offload else group.device
+    progress = Progress("loading this rank's shard of the base", sum(size for *_, size in weights))
+    shard_device = torch.device("cpu") if offload else group.device
     for name, module, attribute, size in weights:
         if isinstance(module, ShardedLinear4bit) and attribute == "weight":
-            _place_codes(skeleton, source, name, module, group, home)
+            _place_codes(skeleton, source, name, module, group, shard_device)
         elif isinstance(module._parameters[attribute], DTensor):
-            _place_rows(skeleton, source, name, module, attribute, group, home)
+            _place_rows(skeleton, source, name, module, attribute, group, shard_device)
         else:
-            place(room_for(skeleton, module, attribute, group.device), skeleton, source, name, module, attribute)
+            place(empty_buffer(skeleton, module, attribute, group.device), skeleton, source, name, module, attribute)
         progress.add(size)
     finish(skeleton, source, tied, group.device)
     progress.close()
-    model.shared = Shared(group, skeleton, source)
-    check_shares(model)
+    model.sharded = Sharded(group, skeleton, source)
+    check_sharding(model)
     return model
 
 
 def wrap(model: PreTrainedModel, group: ShardGroup, offload: bool) -> None:
-    """Cuts the parameters, still without storage, and puts FSDP2's hooks on decoder layers, embedding and root."""
+    """Shards the parameters before they have storage; puts FSDP2's hooks on decoder layers, embedding and root."""
     layers = decoder_layers(model)
     if not layers:
         raise UserError(f"strategy fsdp: {type(model).__name__} has no decoder layers that can be gathered one by one")
@@ -137,23 +137,23 @@ def wrap(model: PreTrainedModel, group: ShardGroup, offload: bool) -> None:
     policy = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if offload else OffloadPolicy()
     options: dict[str, Any] = {"mesh": group.mesh, "reshard_after_forward": True, "offload_policy": policy}
     for layer in layers:
-        _cut_layer(layer, group, options)
+        _shard_layer(layer, group, options)
     fully_shard(model.get_input_embeddings(), **options)
     rest = {one for one in model.base_model.parameters() if not isinstance(one, DTensor)}
-    fully_shard(model.base_model, ignored_params=rest, **options)  # the root, which holds nothing itself
+    fully_shard(model.base_model, ignored_params=rest, **options)  # the root, which shards no parameter itself
     head: Any = model.get_output_embeddings()
     if not isinstance(head.weight, DTensor):
-        head.weight = _cut(head.weight, group)
+        head.weight = _shard(head.weight, group)
     head.forward = MethodType(_gathered_linear, head)
 
 
 def _to_bytes(name: str, layer: Any) -> None:
-    """Turns a 4-bit layer without storage into one whose weight and constants are rows of bytes, one row a block."""
+    """Turns a 4-bit layer without storage into one whose weight and constants are rows of bytes, one row per block."""
     shape = torch.Size((layer.out_features, layer.in_features))
     if shape.numel() % BLOCK:
         raise UserError(
-            f"strategy fsdp: layer {name} has {shape.numel():,} weights, no multiple of the quantization block of "
-            f"{BLOCK}, and cannot be cut between blocks; use strategy ddp"
+            f"strategy fsdp: layer {name} has {shape.numel():,} weights, not a multiple of the quantization block "
+            f"size {BLOCK}, and cannot be sharded between blocks; use strategy ddp"
         )
     weight, blocks = layer.weight, shape.numel() // BLOCK
     layer.__class__ = ShardedLinear4bit
@@ -164,13 +164,13 @@ def _to_bytes(name: str, layer: Any) -> None:
         layer.register_parameter(attribute, nn.Parameter(empty, requires_grad=False))
 
 
-def _cut_layer(layer: Any, group: ShardGroup, options: dict[str, Any]) -> None:
-    """Cuts the large parameters of one decoder layer and puts FSDP2's hooks on it.
+def _shard_layer(layer: Any, group: ShardGroup, options: dict[str, Any]) -> None:
+    """Shards the large parameters of one decoder layer and puts FSDP2's hooks on it.
 
-    Before torch 2.12 fully_shard lets each parameter require a gradient while it cuts it, which bytes cannot (pytorch
-    #177844). So there is a stand-in of a float type in the place of bytes until the layer is cut. Neither has storage:
-    no code is ever a float, and FSDP2 gathers in the type that it finds before the first forward pass. Delete the
-    stand-ins when 2.12 is the oldest torch.
+    Before torch 2.12 fully_shard makes each parameter require a gradient while sharding it, which bytes cannot (pytorch
+    #177844). So a stand-in of a float type replaces the bytes until the layer is sharded. Neither has storage: no code
+    is ever a float, and FSDP2 gathers in the type that it finds before the first forward pass. Remove the stand-ins
+    when 2.12 is the oldest supported torch.
     """
     empty_bytes = {
         (module, attribute): parameter
@@ -182,23 +182,23 @@ def _cut_layer(layer: Any, group: ShardGroup, options: dict[str, Any]) -> None:
         module._parameters[attribute] = nn.Parameter(empty.to(STAND_IN), requires_grad=False)
     fully_shard(layer, ignored_params={one for one in layer.parameters() if one.ndim < 2}, **options)
     for (module, attribute), empty in empty_bytes.items():
-        module._parameters[attribute] = _cut(empty, group)
+        module._parameters[attribute] = _shard(empty, group)
 
 
-def _own_rows(num_rows: int, group: ShardGroup) -> tuple[int, int]:
-    """(first, last + 1) of this rank's rows, as torch.chunk cuts them; the last ranks of a short tensor have none."""
+def _local_rows(num_rows: int, group: ShardGroup) -> tuple[int, int]:
+    """(first, last + 1) of this rank's rows, split as by torch.chunk; the last ranks of a short tensor have none."""
     per_rank = -(-num_rows // group.size)
     first, last = (min(num_rows, per_rank * index) for index in (group.rank, group.rank + 1))
     return first, last
 
 
-def _cut(whole: Tensor, group: ShardGroup) -> nn.Parameter:
-    """A parameter without storage that ranks share, in the place of one that each has."""
-    first, last = _own_rows(len(whole), group)
-    shared = DTensor.from_local(
+def _shard(whole: Tensor, group: ShardGroup) -> nn.Parameter:
+    """A sharded parameter without storage, to replace one that every rank has."""
+    first, last = _local_rows(len(whole), group)
+    sharded = DTensor.from_local(
         whole[first:last].detach(), group.mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
     )
-    return nn.Parameter(shared, requires_grad=False)
+    return nn.Parameter(sharded, requires_grad=False)
 
 
 def _filled(empty: Any, local: Tensor) -> nn.Parameter:
@@ -213,26 +213,26 @@ def _place_rows(
     module: nn.Module,
     attribute: str,
     group: ShardGroup,
-    home: torch.device,
+    shard_device: torch.device,
 ) -> None:
     """This rank's rows of a plain weight."""
     whole: Any = module._parameters[attribute]
     width = whole.shape.numel() // len(whole)
-    first, last = _own_rows(len(whole), group)
-    local = torch.empty((last - first, *whole.shape[1:]), dtype=skeleton.dtype, device=home)
+    first, last = _local_rows(len(whole), group)
+    local = torch.empty((last - first, *whole.shape[1:]), dtype=skeleton.dtype, device=shard_device)
     read_plain(local.view(-1), source, name, Range(first * width, last * width))
     module._parameters[attribute] = _filled(whole, local)
 
 
 def _place_codes(
-    skeleton: Skeleton, source: WeightSource, name: str, layer: Any, group: ShardGroup, home: torch.device
+    skeleton: Skeleton, source: WeightSource, name: str, layer: Any, group: ShardGroup, shard_device: torch.device
 ) -> None:
-    """This rank's blocks of a 4-bit weight, with the constants that one process gives for the whole.
+    """This rank's blocks of a 4-bit weight, with the constants that one process computes for the whole.
 
-    The second level needs the constants of all ranks (1/16 of what bf16 weights take): they are exchanged here.
+    The second level needs the constants of all ranks (1/16 byte per weight), which are exchanged here.
     """
     numel = layer.codes_shape.numel()
-    part = block_share(numel, group.rank, group.size)
+    part = shard_range(numel, group.rank, group.size)
     codes = torch.empty(((part.stop - part.start) // 2, 1), dtype=torch.uint8, device=group.device)
     stored = source.packed(name)
     if stored is not None:
@@ -249,14 +249,14 @@ def _place_codes(
     constants = state.absmax[part.start // BLOCK : part.stop // BLOCK].clone().view(torch.uint8)
     for attribute, local in (("weight", codes), ("absmax", constants)):
         empty = layer._parameters[attribute]
-        layer._parameters[attribute] = _filled(empty, local.view(-1, empty.shape[1]).to(home))
+        layer._parameters[attribute] = _filled(empty, local.view(-1, empty.shape[1]).to(shard_device))
     layer.state_dtype = state.dtype
     layer.register_buffer("code", state.code, persistent=False)
     if layer.is_nested:
         layer.register_buffer("nested_absmax", state.state2.absmax, persistent=False)
         layer.register_buffer("nested_code", state.state2.code, persistent=False)
         layer.register_buffer("nested_offset", state.offset, persistent=False)
-    # what PEFT asks of a 4-bit weight, and how many weights these bytes are
+    # what PEFT reads from a 4-bit weight, and how many weights these bytes represent
     layer.weight.compress_statistics, layer.weight.quant_type = layer.is_nested, layer.quant_type
     layer.weight.num_weights, layer.absmax.num_weights = numel, 0
 
@@ -270,35 +270,35 @@ def _gathered_linear(head: Any, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_gathered_layer(model: nn.Module) -> None:
-    """Gathers the first decoder layer as a step does and compares it bit by bit with its source, quantized anew.
+    """Gathers the first decoder layer as a step does and compares it bit for bit with its source, quantized again.
 
-    Called by all ranks after the first forward pass. Raises RunFailed on all of them, with the layer's name, when one
-    rank's gathered bits differ. A base that is not shared passes.
+    Called by all ranks after the first forward pass. Raises RunFailed on all of them, naming a weight, when any rank's
+    gathered bits differ. An unsharded base passes.
     """
     base: Any = unwrap(model)
-    shared: Shared | None = getattr(base, "shared", None)
-    if shared is None:
+    sharded: Sharded | None = getattr(base, "sharded", None)
+    if sharded is None:
         return
-    layer = decoder_layers(base)[0]  # an FSDPModule, too
+    layer = decoder_layers(base)[0]  # also an FSDPModule
     prefix = next(name for name, module in base.named_modules() if module is layer)
     layer.unshard()
     wrong = [
         name
         for name, module, attribute in _source_weights(layer, prefix)
-        if not _equals_source(shared, name, module, attribute)
+        if not _equals_source(sharded, name, module, attribute)
     ]
     layer.reshard()
-    found = [name for names in shared.group.gather_objects(wrong) for name in names]
+    found = [name for names in sharded.group.gather_objects(wrong) for name in names]
     if found:
         raise RunFailed(
-            f"the gathered weight {found[0]} is not what its source gives ({len(set(found))} weights of layer {prefix} "
-            "differ): the base would be another one on every step. Do not train with this torch and driver under "
+            f"the gathered weight {found[0]} differs from its source ({len(set(found))} weights of layer {prefix} "
+            "differ): every step would use a different base. Do not train with this torch and driver under "
             "strategy fsdp; use ddp"
         )
 
 
 def _source_weights(layer: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str]]:
-    """Cut weights of a decoder layer under their names in the source: adapters and what PEFT adds to names left out."""
+    """Sharded weights of a decoder layer by their names in the source, without adapters and PEFT's parts of names."""
     found = []
     for name, module, attribute in each_weight(layer, set()):
         if "lora_" not in name and attribute != "absmax":
@@ -306,9 +306,9 @@ def _source_weights(layer: nn.Module, prefix: str) -> list[tuple[str, nn.Module,
     return found
 
 
-def _equals_source(shared: Shared, name: str, module: Any, attribute: str) -> bool:
+def _equals_source(sharded: Sharded, name: str, module: Any, attribute: str) -> bool:
     """Whether a gathered weight has the bits of its source."""
-    skeleton, source, device = shared.skeleton, shared.source, shared.group.device
+    skeleton, source, device = sharded.skeleton, sharded.source, sharded.group.device
     value = module._parameters[attribute]
     if not is_4bit_weight(module, attribute):
         expected = torch.empty(value.shape, dtype=value.dtype, device=device)
@@ -321,14 +321,14 @@ def _equals_source(shared: Shared, name: str, module: Any, attribute: str) -> bo
     return is_equal and all(torch.equal(ours[key], constant) for key, constant in theirs.as_dict(packed=True).items())
 
 
-def check_shares(model: nn.Module) -> None:
-    """Every large weight of a shared base is this rank's part only. Raises RunFailed naming one that is not.
+def check_sharding(model: nn.Module) -> None:
+    """Every large weight of a sharded base must be this rank's part only. Raises RunFailed naming one that is not.
 
-    Not a collective: each rank looks at what it holds. A base that is not shared passes.
+    Not a collective: each rank checks what it holds. An unsharded base passes.
     """
     base: Any = unwrap(model)
-    shared: Shared | None = getattr(base, "shared", None)
-    if shared is None:
+    sharded: Sharded | None = getattr(base, "sharded", None)
+    if sharded is None:
         return
     prefixes = tuple(f"{name}." for name, module in base.named_modules() if module in set(decoder_layers(base)))
     tables = (base.get_input_embeddings().weight, base.get_output_embeddings().weight)
@@ -341,12 +341,12 @@ def check_shares(model: nn.Module) -> None:
     whole = {
         name: own_part(value).nbytes
         for name, value in large.items()
-        if not isinstance(value, DTensor) or len(own_part(value)) > -(-len(value) // shared.group.size)
+        if not isinstance(value, DTensor) or len(own_part(value)) > -(-len(value) // sharded.group.size)
     }
     if whole:
         name, size = max(whole.items(), key=lambda item: item[1])
         raise RunFailed(
-            f"strategy fsdp: {len(whole)} large weights are whole on rank {shared.group.rank} instead of cut into "
-            f"{shared.group.size}, such as {name} with {size:,} bytes: the memory that was planned is not saved. Use "
-            "another torch, or strategy ddp"
+            f"strategy fsdp: {len(whole)} large weights are whole on rank {sharded.group.rank} instead of sharded "
+            f"over {sharded.group.size} ranks, such as {name} with {size:,} bytes: the planned memory is not saved. "
+            "Use another torch, or strategy ddp"
         )

@@ -1,7 +1,7 @@
-"""Where the weights of a base come from: files, or random numbers. Both give any part of any weight.
+"""Where the weights of a base come from: files, or random numbers. Both can read any part of any weight.
 
 names            names of the model's weights that this source has
-shape(name)      as the model has it
+shape(name)      as in the model
 read(name, a, b) elements a to b in the model's storage order
 """
 
@@ -22,7 +22,7 @@ from ...errors import UserError
 from ..pretrained import expanded, first_line, where_to_read
 from .safetensors_files import BadFile, WeightFiles
 
-RANDOM_CHUNK = 2**20  # weights that share one seed: a part of a weight does not depend on how it was cut
+RANDOM_CHUNK = 2**20  # weights per seed: a part of a weight does not depend on how it is split
 
 
 class WeightSource(Protocol):
@@ -37,7 +37,7 @@ class WeightSource(Protocol):
         """(stop - start,) elements in storage order."""
 
     def packed(self, name: str) -> dict[str, Tensor] | None:
-        """Constants of a weight that is stored in 4 bit, by bitsandbytes' keys; None for a plain one."""
+        """Constants of a weight that is stored in 4 bits, by bitsandbytes' keys; None for a plain one."""
 
 
 class FileSource:
@@ -48,18 +48,18 @@ class FileSource:
         self._files = files
         self._key_of = key_of
         self._transposed = transposed
-        self._whole: tuple[str, Tensor] | None = None  # the transposed weight that is being read
+        self._whole: tuple[str, Tensor] | None = None  # the transposed weight being read
         self.names = frozenset(key_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a weight; of a weight stored in 4 bit the packed one."""
+        """Shape of a weight; the packed shape if it is stored in 4 bits."""
         shape = self._files.entries[self._key_of[name]].shape
         return shape[::-1] if name in self._transposed and self.packed(name) is None else shape
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements of a weight; of one stored in 4 bit its bytes, which other tools may have labelled as a float type.
+        """Elements of a weight; its bytes if it is stored in 4 bits, which other tools may have saved as a float type.
 
-        A transposed weight is held whole while its parts are read.
+        A transposed weight stays in memory whole while its parts are read.
         """
         key = self._key_of[name]
         if f"{key}.absmax" in self._files.entries:
@@ -75,7 +75,7 @@ class FileSource:
         return part
 
     def packed(self, name: str) -> dict[str, Tensor] | None:
-        """absmax, quant_map, ... of a weight that is stored in 4 bit."""
+        """absmax, quant_map, ... of a weight that is stored in 4 bits."""
         key = f"{self._key_of[name]}."
         found = [other for other in self._files.entries if other.startswith(key)]
         if f"{key}absmax" not in found:
@@ -86,10 +86,10 @@ class FileSource:
 
 
 class RandomSource:
-    """Weights drawn by (seed, name): the same for any number of ranks. For benchmarks and dry runs of any size.
+    """Weights drawn from (seed, name): the same for any number of ranks. For benchmarks and dry runs of any size.
 
     N(0, 0.02), projections back into the residual stream scaled by 1 / sqrt(2 * layers) (GPT-2's rule, which keeps
-    activations of deep models in range), norms at one, biases at zero. CUDA and CPU draw other numbers.
+    activations of deep models in range), norms at one, biases at zero. CUDA and CPU draw different numbers.
     """
 
     def __init__(self, model: nn.Module, config: PretrainedConfig, seed: int, device: torch.device) -> None:
@@ -107,10 +107,10 @@ class RandomSource:
         return self._shapes[name]
 
     def packed(self, name: str) -> None:
-        """Nothing is stored in 4 bit."""
+        """Nothing is stored in 4 bits."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements of a weight, made anew at each call."""
+        """Elements of a weight, drawn again on each call."""
         if len(self._shapes[name]) < 2:
             value = 0.0 if name.endswith("bias") else self._norm
             return torch.full((stop - start,), value, device=self._device)
@@ -138,7 +138,7 @@ def _writes_residual(name: str) -> bool:
 
 
 def open_files(name: str, revision: str | None = None) -> WeightFiles:
-    """The safetensors files of a hub model or folder. Raises UserError when there are none, or one is damaged."""
+    """The safetensors files of a hub model or folder. Raises UserError when there are none or one is damaged."""
     try:
         return WeightFiles(weight_paths(name, revision))
     except (OSError, BadFile) as error:
@@ -146,7 +146,7 @@ def open_files(name: str, revision: str | None = None) -> WeightFiles:
 
 
 def weight_paths(name: str, revision: str | None = None) -> list[Path]:
-    """Where they lie; a hub model is brought into the local cache first."""
+    """Paths of the weight files; a hub model is fetched into the local cache first."""
     source = where_to_read(name, revision)
     options = {"revision": source["revision"], "local_files_only": source["local_files_only"]}
     quiet = {"_raise_exceptions_for_missing_entries": False}
@@ -156,24 +156,24 @@ def weight_paths(name: str, revision: str | None = None) -> list[Path]:
         return [Path(single)]
     index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, **options, **quiet)
     if index is None:
-        raise OSError(f"there is no *.safetensors file under the names {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}")
+        raise OSError(f"there is no *.safetensors file: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
     try:
         paths, _ = get_checkpoint_shard_files(where, index, **options)
     except (KeyError, ValueError) as error:
-        raise BadFile(f"{index} is no index of safetensors files: {error!r}") from None
+        raise BadFile(f"{index} is not an index of safetensors files: {error!r}") from None
     return [Path(path) for path in paths]
 
 
 def match_names(model: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str], str | None]:
-    """(the model's name -> the files' key, why the files need more than other names or None).
+    """(the model's name -> the files' key, why renaming is not enough, or None).
 
-    Names are matched by transformers' own rules: old names, a missing or surplus prefix of the base model.
+    Names are matched by transformers' own rules: old names, a missing or extra prefix of the base model.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:  # not in every version that pyproject.toml allows
-        return {}, "this version of transformers does not tell its rules for names"
+        return {}, "this version of transformers does not expose its rules for names"
     mapping = get_model_conversion_mapping(model)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]

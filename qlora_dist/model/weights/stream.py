@@ -1,7 +1,7 @@
-"""The base from its source, one weight at a time: never the model, never a whole weight in host memory.
+"""Streams the base, one weight at a time: host memory never holds the model, nor a whole weight.
 
-The model is built without storage, then each weight is read in pieces, rounded, quantized on the device where it is a
-linear layer's, and put into its place. With a `ShardGroup` a rank reads and holds only its share of each.
+The model is built without storage, then each weight is read in pieces, rounded, quantized on the device if it is a
+linear layer's, and put in place. With a `ShardGroup` a rank reads and holds only its shard of each.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Skeleton:
-    """A model without storage, its linear layers already 4-bit layers where they will be."""
+    """A model without storage, with its 4-bit layers already in place."""
 
     model: PreTrainedModel
-    quantizer: Any  # of transformers; None for a plain base
+    quantizer: Any  # transformers' own; None for a plain base
     dtype: torch.dtype
 
     @property
@@ -82,7 +82,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def match_files(skeleton: Skeleton, files: Any) -> tuple[FileSource | None, str | None]:
-    """(the files under the model's names, why they cannot be streamed): one of the two."""
+    """(the files under the model's names, the reason why they cannot be streamed): exactly one is None."""
     model = skeleton.model
     if model._get_dtype_plan(skeleton.dtype):
         return None, f"{type(model).__name__} keeps some weights in float32"
@@ -90,7 +90,7 @@ def match_files(skeleton: Skeleton, files: Any) -> tuple[FileSource | None, str 
     if reason is not None:
         return None, reason
     for target, origin in model.all_tied_weights_keys.items():
-        if target in key_of and origin not in key_of:  # stored under the other of two names of one weight
+        if target in key_of and origin not in key_of:  # stored under the other name of a tied weight
             key_of[origin] = key_of.pop(target)
     transposed = frozenset(
         f"{name}.weight" for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D
@@ -98,8 +98,8 @@ def match_files(skeleton: Skeleton, files: Any) -> tuple[FileSource | None, str 
     return FileSource(files, key_of, transposed), None
 
 
-def settle_ties(model: PreTrainedModel, source: WeightSource) -> set[str]:
-    """Names that need no weight of their own, because they are tied to one that the source has.
+def resolve_ties(model: PreTrainedModel, source: WeightSource) -> set[str]:
+    """Names that need no weight, because they are tied to one in the source.
 
     Where the source has both and they differ, they are not tied, as in transformers.
     """
@@ -107,7 +107,7 @@ def settle_ties(model: PreTrainedModel, source: WeightSource) -> set[str]:
     without: set[str] = set()
     for target, origin in list(ties.items()):
         if target in source.names and not same_in_source(source, target, origin, PIECE):
-            log.warning("%s and %s are tied by the config but differ in the files: they stay apart", target, origin)
+            log.warning("%s and %s are tied by the config but differ in the files: they stay untied", target, origin)
             ties.pop(target)
         elif origin in source.names:
             without.add(target)
@@ -115,21 +115,21 @@ def settle_ties(model: PreTrainedModel, source: WeightSource) -> set[str]:
 
 
 def check_complete(name: str, model: PreTrainedModel, source: WeightSource, tied: set[str]) -> None:
-    """Raises UserError unless the source has every weight in its shape."""
-    lacking = []
+    """Raises UserError unless the source has every weight with the right shape."""
+    missing = []
     for key, value in model.named_parameters(remove_duplicate=False):
         if key in tied:
             continue
         if key not in source.names or (source.packed(key) is None and source.shape(key) != tuple(value.shape)):
-            lacking.append(key)
-    if lacking:
-        raise incomplete(name, sorted(lacking))
+            missing.append(key)
+    if missing:
+        raise incomplete(name, sorted(missing))
 
 
-def incomplete(name: str, lacking: list[str]) -> UserError:
-    """The error for weights that are not there; transformers would fill them with random numbers."""
+def incomplete(name: str, missing: list[str]) -> UserError:
+    """The error for missing weights, which transformers would fill with random numbers."""
     return UserError(
-        f"model.name {name}: {len(lacking)} weights are missing or have another shape, first {lacking[0]}; "
+        f"model.name {name}: {len(missing)} weights are missing or have the wrong shape, first {missing[0]}; "
         "the download is incomplete, or the files belong to another model"
     )
 
@@ -145,7 +145,7 @@ def read_plain(out: Tensor, source: WeightSource, name: str, part: Range) -> Non
 
 
 def read_4bit(codes: Tensor, source: WeightSource, name: str, layer: Any, skeleton: Skeleton) -> Any:
-    """Puts a linear layer's weight into `codes` (weights / 2, 1), read or quantized here; returns its state."""
+    """Writes a linear layer's weight to `codes` (weights / 2, 1), read or quantized here; returns its state."""
     shape = (layer.out_features, layer.in_features)
     constants = source.packed(name)
     if constants is not None:
@@ -163,8 +163,8 @@ def read_4bit(codes: Tensor, source: WeightSource, name: str, layer: Any, skelet
     return make_state(absmax, shape, settings.bnb_4bit_quant_type, skeleton.dtype, settings.bnb_4bit_use_double_quant)
 
 
-def room_for(skeleton: Skeleton, module: Any, attribute: str, device: torch.device) -> Tensor:
-    """Uninitialized storage for a weight: packed codes (weights / 2, 1) of a 4-bit layer, else in its shape."""
+def empty_buffer(skeleton: Skeleton, module: Any, attribute: str, device: torch.device) -> Tensor:
+    """Uninitialized buffer for a weight: packed codes (weights / 2, 1) of a 4-bit layer, else the weight's shape."""
     if is_4bit_weight(module, attribute):
         numel = module.out_features * module.in_features
         return torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8, device=device)
@@ -177,7 +177,7 @@ def is_4bit_weight(module: nn.Module, attribute: str) -> bool:
 
 
 def each_weight(model: nn.Module, without: set[str]) -> Iterator[tuple[str, nn.Module, str]]:
-    """(full name, module, attribute) of all parameters but `without`, in the order of the model."""
+    """(full name, module, attribute) of all parameters except `without`, in model order."""
     for prefix, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             name = f"{prefix}.{attribute}" if prefix else attribute
@@ -189,26 +189,26 @@ def each_weight(model: nn.Module, without: set[str]) -> Iterator[tuple[str, nn.M
 
 
 def fill(skeleton: Skeleton, source: WeightSource, tied: set[str], device: torch.device) -> PreTrainedModel:
-    """Puts every weight into its place on the device, and moves the buffers there."""
+    """Loads every weight onto the device, and moves the module buffers there."""
     model = skeleton.model
     weights = list(each_weight(model, tied))
     progress = Progress("loading the base", sum(weight_size(module, attribute) for _, module, attribute in weights))
-    # all of it first: what stays and what passes, allocated in turn, would leave a hole after each weight
-    rooms = [room_for(skeleton, module, attribute, device) for _, module, attribute in weights]
-    for room, (name, module, attribute) in zip(rooms, weights):
-        place(room, skeleton, source, name, module, attribute)
+    # all buffers first: weights and temporaries, allocated alternately, would leave a hole after each weight
+    buffers = [empty_buffer(skeleton, module, attribute, device) for _, module, attribute in weights]
+    for buffer, (name, module, attribute) in zip(buffers, weights):
+        place(buffer, skeleton, source, name, module, attribute)
         progress.add(weight_size(module, attribute))
     finish(skeleton, source, tied, device)
     progress.close()
     return model
 
 
-def place(room: Tensor, skeleton: Skeleton, source: WeightSource, name: str, module: Any, attribute: str) -> None:
-    """One weight into its place in the model."""
+def place(buffer: Tensor, skeleton: Skeleton, source: WeightSource, name: str, module: Any, attribute: str) -> None:
+    """Reads one weight into its buffer and puts it into the model."""
     if is_4bit_weight(module, attribute):
-        state = read_4bit(room, source, name, module, skeleton)
+        state = read_4bit(buffer, source, name, module, skeleton)
         module.weight = bitsandbytes.nn.Params4bit(
-            room,
+            buffer,
             requires_grad=False,
             quant_state=state,
             blocksize=state.blocksize,
@@ -220,12 +220,12 @@ def place(room: Tensor, skeleton: Skeleton, source: WeightSource, name: str, mod
         )
         module.quant_state = state
         return
-    read_plain(room.view(-1), source, name, Range(0, room.numel()))
-    module._parameters[attribute] = nn.Parameter(room, requires_grad=False)
+    read_plain(buffer.view(-1), source, name, Range(0, buffer.numel()))
+    module._parameters[attribute] = nn.Parameter(buffer, requires_grad=False)
 
 
 def finish(skeleton: Skeleton, source: WeightSource, tied: set[str], device: torch.device) -> None:
-    """Ties, buffers, and the marks that transformers and PEFT look for."""
+    """Ties, module buffers, and the flags that transformers and PEFT check."""
     model = skeleton.model
     model.tie_weights(missing_keys=set(tied), recompute_mapping=False)
     for prefix, module in model.named_modules():
@@ -248,21 +248,21 @@ def weight_size(module: nn.Module, attribute: str) -> int:
 
 
 class Progress:
-    """Says how far a long work is: a line that is written over on a terminal, else a log line now and then."""
+    """Reports the progress of a long task: an overwritten line on a terminal, else an occasional log line."""
 
     def __init__(self, what: str, total: int, every_seconds: float = 10.0) -> None:
         self._what, self._total, self._every = what, max(total, 1), every_seconds
         self._done = 0
-        self._started = self._said = time.monotonic()
-        self._on_terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)  # rank 0 speaks
+        self._started = self._reported = time.monotonic()
+        self._on_terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)  # only rank 0 logs
 
     def add(self, count: int) -> None:
         """`count` more are done."""
         self._done += count
         now = time.monotonic()
-        if now - self._said < (0.5 if self._on_terminal else self._every):
+        if now - self._reported < (0.5 if self._on_terminal else self._every):
             return
-        self._said = now
+        self._reported = now
         text = f"{self._what}: {min(self._done / self._total, 1):.0%} after {now - self._started:.0f} s"
         if self._on_terminal:
             print(f"\r{text}", end="", file=sys.stderr, flush=True)
@@ -270,6 +270,6 @@ class Progress:
             log.info("%s", text)
 
     def close(self) -> None:
-        """The work is done."""
-        if self._on_terminal and self._said > self._started:
+        """The task is done."""
+        if self._on_terminal and self._reported > self._started:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
