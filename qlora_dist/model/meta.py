@@ -34,7 +34,7 @@ def empty_base(
     """
     if quantization == "int8":
         raise UserError(
-            "model.quantization int8 cannot be simulated: its kernels' sizes depend on the data; plan without --simulate"
+            "model.quantization int8 cannot be simulated: its kernels' sizes depend on data; plan without --simulate"
         )
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
