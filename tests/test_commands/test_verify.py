@@ -113,7 +113,7 @@ def _forgotten_microbatch(monkeypatch):
 
         return original(self, lost if len(calls) == 2 else loss_sum, is_last)
 
-    monkeypatch.setattr(ReplicatedUpdate, "accumulate", forgetting)
+    monkeypatch.setattr(ReplicatedUpdate, "forward_backward", forgetting)
 
 
 def _shifted_labels(monkeypatch):
