@@ -135,7 +135,7 @@ def test_a_corrupt_checkpoint_is_rejected_with_its_reason(raw, tmp_path, capsys)
     # auto takes the one before and says why
     assert cli.invoke(["train", str(config)]) == 0
     said = capsys.readouterr().out
-    assert "rejected step-00000004: optimizer.safetensors has" in said and "going on from" in said
+    assert "rejected step-00000004: optimizer.safetensors has" in said and "resuming from" in said
     assert losses_of(run) == whole
     # named, it is an error
     (run / "completed").unlink()

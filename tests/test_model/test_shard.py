@@ -518,8 +518,8 @@ def test_a_dry_run_on_random_weights_needs_config_and_tokenizer_only(inputs: dic
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__quantization": "int8"}, "strategy fsdp cannot cut int8 weights.*nf4, fp4 or none, or strategy ddp"),
-        ({"lora": None, "model__quantization": "none"}, "strategy fsdp shares a frozen base.*full fine-tuning.*ddp"),
+        ({"model__quantization": "int8"}, "strategy fsdp cannot shard int8 weights.*nf4, fp4 or none, or strategy ddp"),
+        ({"lora": None, "model__quantization": "none"}, "strategy fsdp shards a frozen base.*full fine-tuning.*ddp"),
         ({"lora__variant": "dora"}, "lora.variant dora needs whole weights.*strategy ddp"),
         ({"strategy__name": "ddp", "strategy__offload": True}, "strategy.offload .*only strategy fsdp"),
     ],
