@@ -181,6 +181,17 @@ def test_schema_is_json_and_names_the_sections(capsys):
     assert {"run_dir", "model", "lora", "data", "optim"} <= schema["properties"].keys()
 
 
+def test_evaluate_holds_out_what_the_run_held_out(raw, tmp_path, capsys):
+    source = {**raw["data"]["train"][0], "hold_out": 0.3}
+    config = write_config(tmp_path / "c.yaml", raw, seed=3, data__train=[source], data__eval=[], train__steps=2)
+    assert cli.invoke(["train", str(config)]) == 0
+    expected = metrics_of(raw["run_dir"])[-1]["eval_loss"]
+    capsys.readouterr()
+    assert cli.invoke(["evaluate", raw["run_dir"], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["trained"]["held_out"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_after_training_a_run_is_evaluated_generated_from_and_merged(raw, tmp_path, capsys):
     held_out = str(Path(raw["data"]["train"][0]["path"]).with_name("held_out.json"))
     config = write_config(
