@@ -19,7 +19,7 @@ from ..cluster.stop_signal import StopSignal
 from ..cluster.trackers import Trackers
 from ..config import RunConfig
 from .check_start import check_run
-from .checks import check_first_update
+from .checks.learning import check_first_update
 from .evaluation import evaluate_at_start, evaluate_missed, evaluate_unless_stopped
 from .fit_memory import resolve_auto, try_longest
 from .metrics import Metrics, restart_peak, step_values

@@ -13,7 +13,7 @@ from ..files import GIB, DamagedFolder, folder_aside, write_json
 from ..memory import MemoryPlan
 from ..model import base_checksum, load_tokenizer
 from . import checkpoint
-from .checks import check_base_unchanged
+from .checks.base import check_base_unchanged
 from .metrics import median_tokens_per_second, peak_bytes
 from .provenance import commit, device_name, versions
 from .run import Run, TrainState, free_fields

@@ -12,7 +12,7 @@ from ..data.documents import Documents, build_documents, split_sources
 from ..data.loader import Loader, eval_batches
 from ..data.packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..model import load_tokenizer
-from .checks import check_ends_are_learned, check_every_step_has_labels
+from .checks.learning import check_ends_are_learned, check_every_step_has_labels
 
 
 @dataclass

@@ -23,7 +23,7 @@ from ..model import (
 )
 from ..model.activation_offload import ActivationOffload
 from ..model.lora import attach_lora, count_parameters
-from .checks import check_base_bytes, check_source_bits, promised_base_bytes
+from .checks.base import check_base_bytes, check_source_bits, promised_base_bytes
 from .step import TrainingModel
 from .strategy import build_update, load_device
 

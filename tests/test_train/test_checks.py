@@ -18,12 +18,7 @@ from qlora_dist import commands as cli
 from qlora_dist.errors import RunFailed
 from qlora_dist.model import base_checksum, held_bytes, load_base, own_part, unwrap
 from qlora_dist.train import train
-from qlora_dist.train.checks import (
-    check_base_bytes,
-    check_base_unchanged,
-    check_source_bits,
-    promised_base_bytes,
-)
+from qlora_dist.train.checks.base import check_base_bytes, check_base_unchanged, check_source_bits, promised_base_bytes
 
 CPU = torch.device("cpu")
 PACKAGE = Path(qlora_dist.__file__).parent
@@ -266,7 +261,7 @@ def test_a_step_whose_rows_have_no_label_is_found_before_the_model_is_read():
 
     from qlora_dist.data.packing import one_document_per_row
     from qlora_dist.errors import UserError
-    from qlora_dist.train.checks import check_every_step_has_labels
+    from qlora_dist.train.checks.learning import check_every_step_has_labels
 
     class Counts:
         lengths = np.full(6, 4, dtype=np.int32)

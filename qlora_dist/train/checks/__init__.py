@@ -8,23 +8,3 @@
 Nothing here runs between the first step and the next save, so a training step pays nothing for the checks. What is
 compared between ranks is gathered by the caller, which has the World.
 """
-
-from .base import (
-    BaseBytes,
-    check_base_bytes,
-    check_base_unchanged,
-    check_source_bits,
-    promised_base_bytes,
-)
-from .learning import check_ends_are_learned, check_every_step_has_labels, check_first_update
-
-__all__ = [
-    "BaseBytes",
-    "check_base_bytes",
-    "check_base_unchanged",
-    "check_ends_are_learned",
-    "check_every_step_has_labels",
-    "check_first_update",
-    "check_source_bits",
-    "promised_base_bytes",
-]
