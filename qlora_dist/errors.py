@@ -1,29 +1,29 @@
-"""The two ways a command ends early. Level 0: imports nothing of ours."""
+"""The two ways a command ends early. Level 0: imports nothing from this package."""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave (config, data, paths). The command prints it as one paragraph and exits with 2.
+    """A mistake in what the user supplied (config, data, paths). Printed as one paragraph; exit code 2.
 
-    The text says what was found, what was expected, and what to do.
+    The text states what was found, what was expected, and what to do.
     """
 
     exit_code = 2
 
 
 class RunFailed(RuntimeError):
-    """The run itself went wrong (non-finite loss, disk full, a check that did not hold). Exit code 1.
+    """The run itself failed (non-finite loss, disk full, a failed check). Exit code 1.
 
-    The text names the step and the cause, and says what is still good on disk.
+    The text names the step and the cause, and what is still intact on disk.
     """
 
     exit_code = 1
 
 
 def pack_error(error: BaseException) -> tuple[str, str]:
-    """(kind, text): plain data with which another rank raises the same, see `unpack_error`."""
+    """(kind, text) as plain data, from which another rank raises the same error, see `unpack_error`."""
     return "user" if isinstance(error, UserError) else "run", str(error) or repr(error)
 
 
 def unpack_error(kind: str, text: str) -> UserError | RunFailed:
-    """What `pack_error` packed; anything but a UserError as a RunFailed."""
+    """The error that `pack_error` packed; anything other than a UserError becomes a RunFailed."""
     return UserError(text) if kind == "user" else RunFailed(text)

@@ -1,6 +1,6 @@
-"""Files and folders that are whole or not there: written aside, synced, renamed, and checked by a manifest.
+"""Files and folders that are complete or absent: written aside, synced, renamed, and verified by a manifest.
 
-The one home of atomic writes and of SHA-256 of files. Level 0: imports nothing of ours.
+The one home of atomic writes and of SHA-256 of files. Level 0: imports nothing from this package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 
 
 class DamagedFolder(ValueError):
-    """A folder that is not what was written into it; the text says what is wrong."""
+    """A folder that differs from what was written into it; the text says how."""
 
 
 def format_bytes(size: float) -> str:
@@ -77,8 +77,8 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def folder_aside(target: Path) -> Iterator[Path]:
-    """A new folder to fill. It takes the name `target` when the block ends well, in the place of what had it, and is
-    removed when the block fails. What an interrupted writer of the same folder left is removed first.
+    """A new folder to fill. When the block succeeds it replaces `target`; when the block fails it is removed. Leftovers
+    of an interrupted write of the same folder are removed first.
     """
     remove_leftovers(target)
     aside = _aside(target)
@@ -102,14 +102,14 @@ def folder_aside(target: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder. It loses its name first: a deletion that is cut short leaves no half of a folder."""
+    """Removes a folder. Renamed first, so that an interrupted deletion leaves no partial folder under its name."""
     doomed = _aside(folder, "old")
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_leftovers(target: Path) -> None:
-    """Removes what an interrupted write or removal of a folder left."""
+    """Removes the leftovers of an interrupted write or removal of a folder."""
     for path in target.parent.glob(f".{glob.escape(target.name)}.incomplete*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -119,7 +119,7 @@ def _aside(target: Path, kind: str = "new") -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Makes a file, or a folder's entries, survive a power cut."""
+    """Makes a file, or a folder's entries, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -128,7 +128,7 @@ def _sync(path: Path) -> None:
 
 
 def write_manifest(folder: Path, head: dict[str, Any], is_hashed: bool = True) -> None:
-    """Lists every file of a folder with its size and SHA-256. The last file that is written into the folder."""
+    """Lists every file of a folder with its size and SHA-256. Written last."""
     files = {path.name: _describe(path, is_hashed) for path in sorted(folder.iterdir()) if path.is_file()}
     (folder / MANIFEST).write_text(json.dumps({**head, "files": files}, indent=2) + "\n", encoding="utf-8")
 
@@ -141,7 +141,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest with its `files` by name. Raises DamagedFolder when it is missing or unreadable."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if "files" not in manifest and "bytes" in manifest:  # of a 4-bit copy made before 0.2
+        if "files" not in manifest and "bytes" in manifest:  # 4-bit copies made before version 0.2
             manifest["files"] = {name: {"bytes": size} for name, size in manifest["bytes"].items()}
         manifest["files"].items()
     except FileNotFoundError:
@@ -154,7 +154,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_manifest(folder: Path, head: dict[str, Any], hash_limit: float = math.inf) -> None:
     """Raises DamagedFolder unless the manifest has the values of `head` and every file has its size and SHA-256.
 
-    Files above `hash_limit` bytes are checked by their size alone.
+    Files larger than `hash_limit` bytes are checked by size alone.
     """
     manifest = read_manifest(folder)
     for key, expected in head.items():
@@ -172,7 +172,7 @@ def check_manifest(folder: Path, head: dict[str, Any], hash_limit: float = math.
 
 
 def is_whole(folder: Path, head: dict[str, Any], hash_limit: float = math.inf) -> bool:
-    """Whether a folder is there and is what was written, see `check_manifest`."""
+    """Whether a folder exists and is intact, see `check_manifest`."""
     try:
         check_manifest(folder, head, hash_limit)
     except DamagedFolder:

@@ -1,4 +1,5 @@
-"""Who this process is among the ranks, and what ranks do together: World, and the parts that it is made of.
+"""This process among the ranks, and what ranks do together: World and its parts.
 
-The only folder that imports accelerate and the collectives of torch.distributed, and that reads what a launcher says.
+The only folder that imports accelerate and the collectives of torch.distributed, and that reads the launcher's
+environment.
 """

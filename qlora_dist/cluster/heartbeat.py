@@ -1,14 +1,14 @@
-"""A sign of life of every rank in the job's store, and what it tells when the ranks no longer move together.
+"""A heartbeat of every rank in the job's store, and the diagnosis when the ranks no longer advance together.
 
-One thread a rank, once a second:
+One thread per rank, once per second:
 
-    says what this rank is doing (`step 12`, waiting for the others or not)
-    passes a stop signal that any rank got on to this process
-    finds that this rank does the same for longer than it may: one rank then names those that did not arrive, each
-    stuck rank prints its stacks, and all end. A launcher cannot know any of this, and NCCL's watchdog names no rank
+    publishes what this rank is doing (`step 12`, waiting for the others or not)
+    forwards to this process a stop signal that any rank received
+    notices when this rank exceeds its time limit: one rank then names those that did not arrive, each stuck rank
+    prints its stacks, and all exit. A launcher cannot know any of this, and NCCL's watchdog names no rank
 
-A rank whose sign of life stands still between two looks is stopped, killed, or its host is lost; no clocks of two
-hosts are compared to find that.
+A rank whose heartbeat does not change between two readings is stopped, killed, or its host is lost; clocks of
+different hosts are never compared.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any, NamedTuple, Protocol
 from .stop_signal import StopSignal
 
 BEAT_SECONDS = 1.0
-LOOK_SECONDS = 3 * BEAT_SECONDS  # between two looks at the others' signs of life
+LOOK_SECONDS = 3 * BEAT_SECONDS  # between two readings of the others' heartbeats
 NAMED_RANKS = 8  # in a message
 
 
 class Store(Protocol):
-    """What is needed of torch's key-value store; a connection of the thread's own."""
+    """The needed part of torch's key-value store; a connection of the thread's own."""
 
     def set(self, key: str, value: str) -> Any: ...
 
@@ -43,7 +43,7 @@ class Store(Protocol):
 
 
 class Status(NamedTuple):
-    """What this rank is doing, since when (monotonic), and for how long it may."""
+    """What this rank is doing, since when (monotonic), and its time limit."""
 
     what: str
     is_waiting: bool  # for other ranks, in a collective
@@ -52,12 +52,12 @@ class Status(NamedTuple):
 
 
 class Heartbeat:
-    """This rank's sign of life. `store` None (one process): says and watches nothing."""
+    """This rank's heartbeat. `store` None (one process): publishes and watches nothing."""
 
     def __init__(
         self, store: Store | None, rank: int, size: int, host: str, stop: StopSignal, wait_seconds: float
     ) -> None:
-        """`wait_seconds`: longest wait for other ranks in what has no limit of its own."""
+        """`wait_seconds`: longest wait for other ranks in an activity without a limit of its own."""
         self._store, self._rank, self._size, self._host, self._stop = store, rank, size, host, stop
         self._wait_seconds = wait_seconds
         self._limit_seconds: float | None = None
@@ -70,9 +70,9 @@ class Heartbeat:
             self._thread.start()
 
     def set_status(self, what: str | None = None, limit_seconds: float | None = None, is_waiting: bool = False) -> None:
-        """From now on this rank does `what`, or still the same, and waits for other ranks in it or not.
+        """From now on this rank does `what` (None: what it did before), and waits for other ranks in it or not.
 
-        Without a limit of its own, only waiting has one: how long loading takes is nobody's guess. A microsecond.
+        Without `limit_seconds` only waiting is limited: nobody can say how long loading takes. Costs a microsecond.
         """
         if what is not None:
             self._limit_seconds = limit_seconds
@@ -88,12 +88,12 @@ class Heartbeat:
             self._thread.join(5)
 
     def who_is_missing(self) -> str:
-        """Looks twice at all ranks and says who is silent, who is elsewhere, or that all are there. Takes seconds."""
+        """Reads all heartbeats twice: which ranks are silent or elsewhere, or that all are waiting. Takes seconds."""
         first = self._look()
         time.sleep(LOOK_SECONDS)
         second = self._look()
         if second is None:
-            return f"rank 0 ({self._first_host}) has ended: its store does not answer"
+            return f"rank 0 ({self._first_host}) has exited: its store does not answer"
         silent, elsewhere = [], []
         for rank, sign in enumerate(second):
             if rank == self._rank:
@@ -106,10 +106,10 @@ class Heartbeat:
             if before is not None and before["beat"] == sign["beat"]:
                 age = max(time.time() - sign["time"], 0.0)
                 what = f"was last seen in {sign['what']}, about {age:.0f} s ago"
-                silent.append(f"{name} {what}: it has ended, is stopped, or its host is lost")
+                silent.append(f"{name} {what}: it has exited, is stopped, or its host is lost")
             elif not sign["is_waiting"]:
-                elsewhere.append(f"{name} is not waiting: for {sign['seconds']:.0f} s in {sign['what']}")
-        found = silent or elsewhere or ["all ranks are alive and wait for each other: look at devices and network"]
+                elsewhere.append(f"{name} is not waiting: it has been in {sign['what']} for {sign['seconds']:.0f} s")
+        found = silent or elsewhere or ["all ranks are alive and wait for each other: check devices and network"]
         more = [f"and {len(found) - NAMED_RANKS} more"] if len(found) > NAMED_RANKS else []
         return "; ".join(found[:NAMED_RANKS] + more)
 
@@ -131,7 +131,7 @@ class Heartbeat:
                 if self._store.check([f"heartbeat/dump/{self._rank}"]):
                     self._dump("another rank waits for it")
             except RuntimeError:
-                # the store is gone: rank 0 has ended, and this rank will notice in its next collective
+                # the store is gone: rank 0 has exited, and this rank will notice in its next collective
                 if self._ended.wait(BEAT_SECONDS):
                     return
             status = self._status
@@ -155,7 +155,7 @@ class Heartbeat:
             self._first_host = json.loads(self._store.get("heartbeat/0"))["host"]
 
     def _look(self) -> list[dict[str, Any] | None] | None:
-        """Every rank's last sign of life, None for a rank without; None when the store is gone."""
+        """Every rank's last heartbeat, None for a rank without one; None when the store is gone."""
         assert self._store is not None
         try:
             keys = [f"heartbeat/{rank}" for rank in range(self._size)]
@@ -164,7 +164,7 @@ class Heartbeat:
             return None
 
     def _give_up(self, status: Status) -> None:
-        """Ends this process, so that the launcher ends all. One rank speaks for those that wait."""
+        """Exits, so that the launcher ends all ranks. One rank reports for those that wait."""
         assert self._store is not None
         limit = f"{status.limit_seconds:.0f} s"
         if not status.is_waiting:
@@ -179,8 +179,8 @@ class Heartbeat:
                     self._dump("all ranks wait")
                 print(
                     f"error: rank {self._rank} ({self._host}) was in {status.what} for more than {limit}"
-                    f"{', waiting for other ranks' if status.is_waiting else ''}; {missing}. All ranks end; start the "
-                    "same command again to go on from the newest checkpoint. If a step may take so long, raise "
+                    f"{', waiting for other ranks' if status.is_waiting else ''}; {missing}. All ranks exit; start "
+                    "the same command again to resume from the newest checkpoint. If a step may take that long, raise "
                     "strategy.timeout_seconds",
                     file=sys.stderr,
                     flush=True,
@@ -194,7 +194,7 @@ class Heartbeat:
         except RuntimeError:
             print(
                 f"error: rank {self._rank} ({self._host}) was in {status.what} for more than {limit}; rank 0 "
-                f"({self._first_host}) has ended: its store does not answer",
+                f"({self._first_host}) has exited: its store does not answer",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""What the launcher (accelerate, torchrun, srun, Slurm) says in the environment. Before any process group exists."""
+"""What the launcher (accelerate, torchrun, srun, Slurm) sets in the environment. Before any process group exists."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ from ..errors import UserError
 
 
 def launched_job() -> tuple[str | None, int]:
-    """Slurm's id of the job that this process belongs to, if any, and how often it was requeued."""
+    """Slurm's id of this process's job, if any, and how often it was requeued."""
     return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def child_environment(hide_gpus: bool) -> dict[str, str]:
-    """This process's environment for a launcher that it starts itself: without what a launcher around it has set."""
+    """This process's environment for a launcher that it starts itself, without the variables of an outer launcher."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     return {**kept, "CUDA_VISIBLE_DEVICES": ""} if hide_gpus else kept
 
 
 def require_own_strategy(name: str) -> None:
-    """The run config names the strategy; a launcher that asks for another one is refused, the same one is ignored.
+    """The run config chooses the strategy: a launcher that asks for another one is refused, the same one is ignored.
 
-    accelerate's launcher says in variables that it wants DeepSpeed or FSDP. `Accelerator` would then make a plugin of
-    its own, with values that the run config does not know, and transformers would load the model through it.
+    accelerate's launcher requests DeepSpeed or FSDP through variables. `Accelerator` would then create a plugin of
+    its own, with values unknown to the run config, and transformers would load the model through it.
     """
-    remedy = (
-        "the run config decides: launch with launch/accelerate/ddp.yaml (it fits every strategy), and set strategy."
-    )
+    remedy = "the run config decides: launch with launch/accelerate/ddp.yaml (for every strategy), and set strategy."
     for kind, variable in (("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP")):
         if os.environ.pop(variable, "false").lower() != "true":
             continue

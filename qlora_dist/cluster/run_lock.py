@@ -1,13 +1,13 @@
-"""One job at a time in a run directory, also on a network file system, whose own locks are not to be relied on.
+"""One job at a time in a run directory, also on a network file system, whose own locks cannot be relied on.
 
 The lock is a file that names its holder and that the holder rewrites every few seconds (in place, so that another
 host that opens it reads the file server's content). It is stale, and taken over,
 
-    at once                   when the holder was a process of this machine that is dead, or an earlier life of this job
-    after some missed beats   when it stands still, wherever its holder was
+    at once                  when the holder was a process of this machine that is dead, or an earlier start of this job
+    after missed heartbeats  when it no longer changes, wherever its holder was
 
-No clocks of two hosts are compared, and no modification time is read. A holder that was suspended so long that its lock
-was taken over ends itself at its next beat.
+Clocks of different hosts are never compared, and no modification time is read. A holder that was suspended so long
+that its lock was taken over exits at its next heartbeat.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any
 from ..errors import UserError
 
 BEAT_SECONDS = 10.0
-MISSED_BEATS = 4  # until a lock that stands still is stale
-_SIZE = 1024  # bytes; of a fixed length, so that a rewrite in place leaves nothing of the last one behind
+MISSED_BEATS = 4  # until a lock that does not change is stale
+_SIZE = 1024  # bytes; a fixed length, so that a rewrite in place leaves nothing of the previous one
 
 
 class RunLock:
@@ -53,7 +53,7 @@ class RunLock:
         self._thread = threading.Thread(target=self._run, name="run lock", daemon=True)
 
     def acquire(self) -> None:
-        """Takes the lock. Raises UserError, after some seconds if need be, when another job is at work here."""
+        """Takes the lock. Raises UserError, after some seconds if necessary, when another job uses the directory."""
         try:
             os.close(os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         except FileExistsError:
@@ -63,7 +63,7 @@ class RunLock:
             was_there = False
         self._write()
         if was_there:
-            time.sleep(min(self._beat_seconds / 5, 1.0))  # two that take over together: the last to write holds it
+            time.sleep(min(self._beat_seconds / 5, 1.0))  # two that take over at once: the last to write holds it
         if (other := self._read()) is not None and other["token"] != self._token:
             raise UserError(self._refusal(other))
         self._thread.start()
@@ -88,20 +88,20 @@ class RunLock:
             time.sleep(self._beat_seconds / 5)
             now = self._read()
             if now is None and not self._file.exists():
-                return  # released meanwhile
+                return  # released in the meantime
             if now is not None and first is None:
                 first = now
             if now != first and now is not None:
                 raise UserError(self._refusal(now))
 
     def _is_dead(self, holder: dict[str, Any]) -> bool:
-        """What can be said at once; False: wait for a beat."""
+        """What can be decided at once; False: wait for a heartbeat."""
         if (
             holder["job"] is not None
             and holder["job"] == self._holder["job"]
             and holder["life"] != self._holder["life"]
         ):
-            return True  # a scheduler starts a job's next life when the last one has ended
+            return True  # a scheduler restarts a job only after its previous start has ended
         return holder["machine"] == self._holder["machine"] and _start_of(holder["pid"]) != holder["started"]
 
     def _refusal(self, holder: dict[str, Any]) -> str:
@@ -119,12 +119,12 @@ class RunLock:
             if holder is not None and holder["token"] != self._token:
                 print(
                     f"error: run_dir {self._file.parent} was taken over by process {holder['pid']} on {holder['host']} "
-                    "while this process stood still; it ends at once and writes nothing more",
+                    "while this process was suspended; it exits now and writes nothing more",
                     file=sys.stderr,
                     flush=True,
                 )
                 os._exit(1)
-            with contextlib.suppress(OSError):  # a full disk or a file server that is away: the run itself will say so
+            with contextlib.suppress(OSError):  # a full disk, an unreachable file server: the run will report it
                 self._write()
 
     def _write(self) -> None:
@@ -138,7 +138,7 @@ class RunLock:
             os.close(descriptor)
 
     def _read(self) -> dict[str, Any] | None:
-        """The holder that the file names; None while it is being written, or without a file."""
+        """The holder named in the file; None while it is being written, or without a file."""
         try:
             holder: dict[str, Any] = json.loads(self._file.read_bytes())
             return holder if self._holder.keys() <= holder.keys() else None
@@ -147,16 +147,16 @@ class RunLock:
 
 
 def _machine() -> str:
-    """Where process ids mean the same: this boot of this machine, and its container."""
+    """Identifies the process-id namespace: this boot of this machine, and its container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
-        return f"{socket.gethostname()} {uuid.uuid4().hex}"  # unknown: never the same, so beats decide
+        return f"{socket.gethostname()} {uuid.uuid4().hex}"  # unknown: never equal, so heartbeats decide
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this machine started, None without it: an id alone may have a new owner."""
+    """When a process of this machine started, None if it does not exist: process ids are reused."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""The ranks that share one base."""
+"""The ranks over which one base is sharded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 @dataclass(frozen=True)
 class ShardGroup:
-    """The ranks that share one base, each holding a part. Its collectives do not mix with those of `World`."""
+    """The ranks over which one base is sharded. Its collectives do not mix with those of `World`."""
 
     mesh: DeviceMesh
     rank: int
@@ -20,7 +20,7 @@ class ShardGroup:
     device: torch.device
 
     def gather(self, own: torch.Tensor, total: int) -> torch.Tensor:
-        """(total,) all ranks' parts of a 1-D tensor, one after another; each is ceil(total / size) long or the rest."""
+        """(total,) all ranks' shards of a 1-D tensor, concatenated; each is ceil(total / size) long, or the rest."""
         per_rank = -(-total // self.size)
         padded = own.new_zeros(per_rank)
         padded[: len(own)] = own

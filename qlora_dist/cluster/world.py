@@ -1,6 +1,6 @@
-"""World: who this process is among the ranks, and the few things ranks do together.
+"""World: this process among the ranks, and the few things ranks do together.
 
-One implementation serves 1..N processes: `world.size > 1` is asked here and nowhere else.
+One implementation serves 1..N processes: `world.size > 1` is tested here and nowhere else.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .stop_signal import StopRequested, StopSignal
 
 TIMEOUT_SECONDS = 600.0
 WAIT_FACTOR = 3  # outside of steps: ranks load, evaluate and save at different speeds
-# torch's own limit comes last: it ends a process without a word about the others
+# torch's own timeout comes last: it ends a process without naming the others
 _BACKEND_MARGIN_SECONDS = 120.0
-BUILD_TIMEOUT_SECONDS = 24 * 3600.0  # tokenizing a large corpus takes hours; a dead builder is noticed by its launcher
+BUILD_TIMEOUT_SECONDS = 24 * 3600.0  # tokenizing a large corpus takes hours; its launcher notices a dead builder
 
 
 def own_device(device: torch.device | None = None) -> torch.device:
     """The device of this process, a CUDA device with its index; None: the current CUDA device, or the CPU.
 
     Without a launcher Accelerate's device is `cuda`, which `torch.cuda.set_device` refuses and which equals no tensor's
-    device (`cuda:0`): code that compares devices would do nothing, and say nothing.
+    device (`cuda:0`): code that compares devices would silently do nothing.
     """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +48,7 @@ def _backend_timeout(timeout_seconds: float) -> datetime.timedelta:
 
 
 class World:
-    """This process among `size` ranks. Made once, by `World.init`."""
+    """This process among `size` ranks. Created once, by `World.init`."""
 
     _has_group_of_one = False
 
@@ -72,16 +72,15 @@ class World:
     def init(cls, stop: StopSignal | None = None, timeout_seconds: float = TIMEOUT_SECONDS) -> World:
         """Joins the process group that the launcher (accelerate, torchrun, srun, none) describes.
 
-        `stop` is heard during the parts that are `stoppable`. `timeout_seconds` limits a wait within a training step,
-        three times that any other.
-        Raises UserError when the launcher's variables contradict the machine.
+        `stop` can interrupt the `stoppable` parts. `timeout_seconds` limits a wait within a training step, three times
+        that any other wait. Raises UserError when the launcher's variables contradict the machine.
         """
         has_cuda = torch.cuda.is_available()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if has_cuda and local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"{socket.gethostname()}: local rank {local_rank} was started but only {torch.cuda.device_count()} "
-                "GPUs are visible; start one process a GPU (num_processes, --nproc-per-node), or check "
+                "GPUs are visible; start one process per GPU (num_processes, --nproc-per-node), or check "
                 "CUDA_VISIBLE_DEVICES"
             )
         state = PartialState(cpu=not has_cuda, timeout=_backend_timeout(timeout_seconds))
@@ -90,9 +89,9 @@ class World:
         return cls(state, stop if stop is not None else StopSignal(), timeout_seconds)
 
     def close(self) -> None:
-        """Ends the process group. After a failure it is not called: the launcher ends the others."""
+        """Leaves the process group. Not called after a failure: the launcher ends the other ranks."""
         with self.waiting():
-            self.any(False)  # together: a rank that leaves early breaks connections which others still use
+            self.any(False)  # together: a rank that leaves early breaks connections that others still use
         self._heartbeat.close()
         if dist.is_initialized() and not World._has_group_of_one:
             dist.destroy_process_group()
@@ -102,35 +101,35 @@ class World:
     def set_status(self, what: str, limit_seconds: float | None = None) -> None:
         """What this rank does from now on, for the others' error messages, and how long it, or a wait in it, may last.
 
-        Without a limit only waiting for the others has one, three times that of a step.
+        Without `limit_seconds` only waiting for the others is limited, to three times the limit of a step.
         """
         self._heartbeat.set_status(what, limit_seconds)
 
     def begin_step(self, step: int) -> None:
-        """This rank begins a training step. The first of a process may compile: it is not limited as a step."""
+        """This rank begins a training step. The first step of a process may compile, so it has no step limit."""
         self.set_status(f"step {step}", self._timeout_seconds if self._has_stepped else None)
         self._has_stepped = True
 
     def restart_limit(self) -> None:
-        """This rank goes on with what it does: its limit begins anew."""
+        """This rank makes progress: its time limit starts again."""
         self._heartbeat.set_status()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what ends only when all ranks have come to it."""
+        """Around whatever completes only when all ranks have reached it."""
         self._heartbeat.set_status(is_waiting=True)
         yield
         self._heartbeat.set_status()
 
     def explain(self, error: RuntimeError) -> RuntimeError:
-        """The error itself, or for one of a collective a RunFailed that says which rank was lost. Takes seconds."""
+        """The error itself, or for that of a collective a RunFailed naming the rank that was lost. Takes seconds."""
         is_of_collective = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
         if self.size == 1 or not is_of_collective:
             return error
         cause = str(error).strip().splitlines()[0]
         return RunFailed(
-            f"the connection to another rank was lost; {self._heartbeat.who_is_missing()}. Checkpoints are good: start "
-            f"the same command again to go on from the newest. The collective said: {cause}"
+            f"the connection to another rank was lost; {self._heartbeat.who_is_missing()}. Checkpoints are intact: "
+            f"start the same command again to resume from the newest. The collective reported: {cause}"
         )
 
     # --- collectives --------------------------------------------------------------------------------------------------
@@ -144,7 +143,7 @@ class World:
         return values
 
     def max(self, value: float) -> float:
-        """The largest of the ranks' values."""
+        """The largest value of any rank."""
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         with self.waiting():
             if self.size > 1:
@@ -152,19 +151,19 @@ class World:
             return tensor.item()
 
     def any(self, flag: bool) -> bool:
-        """True on all ranks when it is true on one."""
+        """True on all ranks when it is true on any."""
         return self.max(float(flag)) > 0
 
     def first(self, value: str | None) -> str:
-        """The first rank's value that is not None; one of them must not be."""
+        """The first value in rank order that is not None; at least one rank must have one."""
         return next(found for found in self.gather(value) if found is not None)
 
     @contextmanager
     def stoppable(self, what: str, has_collectives: bool = False) -> Iterator[None]:
-        """A long part of the start, which a stop signal to any rank ends on all: at once, or at its end when it has
-        collectives of its own, which no rank may leave alone.
+        """A long part of the start that a stop signal to any rank ends on all of them: at once, or at the end of the
+        block when it contains collectives, which no rank may leave early.
 
-        Raises StopRequested on all ranks after it.
+        Raises StopRequested on all ranks after the block.
         """
         self.set_status(what)
         with suppress(StopRequested), nullcontext() if has_collectives else self._stop.interrupting():
@@ -182,7 +181,7 @@ class World:
         return values
 
     def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
-        """Every rank's tensor, all of one shape, in rank order, in host memory of rank 0; None on the others."""
+        """Every rank's tensor (all of one shape), in rank order, in rank 0's host memory; None on the other ranks."""
         if self.size == 1:
             return [tensor.cpu()]
         mine = tensor.to(self.device).contiguous()  # NCCL moves device memory only
@@ -191,18 +190,18 @@ class World:
         return None if parts is None else [part.cpu() for part in parts]
 
     def require_group(self) -> None:
-        """Makes a process group of one where there is no launcher: DeepSpeed wants a group in any case."""
+        """Creates a process group of one where there is no launcher: DeepSpeed always needs a group."""
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed's stage 3 reads it
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            World._has_group_of_one = True  # for as long as the process lives: DeepSpeed keeps groups made from it
+            World._has_group_of_one = True  # until the process exits: DeepSpeed keeps groups derived from it
 
     def from_main(self, function: Callable[[], Any]) -> Any:
-        """Runs a function on rank 0 only and gives its plain-data result to all.
+        """Runs a function on rank 0 only and returns its plain-data result on all ranks.
 
         When it raises, every rank raises: UserError and RunFailed with the same text, anything else as RunFailed on
-        the other ranks. Work under it must contain no collective.
+        the other ranks. The function must not contain a collective.
         """
         outcome: list[Any] = [None, None, None]  # kind of failure, text, result
         failure: Exception | None = None
@@ -227,14 +226,16 @@ class World:
         values = self.gather((value, socket.gethostname()))
         odd = [f"rank {rank} ({host})" for rank, (other, host) in enumerate(values) if other != values[0][0]]
         if odd:
-            raise RunFailed(f"{what} differs between rank 0 and {', '.join(odd)}; all ranks must start from the same")
+            raise RunFailed(
+                f"{what} differs between rank 0 and {', '.join(odd)}; all ranks must start from the same state"
+            )
 
     @contextmanager
     def local_main_first(self, what: str) -> Iterator[None]:
-        """The first process of each node runs the block alone, then the others of the node run it.
+        """The first process of each node runs the block alone, then the node's other processes run it.
 
-        The others wait on the store, not in a collective: preparing data can outlast any collective's timeout. When
-        the first one fails, so do they, at once.
+        They wait on the store, not in a collective: preparing data can outlast any collective's timeout. When the
+        first process fails, they fail at once.
         """
         if self.size == 1:
             yield
@@ -251,8 +252,8 @@ class World:
                 kind, text = ("stop", "") if is_stop else pack_error(error)
                 store.set(key, f"{kind} failed: {text}")
                 if is_stop:
-                    raise  # the others have been asked too, and all agree next
-                # the store lives in rank 0: the others must have read this before it ends
+                    raise  # the others were asked too, and all agree on it next
+                # the store lives in rank 0: the others must read this before it exits
                 others, deadline = self.local_size - 1, time.monotonic() + 10
                 while store.add(f"{key}/seen", 0) < others and time.monotonic() < deadline:
                     time.sleep(0.05)
@@ -274,10 +275,10 @@ class World:
         yield
 
     def shard_group(self) -> ShardGroup | None:
-        """All ranks as the sharers of one base; None where there is nobody to share it with. Called by all ranks.
+        """All ranks as the group over which a base is sharded; None with one rank. Called by all ranks.
 
-        With a group of its own: layers are gathered while gradients are summed, and on one group the order of the two
-        would have to be the same on every rank.
+        A process group of its own: layers are gathered while gradients are summed, and on one group the order of the
+        two would have to be the same on every rank.
         """
         if self.size == 1:
             return None

@@ -1,4 +1,4 @@
-"""The command line. Every command imports what it needs when it runs, so that `--help` and `schema` answer at once."""
+"""The command line. Each command imports what it needs when it runs, so that `--help` and `schema` answer at once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def schema() -> None:
 
 @cli.command()
 def doctor() -> None:
-    """Say what this machine has, what is missing, and what to install.
+    """Report what this machine has, what is missing, and what to install.
 
     \b
     Example:
@@ -46,8 +46,8 @@ def doctor() -> None:
 def invoke(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code: 2 and one paragraph for the user's mistakes, 1 for a failed run.
 
-    Ranks other than 0 wait a moment before they speak: what all ranks find is said once, by rank 0, whose end makes
-    the launcher end them; what only they found is said by them, with their rank.
+    Ranks other than 0 wait a moment before they print: what all ranks found is printed once, by rank 0, whose exit
+    makes the launcher end them; what only they found they print themselves, with their rank.
     """
     try:
         # click catches its own Exit and returns the code
@@ -72,9 +72,9 @@ def invoke(arguments: list[str]) -> int:
 def main() -> None:
     """Entry point."""
     code = invoke(sys.argv[1:])
-    # Not sys.exit. After a failure threads of a broken process group could keep the process alive. After success under
-    # a launcher all is closed, and what libraries still tear down (groups that DeepSpeed keeps) can only fail, where a
-    # rank that ended a moment earlier is gone
+    # Not sys.exit. After a failure, threads of a broken process group could keep the process alive. After success under
+    # a launcher everything is closed, and what libraries still tear down (groups that DeepSpeed keeps) can only fail
+    # when another rank has already exited
     if code or "WORLD_SIZE" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -30,7 +30,7 @@ Message = dict[str, Any]
 
 
 def find_template(trained: Trained, tokenizer: Any, name: str = "auto") -> Template | None:
-    """How a conversation becomes text; None where the run learned plain texts: a prompt is then only continued.
+    """How a conversation becomes text; None where the run was trained on plain text: a prompt is then just continued.
 
     auto: what the run used. Without a run: the tokenizer's chat template, else None.
     """
@@ -47,13 +47,13 @@ def find_template(trained: Trained, tokenizer: Any, name: str = "auto") -> Templ
 
 
 def _format_of(data: DataConfig, tokenizer: Any) -> str:
-    """Format of the first training source, detected again where the config left that open."""
+    """Format of the first training source, detected again if the config does not name it."""
     if data.train[0].format != "auto":
         return data.train[0].format
     try:
         return first_documents(data, tokenizer, 8, data.row_tokens).stats.sources[0].format
     except UserError as error:
-        log.warning("the training data cannot be looked at (%s): prompts are taken as conversations", error)
+        log.warning("the training data cannot be read (%s): prompts are treated as conversations", error)
         return "messages"
 
 
@@ -61,7 +61,7 @@ def _format_of(data: DataConfig, tokenizer: Any) -> str:
 
 
 class Writer:
-    """A model that answers. Conversations are rendered by the run's template, prompts of a text run as they are."""
+    """A model that answers. Conversations go through the run's template; prompts of a text run are used as they are."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, template: Template | None) -> None:
         self.model = model
@@ -70,11 +70,11 @@ class Writer:
         self.stop_ids, self.stop_texts = _stops(model, tokenizer, template)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to where the answer begins."""
+        """Token ids up to the start of the answer."""
         if self.template is None:
             text = "".join(message["content"] for message in messages)
             ids = self.tokenizer(text)["input_ids"]
-            # a tokenizer that ends texts with EOS would end the document before it is continued
+            # a tokenizer that appends EOS would end the document before it is continued
             return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
         text = self.tokenizer.apply_chat_template(
             list(messages), chat_template=self.template.source, tokenize=False, add_generation_prompt=True
@@ -89,7 +89,7 @@ class Writer:
         batch_size: int = 8,
         on_text: Callable[[str], None] | None = None,
     ) -> Iterator[str]:
-        """One text for each conversation, in order."""
+        """One text per conversation, in order."""
         for start in range(0, len(conversations), batch_size):
             prompts = [self.encode(messages) for messages in conversations[start : start + batch_size]]
             made = generate_ids(
@@ -139,7 +139,7 @@ def open_writer(
     how: str = "cat",
     template: str = "auto",
 ) -> Writer:
-    """Loads base and adapters. The run's own adapter is called `trained`; `weights` makes their weighted sum active.
+    """Loads base and adapters. The run's own adapter is named `trained`; `weights` activates their weighted sum.
 
     Without weights, the last of the named adapters is active.
     """
@@ -160,7 +160,7 @@ def open_writer(
 
 
 def read_prompts(path: str | Path) -> list[list[Message]]:
-    """.jsonl: an object a line with `messages`, or `prompt` and perhaps `system`. Other files: a prompt a line."""
+    """.jsonl: an object per line: `messages`, or `prompt` and optionally `system`. Other files: a prompt per line."""
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -168,7 +168,7 @@ def read_prompts(path: str | Path) -> list[list[Message]]:
         raise UserError(f"prompts {path}: cannot be read ({error})") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise UserError(f"prompts {path}: the file is empty; expected a prompt a line")
+        raise UserError(f"prompts {path}: the file is empty; expected one prompt per line")
     if path.suffix == ".jsonl":
         return [_conversation(line, f"{path}:{number}") for number, line in numbered]
     return [[{"role": "user", "content": line}] for _, line in numbered]
@@ -182,9 +182,9 @@ def _conversation(line: str, where: str) -> list[Message]:
     if isinstance(record, dict) and isinstance(record.get("messages"), list) and record["messages"]:
         for message in record["messages"]:
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                raise UserError(f"prompts {where}: a message needs role and content, found {message!r}")
+                raise UserError(f"prompts {where}: each message needs role and content, found {message!r}")
         if record["messages"][-1]["role"] == "assistant":
-            raise UserError(f"prompts {where}: the last message is the assistant's; expected one to be answered")
+            raise UserError(f"prompts {where}: the last message is the assistant's; expected one to answer")
         return record["messages"]
     if isinstance(record, dict) and isinstance(record.get("prompt"), str):
         system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
@@ -219,14 +219,14 @@ def generate(
     read: Callable[[], str | None] | None = None,
     write: Callable[[str], None] | None = None,
 ) -> None:
-    """The command. One prompt is streamed; a file of prompts gives a JSON object a line; neither is a chat.
+    """The command. One prompt is streamed; a file of prompts gives one JSON object per line; without both it is a chat.
 
-    `adapters` and `weights` are name=folder and name=number. `read` gives the user's next line, None at the end.
+    `adapters` and `weights` are name=folder and name=number. `read` returns the user's next line, None at the end.
     """
     sampling = sampling or Sampling()
     say = write or (lambda text: print(text, end="", flush=True))
     if prompt is not None and prompts is not None:
-        raise UserError("--prompt and --prompts were both given; give one of them, or none for a chat")
+        raise UserError("--prompt and --prompts were both given; give one of them, or neither for a chat")
     conversations = read_prompts(prompts) if prompts is not None else None  # before the model is loaded
     numbers = {name: _number(name, value) for name, value in parse_named(weights, "--weight").items()}
     folders = {name: Path(folder) for name, folder in parse_named(adapters, "--adapter").items()}
@@ -244,8 +244,8 @@ def generate(
 
 
 def chat(writer: Writer, sampling: Sampling, read: Callable[[], str | None], say: Callable[[str], None]) -> None:
-    """Answers line by line until the end of input; `/reset` forgets, an empty line or `/quit` ends."""
-    say("chat: /reset forgets what was said, an empty line ends\n")
+    """Answers line by line until the end of input; `/reset` starts over, an empty line or `/quit` ends the chat."""
+    say("chat: /reset starts over, an empty line ends\n")
     messages: list[Message] = []
     while (line := read()) and line.strip() != "/quit":
         if line.strip() == "/reset":

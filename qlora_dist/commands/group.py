@@ -1,4 +1,4 @@
-"""The command group, and what commands share."""
+"""The command group, and what the commands share."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SET = click.option(
 def cli(debug: bool) -> None:
     """Distributed QLoRA fine-tuning: exact over ranks, packed, resumable, measured."""
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
-    # transformers imports DeepSpeed where it is installed, also for commands that have nothing to do with it
+    # transformers imports DeepSpeed wherever it is installed, even for unrelated commands
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
     logging.getLogger("qlora_dist").setLevel(logging.DEBUG if debug else _log_level())
 
 
 def _log_level() -> int:
-    return logging.INFO if rank() == 0 else logging.WARNING  # rank 0 speaks
+    return logging.INFO if rank() == 0 else logging.WARNING  # rank 0 logs
 
 
 def rank() -> int:
-    """This process's rank, as its launcher says it; 0 without one."""
+    """This process's rank, as set by its launcher; 0 without one."""
     return int(os.environ.get("RANK", "0"))

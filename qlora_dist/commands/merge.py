@@ -4,7 +4,8 @@
     onto dequantized   dequant(NF4(W)) + delta   what was trained: equals the run's own outputs
 
 Each tensor is computed in fp32 and rounded once. The two differ by the quantization error; for some models that is
-larger than what was learned, so the merged model's largest logit gap to the trained one is measured and said.
+larger than what was learned, so the merged model's largest logit difference from the trained one is measured and
+reported.
 
 Legend: O outputs, I inputs of a layer, r rank.
 """
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 Target = Literal["base", "dequantized"]
 NUM_SAMPLES, SAMPLE_TOKENS = 4, 64
-CHEAP_PARAMETERS = 2_000_000_000  # up to here the other target is measured too
+CHEAP_PARAMETERS = 2_000_000_000  # up to this size the other target is measured too
 _SENTENCES = (
     "The quick brown fox jumps over the lazy dog, and then it sleeps.",
     "In the beginning there was nothing but a small town near the sea.",
@@ -52,7 +53,7 @@ _SENTENCES = (
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Where the model is, and the largest difference of its logits to those of the trained model."""
+    """Where the model is, and the largest difference of its logits from those of the trained model."""
 
     folder: Path
     onto: Target
@@ -73,13 +74,13 @@ def merge(
 ) -> MergeReport:
     """Merges the adapter of a run directory or adapter folder and writes a model folder with its tokenizer.
 
-    `out` appears whole or not at all. `base` is the original 16-bit model when it has moved. `compare` also measures
-    the other target (None: for models small enough). Holds one copy of the 16-bit model at a time.
-    Raises UserError for an output that is in use, a base in 4 bit, an adapter of another kind.
+    `out` appears complete or not at all. `base` is the original 16-bit model if it has moved. `compare` also measures
+    the other target (None: only for small models). Holds one copy of the 16-bit model at a time.
+    Raises UserError for an output that exists, a base in 4 bits, an adapter of another kind.
     """
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there and not empty; name a new folder")
+        raise UserError(f"{out} exists and is not empty; name a new folder")
     trained = find_trained(path, base)
     if trained.adapter is None:
         raise UserError(f"{path}: a full fine-tuning run has no adapter to merge; {trained.model.name} is its model")
@@ -105,13 +106,13 @@ def describe(report: MergeReport) -> str:
     """One paragraph for the terminal."""
     text = (
         f"{report.folder}: merged onto {report.onto}; its logits differ from those of the trained model by up to "
-        f"{report.gaps[report.onto]:.4g} (they reach {report.logit_range:.4g})"
+        f"{report.gaps[report.onto]:.4g} (their largest magnitude is {report.logit_range:.4g})"
     )
     other = next((target for target in report.gaps if target != report.onto), None)
     if other is None:
         return text
     smaller = min(report.gaps, key=lambda target: report.gaps[target])
-    return f"{text}; onto {other} it would be {report.gaps[other]:.4g}: {smaller} is nearer to what was trained"
+    return f"{text}; onto {other} it would be {report.gaps[other]:.4g}: {smaller} is closer to what was trained"
 
 
 # --- the arithmetic ---------------------------------------------------------------------------------------------------
@@ -136,7 +137,9 @@ class Adapter:
         }
         for field, setting in unknown.items():
             if setting:
-                text = f"{folder / lora_files.CONFIG}: {field} is {setting}, which is not merged here; use PEFT's merge"
+                text = (
+                    f"{folder / lora_files.CONFIG}: {field} is {setting}, which is not supported here; use PEFT's merge"
+                )
                 raise UserError(text)
         factors: dict[str, dict[str, Tensor]] = {}
         for key, value in lora_files.read_adapter_weights(folder).items():
@@ -149,7 +152,7 @@ class Adapter:
         return cls(pairs, magnitudes, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
 
     def on(self, name: str, weight: Tensor) -> Tensor:
-        """(O, I) fp32: the layer's weight with the adapter in it."""
+        """(O, I) fp32: the layer's weight with the adapter merged."""
         a, b = (factor.to(weight.device) for factor in self.factors[name])
         changed = weight + self.scale * (b @ a)
         if name in self.magnitudes:
@@ -174,9 +177,9 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
         device=torch.device("cpu"),
     )
     layers: dict[str, Any] = linear_layers(model)
-    strangers = sorted(adapter.factors.keys() - layers.keys())
-    if strangers:
-        raise UserError(f"the adapter has weights for {strangers[0]}, which is no linear layer of {settings.name}")
+    unknown = sorted(adapter.factors.keys() - layers.keys())
+    if unknown:
+        raise UserError(f"the adapter has weights for {unknown[0]}, which is not a linear layer of {settings.name}")
     for name in adapter.factors:
         layer = layers[name]
         weight = layer.weight.data.T if is_conv1d(layer) else layer.weight.data
@@ -199,15 +202,15 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
 
 
 def sample_ids(trained: Trained) -> list[list[int]]:
-    """Beginnings of the first training documents, or fixed sentences where the data is not at hand."""
+    """The beginnings of the first training documents, or fixed sentences if the data cannot be read."""
     tokenizer = load_tokenizer(trained.tokenizer_source)
     if trained.data is not None:
         try:
-            # the memory map stays readable after its temporary folder is gone
+            # the memory map stays readable after its temporary folder is deleted
             documents = first_documents(trained.data, tokenizer, NUM_SAMPLES, SAMPLE_TOKENS)
             return [documents[index].input_ids.tolist() for index in range(min(NUM_SAMPLES, len(documents)))]
         except UserError as error:
-            log.info("the training data cannot be looked at (%s): fixed sentences are the samples", error)
+            log.info("the training data cannot be read (%s): fixed sentences are used instead", error)
     return [tokenizer(text)["input_ids"][:SAMPLE_TOKENS] for text in _SENTENCES]
 
 

@@ -20,11 +20,11 @@ from .group import SET, cli, rank
     default="auto",
     show_default=True,
     metavar="auto|never|DIR",
-    help="auto: go on from the newest checkpoint of the run directory that verifies. DIR: from this one.",
+    help="auto: resume from the newest checkpoint of the run directory that verifies. DIR: from this one.",
 )
-@click.option("--outcome", type=click.Path(), hidden=True, help="Where to write how the run ended, for `supervise`.")
+@click.option("--outcome", type=click.Path(), hidden=True, help="File for the outcome of the run, for `supervise`.")
 def train(config: str, overrides: tuple[str, ...], resume: str, outcome: str | None) -> None:
-    """Train as CONFIG says.
+    """Train as configured in CONFIG.
 
     \b
     Example:
@@ -40,10 +40,10 @@ def train(config: str, overrides: tuple[str, ...], resume: str, outcome: str | N
 
 
 @cli.command(hidden=True)
-@click.option("--job", required=True, help="Slurm's id of this job.")
-@click.option("--life", default=0, help="How often Slurm has restarted it.")
+@click.option("--job", required=True, help="Slurm's job id.")
+@click.option("--life", default=0, help="How often Slurm has restarted the job.")
 @SET
-@click.option("--resume", default="auto", help="As of train.")
+@click.option("--resume", default="auto", help="As for train.")
 @click.argument("config", type=click.Path())
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def supervise(
@@ -69,12 +69,12 @@ def supervise(
 @cli.command()
 @click.argument("config", type=click.Path())
 @SET
-@click.option("--gpu", metavar="48GiB|NAME", help="Memory of a GPU, or its name: a100-80, h100, rtx4090, a6000, ...")
+@click.option("--gpu", metavar="48GiB|NAME", help="A GPU's memory or name: a100-80, h100, rtx4090, a6000, ...")
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs over all nodes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--simulate", is_flag=True, help="Run a step of the real code under fake tensors too (no GPU, seconds).")
+@click.option("--simulate", is_flag=True, help="Also run a step of the real code under fake tensors (no GPU, seconds).")
 def plan(config: str, overrides: tuple[str, ...], gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
-    """Say what a run needs and whether it fits, from CONFIG and the model's config.json alone, in about a second.
+    """Show what a run needs and whether it fits, from CONFIG and the model's config.json alone, in about a second.
 
     \b
     Example:
@@ -89,10 +89,10 @@ def plan(config: str, overrides: tuple[str, ...], gpu: str | None, ranks: int, a
 @cli.command()
 @click.argument("config", type=click.Path())
 @SET
-@click.option("--show", default=3, show_default=True, help="Samples to print, learned tokens apart from context.")
-@click.option("--html", type=click.Path(), help="Write the same as one self-contained page.")
+@click.option("--show", default=3, show_default=True, help="Samples to print, with learned tokens marked.")
+@click.option("--html", type=click.Path(), help="Write the same as a self-contained HTML page.")
 def data(config: str, overrides: tuple[str, ...], show: int, html: str | None) -> None:
-    """Look at the training data: sources, lengths, packing, masks, warnings. Before a run, without a model.
+    """Inspect the training data before a run: sources, lengths, packing, masks, warnings. Needs no model weights.
 
     \b
     Example:
@@ -114,7 +114,7 @@ def data(config: str, overrides: tuple[str, ...], show: int, html: str | None) -
 @click.option("--ranks", default=2, show_default=True, help="Processes to compare with one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify(config: str, overrides: tuple[str, ...], steps: int, ranks: int, as_json: bool) -> None:
-    """Prove on your own model, data and strategy that the mathematics holds, in a few steps and a temporary folder.
+    """Verify on your own model, data and strategy that the mathematics holds, in a few steps and a temporary folder.
 
     Packed = alone, accumulation = one batch, N ranks = 1 rank, strategy = ddp, resumed = uninterrupted, saved = loaded
     in stock PEFT, loss = transformers' own. Exit code 1 when a claim fails.

@@ -1,4 +1,4 @@
-"""Commands that take what was trained, or a model."""
+"""Commands that take a trained run or adapter, or a model."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from .group import cli, rank
 
 @cli.command()
 @click.argument("run_or_adapter", type=click.Path())
-@click.option("--config", type=click.Path(), help="Take the data section of this config instead of the run's.")
-@click.option("--base", help="The base model, when it has moved.")
-@click.option("--micro-rows", default=1, show_default=True, help="Rows in memory at a time.")
-@click.option("--with-base", is_flag=True, help="Evaluate the base without the adapter too.")
-@click.option("--tasks", default="perplexity", show_default=True, help="perplexity, mmlu, or both with a comma.")
+@click.option("--config", type=click.Path(), help="Use the data section of this config instead of the run's.")
+@click.option("--base", help="The base model, if it has moved.")
+@click.option("--micro-rows", default=1, show_default=True, help="Rows processed at a time.")
+@click.option("--with-base", is_flag=True, help="Also evaluate the base without the adapter.")
+@click.option("--tasks", default="perplexity", show_default=True, help="perplexity, mmlu or perplexity,mmlu.")
 @click.option(
-    "--mmlu", type=click.Path(), metavar="DIR", help="MMLU's original release: a folder with dev/, val/, test/."
+    "--mmlu", type=click.Path(), metavar="DIR", help="MMLU's original release: a folder with dev/, val/ and test/."
 )
 @click.option("--mmlu-split", default="test", show_default=True)
-@click.option("--mmlu-shots", default=5, show_default=True, help="Worked questions shown before each question.")
-@click.option(
-    "--mmlu-tokens", default=2048, show_default=True, help="Longest prompt; longer ones show fewer questions."
-)
+@click.option("--mmlu-shots", default=5, show_default=True, help="Solved examples before each question.")
+@click.option("--mmlu-tokens", default=2048, show_default=True, help="Longest prompt; longer ones get fewer examples.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     run_or_adapter: str,
@@ -40,7 +38,7 @@ def evaluate(
     mmlu_tokens: int,
     as_json: bool,
 ) -> None:
-    """Held-out loss and perplexity of a run or adapter, by the loss code of training, and MMLU.
+    """Evaluate a run or adapter: held-out loss and perplexity by the loss code of training, and MMLU.
 
     \b
     Example:
@@ -77,19 +75,19 @@ def evaluate(
 @cli.command()
 @click.argument("run_or_adapter", type=click.Path())
 @click.option("--prompt", help="One prompt; the answer is streamed.")
-@click.option("--prompts", type=click.Path(), help="A file: a prompt a line, or jsonl with `prompt` or `messages`.")
-@click.option("--base", help="The base model, when it has moved.")
+@click.option("--prompts", type=click.Path(), help="A file: one prompt per line, or jsonl with `prompt` or `messages`.")
+@click.option("--base", help="The base model, if it has moved.")
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=DIR", help="Another adapter; the last is active.")
 @click.option(
-    "--weight", "weights", multiple=True, metavar="NAME=W", help="Combine adapters; the run's own is `trained`."
+    "--weight", "weights", multiple=True, metavar="NAME=W", help="Combine adapters; the run's own is named `trained`."
 )
 @click.option("--combination", default="cat", show_default=True, help="PEFT's way to combine: cat, linear, svd, ...")
-@click.option("--template", default="auto", show_default=True, help="auto: as in training. raw: none. Or a name.")
+@click.option("--template", default="auto", show_default=True, help="auto: as in training; raw: none; or a name.")
 @click.option("--max-new-tokens", default=256, show_default=True)
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--batch-size", default=8, show_default=True, help="Prompts of a file that are answered together.")
+@click.option("--batch-size", default=8, show_default=True, help="Prompts of a file that are answered in one batch.")
 def generate(
     run_or_adapter: str,
     prompt: str | None,
@@ -105,7 +103,7 @@ def generate(
     seed: int,
     batch_size: int,
 ) -> None:
-    """Answer one prompt, a file of prompts, or a person: without either option it is a chat.
+    """Answer one prompt or a file of prompts; without either option, chat on the terminal.
 
     \b
     Example:
@@ -136,16 +134,16 @@ def generate(
     type=click.Choice(["base", "dequantized"]),
     default="base",
     show_default=True,
-    help="The original weights, or the dequantized 4-bit ones that were trained on.",
+    help="The original weights, or the dequantized 4-bit weights used in training.",
 )
-@click.option("--base", help="The base model, when it has moved.")
+@click.option("--base", help="The base model, if it has moved.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--compare/--no-compare", default=None, help="Measure the other target too (default: small models).")
+@click.option("--compare/--no-compare", default=None, help="Also measure the other target (default: for small models).")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 def merge(
     adapter: str, out: str, onto: str, base: str | None, dtype: str, compare: bool | None, max_shard_size: str
 ) -> None:
-    """Write the 16-bit model with ADAPTER (a run or an adapter folder) merged in, to the new folder OUT.
+    """Merge ADAPTER (a run or an adapter folder) into its base and write the 16-bit model to the new folder OUT.
 
     \b
     Example:
@@ -172,13 +170,18 @@ def merge(
 @click.argument("model")
 @click.argument("out", type=click.Path())
 @click.option("--quantization", type=click.Choice(["nf4", "fp4"]), default="nf4", show_default=True)
-@click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the constants too.")
+@click.option(
+    "--double-quant/--no-double-quant",
+    default=True,
+    show_default=True,
+    help="Quantize the constants, too.",
+)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--revision", help="Hub branch, tag or commit.")
 def quantize(model: str, out: str, quantization: str, double_quant: bool, dtype: str, revision: str | None) -> None:
     """Write the 4-bit form of the 16-bit MODEL to the new folder OUT, weight by weight.
 
-    Memory is bounded by one file's tensors, not by the model. transformers loads OUT as it is.
+    Memory is bounded by the tensors of one file, not by the model. transformers loads OUT as it is.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""What was trained: RUN_OR_ADAPTER -> which base, how quantized, which adapter, which data; and loading it.
+"""RUN_OR_ADAPTER -> what was trained: which base, how quantized, which adapter, which data; and loading it.
 
 find_trained        a run directory or an adapter folder -> `Trained`
 load_trained_base   its base, as it was trained on
@@ -27,24 +27,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run or an adapter folder holds."""
+    """What a run directory or an adapter folder holds."""
 
     model: ModelConfig  # the base; after full fine-tuning, the trained model itself
     adapter: Path | None  # None after full fine-tuning
     data: DataConfig | None  # None for an adapter without its run
+    seed: int = 0  # the run's: it decides which records are held out
 
     @property
     def tokenizer_source(self) -> str:
-        """The folder of the adapter where a tokenizer was saved with it, else the base."""
+        """The adapter's folder if a tokenizer was saved with it, else the base."""
         if self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
             return str(self.adapter)
         return self.model.name
 
 
 def find_trained(path: str | Path, base: str | None = None) -> Trained:
-    """Reads a run directory (its adapter, else its newest good checkpoint) or an adapter folder.
+    """Reads a run directory (its adapter, else its newest intact checkpoint) or an adapter folder.
 
-    `base` replaces the base that is named there (a folder that has moved). Raises UserError saying what is there.
+    `base` replaces the base that is named there (a folder that has moved). Raises UserError naming what was found.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -57,7 +58,7 @@ def find_trained(path: str | Path, base: str | None = None) -> Trained:
     for above in list(path.resolve().parents)[:2]:  # RUN/adapter, RUN/checkpoints/step-*
         if RunDir(above).config.is_file():
             config = load_config(RunDir(above).config)
-            return _with_base(Trained(config.model, path, config.data), base)
+            return _with_base(Trained(config.model, path, config.data, config.seed), base)
     named = base or lora_files.read_adapter_config(path).base_model_name_or_path
     if not named:
         raise UserError(f"{path / lora_files.CONFIG} names no base model; name it with --base")
@@ -69,17 +70,19 @@ def _of_run(run: RunDir, config: RunConfig) -> Trained:
     if config.lora is None:
         whole = run.path / "model"
         if not whole.is_dir():
-            raise UserError(f"{run.path}: the run is not finished, {whole} is not there yet; let it finish first")
-        return Trained(config.model.model_copy(update={"name": str(whole), "revision": None}), None, config.data)
+            raise UserError(f"{run.path}: the run is not finished: {whole} does not exist yet; let it finish first")
+        return Trained(
+            config.model.model_copy(update={"name": str(whole), "revision": None}), None, config.data, config.seed
+        )
     if (run.adapter / lora_files.CONFIG).is_file():
-        return Trained(config.model, run.adapter, config.data)
+        return Trained(config.model, run.adapter, config.data, config.seed)
     newest, rejected = find_newest(run.checkpoints) if run.checkpoints.is_dir() else (None, [])
     for bad, reason in rejected:
-        log.warning("checkpoint %s is passed over: %s", bad, reason)
+        log.warning("checkpoint %s is skipped: %s", bad, reason)
     if newest is None:
-        raise UserError(f"{run.path}: no adapter and no good checkpoint yet; train it first")
-    log.info("the run is not finished: its newest checkpoint %s is used", newest)
-    return Trained(config.model, newest, config.data)
+        raise UserError(f"{run.path}: no adapter and no intact checkpoint yet; train first")
+    log.info("the run is not finished: using its newest checkpoint %s", newest)
+    return Trained(config.model, newest, config.data, config.seed)
 
 
 def _with_base(trained: Trained, base: str | None) -> Trained:
@@ -87,9 +90,9 @@ def _with_base(trained: Trained, base: str | None) -> Trained:
 
 
 def load_trained_base(trained: Trained, device: torch.device, attention: str = INFERENCE) -> torch.nn.Module:
-    """The base as it was trained on: quantized as then, unless all of its weights were trained.
+    """The base as in training: quantized the same way, unless all of its weights were trained.
 
-    `attention`: INFERENCE, or that of packed batches (auto, flash, varlen, sdpa).
+    `attention`: INFERENCE, or a backend for packed batches (auto, flash, varlen, sdpa).
     """
     settings = trained.model
     module: torch.nn.Module = load_base(
@@ -111,7 +114,7 @@ def load_trained(trained: Trained, device: torch.device) -> torch.nn.Module:
 
 
 def first_documents(data: DataConfig, tokenizer: Any, count: int, row_tokens: int) -> Documents:
-    """A few documents of the first training source, as the run saw them. Raises UserError when it is gone."""
+    """The first documents of the first training source, as the run saw them. Raises UserError when it is gone."""
     source = data.train[0].model_copy(update={"max_examples": count})
     with tempfile.TemporaryDirectory() as folder:
         return build_documents(
@@ -119,7 +122,7 @@ def first_documents(data: DataConfig, tokenizer: Any, count: int, row_tokens: in
             tokenizer,
             row_tokens=row_tokens,
             on_bad="skip",
-            learn="all",  # nothing is dropped for want of a label
+            learn="all",  # so that nothing is dropped for lack of labels
             template=data.template,
             cache_dir=folder,
         )

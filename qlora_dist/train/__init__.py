@@ -1,10 +1,10 @@
 """Config -> data -> rows -> model -> steps -> checkpoints. `train` is the table of contents: read it first.
 
-run              what one start of a run carries: config, ranks, run directory, data, metrics
-fit_memory       what fits in memory: `auto`, and the longest micro-batch first; out_of_memory: why it did not fit
+run              one start of a run: joining the ranks, and what its parts share
+fit_memory       what `auto` stands for, the longest micro-batch first; out_of_memory: why it did not fit
 check_start      what all ranks must agree on before the model is read
 setup_data       sources -> documents -> rows -> this rank's micro-batches
-setup_model      4-bit base -> adapters -> what updates them (strategy)
+setup_model      4-bit base -> adapters -> optimizer and reduction (strategy)
 step             one optimizer update
 evaluation       held-out loss, by the loss code of training
 save_and_resume  checkpoints, results; checkpoint: their files
@@ -19,7 +19,7 @@ from ..cluster.stop_signal import StopSignal
 from ..cluster.trackers import Trackers
 from ..config import RunConfig
 from .check_start import check_run
-from .checks import check_first_update
+from .checks.learning import check_first_update
 from .evaluation import evaluate_at_start, evaluate_missed, evaluate_unless_stopped
 from .fit_memory import resolve_auto, try_longest
 from .metrics import Metrics, restart_peak, step_values
@@ -32,23 +32,23 @@ from .step import train_step
 
 
 def train(config: RunConfig, resume: str = "auto") -> TrainState:
-    """Trains until the config's last step or a stop signal. `resume`: auto, never, or a checkpoint folder.
+    """Trains until the last step of the config or a stop signal. `resume`: auto, never, or a checkpoint folder.
 
-    Raises UserError (what the user gave) before the model is read wherever that can be known, RunFailed (what went
-    wrong while running) on all ranks together.
+    Raises UserError (a mistake in the input), wherever possible before the model is read, and RunFailed (a failure
+    while running), on all ranks together.
     """
     # 1. join the ranks, open the run directory
     with StopSignal() as stop, join_ranks(config, stop) as world, open_run_dir(config, world, resume) as run_dir:
         if (steps := world.from_main(lambda: run_dir.completed_steps(config.train.length))) is not None:
             return report_completed(run_dir, world, steps)
 
-        # 2. what fits in memory, and what all ranks must agree on before anything is read
+        # 2. resolve what depends on memory; check what all ranks must agree on before anything is read
         trackers = Trackers(config.logging.trackers, config.run_dir)
         fit = resolve_auto(config, world)
-        config = fit.config  # from here on no `auto` in what decides memory
+        config = fit.config  # from here on without `auto`
         check_run(config, world, run_dir, fit.plan)
 
-        # 3. data: sources -> documents -> rows -> who trains what at which step
+        # 3. data: sources -> documents -> rows -> micro-batches of each rank and step
         data = build_data(config, world)
         num_steps = count_steps(config, data)
         with (
@@ -58,19 +58,19 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
             run = Run(config, world, run_dir, stop, data, num_steps, metrics)
             metrics.print(run.describe() + fit.text)
 
-            # 4. model: 4-bit base -> adapters -> what updates them
+            # 4. model: 4-bit base -> adapters -> optimizer
             progress.model = model = build_model(config, world)
             metrics.print(check_base(config, world, model))
             model.build_peak_bytes = restart_peak(world.device)
 
-            # 5. go on from the newest checkpoint
+            # 5. resume from the newest checkpoint
             state = resume_newest(run, model, resume)
             metrics.start(state.step, config)
             try_longest(run, model, state, progress)
             loss_at_start = evaluate_at_start(run, model, state)
             evaluate_missed(run, model, state)
 
-            # 6. steps
+            # 6. train step by step
             waited_since, is_stopping = time.perf_counter(), False
             for rows in data.loader.iterate(state.step, num_steps, pin_memory=world.device.type == "cuda"):
                 started = time.perf_counter()

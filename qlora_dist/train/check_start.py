@@ -1,8 +1,9 @@
-"""Before the model is read: do all ranks run the same code on like devices, on one run directory, with room on disk?
+"""Before the model is read: do all ranks run the same code, on devices of one kind, on one run directory, with enough
+disk space?
 
-Each rank says what it has, all of it is gathered, and every rank comes to the same verdict from the same facts: they
-stop together, with a message that names host and rank, after seconds instead of after loading. The verdicts are pure
-functions of the gathered facts.
+The facts of all ranks are gathered, and every rank reaches the same verdict from the same facts: they stop together,
+with a message that names host and rank, after seconds and not after loading. The verdicts are pure functions of the
+gathered facts.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from ..model import ModelFacts, check_config
 from .provenance import code_digest, device_name
 from .strategy import check_update
 
-SHARED_PATIENCE_SECONDS = 60.0  # a file made on one node is seen on others when their cache of the folder expires (NFS)
+SHARED_PATIENCE_SECONDS = 60.0  # NFS: a new file appears on other nodes when their directory cache expires
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank found."""
+    """The facts of one rank."""
 
     host: str
     device: str  # name of the GPU, or the processor kind
@@ -47,8 +48,8 @@ class Facts:
 
 
 def check_run(config: RunConfig, world: World, run_dir: RunDir, plan: MemoryPlan) -> None:
-    """What can be known before data or weights are read: same config and code on all ranks, batch, model kind, targets,
-    devices, network, disk. Rank 0 prints where the run starts."""
+    """Checks everything that can be known before data or weights are read: same config and code on all ranks, batch,
+    model, target modules, devices, network, disk. Rank 0 prints where the run starts."""
     world.require_equal(dump_yaml(config), "the resolved config")
     derive_accumulation(config.batch.rows_per_step, config.batch.resolved_micro_rows, world.size)
     check_update(config, world)
@@ -65,7 +66,7 @@ def check_run(config: RunConfig, world: World, run_dir: RunDir, plan: MemoryPlan
 
 
 def check_model(config: RunConfig, world: World) -> ModelFacts:
-    """What config.json alone says about the model. Raises UserError when it cannot be trained as asked."""
+    """What config.json alone tells about the model. Raises UserError when it cannot be trained as configured."""
     return check_config(
         config.model.name,
         revision=config.model.revision,
@@ -86,12 +87,12 @@ def check_start(
     allow_mixed: bool = False,
     patience_seconds: float = SHARED_PATIENCE_SECONDS,
 ) -> str:
-    """Checks what all ranks need before the model is read; returns the start-up line.
+    """Checks what all ranks need before the model is read; returns the line to print.
 
     Raises UserError (devices, run directory, disk) or RunFailed (code, collective) on all ranks together.
     """
     code = f"code {code_digest()}, torch {torch.__version__}"
-    check_code(world.gather((socket.gethostname(), code)))  # first, and plain text: other code may have other facts
+    check_code(world.gather((socket.gethostname(), code)))  # first, as text: other code has other facts
     facts = world.gather(own_facts(world, run_dir, patience_seconds))
     check_collective(facts)
     check_devices(facts, allow_mixed)
@@ -101,7 +102,7 @@ def check_start(
 
 
 def own_facts(world: World, run_dir: Path, patience_seconds: float) -> Facts:
-    """This rank's. Every rank calls it: it looks for rank 0's token and takes part in a sum."""
+    """This rank's facts. Every rank calls it: it looks for rank 0's token and takes part in a sum."""
     on_cuda = world.device.type == "cuda"
     sees_run_dir = _sees_token(world, run_dir, patience_seconds)
     total, seconds = time_collective(world)
@@ -117,12 +118,12 @@ def own_facts(world: World, run_dir: Path, patience_seconds: float) -> Facts:
 
 
 def _sees_token(world: World, run_dir: Path, patience_seconds: float) -> bool:
-    """Whether this rank's run directory is rank 0's: a file with a name never used before appears here too."""
+    """Whether this rank's run directory is rank 0's: a file with a new unique name must appear here too."""
     token: str = world.from_main(lambda: _write_token(run_dir))
     path, deadline = run_dir / token, time.monotonic() + patience_seconds
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    world.any(not seen)  # rank 0 takes the token away when all have looked
+    world.any(not seen)  # rank 0 removes the token after all have looked
     if world.is_main:
         path.unlink(missing_ok=True)
     return seen
@@ -135,7 +136,7 @@ def _write_token(run_dir: Path) -> str:
 
 
 def time_collective(world: World) -> tuple[float, float]:
-    """(sum of 1..N over the ranks, seconds) of the second of two small sums: the first sets up the connections."""
+    """(sum of 1..N over the ranks, seconds) of the second of two small sums: the first one opens connections."""
     own = torch.full((), world.rank + 1.0, dtype=torch.float64, device=world.device)
     world.sum(own).item()
     started = time.perf_counter()
@@ -147,7 +148,7 @@ def time_collective(world: World) -> tuple[float, float]:
 
 
 def check_code(codes: Sequence[tuple[str, str]]) -> None:
-    """Raises RunFailed when ranks run different code or another torch. `codes`: (host, what it runs) by rank."""
+    """Raises RunFailed when ranks run different code or another torch. `codes`: (host, code and torch) by rank."""
     odd = _unlike(codes)
     if odd:
         raise RunFailed(
@@ -157,7 +158,7 @@ def check_code(codes: Sequence[tuple[str, str]]) -> None:
 
 
 def check_collective(facts: Sequence[Facts]) -> None:
-    """Raises RunFailed when a sum over the ranks came out wrong on one of them."""
+    """Raises RunFailed when a sum over the ranks is wrong on any of them."""
     expected = len(facts) * (len(facts) + 1) / 2
     wrong = [
         f"rank {rank} ({fact.host}) got {fact.collective_sum:g}"
@@ -174,15 +175,15 @@ def check_collective(facts: Sequence[Facts]) -> None:
 def check_devices(facts: Sequence[Facts], allow_mixed: bool) -> None:
     """Raises UserError when ranks have different devices: the slowest sets the speed, the smallest the memory.
 
-    A rank without a GPU among ranks with one is an error in any case: they cannot speak to each other.
+    A rank without a GPU among ranks with one is always an error: they cannot communicate.
     """
     without = [f"rank {rank} ({fact.host})" for rank, fact in enumerate(facts) if fact.device_type == "cpu"]
     if without and len(without) < len(facts):
         raise UserError(
-            f"{', '.join(without)} see no GPU, the other ranks do; check the driver (nvidia-smi), "
+            f"{', '.join(without)} find no GPU, the other ranks do; check the driver (nvidia-smi), "
             "CUDA_VISIBLE_DEVICES and the allocation on these hosts"
         )
-    # drivers report a few MiB more or less for one model
+    # drivers report a few MiB more or less for the same model
     kinds = [f"{fact.device} {round(fact.device_bytes / GIB)} GiB" for fact in facts]
     odd = _unlike([(fact.host, kind) for fact, kind in zip(facts, kinds, strict=True)])
     if odd and not without and not allow_mixed:
@@ -194,23 +195,23 @@ def check_devices(facts: Sequence[Facts], allow_mixed: bool) -> None:
 
 
 def check_shared(facts: Sequence[Facts], run_dir: Path) -> None:
-    """Raises UserError when a rank does not see the run directory that rank 0 writes."""
+    """Raises UserError when a rank does not see the run directory that rank 0 writes to."""
     blind = [f"rank {rank} ({fact.host})" for rank, fact in enumerate(facts) if not fact.sees_run_dir]
     if blind:
         raise UserError(
-            f"run_dir {run_dir} on {', '.join(blind)} is not the one that rank 0 ({facts[0].host}) writes: a resume "
-            "would find other checkpoints, or none, there. Choose a run_dir on a file system that all nodes share"
+            f"run_dir {run_dir} on {', '.join(blind)} is not the one that rank 0 ({facts[0].host}) writes to: a "
+            "resume would find other checkpoints there, or none. Choose a run_dir on a file system that all nodes share"
         )
 
 
 def check_disk(run_dir: Path, free_bytes: int, checkpoint_bytes: int, keep: int, num_there: int) -> None:
-    """Raises UserError when the checkpoints that this run will keep, and one being written, do not fit."""
-    num_more = max(2, keep + 1 - num_there)  # at least one being written, and the export
+    """Raises UserError when the checkpoints that this run keeps, plus one being written, do not fit on the disk."""
+    num_more = max(2, keep + 1 - num_there)  # at least the one being written, and the export
     needed = num_more * checkpoint_bytes
     if free_bytes < needed:
         raise UserError(
             f"run_dir {run_dir}: {free_bytes / GIB:.2f} GiB are free, {needed / GIB:.2f} GiB are needed for {num_more} "
-            f"checkpoints of {checkpoint_bytes / GIB:.2f} GiB (train.keep {keep}, and one while it is written); free "
+            f"checkpoints of {checkpoint_bytes / GIB:.2f} GiB (train.keep {keep}, plus one being written); free "
             "space, lower train.keep, or choose a run_dir on another disk"
         )
 
@@ -222,16 +223,16 @@ def _require_disk(run_dir: Path, checkpoint_bytes: int, keep: int) -> int:
 
 
 def _unlike(values: Sequence[tuple[str, str]]) -> str:
-    """Ranks whose value is not rank 0's, as text; empty when there is none. `values`: (host, value) by rank."""
+    """Ranks whose value differs from rank 0's, as text; empty when there are none. `values`: (host, value) by rank."""
     odd = [f"rank {rank} ({host}) has {value}" for rank, (host, value) in enumerate(values) if value != values[0][1]]
     return "; ".join(odd[:4]) + (f"; and {len(odd) - 4} more" if len(odd) > 4 else "")
 
 
-# --- sizes and words --------------------------------------------------------------------------------------------------
+# --- sizes and texts --------------------------------------------------------------------------------------------------
 
 
 def checkpoint_bytes(num_trainable: int, optimizer: str) -> int:
-    """Bytes of one checkpoint: fp32 weights and the optimizer's states, and a MiB of JSON."""
+    """Bytes of one checkpoint: fp32 weights, optimizer states, and 1 MiB for the JSON files."""
     return 4 * num_trainable + sum(state_bytes(optimizer, num_trainable)) + 2**20
 
 

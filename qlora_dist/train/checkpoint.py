@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, synced, renamed; verified by checksum before they are used.
+"""Checkpoints that are complete or absent: written aside, synced, renamed; verified by checksum before use.
 
     checkpoints/step-00000200/
         adapter_model.safetensors, adapter_config.json   PEFT format (full fine-tuning: weights.safetensors)
@@ -7,9 +7,9 @@
         manifest.json                                    size and SHA-256 of every other file, written last
 
 No random state is stored and none is needed: row order, dropout and learning rate are functions of (seed, step, row),
-so a run goes on exactly on any number of ranks. Everything is safetensors or JSON: loading executes nothing.
+so a run resumes exactly on any number of ranks. Everything is safetensors or JSON: loading executes nothing.
 
-All functions here act on files of one process; the trainer calls them on rank 0.
+The trainer calls all functions here on rank 0 only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STEP = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint's content but for the weights, which stay in its folder."""
+    """A verified checkpoint's content, without the weights, which stay in its folder."""
 
     path: Path
     state: dict[str, Any]
@@ -54,9 +54,9 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Writes `folder/step-%08d`, then deletes all but the newest `keep`. Returns its path.
+    """Writes `folder/step-%08d`, then deletes all but the newest `keep` checkpoints. Returns its path.
 
-    Raises RunFailed when the disk is full or fails: nothing that was saved before is touched then.
+    Raises RunFailed when the disk is full or fails; earlier checkpoints are then untouched.
     """
     target = folder / f"step-{step:08d}"
     try:
@@ -77,7 +77,7 @@ def save_checkpoint(
 
 
 def find_newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest checkpoint that verifies, and the newer ones that do not, each with the reason."""
+    """The newest checkpoint that verifies, and the newer ones that do not, each with its reason."""
     rejected = []
     for path in sorted(_complete(folder), reverse=True):
         try:
@@ -90,7 +90,7 @@ def find_newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raises DamagedFolder unless every file of the manifest is there with its size and SHA-256."""
+    """Raises DamagedFolder unless every file of the manifest exists with its size and SHA-256."""
     check_manifest(path, {"format": FORMAT})
 
 
@@ -111,8 +111,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def remove_interrupted(folder: Path) -> None:
-    """Deletes what interrupted saves and deletions left."""
-    for pattern in (".step-*.incomplete*", ".incomplete-step-*"):  # the second: of runs begun before 0.2
+    """Deletes the leftovers of interrupted saves and deletions."""
+    for pattern in (".step-*.incomplete*", ".incomplete-step-*"):  # the second: runs started before version 0.2
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -124,7 +124,7 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def _require_space(folder: Path, optimizer_tensors: dict[str, torch.Tensor]) -> None:
-    # the weights are at most as large as Adam's two states (fp32), and smaller than 8-bit ones only by a constant
+    # weights are no larger than Adam's two fp32 states, and larger than 8-bit states only by a constant factor
     needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in optimizer_tensors.values()) + 2**20
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -134,6 +134,6 @@ def _require_space(folder: Path, optimizer_tensors: dict[str, torch.Tensor]) -> 
 def _save_failure(error: Exception, target: Path, good: Path | None) -> str:
     kept = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
     return (
-        f"checkpoint {target} could not be written: {error}. Nothing saved before was touched; {kept}. "
-        "Free disk space (or lower train.keep) and start the same command again: it goes on from there"
+        f"checkpoint {target} could not be written: {error}. Earlier checkpoints were not touched; {kept}. "
+        "Free disk space (or lower train.keep) and start the same command again: it resumes from there"
     )

@@ -1,4 +1,4 @@
-"""Held-out loss and perplexity, by the same loss code as training: at the start, when it is due, after a resume."""
+"""Held-out loss and perplexity, by the loss code of training: at the start, when due, and after a resume."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Summer(Protocol):
 class EvalResult:
     """Held-out results over all ranks."""
 
-    loss: float  # mean NLL of a label
+    loss: float  # mean NLL per label
     perplexity: float
     num_labels: int
     seconds: float
@@ -49,16 +49,16 @@ def evaluate(
     world: Summer,
     stop_requested: Callable[[], bool] | None = None,
 ) -> EvalResult:
-    """Mean NLL over the labels of all ranks' batches. Every rank calls it; ranks without labels bring filler.
+    """Mean NLL over the labels of all ranks' batches. Every rank calls it, with filler where it has no rows.
 
-    `nll_sum` gives the () sum of one batch's label NLL. Raises StopRequested on all ranks when one was asked to stop:
-    a part of the held-out data is not a valid result.
+    `nll_sum` returns the () sum of one batch's label NLL. Raises StopRequested on all ranks when any was asked to stop:
+    part of the held-out data is not a valid result.
     """
     started = time.perf_counter()
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)
     with evaluation_mode(module):
         for batch in batches:
-            # agreed on before each batch: its forward pass may hold collectives (FSDP2)
+            # agreed before each batch: its forward pass may contain collectives (FSDP2)
             if stop_requested is not None and world.any(stop_requested()):
                 raise StopRequested
             totals[0] += nll_sum(batch.to(world.device)).double()
@@ -73,7 +73,7 @@ def evaluate(
 
 
 def evaluate_held_out(run: Run, model: TrainingModel) -> dict[str, float]:
-    """Held-out values for a line of metrics.jsonl; nothing without data.eval. Raises StopRequested on all ranks."""
+    """Held-out values for a line of metrics.jsonl; empty without data.eval. Raises StopRequested on all ranks."""
     if not run.data.held_out:
         return {}
     run.world.set_status("evaluation")
@@ -88,7 +88,7 @@ def evaluate_held_out(run: Run, model: TrainingModel) -> dict[str, float]:
 
 
 def evaluate_unless_stopped(run: Run, model: TrainingModel) -> tuple[dict[str, float], bool]:
-    """(held-out values, False), or (nothing, True) on all ranks when a stop signal cut it short."""
+    """(held-out values, False), or ({}, True) on all ranks when a stop signal interrupted it."""
     try:
         return evaluate_held_out(run, model), False
     except StopRequested:
@@ -96,7 +96,7 @@ def evaluate_unless_stopped(run: Run, model: TrainingModel) -> tuple[dict[str, f
 
 
 def evaluate_at_start(run: Run, model: TrainingModel, state: TrainState) -> dict[str, float]:
-    """Held-out values before the first update, kept in a file for the summary of a run that is resumed."""
+    """Held-out values before the first update, kept in a file for the summary of a resumed run."""
     kept = run.dir.path / "eval_start.json"
     if state.step > 0 or not run.data.held_out or not run.config.train.eval_at_start:
         return run.world.from_main(lambda: json.loads(kept.read_text()) if kept.exists() else {})
@@ -107,7 +107,7 @@ def evaluate_at_start(run: Run, model: TrainingModel, state: TrainState) -> dict
 
 
 def evaluate_missed(run: Run, model: TrainingModel, state: TrainState) -> None:
-    """After a resume: makes up for the evaluation of the checkpoint's step if a stop signal cut it short."""
+    """After a resume: catches up on the evaluation of the checkpoint's step if a stop signal interrupted it."""
     was_due = state.step > 0 and run.evaluates_after(state.step)
     if was_due and run.data.held_out and run.world.from_main(run.metrics.lacks_evaluation):
         values = evaluate_held_out(run, model)

@@ -24,7 +24,7 @@ QUARTER = 2**28
 
 @dataclass(frozen=True)
 class Fit:
-    """A config without `auto`, and why it is so."""
+    """A config without `auto`, and the reasons."""
 
     config: RunConfig
     shapes: ModelShapes
@@ -33,16 +33,16 @@ class Fit:
 
     @property
     def text(self) -> str:
-        """For the start of a run: what was chosen, and the plan in a few lines."""
+        """For the start of a run: what was chosen, and a short plan."""
         return self.messages + "".join(f"\n{line}" for line in summary_lines(self.plan))
 
 
 def resolve_auto(config: RunConfig, world: World) -> Fit:
     """Replaces `auto` in memory.recompute and batch.micro_rows by what the memory plan says fits on the smallest GPU.
 
-    All ranks come to the same: the plan is a pure function of the config and of the least memory that any rank has.
-    Raises UserError, with what would fit, when the tensors alone have no room; what the plan adds for fragments may be
-    too much, so a run that fits without it is warned and tried.
+    All ranks reach the same result: the plan is a pure function of the config and of the least memory of any rank.
+    Raises UserError, with settings that would fit, when the tensors alone do not fit. The plan's allowance for
+    fragmentation may be too large, so a run that fits without it gets a warning and is tried.
     """
     shapes = read_shapes(config.model.name, config.model.revision)
     device_bytes = usable_bytes(world)
@@ -51,9 +51,7 @@ def resolve_auto(config: RunConfig, world: World) -> Fit:
         why = f"the memory of a {world.device.type} is not planned"
     else:
         plan = choose(config, shapes, world_size=world.size, device_bytes=device_bytes)
-        why = (
-            f"of the settings that fit in {device_bytes / GIB:.2f} GiB the fastest" if plan.fits else "the least memory"
-        )
+        why = f"the fastest that fits in {device_bytes / GIB:.2f} GiB" if plan.fits else "the least memory"
     is_free = {
         "memory.recompute": config.memory.recompute == "auto",
         "batch.micro_rows": config.batch.micro_rows == "auto",
@@ -64,8 +62,8 @@ def resolve_auto(config: RunConfig, world: World) -> Fit:
     if plan.fits is False:
         remedy = "to make it fit: " + "; ".join(plan.advice[:NUM_ADVICE])
         if plan.is_hopeless and shapes.is_exact:
-            raise UserError(f"the run needs more memory than a GPU here has: {shortfall(plan)}; {remedy}")
-        messages.append(f"by the memory plan this run does not fit; {remedy}")
+            raise UserError(f"the run needs more memory than a GPU has here: {shortfall(plan)}; {remedy}")
+        messages.append(f"according to the memory plan this run does not fit; {remedy}")
     resolved = config.model_copy(
         update={
             "memory": config.memory.model_copy(update={"recompute": values["memory.recompute"]}),
@@ -80,15 +78,15 @@ def _layers(plan: MemoryPlan) -> int | str:
 
 
 def usable_bytes(world: World) -> int | None:
-    """Device memory that the rank with the least of it can have, CUDA context included; None without a GPU."""
+    """Device memory available to the rank with the least, CUDA context included; None without a GPU."""
     own = float("inf")
     if world.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(world.device)
-        # what others hold on this card is not ours; our own context is already counted as used
+        # without what other processes hold; our own context is already counted as used
         own = min(total, free + torch.cuda.memory_reserved(world.device) + CONTEXT_BYTES)
         own = min(own, total * torch.cuda.get_per_process_memory_fraction(world.device) + CONTEXT_BYTES)
     least = -world.max(-own)
-    # whole quarters of a GiB: a few MiB more or less at another start must not choose another micro-batch
+    # in quarters of a GiB: a few MiB more or less at another start must not change the micro-batch
     return None if least == float("inf") else int(least // QUARTER * QUARTER)
 
 
@@ -104,7 +102,7 @@ class Progress:
 
 
 def try_longest(run: Run, model: TrainingModel, state: TrainState, progress: Progress) -> None:
-    """Runs the longest micro-batch that is left, without an update: what does not fit ends now, not after a night."""
+    """Runs the longest remaining micro-batch without an update: what does not fit fails now, not after a night."""
     world, wanted = run.world, run.config.train.longest_first
     if not (world.device.type == "cuda" if wanted is None else wanted) or state.step >= run.num_steps:
         return
@@ -118,7 +116,7 @@ def try_longest(run: Run, model: TrainingModel, state: TrainState, progress: Pro
 
 
 def states_to_come(config: RunConfig, model: TrainingModel) -> int:
-    """Bytes that the first update adds on the device. Paged states go to the host where there is no room."""
+    """Bytes that the first update adds on the device. Paged states move to the host when the device is full."""
     if config.optim.name.startswith("paged"):
         return 0
     return sum(state_bytes(config.optim.name, model.num_trainable_parameters))

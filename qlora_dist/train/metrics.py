@@ -1,4 +1,4 @@
-"""What a run says while it runs: a progress line, metrics.jsonl, TensorBoard. Rank 0 only.
+"""What a run reports: a progress line, metrics.jsonl, TensorBoard, trackers. Rank 0 only.
 
 The only module that imports tensorboard.
 """
@@ -27,18 +27,18 @@ PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Largest memory of this process so far, bytes: allocated on the GPU, or resident on a CPU."""
+    """Peak memory of this process so far, bytes: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux gives KiB
 
 
 def restart_peak(device: torch.device) -> int:
-    """The peak until now, bytes; from here on `peak_bytes` of a GPU is that of what follows (a CPU's is that of the
-    whole process, always).
+    """The peak until now, bytes. From here on `peak_bytes` of a GPU covers only what follows (on a CPU always the whole
+    process).
 
-    What is dead goes back to the device: models are full of reference cycles and outlive their run, and blocks that
-    were split while a model was built do not fit a step's requests (65B, r = 64: 3.4 GiB more would be reserved).
+    Garbage is returned to the device: models contain reference cycles and outlive their run, and blocks that were
+    split while a model was built do not fit the requests of a step (65B, r = 64: 3.4 GiB more would be reserved).
     """
     peak = peak_bytes(device)
     gc.collect()
@@ -69,7 +69,7 @@ def step_values(
 
 
 class Metrics:
-    """Context manager that takes each step's values. Does nothing on ranks other than 0."""
+    """Context manager that records each step's values. Ranks other than 0 only take part in the trackers."""
 
     def __init__(
         self, run_dir: RunDir, is_main: bool, num_steps: int, trackers: Trackers, stream: TextIO | None = None
@@ -86,8 +86,8 @@ class Metrics:
         self._seconds: list[float] = []
 
     def start(self, step: int, config: RunConfig) -> None:
-        """Opens the files for a run that goes on after `step` updates, and starts the trackers. Lines of later steps,
-        which an earlier start wrote, are removed: every step appears in metrics.jsonl once."""
+        """Opens the files for a run that continues after `step` updates, and starts the trackers. Lines of later steps,
+        written before an interruption, are removed: every step appears in metrics.jsonl once."""
         self._trackers.start(config.logging.project, config.model_dump(mode="json"))
         if not self._is_main:
             return
@@ -127,7 +127,7 @@ class Metrics:
             self._writer.close()
 
     def step(self, values: dict[str, Any]) -> None:
-        """One update's values, with held-out ones (`eval_...`) where it was evaluated; `step` counts from 1."""
+        """Values of one update, with held-out ones (`eval_...`) if it was evaluated; `step` counts from 1."""
         self._trackers.log(values, values["step"])
         if not self._is_main:
             return
@@ -138,7 +138,7 @@ class Metrics:
             self.print(f"step {values['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
 
     def print(self, text: str) -> None:
-        """A line for the user, below the progress line."""
+        """A line for the user, after the progress line."""
         if self._is_main:
             self._end_line()
             print(text, file=self._stream, flush=True)
@@ -183,7 +183,7 @@ def format_evaluation(loss: float, perplexity: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
+    """1:02:03, or 2:03 below one hour."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

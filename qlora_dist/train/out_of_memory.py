@@ -1,4 +1,4 @@
-"""What an out-of-memory error means: the plan beside what was found, what grew beyond it, what would fit."""
+"""Explains an out-of-memory error: the plan beside the measured bytes, what exceeds it, settings that would fit."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .fit_memory import NUM_ADVICE, Fit, Progress
 from .metrics import peak_bytes
 from .step import TrainingModel
 
-NOTICEABLE = 64 * 2**20  # bytes by which an item must exceed its plan to be named
+NOTICEABLE = 64 * 2**20  # bytes by which an item must exceed its plan to be reported
 
 
 @contextmanager
 def explain_out_of_memory(fit: Fit, world: World) -> Iterator[Progress]:
-    """Turns torch.OutOfMemoryError of this rank into RunFailed, which ends it; its launcher then ends the others."""
+    """Turns this rank's torch.OutOfMemoryError into RunFailed, which ends it; the launcher then ends the others."""
     progress = Progress()
     try:
         yield progress
@@ -37,7 +37,7 @@ def explain_out_of_memory(fit: Fit, world: World) -> Iterator[Progress]:
 
 
 def bytes_by_kind(model: TrainingModel) -> dict[str, int]:
-    """Bytes of what stays over a step, on this rank, by the plan's kinds of items."""
+    """Bytes that persist across steps on this rank, by the plan's kinds of items."""
     trained = list(trainable_parameters(model.module).values())
     has_adapters = any("lora_" in name for name, _ in model.module.named_parameters())
     return {
@@ -55,15 +55,15 @@ PLAN_KINDS = {
 
 
 def explain(fit: Fit, place: str, held: dict[str, int], peak: int, world_size: int) -> str:
-    """The plan beside what was found, item by item; what grew beyond it; the cheapest settings that would fit.
+    """The plan beside the measured bytes, item by item; what exceeds it; the cheapest settings that would fit.
 
-    `held` is from `bytes_by_kind` (empty before there is a model), `peak` the most that tensors took, bytes.
+    `held` comes from `bytes_by_kind` (empty before there is a model); `peak` is the peak of all tensors, bytes.
     """
     plan = fit.plan
     planned = {
         kind: sum(plan.items[name].size for name in names if name in plan.items) for kind, names in PLAN_KINDS.items()
     }
-    rest = "activations and the rest"  # optimizer states that are not paged, work space
+    rest = "activations and the rest"  # optimizer states that are not paged, workspaces
     planned[rest] = max(0, plan.tensor_bytes - sum(planned.values()))
     found = dict(held)
     if held:
@@ -74,9 +74,9 @@ def explain(fit: Fit, place: str, held: dict[str, int], peak: int, world_size: i
         lines.append(f"  {kind:<27}{measured} GiB, planned {size / GIB:8.2f} GiB")
     grown = [kind for kind, size in found.items() if size > planned[kind] + NOTICEABLE]
     if grown:
-        lines.append(f"beyond the plan: {', '.join(grown)}")
+        lines.append(f"items that exceed the plan: {', '.join(grown)}")
     elif found:
-        lines.append("no item is beyond the plan: memory that is not this run's, or fragments; see nvidia-smi, and set "
+        lines.append("no item exceeds the plan: memory of other processes, or fragmentation; check nvidia-smi, and set "
                      "PYTORCH_ALLOC_CONF=expandable_segments:True")  # fmt: skip
     lines.append("the cheapest settings that would fit:")
     advice = cheapest_settings(fit, peak, world_size)
@@ -84,7 +84,7 @@ def explain(fit: Fit, place: str, held: dict[str, int], peak: int, world_size: i
 
 
 def cheapest_settings(fit: Fit, peak: int, world_size: int) -> tuple[str, ...]:
-    """The plan's advice for a device smaller by what the plan missed, so small that these settings do not fit."""
+    """The plan's advice for a device smaller by what the plan missed, and too small for the current settings."""
     plan = fit.plan
     limit = plan.peak_bytes - plan.pageable_bytes - 1  # these settings did not fit, whatever the plan says
     if plan.device_bytes is not None:

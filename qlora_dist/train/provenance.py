@@ -1,4 +1,4 @@
-"""What decides a number besides the config: versions, commit, machine. Goes into every summary and result."""
+"""What determines a result besides the config: versions, commit, machine. Part of every summary."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what decides the numbers."""
+    """Installed versions of the libraries that determine the results."""
     names = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
     found = {name: metadata.version(name) for name in names}
     return {"qlora_dist": __version__, "python": platform.python_version(), **found}
 
 
 def commit() -> str | None:
-    """Commit of the package's checkout, with `-dirty` when files differ from it; None outside a checkout."""
+    """Commit of the package's checkout, with `-dirty` when files differ from it; None outside of a checkout."""
     folder = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
@@ -40,7 +40,7 @@ def commit() -> str | None:
 
 
 def code_digest() -> str:
-    """SHA-256 over the package's source files as they lie on this host, 12 digits: differs where the code differs."""
+    """SHA-256 of the package's source files on this host, 12 digits: differs wherever the code differs."""
     folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):

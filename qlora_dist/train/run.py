@@ -24,9 +24,9 @@ from .strategy import describe_strategy
 
 @dataclass(frozen=True)
 class TrainState:
-    """How far the run is. Everything else that moves (data position, learning rate, dropout) is a function of step."""
+    """Progress of a run. All else that changes (data position, learning rate, dropout) is a function of the step."""
 
-    step: int = 0  # optimizer updates done
+    step: int = 0  # completed optimizer updates
     num_tokens: int = 0  # seen so far, all ranks
     num_labels: int = 0
     stopped_by: str | None = None  # the signal that ended this start of the run before its last step
@@ -38,7 +38,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Run:
-    """What saving, resuming, evaluating and reporting share."""
+    """What saving, resuming, evaluation and reporting share."""
 
     config: RunConfig  # without `auto`
     world: World
@@ -61,15 +61,15 @@ class Run:
         )
 
     def evaluates_after(self, num_done: int) -> bool:
-        """Whether held-out data are evaluated after this many updates."""
+        """Whether to evaluate held-out data after this many updates."""
         return num_done == self.num_steps or _is_due(num_done, self.config.train.eval_every)
 
     def saves_after(self, num_done: int) -> bool:
-        """Whether `train.save_every` asks for a checkpoint after this many updates."""
+        """Whether `train.save_every` requires a checkpoint after this many updates."""
         return _is_due(num_done, self.config.train.save_every)
 
     def describe(self) -> str:
-        """What is about to run, in one paragraph."""
+        """The run that is about to start, in one paragraph."""
         config, world, data = self.config, self.world, self.data
         batch, stats = config.batch, data.documents.stats
         accumulation = derive_accumulation(batch.rows_per_step, batch.resolved_micro_rows, world.size)
@@ -87,18 +87,18 @@ def _is_due(num_done: int, every: int | None) -> bool:
     return every is not None and num_done % every == 0
 
 
-# --- begin and end ----------------------------------------------------------------------------------------------------
+# --- start and end ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def join_ranks(config: RunConfig, stop: StopSignal) -> Iterator[World]:
-    """This process's place among the ranks; left in order at the end, and left to the launcher after a failure.
+    """Joins the process group, and leaves it at the end; after a failure the launcher ends the other ranks.
 
-    A stop signal before the first step ends the block: all ranks have agreed then, and there is nothing to save.
+    A stop signal before the first step ends the block: by then all ranks have agreed, and there is nothing to save.
     """
     require_own_strategy(config.strategy.name)
     world = World.init(stop, config.strategy.timeout_seconds)
-    restart_peak(world.device)  # an earlier run in this process is neither planned nor measured with this one
+    restart_peak(world.device)  # an earlier run in this process must not count in this one's peak
     try:
         yield world
     except RunFailed:
@@ -109,16 +109,16 @@ def join_ranks(config: RunConfig, stop: StopSignal) -> Iterator[World]:
         stop.name = world.first(stop.name)
         if world.is_main:
             print(
-                f"stopped by {stop.name} before the first step; nothing is lost. Start the same command again to go on"
+                f"stopped by {stop.name} before the first step; nothing is lost. Start the same command again to resume"
             )
     world.close()
 
 
 @contextmanager
 def open_run_dir(config: RunConfig, world: World, resume: str) -> Iterator[RunDir]:
-    """The run directory with its resolved config, for this job alone.
+    """The run directory with its resolved config, locked for this job.
 
-    Refuses another run's, one in use by another job, and `--resume never` where there is a run.
+    Refuses the directory of another run, one in use by another job, and `--resume never` where there is a run.
     """
     run_dir = RunDir(Path(config.run_dir))
     lock = RunLock(run_dir.lock, *launched_job())
@@ -130,7 +130,7 @@ def open_run_dir(config: RunConfig, world: World, resume: str) -> Iterator[RunDi
         if resume == "never" and run_dir.checkpoints.is_dir() and any(run_dir.checkpoints.glob("step-*")):
             raise UserError(
                 f"--resume never, but {run_dir.checkpoints} holds checkpoints; remove {run_dir.path}, choose another "
-                "run_dir, or use --resume auto to go on"
+                "run_dir, or use --resume auto to continue"
             )
 
     try:
@@ -141,25 +141,26 @@ def open_run_dir(config: RunConfig, world: World, resume: str) -> Iterator[RunDi
 
 
 def free_fields(config: RunConfig) -> tuple[str, ...]:
-    """What may change between two starts of this run, besides config.run_dir.FREE_FIELDS."""
-    # with a constant rate the length of a run changes nothing in its steps: it may be extended
+    """Fields that may change between two starts of this run, besides config.run_dir.FREE_FIELDS."""
+    # with a constant rate the length of a run does not affect its steps: it may be extended
     return ("train.steps", "train.epochs") if config.optim.schedule == "constant" else ()
 
 
 def report_completed(run_dir: RunDir, world: World, steps: int) -> TrainState:
-    """A finished run that is started again says so and does nothing."""
+    """A finished run that is started again reports so and does nothing."""
     if world.is_main:
         print(f"{run_dir.path}: this run is finished ({steps} steps, see {run_dir.summary}); nothing to do")
     return TrainState(step=steps)
 
 
 def report_stopped(run: Run, state: TrainState) -> TrainState:
-    """After a stop signal: what was saved and how to go on. Called by all ranks: one may have heard another signal."""
+    """After a stop signal: what was saved and how to continue. Called by all ranks: they may have received different
+    signals."""
     name = run.world.first(run.stop.name)
     if run.world.is_main:
         print(
             f"stopped by {name} after step {state.step}; checkpoint saved in {run.dir.checkpoints}. Start the same "
-            "command again to go on",
+            "command again to continue",
             flush=True,
         )
     return replace(state, stopped_by=name)

@@ -13,7 +13,7 @@ from ..files import GIB, DamagedFolder, folder_aside, write_json
 from ..memory import MemoryPlan
 from ..model import base_checksum, load_tokenizer
 from . import checkpoint
-from .checks import check_base_unchanged
+from .checks.base import check_base_unchanged
 from .metrics import median_tokens_per_second, peak_bytes
 from .provenance import commit, device_name, versions
 from .run import Run, TrainState, free_fields
@@ -22,7 +22,7 @@ from .trained_weights import export_trained, load_trained, save_trained, verify_
 
 
 def resume_newest(run: Run, model: TrainingModel, choice: str) -> TrainState:
-    """Puts weights and optimizer back to the newest checkpoint that verifies (or the one that was named)."""
+    """Restores weights and optimizer from the newest checkpoint that verifies (or the one that was named)."""
     run.world.set_status("reading the newest checkpoint")
     path, notes = run.world.from_main(lambda: _choose_checkpoint(run, choice))
     for line in notes:
@@ -32,7 +32,7 @@ def resume_newest(run: Run, model: TrainingModel, choice: str) -> TrainState:
     loaded = checkpoint.load_checkpoint(Path(path))
     state = loaded.state
     if state["layout"] != model.update.layout():
-        raise UserError(f"checkpoint {path}: its trained weights have other names or shapes than this config gives")
+        raise UserError(f"checkpoint {path}: its trained weights have other names or shapes than this config's")
     with model.update.whole_weights():
         load_trained(model.module, Path(path), run.config.lora is None)
     try:
@@ -60,7 +60,7 @@ def _choose_checkpoint(run: Run, choice: str) -> tuple[str | None, list[str]]:
             raise UserError(
                 f"{run.dir.checkpoints}: no checkpoint can be used:\n"
                 + "\n".join(f"  {line}" for line in notes)
-                + f"\nremove {run.dir.path} to start anew, or restore a checkpoint"
+                + f"\nremove {run.dir.path} to start over, or restore a checkpoint"
             )
     if path is None:
         return None, notes
@@ -71,16 +71,16 @@ def _choose_checkpoint(run: Run, choice: str) -> tuple[str | None, list[str]]:
     if state["data_fingerprint"] != run.data.documents.fingerprint:
         raise UserError(
             f"checkpoint {path} was made with other training data (a source or the tokenizer has changed); restore "
-            "the data, or start anew in another run_dir with lora.init_from"
+            "the data, or start over in another run_dir with lora.init_from"
         )
-    return str(path), [*notes, f"going on from {path} (step {state['step']})"]
+    return str(path), [*notes, f"resuming from {path} (step {state['step']})"]
 
 
 def save(run: Run, model: TrainingModel, state: TrainState) -> None:
-    """A checkpoint of this state, written and verified by rank 0; a failure ends all ranks.
+    """Writes a checkpoint of this state on rank 0; a failure ends all ranks.
 
-    Weights are read back and compared before the checkpoint gets its name and before an older one is deleted. No rank's
-    base may have changed since it was loaded.
+    Weights are read back and compared before the checkpoint gets its name and before an older one is deleted. Fails
+    when any rank's base has changed since it was loaded.
     """
     config, world = run.config, run.world
     world.set_status(f"saving step {state.step}")
@@ -92,7 +92,7 @@ def save(run: Run, model: TrainingModel, state: TrainState) -> None:
         save_trained(model.module, folder, config.model.name, config.lora is None)
         verify_trained(model.module, folder, config.lora is None)
 
-    tensors, numbers = model.update.state()  # of all ranks, on rank 0
+    tensors, numbers = model.update.state()  # whole, on rank 0
 
     def save_on_main() -> None:
         checkpoint.save_checkpoint(
@@ -178,7 +178,7 @@ def _summary(
         "peak_bytes_max": peak,
         "build_peak_bytes": build_peak,
         "planned_peak_bytes": plan.tensor_bytes,
-        # a CPU's peak is that of a whole process, which nobody plans
+        # the peak on a CPU is that of the whole process, which is not planned
         "plan_error": plan.tensor_bytes / peak - 1 if run.world.device.type == "cuda" else None,
         "trainable_parameters": model.num_trainable_parameters,
         "base_parameters": model.num_base_parameters,

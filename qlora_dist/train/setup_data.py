@@ -12,7 +12,7 @@ from ..data.documents import Documents, build_documents, split_sources
 from ..data.loader import Loader, eval_batches
 from ..data.packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..model import load_tokenizer
-from .checks import check_ends_are_learned, check_every_step_has_labels
+from .checks.learning import check_ends_are_learned, check_every_step_has_labels
 
 
 @dataclass
@@ -54,7 +54,7 @@ def build_data(config: RunConfig, world: World) -> Data:
 def documents_on_ranks(
     data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, world: World, what: str, seed: int
 ) -> Documents:
-    """Tokenized documents, the same on every rank. The store's lock also keeps other jobs from building them twice."""
+    """Tokenized documents, equal on every rank. The store's lock also keeps other jobs from building them again."""
     with world.stoppable(f"preparing {what}"), world.local_main_first(f"preparing {what}"):
         documents = documents_of(data, sources, tokenizer, seed)
     world.require_equal(documents.fingerprint, what)
@@ -62,7 +62,7 @@ def documents_on_ranks(
 
 
 def documents_of(data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, seed: int) -> Documents:
-    """Tokenized documents of some sources, as the data section says."""
+    """Tokenized documents of some sources, by the settings of the data section."""
     return build_documents(
         sources,
         tokenizer,

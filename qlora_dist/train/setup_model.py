@@ -1,4 +1,4 @@
-"""The model of a run: 4-bit base -> adapters -> what updates them, and what is checked before the first step."""
+"""The model of a run: 4-bit base -> adapters -> optimizer, and the checks before the first step."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ..model import (
 )
 from ..model.activation_offload import ActivationOffload
 from ..model.lora import attach_lora, count_parameters
-from .checks import check_base_bytes, check_source_bits, promised_base_bytes
+from .checks.base import check_base_bytes, check_source_bits, promised_base_bytes
 from .step import TrainingModel
 from .strategy import build_update, load_device
 
 
 def build_model(config: RunConfig, world: World) -> TrainingModel:
-    """Base -> adapters -> what updates them."""
+    """Base -> adapters -> optimizer and gradient reduction."""
     settings = config.model
     compute_dtype: torch.dtype = getattr(torch, settings.compute_dtype)
     module = _adapted_base(config, world, compute_dtype)
@@ -50,7 +50,7 @@ def build_model(config: RunConfig, world: World) -> TrainingModel:
                 stack.enter_context(offload)
             yield
 
-    with forward_context():  # as a step computes: full fine-tuning has fp32 weights and kernels of 16 bits
+    with forward_context():  # as in a step: full fine-tuning has fp32 weights and computes in 16 bits
         update.forward(lambda: check_head(module))
     check_gathered_layer(module)
     world.require_equal(update.digest(), "the initial trainable weights")
@@ -96,11 +96,11 @@ def _adapted_base(config: RunConfig, world: World, compute_dtype: torch.dtype) -
 
 
 def _base_source(config: RunConfig, world: World) -> str:
-    """What the base is read from: the model, or its 4-bit copy on this node, which the node's first rank makes."""
+    """Where the base is read from: the model, or its 4-bit copy on this node, which the node's first rank creates."""
     settings = config.model
     if settings.cache_4bit is None or settings.weights != "files":
         return settings.name
-    with world.local_main_first("making the 4-bit copy of the base"):
+    with world.local_main_first("writing the 4-bit copy of the base"):
         return cached_4bit(
             settings.cache_4bit,
             settings.name,
@@ -113,9 +113,9 @@ def _base_source(config: RunConfig, world: World) -> str:
 
 
 def check_base(config: RunConfig, world: World, model: TrainingModel) -> str:
-    """The base as it lies in memory, before the first step: bytes by rank, bits of one layer. Notes its checksum.
+    """Checks the base in memory before the first step: bytes on each rank, bits of one layer. Records its checksum.
 
-    Says what was compared. Full fine-tuning has no frozen base.
+    Returns what was compared. Full fine-tuning has no frozen base.
     """
     if config.lora is None:
         return "no frozen base: all weights are trained"
@@ -137,7 +137,7 @@ def check_base(config: RunConfig, world: World, model: TrainingModel) -> str:
     elif strategy == "fsdp":
         compared = "a gathered layer is bit-equal to its quantized source"  # build_model has checked it
     elif settings.weights != "files":
-        compared = "its weights are random, of no file"
+        compared = "its weights are random"
     else:
         compared = check_source_bits(
             model.module, settings.name, revision=settings.revision, compute_dtype=dtype, seed=config.seed

@@ -23,7 +23,7 @@ from ..optim import Update
 
 @dataclass
 class TrainingModel:
-    """The model and what trains it, on this rank."""
+    """The model, its output head and its optimizer, on this rank."""
 
     module: torch.nn.Module
     head: OutputHead
@@ -33,7 +33,7 @@ class TrainingModel:
     forward_context: Callable[[], AbstractContextManager[object]]
     num_base_parameters: int
     num_trainable_parameters: int
-    base_checksum: str | None = None  # of this rank's base as it was loaded; None: the base is what is trained
+    base_checksum: str | None = None  # of this rank's base when it was loaded; None: the base itself is trained
     build_peak_bytes: int = 0  # peak memory while all this was built, on this rank
 
     def nll_sum(self, batch: Batch) -> torch.Tensor:
@@ -80,20 +80,20 @@ def train_step(
         nll = update.forward_backward(partial(model.nll_sum, batch.to(world.device)), is_last)
         losses.append(nll.double())
 
-    # the loss and what all ranks must know, summed over ranks
+    # sums over ranks: loss, stop requests, labels
     nll = torch.stack(losses).sum()
     own_labels = sum(batch.num_labels for batch in rows.microbatches)
     # filled on the device: numbers copied from the host would be a second host sync
     total = world.sum(torch.stack([nll, nll.new_full((), stop_requested), nll.new_full((), own_labels)]))
     num_labels = max(rows.num_labels, 1)
-    # the one host sync of a step: the summed gradients are equal on all ranks, so all decide alike
+    # the only host sync of a step; the sums are equal on all ranks, so all decide alike
     with world.waiting():
         nll_total, stops, trained, grad_norm = torch.cat([total, update.grad_norm().double()[None]]).tolist()
     grad_norm /= num_labels
     if trained != rows.num_labels or not trained:
         raise RunFailed(
             f"step {step + 1}: {trained:.0f} labels were computed over all ranks, its rows have {rows.num_labels:,}: "
-            "rows were lost, duplicated or have no label. Stopped before the update; earlier checkpoints are good"
+            "rows were lost, duplicated or have no label. Stopped before the update; earlier checkpoints are intact"
         )
     if not (math.isfinite(nll_total) and math.isfinite(grad_norm)):
         raise RunFailed(_explain_non_finite(world, update, rows, losses, step, nll_total / num_labels, grad_norm))
@@ -104,10 +104,10 @@ def train_step(
 
 
 def try_batch(world: World, model: TrainingModel, batch: Batch, later_bytes: int) -> None:
-    """Forward and backward of one micro-batch, down to the first trained weight. Leaves no gradient and no trace.
+    """Forward and backward of one micro-batch, down to the first trained weight. Leaves no gradient and no state.
 
-    All ranks call it together. `later_bytes` of device memory are held meanwhile: what the first update will add
-    (optimizer states). Raises torch.OutOfMemoryError where it does not fit.
+    All ranks call it together. `later_bytes` of device memory are reserved meanwhile: what the first update will add
+    (optimizer states). Raises torch.OutOfMemoryError when it does not fit.
     """
     first = next(parameter for parameter in model.module.parameters() if parameter.requires_grad)
     devices = [world.device] if world.device.type == "cuda" else []
@@ -119,14 +119,14 @@ def try_batch(world: World, model: TrainingModel, batch: Batch, later_bytes: int
 
 
 def _dropout_seed(seed: int, step: int, row: int) -> int:
-    """Dropout depends on what is trained, not on who trains it: resumed, or on other ranks, a run drops the same."""
+    """Dropout depends on the rows, not on the rank: resumed, or on other ranks, a run drops the same activations."""
     return int(np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _explain_non_finite(
     world: World, update: Update, rows: StepRows, losses: list[torch.Tensor], step: int, loss: float, grad_norm: float
 ) -> str:
-    """Says on all ranks which rank's rows gave the bad value. Called by all ranks together."""
+    """Names on all ranks the rank whose rows gave the bad value. Called by all ranks together."""
     bad = [row for batch, value in zip(rows.microbatches, losses) if not value.isfinite() for row in batch.row_indices]
     if bad:
         own = f"loss of rows {bad}"
@@ -142,6 +142,6 @@ def _explain_non_finite(
     where = "; ".join(found) if found else f"the sum over ranks, of rows {list(rows.row_indices)}"
     return (
         f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: not finite in {where}. All ranks stopped before the "
-        "update; earlier checkpoints are good. Look at these rows (qlora-dist data CONFIG), lower optim.lr, or resume "
-        "from an earlier checkpoint"
+        "update; earlier checkpoints are intact. Inspect these rows (qlora-dist data CONFIG), lower optim.lr, or "
+        "resume from an earlier checkpoint"
     )

@@ -1,4 +1,4 @@
-"""The strategy of a run: config -> what turns gradients into an update."""
+"""The strategy of a run: config -> `Update`, which turns gradients into new weights."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ..optim.zero3 import Zero3Update
 
 
 def describe_strategy(config: RunConfig, num_ranks: int) -> str:
-    """What each rank replicates, shards, and keeps in host memory."""
+    """What each rank holds whole, what is sharded, and what is in host memory."""
     if config.strategy.name != "fsdp":
         return REPLICATES[config.strategy.name]
     where = " in host memory" if config.strategy.offload else ""
     return (
         f"every rank holds 1/{num_ranks} of the base's matrices and constants{where}, and whole norms and adapters; "
-        "a layer is gathered when it runs"
+        "layers are gathered when they run"
     )
 
 
 def check_update(config: RunConfig, world: World) -> None:
-    """Before data or weights are read: the strategy fits the optimizer and the base, and its file says nothing else.
+    """Before data or weights are read: the strategy suits the optimizer and the base, and its file does not contradict.
 
     Raises UserError.
     """
@@ -55,38 +55,38 @@ def check_update(config: RunConfig, world: World) -> None:
 
 
 def _check_fsdp(config: RunConfig) -> None:
-    """What fsdp cannot do, with what can."""
+    """What fsdp cannot do, and what can."""
     strategy = config.strategy
     if strategy.offload and strategy.name != "fsdp":
         raise UserError(f"strategy.offload is true, which only strategy fsdp does; strategy.name is {strategy.name}")
     if strategy.name != "fsdp":
         return
     if config.lora is None:
-        raise UserError("strategy fsdp shares a frozen base; full fine-tuning has none: use strategy ddp")
+        raise UserError("strategy fsdp shards a frozen base; full fine-tuning has none: use strategy ddp")
     if config.model.quantization == "int8":
-        raise UserError("strategy fsdp cannot cut int8 weights; use quantization nf4, fp4 or none, or strategy ddp")
+        raise UserError("strategy fsdp cannot shard int8 weights; use quantization nf4, fp4 or none, or strategy ddp")
     if config.lora.variant == "dora":
-        raise UserError("lora.variant dora needs whole weights outside of a layer's run; use lora, or strategy ddp")
+        raise UserError("lora.variant dora needs whole weights outside of their layer; use lora, or strategy ddp")
 
 
 def load_device(config: RunConfig, world: World) -> torch.device:
-    """Where the base is read to: host memory where DeepSpeed then moves a part of each weight to the device.
+    """Where the base is loaded: in host memory if DeepSpeed then moves a shard of each weight to the device.
 
-    Not so a quantized base: bitsandbytes quantizes on the device, and its constants stay where they were made.
+    A quantized base is loaded on the device: bitsandbytes quantizes there, and its constants stay there.
     """
     is_cut = config.strategy.name == "zero3" and config.model.quantization == "none"
     return torch.device("cpu") if is_cut else world.device
 
 
 def build_update(config: RunConfig, world: World, model: torch.nn.Module, head_weight: torch.Tensor) -> Update:
-    """Takes charge of the model's trainable weights, which are on their device and stay there."""
+    """The update of the model's trainable weights, which must already be on their device."""
     parameters = trainable_parameters(model)
     is_zero = config.strategy.name in STAGES
     groups = ParameterGroups(parameters, decays) if is_zero else FlatParameters(parameters, decays)
     if is_zero and (experts := [name for name in parameters if "expert" in name]):
         raise UserError(
             f"strategy.name {config.strategy.name} cannot train the experts of a mixture ({experts[0]}, ...): "
-            "DeepSpeed sums gradients in the order in which they come, and a rank whose tokens go to others has none; "
+            "DeepSpeed reduces gradients as they arrive, and an expert without tokens on a rank has none; "
             "leave them out of lora.target_modules, or set strategy.name=ddp"
         )
     optim = config.optim

@@ -1,4 +1,4 @@
-"""What a run trains, as files: an adapter in PEFT's format, or all weights for full fine-tuning."""
+"""The trained weights as files: an adapter in PEFT's format, or all weights for full fine-tuning."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def save_trained(model: torch.nn.Module, folder: Path, base_name: str, is_full: 
 
 
 def load_trained(model: torch.nn.Module, folder: Path, is_full: bool) -> None:
-    """Puts saved weights back, in place. Raises UserError when they are not this model's."""
+    """Restores saved weights in place. Raises UserError when they belong to another model."""
     if not is_full:
         load_adapter_weights(model, folder)
         return
     stored, live = load_file(folder / FULL), trainable_parameters(model)
     if stored.keys() != live.keys():
-        raise UserError(f"{folder / FULL}: its weights are not those of this model")
+        raise UserError(f"{folder / FULL}: its weights belong to another model")
     with torch.no_grad():
         for name, parameter in live.items():
             parameter.copy_(stored[name])
@@ -46,13 +46,13 @@ def verify_trained(model: torch.nn.Module, folder: Path, is_full: bool) -> None:
     live = {name: value.detach().cpu() for name, value in trainable_parameters(model).items()}
     wrong = [name for name, value in live.items() if not torch.equal(stored[name], value)]
     if wrong:
-        raise RunFailed(f"{folder / FULL} is not what is in memory: {len(wrong)} tensors differ, first {wrong[0]}")
+        raise RunFailed(f"{folder / FULL} differs from what is in memory: {len(wrong)} tensors, first {wrong[0]}")
 
 
 def export_trained(
     model: torch.nn.Module, folder: Path, base_name: str, compute_dtype: torch.dtype, is_full: bool
 ) -> None:
-    """Writes what is used after training: the adapter, or the whole model in its compute type."""
+    """Writes the result of training: the adapter, or the whole model in its compute type."""
     if not is_full:
         save_adapter(model, folder, base_name)
         verify_adapter_file(model, folder, must_be_trained=True)

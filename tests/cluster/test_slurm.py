@@ -79,7 +79,7 @@ def test_the_warning_before_the_time_limit_saves_requeues_and_changes_no_bit(clu
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "COMPLETED", log.read_text()
     said = log.read_text()
     stopped_after = int(said.split("stopped by SIGUSR1 after step ")[1].split(";")[0])
-    assert stopped_after < STEPS and f"(step {stopped_after})" in said.split("going on from")[1]  # no step is lost
+    assert stopped_after < STEPS and f"(step {stopped_after})" in said.split("resuming from")[1]  # no step is lost
     assert losses_of(run_dir) == bitwise
 
 
@@ -97,7 +97,7 @@ def test_a_preempted_job_saves_makes_room_at_once_and_finishes_later(cluster, ru
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "COMPLETED", log.read_text()
     said = log.read_text()
     assert "stopped by SIGTERM after step" in said and cluster.job(job)["Restarts"] == "1"
-    assert "try 1" not in said, "something was started within the grace time"
+    assert "attempt 1" not in said, "something was started within the grace time"
     assert losses_of(run_dir) == bitwise
 
 
@@ -135,8 +135,8 @@ def test_a_rank_killed_in_the_middle_of_a_step_is_named_and_the_job_finishes(clu
     job = cluster.submit("--nodes=2", "--gpus-per-node=0", "slurm/train.sbatch", str(config), log=log, **faults(kill))
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "COMPLETED", log.read_text()
     said = log.read_text()
-    assert "rank 1 (" in said.split("try 0")[0] and "last seen" in said.split("try 0")[0], said
-    assert "newest checkpoint: -1 -> 4" in said and "try 1: finished" in said
+    assert "rank 1 (" in said.split("attempt 0")[0] and "last seen" in said.split("attempt 0")[0], said
+    assert "newest checkpoint: -1 -> 4" in said and "attempt 1: finished" in said
     assert losses_of(run_dir) == bitwise
 
 
@@ -147,7 +147,7 @@ def test_three_tries_without_progress_end_with_93(cluster, run):
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "FAILED"
     assert cluster.job(job)["ExitCode"] == "93:0"
     said = log.read_text()
-    assert said.count("supervise: job") == 3 and "3 tries in a row ended without a new checkpoint" in said
+    assert said.count("supervise: job") == 3 and "3 attempts in a row ended without a new checkpoint" in said
 
 
 def test_a_users_mistake_ends_the_job_at_once(cluster, run):

@@ -23,7 +23,7 @@ from qlora_dist.data.loader import Loader
 from qlora_dist.data.packing import pack_best_fit
 from qlora_dist.errors import UserError
 from qlora_dist.model import load_tokenizer
-from qlora_dist.train.checks import check_ends_are_learned
+from qlora_dist.train.checks.learning import check_ends_are_learned
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -135,7 +135,7 @@ def test_a_corrupt_checkpoint_is_rejected_with_its_reason(raw, tmp_path, capsys)
     # auto takes the one before and says why
     assert cli.invoke(["train", str(config)]) == 0
     said = capsys.readouterr().out
-    assert "rejected step-00000004: optimizer.safetensors has" in said and "going on from" in said
+    assert "rejected step-00000004: optimizer.safetensors has" in said and "resuming from" in said
     assert losses_of(run) == whole
     # named, it is an error
     (run / "completed").unlink()
@@ -179,6 +179,17 @@ def test_schema_is_json_and_names_the_sections(capsys):
     assert cli.invoke(["schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert {"run_dir", "model", "lora", "data", "optim"} <= schema["properties"].keys()
+
+
+def test_evaluate_holds_out_what_the_run_held_out(raw, tmp_path, capsys):
+    source = {**raw["data"]["train"][0], "hold_out": 0.3}
+    config = write_config(tmp_path / "c.yaml", raw, seed=3, data__train=[source], data__eval=[], train__steps=2)
+    assert cli.invoke(["train", str(config)]) == 0
+    expected = metrics_of(raw["run_dir"])[-1]["eval_loss"]
+    capsys.readouterr()
+    assert cli.invoke(["evaluate", raw["run_dir"], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["trained"]["held_out"]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_after_training_a_run_is_evaluated_generated_from_and_merged(raw, tmp_path, capsys):

@@ -78,7 +78,7 @@ def test_an_unfinished_run_gives_its_newest_good_checkpoint(run: Path, tmp_path:
     unfinished = tmp_path / "run"
     unfinished.mkdir()
     (unfinished / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    with pytest.raises(UserError, match="no adapter and no good checkpoint yet"):
+    with pytest.raises(UserError, match="no adapter and no intact checkpoint yet"):
         find_trained(unfinished)
     for step in (3, 5):
         save_checkpoint(

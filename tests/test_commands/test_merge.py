@@ -114,7 +114,7 @@ def test_the_result_is_an_ordinary_model_with_its_tokenizer_in_shards(tmp_path: 
 def test_the_report_names_the_nearer_target(tmp_path: Path) -> None:
     run = make_run(tmp_path, strength=0.01)
     report = merge(run, tmp_path / "out", onto="base", dtype=torch.float32)
-    assert describe(report).endswith("dequantized is nearer to what was trained")
+    assert describe(report).endswith("dequantized is closer to what was trained")
     assert report.gaps["base"] > 0.1 and report.logit_range > report.gaps["base"]
     assert list(merge(run, tmp_path / "two", compare=False).gaps) == ["base"]
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_merged_is_refused_before_the_model_is_read(tmp_path: Pat
     run = make_run(tmp_path)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
-    with pytest.raises(UserError, match="is there and not empty"):
+    with pytest.raises(UserError, match="exists and is not empty"):
         merge(run, tmp_path / "used")
     with pytest.raises(UserError, match="expected base or dequantized"):
         merge(run, tmp_path / "out", onto="other")  # type: ignore[arg-type]
@@ -152,7 +152,7 @@ def test_what_cannot_be_merged_is_refused_before_the_model_is_read(tmp_path: Pat
     with pytest.raises(UserError, match="holds quantized weights; name the original"):
         merge(run, tmp_path / "out", base=str(tmp_path / "small"))
     save_model(tmp_path / "other", tiny_model("llama", attention=None, num_hidden_layers=1))
-    with pytest.raises(UserError, match="no linear layer of"):
+    with pytest.raises(UserError, match="not a linear layer of"):
         merge(run, tmp_path / "out", base=str(tmp_path / "other"))
     assert not (tmp_path / "out").exists()
 

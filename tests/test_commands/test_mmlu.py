@@ -120,8 +120,8 @@ def test_a_prompt_without_room_shows_fewer_worked_questions_and_says_so(tmp_path
     longest = max(len(tokenizer.encode(prompt_of(question, []) + " A")) for question in questions)
     result = scored(model, tokenizer, questions, worked, max_tokens=longest + 1)
     assert result.shortened == 3
-    assert "3 prompts had room for fewer worked questions" in describe(result)
-    with pytest.raises(UserError, match="more than the 18 that fit into a row"):
+    assert "3 prompts have fewer worked questions" in describe(result)
+    with pytest.raises(UserError, match="more than the 18 that fit"):
         scored(model, tokenizer, questions, worked, max_tokens=19)
 
 

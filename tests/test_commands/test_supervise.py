@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.ranks import ROOT, clean_environment
 
-from qlora_dist.commands.supervise import Job, _num_idle_lives
+from qlora_dist.commands.supervise import Job, _num_stalled_starts
 from qlora_dist.commands.supervise.exit_report import Outcome, read_outcome, report_outcome
 from qlora_dist.errors import RunFailed, UserError
 from qlora_dist.train.run import TrainState
@@ -56,7 +56,7 @@ def _supervise(tmp_path: Path, *plan: dict[str, object]) -> tuple[int, list[str]
 def test_three_tries_without_a_new_checkpoint_end_with_93(tmp_path):
     code, starts, said = _supervise(tmp_path, {})
     assert (code, len(starts)) == (93, 3)
-    assert "3 tries in a row ended without a new checkpoint (newest: step -1); giving up with exit code 93" in said
+    assert "3 attempts in a row ended without a new checkpoint (newest: step -1); giving up with exit code 93" in said
 
 
 def test_progress_earns_new_tries_each_with_its_own_rendezvous(tmp_path):
@@ -108,7 +108,7 @@ def test_the_outcome_says_how_a_start_ended_and_a_crash_says_nothing(tmp_path):
     assert read_outcome(file) == Outcome("user_error", text="no such file")
 
 
-def test_lives_that_all_reach_the_time_limit_without_a_checkpoint_are_counted(tmp_path):
-    found = [_num_idle_lives(Job("17", life), tmp_path / "run", is_idle=life != 1) for life in range(4)]
+def test_starts_that_all_reach_the_time_limit_without_a_checkpoint_are_counted(tmp_path):
+    found = [_num_stalled_starts(Job("17", life), tmp_path / "run", is_stalled=life != 1) for life in range(4)]
     assert found == [1, 0, 1, 2]  # three in a row end the job
-    assert _num_idle_lives(Job("18", 0), tmp_path / "run", is_idle=True) == 1
+    assert _num_stalled_starts(Job("18", 0), tmp_path / "run", is_stalled=True) == 1

@@ -113,7 +113,7 @@ def _forgotten_microbatch(monkeypatch):
 
         return original(self, lost if len(calls) == 2 else loss_sum, is_last)
 
-    monkeypatch.setattr(ReplicatedUpdate, "accumulate", forgetting)
+    monkeypatch.setattr(ReplicatedUpdate, "forward_backward", forgetting)
 
 
 def _shifted_labels(monkeypatch):
@@ -236,7 +236,7 @@ def test_runs_that_differ_in_rows_losses_or_weights_are_told_apart(raw, tmp_path
     same = runs.compare_runs("claim", folders["a"], folders["same"], 0.0, "here")
     assert (same.verdict, same.difference) == ("holds", 0.0)
     other = runs.compare_runs("claim", folders["a"], folders["seed"], 1e9, "here")
-    assert other.verdict == "FAILED" and "other rows were trained" in other.note
+    assert other.verdict == "FAILED" and "they trained on different rows" in other.note
     # the first loss is the same: the weights tell after one update, the losses after two
     rate = runs.compare_runs("claim", folders["a"], folders["rate"], 1e-2, "here")
     assert rate.verdict == "FAILED" and rate.difference > 0.1
@@ -294,7 +294,7 @@ def test_rows_that_a_resume_drops_fail_the_verification_by_name(raw, tmp_path, c
     said = capsys.readouterr().out.strip().splitlines()
     assert said[-1].startswith("FAILED: resumed = uninterrupted (7 of 8 claims hold) for ")
     (line,) = [line for line in said if line.startswith("resumed = uninterrupted")]
-    assert "FAILED" in line and "other rows were trained" in line
+    assert "FAILED" in line and "they trained on different rows" in line
 
 
 @pytest.mark.gpu

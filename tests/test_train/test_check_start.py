@@ -59,7 +59,7 @@ def test_gpus_of_different_kinds_or_memory_are_refused_unless_allowed():
 
 def test_a_rank_that_sees_no_gpu_among_ranks_that_do_is_refused_in_any_case():
     blind = with_changes(host="node2", device="x86_64", device_type="cpu", device_bytes=0)
-    with pytest.raises(UserError, match=r"rank 1 \(node2\) see no GPU, the other ranks do"):
+    with pytest.raises(UserError, match=r"rank 1 \(node2\) find no GPU, the other ranks do"):
         check_devices([GPU, blind], allow_mixed=True)
     check_devices([blind, blind], allow_mixed=False)
 

@@ -18,12 +18,7 @@ from qlora_dist import commands as cli
 from qlora_dist.errors import RunFailed
 from qlora_dist.model import base_checksum, held_bytes, load_base, own_part, unwrap
 from qlora_dist.train import train
-from qlora_dist.train.checks import (
-    check_base_bytes,
-    check_base_unchanged,
-    check_source_bits,
-    promised_base_bytes,
-)
+from qlora_dist.train.checks.base import check_base_bytes, check_base_unchanged, check_source_bits, promised_base_bytes
 
 CPU = torch.device("cpu")
 PACKAGE = Path(qlora_dist.__file__).parent
@@ -142,11 +137,11 @@ def test_a_layer_in_memory_has_the_bits_of_its_quantized_file_or_the_run_ends(fo
     assert name != said
     weight = model.get_parameter(name)
     weight.data[0, 0] ^= 1
-    with pytest.raises(RunFailed, match=f"{name}: its codes in memory are not those of its quantized source"):
+    with pytest.raises(RunFailed, match=f"{name}: its codes in memory differ from those of its quantized source"):
         check_source_bits(model, str(folder), compute_dtype=torch.float32, seed=seed)
     weight.data[0, 0] ^= 1
     weight.quant_state.absmax[0] ^= 1
-    with pytest.raises(RunFailed, match="its constants in memory are not"):
+    with pytest.raises(RunFailed, match="its constants in memory differ from"):
         check_source_bits(model, str(folder), compute_dtype=torch.float32, seed=seed)
 
 
@@ -186,7 +181,7 @@ def test_a_base_that_changes_while_it_trains_ends_the_run_before_the_save(raw, m
     monkeypatch.setattr("qlora_dist.train.train_step", writing)
     config = write_config(tmp_path / "c.yaml", raw, train__steps=6, train__save_every=2)
     assert cli.invoke(["train", str(config)]) == 1
-    assert "after step 4: the frozen base is not what was loaded on rank 0 (" in capsys.readouterr().err
+    assert "after step 4: the frozen base has changed since it was loaded on rank 0 (" in capsys.readouterr().err
     assert [path.name for path in (Path(raw["run_dir"]) / "checkpoints").iterdir()] == ["step-00000002"]
     with pytest.raises(RunFailed, match=r"rank 1 \(b\)"):
         check_base_unchanged([("a", False), ("b", True)], "after step 4")
@@ -208,7 +203,9 @@ def test_a_rank_whose_base_differs_ends_all_ranks(raw):
     # gathered: what one rank finds, all ranks say, and none waits for another
     results = on_ranks(_flips_after_load, 2, raw)
     assert {name for name, _ in results} == {"RunFailed"}
-    assert all("after step 2: the frozen base is not what was loaded on rank 1 (" in text for _, text in results)
+    assert all(
+        "after step 2: the frozen base has changed since it was loaded on rank 1 (" in text for _, text in results
+    )
 
 
 def _flips_after_load(raw):
@@ -237,7 +234,7 @@ def test_answers_without_an_end_token_are_refused_unless_asked_for(raw, tmp_path
     assert cli.invoke(["train", str(config)]) == 2
     error = capsys.readouterr().err
     assert "an end token (EOS, end of turn) is never a label" in error
-    assert "long.json: none of 20 documents looked at (20 are cut at data.row_tokens)" in error
+    assert "long.json: none of 20 documents inspected (20 are truncated at data.row_tokens)" in error
     assert "such as </s>" in error and "data.require_eos=false" in error
     with pytest.raises(AssertionError, match="the model was read"):
         cli.invoke(["train", str(config), "--set", "data.require_eos=false"])
@@ -264,7 +261,7 @@ def test_a_step_whose_rows_have_no_label_is_found_before_the_model_is_read():
 
     from qlora_dist.data.packing import one_document_per_row
     from qlora_dist.errors import UserError
-    from qlora_dist.train.checks import check_every_step_has_labels
+    from qlora_dist.train.checks.learning import check_every_step_has_labels
 
     class Counts:
         lengths = np.full(6, 4, dtype=np.int32)

@@ -67,7 +67,7 @@ def _finish(config, folder, sound):
     assert [end.code for end in ends] == [0, 0], ends
     assert losses_of(folder / "run") == losses_of(sound)
     assert digests_of(folder / "run" / LAST) == digests_of(sound / LAST)
-    found = re.search(r"going on from .* \(step (\d+)\)", ends[0].said)
+    found = re.search(r"resuming from .* \(step (\d+)\)", ends[0].said)
     return int(found[1]) if found else 0
 
 
@@ -80,7 +80,7 @@ def test_a_rank_killed_in_a_step_is_named_by_the_others_and_the_run_goes_on(conf
         killed, other = reversed(crew.wait())
     assert (killed.code, other.code) == (-signal.SIGKILL, 1)
     assert re.search(
-        r"lost; rank 1 \(.*, process \d+\) was last seen in step 4, about \d+ s ago: it has ended", other.said
+        r"lost; rank 1 \(.*, process \d+\) was last seen in step 4, about \d+ s ago: it has exited", other.said
     )
     assert "rank 0 (" not in other.said
     lost = _done(tmp_path) - _finish(config, tmp_path, sound)
@@ -101,7 +101,7 @@ def test_rank_0_killed_in_a_save(config, tmp_path, sound, table):
     with Crew(config, tmp_path, {"do": "SIGKILL", "at": "save", "nth": 2}) as crew:
         killed, other = crew.wait()
     assert (killed.code, other.code) == (-signal.SIGKILL, 1)
-    assert re.search(r"rank 1: error: .*lost; rank 0 \(.*\) has ended: its store does not answer", other.said)
+    assert re.search(r"rank 1: error: .*lost; rank 0 \(.*\) has exited: its store does not answer", other.said)
     lost = _done(tmp_path) - _finish(config, tmp_path, sound)
     assert lost == SAVE_EVERY
     table(
@@ -117,7 +117,7 @@ def test_the_rank_that_tokenizes_is_killed(inputs, tmp_path, sound, table):
     with Crew(config, tmp_path, {"do": "SIGKILL", "at": "data", "rank": 0}) as crew:
         killed, other = crew.wait()
     assert (killed.code, other.code) == (-signal.SIGKILL, 1)
-    assert "rank 0" in other.said and "has ended" in other.said
+    assert "rank 0" in other.said and "has exited" in other.said
     assert _finish(config, tmp_path, sound) == 0
     table(
         "`kill -9` of the rank that tokenizes",
@@ -242,12 +242,14 @@ def test_a_rank_that_hangs_is_named_after_the_timeout_and_prints_where_it_hangs(
     if how == "sleep":  # either of the two may be the one that speaks
         assert hung.code == 1
         both = waiting.said + hung.said
-        assert re.search(r"rank 1 \(.*\) (is not waiting: for \d+ s in step 4|was in step 4 for more than 4 s)", both)
+        assert re.search(
+            r"rank 1 \(.*\) (is not waiting: it has been in step 4 for \d+ s|was in step 4 for more than 4 s)", both
+        )
         assert re.search(r"stacks of rank 1 .*sitecustomize.py\", line \d+ in strike", hung.said, re.DOTALL)
     else:
         assert re.search(
             r"error: rank 0 \(.*\) was in step 4 for more than 4 s, waiting for other ranks; rank 1 \(.*, process "
-            r"\d+\) was last seen in step 4, about \d+ s ago: it has ended, is stopped, or its host is lost",
+            r"\d+\) was last seen in step 4, about \d+ s ago: it has exited, is stopped, or its host is lost",
             waiting.said,
         )
     lost = _done(tmp_path) - _finish(config, tmp_path, sound)

@@ -80,7 +80,7 @@ def test_auto_takes_more_rows_or_less_recomputation_on_a_larger_card_and_says_so
         fit = settle_7b(gib * GIB, batch__micro_rows="auto", memory__recompute="auto")
         batch, memory = fit.config.batch, fit.config.memory
         assert fit.plan.fits and 16 % batch.micro_rows == 0
-        assert f"batch.micro_rows={batch.micro_rows} (of the settings that fit in {gib}.00 GiB" in fit.messages
+        assert f"batch.micro_rows={batch.micro_rows} (the fastest that fits in {gib}.00 GiB" in fit.messages
         assert f"memory.recompute={memory.recompute}" in fit.messages
     layers = {gib: settle_7b(gib * GIB, memory__recompute="auto").plan.recompute for gib in (8, 12, 80)}
     assert layers[8] > layers[12] > layers[80] == 0  # of one row at a time
@@ -117,7 +117,10 @@ def test_a_run_that_lacks_the_reserve_only_is_warned_and_tried(settle_7b):
     reserve = plan.items["allocator reserve"].size
     fit = settle_7b(plan.peak_bytes - plan.pageable_bytes - reserve // 2)
     assert fit.plan.fits is False and fit.config.memory.recompute == "full"
-    assert "by the memory plan this run does not fit; to make it fit: memory.offload_activations=true" in fit.messages
+    assert (
+        "according to the memory plan this run does not fit; to make it fit: memory.offload_activations=true"
+        in fit.messages
+    )
 
 
 def test_on_a_cpu_auto_is_one_row_and_full_recomputation_and_the_reason_is_said(raw, capsys):
@@ -265,12 +268,12 @@ def test_the_item_that_grew_beyond_the_plan_is_named(raw):
     fit = planned_7b(raw)
     held = held_as_planned(fit)
     text = out_of_memory.explain(fit, "step 1", held, fit.plan.tensor_bytes + 3 * GIB, 1)
-    assert "beyond the plan: activations and the rest\n" in text
+    assert "items that exceed the plan: activations and the rest\n" in text
     more = {**held, "base": held["base"] + 2 * GIB}
     text = out_of_memory.explain(fit, "step 1", more, fit.plan.tensor_bytes + 2 * GIB, 1)
-    assert "beyond the plan: base\n" in text
+    assert "items that exceed the plan: base\n" in text
     text = out_of_memory.explain(fit, "step 1", held, fit.plan.tensor_bytes, 1)
-    assert "no item is beyond the plan" in text and "PYTORCH_ALLOC_CONF=expandable_segments:True" in text
+    assert "no item exceeds the plan" in text and "PYTORCH_ALLOC_CONF=expandable_segments:True" in text
 
 
 @pytest.mark.parametrize("missed_gib", [0, 2])
@@ -290,7 +293,7 @@ def test_the_advice_fits_with_what_the_plan_missed(raw, missed_gib):
 def test_before_there_is_a_model_the_plan_alone_is_shown(raw):
     fit = planned_7b(raw)
     text = out_of_memory.explain(replace(fit), "loading the model", {}, 3 * GIB, 1)
-    assert "  base                              ? GiB, planned" in text and "beyond the plan" not in text
+    assert "  base                              ? GiB, planned" in text and "exceed the plan" not in text
 
 
 def test_a_rank_that_is_out_of_memory_ends_all_ranks(raw, tmp_path):

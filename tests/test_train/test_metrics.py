@@ -14,7 +14,7 @@ from qlora_dist.config import parse_config
 from qlora_dist.config.run_dir import RunDir, config_changes, read_metrics
 from qlora_dist.errors import RunFailed
 from qlora_dist.files import write_json, write_text
-from qlora_dist.train.checks import check_first_update
+from qlora_dist.train.checks.learning import check_first_update
 from qlora_dist.train.metrics import Metrics, format_seconds, median_tokens_per_second, peak_bytes, restart_peak
 
 

@@ -1,11 +1,11 @@
-"""What this machine has, what is missing, and what to do about it: `qlora-dist doctor`.
+"""`qlora-dist doctor`: what this machine has, what is missing, and what to do about it.
 
     packages   Python and libraries: versions against the supported range, and whether they can be imported
     devices    GPUs and CPU: driver, NCCL, bitsandbytes, a 4-bit round trip on each device, paged memory, attention
     machine    disk, shared memory, the hub's cache, limits, Slurm
 
-Checks are done, not looked up: a tensor goes through 4-bit and back on each device, paged memory is written by the
-GPU and read by the CPU. Libraries are imported inside the checks, so that a missing one is a line of the report.
+The checks really run: a tensor is quantized to 4 bits and back on each device, paged memory is written by the GPU and
+read by the CPU. Libraries are imported inside the checks, so that a missing one is a line of the report.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ CHECKS = (
 
 
 def doctor() -> int:
-    """Prints one line a check. Returns 0 when training can run here on some device, else 1."""
-    with contextlib.suppress(Exception):  # what cannot be imported is reported below
+    """Prints one line per check. Returns 0 when training can run here on some device, else 1."""
+    with contextlib.suppress(Exception):  # failed imports are reported below
         import qlora_dist.model  # noqa: F401  (before peft or transformers import bitsandbytes: see `bitsandbytes_import`)
     findings = []
     for check in CHECKS:

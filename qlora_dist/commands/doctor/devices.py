@@ -59,7 +59,7 @@ def check_bitsandbytes() -> Iterator[Finding]:
 
 
 def check_devices() -> Iterator[Finding]:
-    """Each device: what it is, and whether weights survive 4-bit storage and back on it."""
+    """Each device: what it is, and whether weights survive a round trip through 4 bits on it."""
     import torch
 
     for index in range(torch.cuda.device_count()):
@@ -85,7 +85,7 @@ def _describe_gpu(index: int) -> Finding:
 
 
 def check_round_trip(device: str) -> Finding:
-    """Measures what NF4 with double quantization does to normal weights on a device."""
+    """Measures the error of NF4 with double quantization on normally distributed weights."""
     subject = f"4-bit on {device}"
     try:
         error = nf4_relative_error(device)
@@ -106,7 +106,7 @@ def nf4_relative_error(device: str) -> float:
 
     from ...model.bitsandbytes_import import bitsandbytes
 
-    # made on the CPU: the same weights on every device
+    # drawn on the CPU: the same weights on every device
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).to(device)
     packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     restored = bitsandbytes.functional.dequantize_4bit(packed, state)
@@ -114,7 +114,7 @@ def nf4_relative_error(device: str) -> float:
 
 
 def check_paged_memory() -> Iterator[Finding]:
-    """What the paged optimizers need: memory that the GPU writes and the CPU reads."""
+    """What paged optimizers need: memory that the GPU writes and the CPU reads."""
     import torch
 
     if not torch.cuda.is_available():
@@ -130,7 +130,7 @@ def _check_paged_memory_of(index: int) -> Finding:
 
     subject = f"paged memory, GPU {index}"
     advice = "use optim.name=adamw_8bit instead of a paged optimizer"
-    # asked first: where it is missing, bitsandbytes ends the process instead of raising
+    # checked first: without it, bitsandbytes exits the process instead of raising
     if not _has_managed_memory(index):
         return Finding("warn", subject, "the driver offers no managed memory", advice)
     tensor = bitsandbytes.functional.get_paged(256, 256, dtype=torch.float32, device=torch.device("cuda", index))
@@ -142,7 +142,7 @@ def _check_paged_memory_of(index: int) -> Finding:
 
 
 def _has_managed_memory(index: int) -> bool:
-    """Asks the driver whether CPU and GPU may use the same memory at the same time; torch does not tell."""
+    """Asks the driver whether CPU and GPU can access managed memory concurrently; torch does not expose it."""
     import ctypes
 
     driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
@@ -157,7 +157,7 @@ def _has_managed_memory(index: int) -> bool:
 
 
 def _nvidia_driver() -> str | None:
-    """The driver's version, None when there is no driver."""
+    """The driver's version, None without a driver."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

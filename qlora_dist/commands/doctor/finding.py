@@ -1,4 +1,4 @@
-"""One line of the report, and what turns an error into one."""
+"""One line of the report; unforeseen errors become one, too."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """`found` says what there is, `advice` what to install or do."""
+    """`found`: what there is; `advice`: what to install or do."""
 
     status: Literal["ok", "warn", "missing"]
     subject: str
     found: str
     advice: str = ""
-    blocks: bool = False  # while this stands, no device can train
+    blocks: bool = False  # no device can train until this is fixed
     can_train: bool = False  # a device on which training works
 
     def __str__(self) -> str:
@@ -24,7 +24,7 @@ class Finding:
 
 
 def guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """A check that fails in an unforeseen way is a finding too; the checks after it still run."""
+    """A check that fails unexpectedly becomes a finding; the later checks still run."""
     try:
         yield from check()
     except Exception as error:

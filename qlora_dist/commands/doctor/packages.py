@@ -22,7 +22,7 @@ OPTIONAL = {
     "triton": "kernels",
     "liger-kernel": "kernels",
 }
-# deepspeed prints and probes compilers when it is imported; its version is enough here
+# deepspeed prints and probes compilers on import; its version is enough here
 NOT_IMPORTED = frozenset({"deepspeed", "triton", "liger-kernel"})
 IMPORT_NAMES = {"pyyaml": "yaml", "flash-attn": "flash_attn"}
 
@@ -39,11 +39,11 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_packages(requirements: Sequence[str] | None = None) -> Iterator[Finding]:
-    """The packages in `requirements` (PEP 508 texts; None: this package's own): version against range, and import."""
+    """The packages in `requirements` (PEP 508; None: this package's own): version against range, and import."""
     tested = tested_versions()
     for text in requires() if requirements is None else requirements:
         name, needed, extra = _split_requirement(text)
-        if extra is not None and OPTIONAL.get(name) != extra:  # once, though another extra may bring it too
+        if extra is not None and OPTIONAL.get(name) != extra:  # only once, even if another extra also lists it
             continue
         yield _check_package(name, needed, is_optional=extra is not None, tested=tested.get(name))
 
@@ -58,7 +58,7 @@ def _check_package(name: str, needed: str, *, is_optional: bool, tested: str | N
         if is_optional:
             return Finding("missing", name, "not installed", f"optional: {install}")
         return Finding("missing", name, "not installed", install, blocks=True)
-    except Exception as error:  # a library built for another torch or CUDA fails with many kinds of errors
+    except Exception as error:  # a library built for another torch or CUDA fails in many ways
         advice = f"it is installed but cannot be imported; reinstall it: {install}"
         return Finding("missing", name, reason(error), advice, blocks=not is_optional)
     versions = f"{found}, needs {needed or 'any version'}" + (f", tested with {tested}" if tested else "")
@@ -87,7 +87,7 @@ def requires_python() -> str | None:
 
 
 def tested_versions() -> dict[str, str]:
-    """constraints.txt of a checkout: name -> the version that the tests ran with; empty when installed."""
+    """constraints.txt of a checkout: name -> tested version; empty when installed."""
     path = CHECKOUT / "constraints.txt"
     if not path.is_file():
         return {}
@@ -96,7 +96,7 @@ def tested_versions() -> dict[str, str]:
 
 
 def _pyproject() -> dict[str, Any] | None:
-    """[project] of a checkout; None when installed elsewhere, or on Python 3.10, which cannot read TOML."""
+    """[project] of a checkout; None when installed, or on Python 3.10, which cannot read TOML."""
     path = CHECKOUT / "pyproject.toml"
     if not path.is_file() or sys.version_info < (3, 11):
         return None

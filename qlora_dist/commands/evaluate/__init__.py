@@ -1,4 +1,4 @@
-"""`qlora-dist evaluate`: held-out loss and MMLU of a finished run or adapter, on one process or many."""
+"""`qlora-dist evaluate`: held-out loss and MMLU of a run or adapter, on one process or many."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .mmlu import describe as describe_mmlu
 
 @dataclass(frozen=True)
 class MmluTask:
-    """Where MMLU's questions are and how they are asked."""
+    """Where MMLU's questions are and how to ask them."""
 
     folder: str
     split: str = "test"
@@ -36,7 +36,7 @@ class MmluTask:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one model; None for a task that was not asked for."""
+    """Results of one model; None for a task that was not requested."""
 
     held_out: EvalResult | None
     mmlu: MmluResult | None
@@ -52,22 +52,23 @@ def evaluate_trained(
     perplexity: bool = True,
     mmlu: MmluTask | None = None,
 ) -> dict[str, Evaluation]:
-    """Figures of what was trained, and with `with_base` of the base without it, by name.
+    """Results of the trained model, and with `with_base` of the base without the adapter, by name.
 
-    Held-out data are those of the run, or of the data section of another `config`. Raises UserError when there are
+    Held-out data are the run's, or those of the data section of another `config`. Raises UserError when there are
     none, before the model is read.
     """
     trained = find_trained(path, base)
-    data = _data_of(trained, config, path) if perplexity else None
+    held_out = _held_out_of(trained, config, path) if perplexity else None
     questions = read_questions(mmlu.folder, mmlu.split) if mmlu is not None else []
     worked = read_questions(mmlu.folder, "dev") if mmlu is not None and mmlu.shots else []
     world = World.init()
     tokenizer = load_tokenizer(trained.tokenizer_source)
     batches: list[Batch] = []
-    if data is not None:
+    if held_out is not None:
+        data, seed = held_out
         _, sources = split_sources(data.train, data.eval)
-        documents = documents_on_ranks(data, sources, tokenizer, world, "data.eval", seed=0)
-        batches = eval_batches(documents, build_rows(data, documents, 0), micro_rows, world.rank, world.size)
+        documents = documents_on_ranks(data, sources, tokenizer, world, "data.eval", seed)
+        batches = eval_batches(documents, build_rows(data, documents, seed), micro_rows, world.rank, world.size)
     module = load_trained_base(trained, world.device, trained.model.attention)
     check_head(module)
     head = output_head(module)
@@ -79,8 +80,8 @@ def evaluate_trained(
     def label_logits(batch: Batch) -> torch.Tensor:
         return head.logits(hidden_states(module, batch)[batch.label_positions])
 
-    def figures() -> Evaluation:
-        held_out = evaluate(module, batches, batch_nll, world) if data is not None else None
+    def measure() -> Evaluation:
+        result = evaluate(module, batches, batch_nll, world) if batches else None
         scored = None
         if mmlu is not None:
             scored = score(
@@ -96,20 +97,20 @@ def evaluate_trained(
                 rank=world.rank,
                 world_size=world.size,
             )
-        return Evaluation(held_out, scored)
+        return Evaluation(result, scored)
 
     results = {}
     if with_base and trained.adapter is not None:
-        results["base"] = figures()
+        results["base"] = measure()
     if trained.adapter is not None:
         module = load_adapters(module, {"trained": trained.adapter})
-    results["trained"] = figures()
+    results["trained"] = measure()
     world.close()
     return results
 
 
 def describe(evaluation: Evaluation) -> list[str]:
-    """A line for each task."""
+    """One line per task."""
     lines = []
     if (held_out := evaluation.held_out) is not None:
         lines.append(f"{format_evaluation(held_out.loss, held_out.perplexity)} ({held_out.num_labels:,} labels)")
@@ -118,10 +119,12 @@ def describe(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def _data_of(trained: Trained, config: str | None, path: str | Path) -> DataConfig:
-    data = load_config(config).data if config is not None else trained.data
+def _held_out_of(trained: Trained, config: str | None, path: str | Path) -> tuple[DataConfig, int]:
+    """The data section that names held-out data, and the seed that selects them."""
+    other = load_config(config) if config is not None else None
+    data, seed = (trained.data, trained.seed) if other is None else (other.data, other.seed)
     if data is None:
         raise UserError(f"{path} is an adapter without its run; name held-out data with --config CONFIG")
     if not split_sources(data.train, data.eval)[1]:
         raise UserError(f"{config or path}: data.eval is empty; name held-out data with --config CONFIG")
-    return data
+    return data, seed

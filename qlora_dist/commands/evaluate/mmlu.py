@@ -3,8 +3,8 @@
     folder/dev/<subject>_dev.csv     five worked questions of each subject, shown before the question
     folder/<split>/<subject>_<split>.csv   question,A,B,C,D,answer: the layout of the original release, no header
 
-Prompts are those of the original code, so that figures can be compared. Questions are packed into rows and shared out
-over ranks as held-out data are; only the position before the answer reaches the output head.
+Prompts are those of the original code, so that results are comparable. Questions are packed into rows and distributed
+over ranks like held-out data; only the position before the answer reaches the output head.
 
 Legend: D questions of a batch, V vocabulary.
 """
@@ -49,17 +49,17 @@ class MmluResult:
     accuracy_by_question: float  # mean over questions
     standard_error: float  # of accuracy_by_question
     num_questions: int
-    shortened: int  # prompts that had room for fewer worked questions than asked for
+    shortened: int  # prompts with fewer worked questions than requested
     subjects: dict[str, float]
 
 
 def read_questions(folder: str | Path, split: str) -> list[Question]:
-    """Questions of one split, subject by subject. Raises UserError naming the file and line of what does not fit."""
+    """Questions of one split, subject by subject. Raises UserError naming file and record of what cannot be read."""
     place = Path(folder).expanduser() / split
     files = sorted(place.glob(f"*_{split}.csv"))
     if not files:
         raise UserError(
-            f"{place}: no file *_{split}.csv; give the folder of MMLU's original release, which holds dev/, val/ and "
+            f"{place}: no file *_{split}.csv; give the folder of MMLU's original release, which has dev/, val/ and "
             "test/"
         )
     questions = []
@@ -78,7 +78,7 @@ def read_questions(folder: str | Path, split: str) -> list[Question]:
 
 
 def prompt_of(question: Question, worked: Sequence[Question]) -> str:
-    """The prompt up to and with "Answer:". Two blanks stand before the subject, as in the original code."""
+    """The prompt up to and including "Answer:". The two spaces before the subject are those of the original code."""
     subject = question.subject.replace("_", " ")
     head = f"The following are multiple choice questions (with answers) about  {subject}.\n\n"
     shown = "".join(f"{_asked(one)} {LETTERS[one.answer]}\n\n" for one in worked)
@@ -91,19 +91,19 @@ def _asked(question: Question) -> str:
 
 
 def letter_ids(tokenizer: Any) -> list[int]:
-    """The token of each letter as it stands after "Answer:". Raises UserError unless they are four tokens alike."""
+    """The token of each letter after "Answer:". Raises UserError unless they are four distinct single tokens."""
     found = [tokenizer.encode(f"Answer: {letter}", add_special_tokens=False) for letter in LETTERS]
     ids = [one[-1] for one in found]
     if len({tuple(one[:-1]) for one in found}) != 1 or len(set(ids)) != len(LETTERS):
         raise UserError(
-            "this tokenizer does not end 'Answer: A', 'Answer: B', ... in one token a letter; MMLU cannot be scored by "
-            "letters with it"
+            "this tokenizer does not encode the letters of 'Answer: A', 'Answer: B', ... as single tokens; MMLU cannot "
+            "be scored by letters with it"
         )
     return ids
 
 
 class _Prompts:
-    """Tokenized prompts as a store of documents; the one learned token of each is the right letter."""
+    """Tokenized prompts as a document store; the only label of each is the correct letter."""
 
     def __init__(self, examples: list[Example]) -> None:
         self._examples = examples
@@ -132,9 +132,9 @@ def score(
     rank: int,
     world_size: int,
 ) -> MmluResult:
-    """Accuracy over all questions. Every rank calls it with the same arguments but its rank.
+    """Accuracy over all questions. Every rank calls it with the same arguments except `rank`.
 
-    A prompt longer than `max_tokens` loses worked questions, last ones first. Raises UserError when it is too long
+    A prompt longer than `max_tokens` loses worked questions, the last ones first. Raises UserError when it is too long
     even without any.
     """
     letters = letter_ids(tokenizer)
@@ -153,7 +153,7 @@ def score(
     choices = torch.tensor(letters, device=world.device)
     with evaluation_mode(model):
         for batch in eval_batches(prompts, rows, micro_rows, rank, world_size):
-            logits = label_logits(batch.to(world.device))  # also of filler: a sharded base is gathered by all ranks
+            logits = label_logits(batch.to(world.device))  # also for filler: a sharded base is gathered by all ranks
             if not batch.num_labels:
                 continue
             picked = logits[:, choices].argmax(-1).tolist()
@@ -177,23 +177,23 @@ def score(
 def _fitting_ids(
     tokenizer: Any, question: Question, worked: Sequence[Question], max_tokens: int
 ) -> tuple[list[int], int]:
-    """Token ids of the longest prompt that fits, and how many worked questions were left out."""
+    """Token ids of the longest prompt that fits, and the number of worked questions left out."""
     for dropped in range(len(worked) + 1):
-        # with a letter, which then goes: a blank before it may be a token of its own, or part of the letter's
+        # encoded with a letter, then cut: the space before it may be a separate token or part of the letter's
         ids = tokenizer.encode(f"{prompt_of(question, worked[: len(worked) - dropped])} {LETTERS[0]}")
-        if ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        if ids[-1] == tokenizer.eos_token_id:  # some tokenizers append EOS to every text
             ids = ids[:-1]
         if len(ids) - 1 <= max_tokens:
             return ids[:-1], dropped
     raise UserError(
         f"a question of {question.subject} has {len(ids):,} tokens without worked questions, more than the "
-        f"{max_tokens:,} that fit into a row; raise data.row_tokens, or --mmlu-tokens"
+        f"{max_tokens:,} that fit; raise --mmlu-tokens"
     )
 
 
 def describe(result: MmluResult) -> str:
     """MMLU 45.3 % over 57 subjects, ..."""
-    short = f"; {result.shortened:,} prompts had room for fewer worked questions" if result.shortened else ""
+    short = f"; {result.shortened:,} prompts have fewer worked questions" if result.shortened else ""
     return (
         f"MMLU {result.accuracy:.1%} over {len(result.subjects)} subjects ({result.accuracy_by_question:.1%} of "
         f"{result.num_questions:,} questions, standard error {result.standard_error:.1%}; chance is 25 %){short}"

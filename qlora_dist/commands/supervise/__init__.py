@@ -1,15 +1,15 @@
-"""One Slurm job's batch process: starts the launcher, forwards the warning before the time limit, starts again.
+"""One Slurm job's batch process: starts the launcher, forwards the warning before the time limit, restarts.
 
-    launcher ends because     this process                                          exit code
-    the run is finished       ends                                                  0
-    USR1 (time limit is near) `scontrol requeue`; the next life goes on             143
+    launcher exits because    this process                                          exit code
+    the run is finished       exits                                                 0
+    USR1 (time limit is near) `scontrol requeue`; the next start resumes            143
     TERM to the steps only    the job is preempted: the same, without waiting       143
-    TERM to this process too  scancel, or the end of a grace time: only ends        143
-    the user's mistake        ends: another try would find the same                 2
+    TERM to this process too  scancel, or the end of a grace time: exits            143
+    the user's mistake        exits: another attempt would fail the same way        2
     a crash                   starts the launcher again, with a new rendezvous      93 after three without
 
-Restarts are made here and not by torchrun: with --max-restarts >= 1 its workers read keys of the last attempt in the
-reused store and mostly fail or hang (pytorch #135712, #167288). Nothing starts within a preemption's grace time.
+Restarts are done here and not by torchrun: with --max-restarts >= 1 its workers read keys of the previous attempt in
+the reused store and mostly fail or hang (pytorch #135712, #167288). Nothing is started in a preemption's grace time.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from ...config.run_dir import RunDir
 from ...files import write_text
 from .exit_report import Outcome, read_outcome
 
-MAX_TRIES = 3  # without a new checkpoint
+MAX_ATTEMPTS = 3  # in a row, without a new checkpoint
 NO_PROGRESS_CODE = 93  # by convention: do not requeue
-TERMINATED_CODE = 143  # 128 + SIGTERM, what a shell says of a terminated command
+TERMINATED_CODE = 143  # 128 + SIGTERM, a shell's code for a terminated command
 MISTAKE_CODE = 2
-FORWARD_SECONDS = 5.0  # a process that is still being started loses a signal, so it is sent again
-KILL_SECONDS = 300.0  # to be killed by Slurm after a requeue or a TERM (its KillWait is 30 s by default)
+FORWARD_SECONDS = 5.0  # a process that is still starting loses a signal, so it is sent again
+KILL_SECONDS = 300.0  # wait for Slurm's kill after a requeue or a TERM (its KillWait is 30 s by default)
 POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Job:
-    """The Slurm job that this process is the batch process of."""
+    """The Slurm job whose batch process this is."""
 
     id: str
     life: int  # how often Slurm has started it before
 
     def requeue(self) -> str | None:
-        """Asks Slurm to start this job again; what it says when it refuses."""
+        """Asks Slurm to start this job again; returns the reason if it refuses."""
         done = _scontrol("requeue", self.id)
         return None if done.returncode == 0 else (done.stderr.strip() or f"exit code {done.returncode}")
 
     def shown(self) -> dict[str, str]:
-        """What Slurm says of this job; nothing when it does not answer."""
+        """Slurm's record of this job; empty when it does not answer."""
         done = _scontrol("show", "job", "--oneliner", self.id)
         return dict(part.split("=", 1) for part in done.stdout.split() if "=" in part)
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
-    """Asks Slurm. Where its client is absent (a container without it) the answer is a failure that says so."""
+    """Runs Slurm's client. Where it is absent (as in many containers) the result is a failure that reports so."""
     try:
         return subprocess.run(["scontrol", *words], capture_output=True, text=True)
     except FileNotFoundError:
@@ -64,13 +64,13 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal) -> int:
-    """Runs the launcher until the run is finished, the job is to end, or nothing helps. Returns the exit code.
+    """Runs the launcher until the run is finished, the job has to end, or retrying is pointless. Returns the exit code.
 
-    `{id}`, `{port}` and `{outcome}` in the command become new ones for each try: rendezvous id, port, outcome file.
+    `{id}`, `{port}` and `{outcome}` in the command get new values for each attempt: rendezvous id, port, outcome file.
     """
     run = RunDir(run_dir)
     first = run.newest_step()
-    tries, attempt = 0, 0
+    stalled, attempt = 0, 0
     while True:
         before = run.newest_step()
         outcome_file = run_dir.parent / f".{run_dir.name}.outcome-{job.id}-{job.life}-{attempt}"
@@ -79,56 +79,56 @@ def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal)
         outcome_file.unlink(missing_ok=True)
         after = run.newest_step()
         why = f"exit code {code}" if outcome is None else outcome.kind.replace("_", " ")
-        _say(f"job {job.id}, life {job.life}, try {attempt}: {why}; newest checkpoint: {before} -> {after}")
+        _log(f"job {job.id}, start {job.life}, attempt {attempt}: {why}; newest checkpoint: {before} -> {after}")
 
         if outcome is not None and outcome.kind == "finished":
-            _num_idle_lives(job, run_dir, is_idle=False)
+            _num_stalled_starts(job, run_dir, is_stalled=False)
             return 0
         if outcome is not None and outcome.kind == "user_error":
             return MISTAKE_CODE
         if _is_to_end(job, outcome, stop):
-            if stop.name == "SIGUSR1" and _num_idle_lives(job, run_dir, is_idle=after == first) >= MAX_TRIES:
-                _say(f"{MAX_TRIES} lives in a row reached the time limit without a new checkpoint: raise --time")
+            if stop.name == "SIGUSR1" and _num_stalled_starts(job, run_dir, is_stalled=after == first) >= MAX_ATTEMPTS:
+                _log(f"{MAX_ATTEMPTS} starts in a row reached the time limit without a new checkpoint: raise --time")
                 return NO_PROGRESS_CODE
             return _end(job, stop)
         attempt += 1
-        tries = 1 if after != before else tries + 1
-        if tries >= MAX_TRIES:
-            _say(
-                f"{MAX_TRIES} tries in a row ended without a new checkpoint (newest: step {after}); giving up with "
-                f"exit code {NO_PROGRESS_CODE}. The errors above name the rank and the cause; lower train.save_every "
-                "if it crashes before the first checkpoint"
+        stalled = 1 if after != before else stalled + 1
+        if stalled >= MAX_ATTEMPTS:
+            _log(
+                f"{MAX_ATTEMPTS} attempts in a row ended without a new checkpoint (newest: step {after}); giving up "
+                f"with exit code {NO_PROGRESS_CODE}. The errors above name the rank and the cause; lower "
+                "train.save_every if it crashes before the first checkpoint"
             )
             return NO_PROGRESS_CODE
 
 
 def _is_to_end(job: Job, outcome: Outcome | None, stop: StopSignal) -> bool:
-    """Whether this life of the job is over; after a crash that is for Slurm to say: nothing starts in a grace time."""
+    """Whether the job has to end now; after a crash Slurm is asked: nothing is started in a grace time."""
     was_asked = stop.requested or (outcome is not None and outcome.kind == "stopped")
     shown = {} if was_asked else job.shown()
     return was_asked or shown.get("PreemptTime", "None") != "None" or shown.get("JobState", "RUNNING") != "RUNNING"
 
 
 def _end(job: Job, stop: StopSignal) -> int:
-    """Gives the nodes back: requeued, unless Slurm has this job in hand already (scancel, the end of a preemption)."""
+    """Releases the nodes: requeues, unless Slurm is already ending this job (scancel, the end of a preemption)."""
     if stop.name in ("SIGTERM", "SIGINT") or job.shown().get("JobState", "RUNNING") != "RUNNING":
-        _say("asked to end: Slurm requeues the job itself if it was preempted, and nobody does after scancel")
+        _log("told to end: Slurm requeues the job itself if it was preempted, but not after scancel")
     elif refused := job.requeue():
-        _say(f"cannot requeue ({refused}): submit the job again to go on from the checkpoint")
+        _log(f"cannot requeue ({refused}): submit the job again to resume from the checkpoint")
         return TERMINATED_CODE
     else:
-        _say("requeued: the next life goes on from the newest checkpoint")
-    # Slurm ends this process: an exit of its own would race with the requeue
+        _log("requeued: the next start resumes from the newest checkpoint")
+    # Slurm kills this process: exiting on its own would race with the requeue
     deadline = time.monotonic() + KILL_SECONDS
     while stop.name != "SIGTERM" and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     return TERMINATED_CODE
 
 
-def _num_idle_lives(job: Job, run_dir: Path, is_idle: bool) -> int:
-    """Lives of this job in a row that brought no checkpoint, counted in a file beside the run directory."""
+def _num_stalled_starts(job: Job, run_dir: Path, is_stalled: bool) -> int:
+    """Starts of this job in a row without a new checkpoint, counted in a file next to the run directory."""
     file = run_dir.parent / f".{run_dir.name}.idle-lives-{job.id}"
-    if not is_idle:
+    if not is_stalled:
         file.unlink(missing_ok=True)
         return 0
     try:
@@ -140,7 +140,7 @@ def _num_idle_lives(job: Job, run_dir: Path, is_idle: bool) -> int:
 
 
 def _launch(command: list[str], stop: StopSignal) -> int:
-    """Runs the launcher to its end. SIGUSR1 goes on to it; SIGTERM was sent to the steps by Slurm itself."""
+    """Runs the launcher until it exits. SIGUSR1 is forwarded; Slurm itself sends SIGTERM to the steps."""
     with subprocess.Popen(command) as launcher:
         forwarded = -math.inf
         while launcher.poll() is None:
@@ -164,5 +164,5 @@ def _filled(command: Sequence[str], job: Job, attempt: int, outcome: Path) -> li
     return filled
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervise: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""How one start of `train` ended, for who started it: a launcher in between turns every exit code but 0 into 1."""
+"""How one start of `train` ended, for `supervise`: a launcher in between turns every exit code except 0 into 1."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the file of `train --outcome FILE` says. No file: the run crashed."""
+    """Content of the file of `train --outcome FILE`. No file: the run crashed."""
 
     kind: Literal["finished", "stopped", "user_error"]
     step: int = 0
-    signal: str | None = None  # that asked for the stop
+    signal: str | None = None  # that requested the stop
     text: str = ""
 
 
 def report_outcome(path: Path | None, is_main: bool, run: Callable[[], TrainState]) -> None:
-    """Runs `run` and writes how it ended. A user's mistake is reported by any rank: no other try will go better."""
+    """Runs `run` and records how it ended. Any rank records a user's mistake: another attempt would fail, too."""
     try:
         state = run()
     except UserError as error:
@@ -48,5 +48,5 @@ def read_outcome(path: Path) -> Outcome | None:
 
 def _write(path: Path | None, outcome: Outcome) -> None:
     if path is not None:
-        with contextlib.suppress(OSError):  # a full disk: then it counts as a crash, which stops after three tries
+        with contextlib.suppress(OSError):  # a full disk: then it counts as a crash
             write_json(path, asdict(outcome))

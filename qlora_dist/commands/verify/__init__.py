@@ -1,12 +1,12 @@
-"""`qlora-dist verify`: proves on the user's own model, data and strategy that the mathematics is what it should be.
+"""`qlora-dist verify`: checks on the user's own model, data and strategy that the mathematics is right.
 
     variants     the user's config -> small variants of it in a temporary folder
     one_process  packed = alone, accumulation = one batch, loss = transformers', saved = reloaded = stock PEFT
     runs         real `qlora-dist train` processes: N ranks = 1 rank, strategy = ddp, resumed = uninterrupted
     report       tolerances, table, JSON
 
-A defect in what training does shows as a difference between two ways to compute the same thing. The runs are the very
-command that the user will start, on few rows and steps; nothing is written outside the temporary folder.
+A defect in training shows as a difference between two ways of computing the same thing. The runs use the very command
+that the user will start, with few rows and steps; nothing is written outside of the temporary folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Plan", "Proof", "Report", "prove"]
 
 
 def prove(config: RunConfig, *, steps: int = 4, ranks: int = 2) -> Report:
-    """Every claim about a config. Raises UserError for what the user must mend before anything can be proved."""
+    """Checks every claim about a config. Raises UserError for what must be fixed before anything can be checked."""
     started = time.perf_counter()
     if steps < 2 or ranks < 1:
         raise UserError(
@@ -41,7 +41,7 @@ def prove(config: RunConfig, *, steps: int = 4, ranks: int = 2) -> Report:
         world = World.init()
         if world.size != 1:
             raise UserError(
-                f"verify starts its own ranks, but was launched on {world.size}; start it as a plain command"
+                f"verify starts its own ranks, but was launched on {world.size} ranks; start it as a plain command"
             )
         facts = check_model(plan.single, world)
         proofs = prove_on_one_process(plan, world)

@@ -1,4 +1,4 @@
-"""Proofs on one process: the same documents computed in two ways, and against transformers and PEFT.
+"""Checks on one process: the same documents computed in two ways, and compared with transformers and PEFT.
 
 Legend: D documents, L tokens of the longest, N labels.
 """
@@ -29,8 +29,8 @@ from ...train.step import TrainingModel, train_step
 from .report import Proof, failed, not_checked, relative_difference
 from .variants import Plan
 
-NUM_DOCUMENTS, DOCUMENT_TOKENS = 5, 96  # of the user's data; enough for every border, small enough for every device
-CHUNK = 64  # labels whose logits exist at a time
+NUM_DOCUMENTS, DOCUMENT_TOKENS = 5, 96  # of the user's data: enough to have borders, small enough for any device
+CHUNK = 64  # labels whose logits exist at the same time
 
 SOURCE, PACKED, ACCUMULATED = "base = its files", "packed = alone", "accumulation = one batch"
 UNCHANGED, RELOADED = "base unchanged by training", "saved = reloaded"
@@ -39,7 +39,7 @@ CLAIMS = (SOURCE, PACKED, ACCUMULATED, UNCHANGED, RELOADED, REFERENCE, STOCK)
 
 
 def prove_on_one_process(plan: Plan, world: World) -> list[Proof]:
-    """Claims that one process can prove. Not checked where the whole base does not fit on one device."""
+    """Claims that one process can check. Not checked if the whole base does not fit on one device."""
     try:
         return _prove(plan, world)
     except torch.OutOfMemoryError as error:
@@ -85,10 +85,9 @@ def _free_memory(world: World) -> None:
 
 
 def some_documents(data: Data) -> list[Example]:
-    """The first documents of the first step, cut short; every token but the first is learned, so that all are compared.
+    """The first documents of the first step, shortened; every token but the first is a label, so that all are compared.
 
-    Documents of the same beginning (a system prompt) would hide a leak: they are cut from where the data differ least,
-    their ends.
+    A common beginning (a system prompt) would hide a leak between documents: their ends are kept.
     """
     chosen = [document for row in data.loader.rows_of_step(0).tolist() for document in data.rows[row].documents]
     examples = []
@@ -99,7 +98,7 @@ def some_documents(data: Data) -> list[Example]:
 
 
 def move_adapters(model: TrainingModel, seed: int) -> None:
-    """Gives every B small values: at zero, adapters would take no part in anything that is compared."""
+    """Gives every B small values: at zero, adapters would not affect anything that is compared."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in trainable_parameters(model.module).items():
@@ -109,7 +108,7 @@ def move_adapters(model: TrainingModel, seed: int) -> None:
 
 @torch.no_grad()
 def label_nll(model: TrainingModel, batch: Batch) -> torch.Tensor:
-    """(N,) fp32 NLL of each label by the path that is trained, dropout off. Documents in their order."""
+    """(N,) fp32 NLL of each label by the path used in training, without dropout, in the order of the documents."""
     with evaluation_mode(model.module), model.forward_context():
         hidden = hidden_states(model.module, batch).to(model.compute_dtype)
         parts = [
@@ -131,7 +130,7 @@ def _prove_base(config: RunConfig, world: World, model: TrainingModel) -> Proof:
 
 
 def prove_packed(model: TrainingModel, documents: Sequence[Example], world: World, tolerance: float) -> Proof:
-    """Each document's labels, packed with the others and alone. The worst document counts."""
+    """Each document's labels, packed with the others and alone; the largest difference counts."""
     if len(documents) < 2:
         return not_checked(PACKED, "the data give only one document")
     together = label_nll(model, collate(documents, (0,)).to(world.device))
@@ -144,15 +143,15 @@ def prove_packed(model: TrainingModel, documents: Sequence[Example], world: Worl
 
 
 def prove_accumulation(model: TrainingModel, rows: StepRows, world: World, tolerance: float) -> Proof:
-    """Gradient and loss of one update: document by document, and all documents in one micro-batch.
+    """Gradient and loss of one update: over several micro-batches, and all documents in one.
 
-    By `train_step` itself, at learning rate zero: it leaves the weights, and the step's gradient in its buffers.
+    By `train_step` itself, at learning rate zero: the weights stay, and the gradient is left in its buffers.
     """
     documents = [document for batch in rows.microbatches for document in documents_of(batch)][: 2 * NUM_DOCUMENTS]
     documents = [document for document in documents if document.num_labels]
     if len(documents) < 2:
         return not_checked(ACCUMULATED, "the data give only one document with labels")
-    # unequal parts: a mean of the parts' means is then not the mean of all labels
+    # of unequal size, so that the mean of their means is not the mean over all labels
     parts = [documents[:1], documents[1:]]
     batches = {"one": [documents], "accumulated": parts}
     gradients, losses = {}, {}
@@ -180,7 +179,7 @@ def _gradients(model: TrainingModel) -> list[torch.Tensor]:
 
 
 def documents_of(batch: Batch) -> list[Example]:
-    """A batch's documents with their masks."""
+    """The documents of a batch with their label masks."""
     is_label = np.zeros(batch.num_tokens, dtype=np.bool_)
     is_label[batch.label_positions.numpy() + 1] = True
     borders = np.cumsum(batch.lengths)[:-1]
@@ -189,7 +188,7 @@ def documents_of(batch: Batch) -> list[Example]:
 
 
 def prove_reloaded(model: TrainingModel, folder: Path, base_name: str) -> Proof:
-    """The adapter written, its live weights overwritten, read back: the same bits in the file and in memory."""
+    """Writes the adapter, overwrites the live weights, reads it back: the file and memory must have the same bits."""
     save_adapter(model.module, folder, base_name)
     kept = model.update.digest()
     with torch.no_grad():
@@ -206,7 +205,7 @@ def prove_reloaded(model: TrainingModel, folder: Path, base_name: str) -> Proof:
 def _prove_reference(
     plan: Plan, world: World, documents: Sequence[Example], nll: torch.Tensor, loss: float, adapter: Path | None
 ) -> list[Proof]:
-    """The same documents, padded, by transformers' model and its loss, with the adapter put on by stock PEFT."""
+    """The same documents, padded, by transformers' model and its loss, with the adapter loaded by stock PEFT."""
     settings = plan.single.model
     reference: Any = load_base(
         settings.name,
@@ -242,7 +241,7 @@ def _prove_reference(
 
 
 def padded(documents: Sequence[Example], device: torch.device) -> dict[str, torch.Tensor]:
-    """(D, L) input_ids, attention_mask and labels as transformers takes them: padded on the right, -100 where none."""
+    """(D, L) input_ids, attention_mask and labels in transformers' form: padded on the right, -100 for no label."""
     longest = max(len(document) for document in documents)
     ids = torch.zeros(len(documents), longest, dtype=torch.int64)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)

@@ -1,4 +1,4 @@
-"""What was proved: claims with measured differences, tolerances and verdicts, as a table or as JSON."""
+"""Results of `verify`: claims with measured differences, tolerances and verdicts, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 @dataclass(frozen=True)
 class Tolerances:
-    """Relative differences that rounding explains. What a defect of the field gives (a leak between documents, a mean
-    of means, a lost row) is 1 % to 100 %.
+    """Relative differences that rounding explains. Typical defects (a leak between documents, a mean of means, a lost
+    row) give 1 % to 100 %.
     """
 
     labels: float  # NLL of single labels, L2 over a document
@@ -44,7 +44,7 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Proof:
-    """One claim. `difference` None: it was not checked, `note` says why."""
+    """One claim. `difference` None: not checked, `note` gives the reason."""
 
     name: str
     difference: float | None
@@ -56,17 +56,17 @@ class Proof:
         """holds, FAILED or not checked."""
         if self.difference is None or self.tolerance is None:
             return "not checked"
-        # not "difference > tolerance": a NaN is no proof
+        # not "difference > tolerance": NaN must fail
         return "holds" if self.difference <= self.tolerance else "FAILED"
 
 
 def not_checked(name: str, reason: str) -> Proof:
-    """A claim that could not be looked at."""
+    """A claim that could not be checked."""
     return Proof(name, None, None, reason)
 
 
 def failed(name: str, reason: str) -> Proof:
-    """A claim that failed before there was a number to compare."""
+    """A claim that failed before anything could be compared."""
     return Proof(name, math.inf, 0.0, reason)
 
 
@@ -84,7 +84,7 @@ class Report:
         return [proof for proof in self.proofs if proof.verdict == "FAILED"]
 
     def table(self) -> str:
-        """One line a claim: difference, tolerance, verdict."""
+        """One line per claim: difference, tolerance, verdict."""
         rows = [("claim", "difference", "tolerance", "verdict")]
         rows += [(p.name, _number(p.difference), _number(p.tolerance), p.verdict) for p in self.proofs]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]

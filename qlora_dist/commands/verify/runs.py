@@ -22,27 +22,27 @@ from .variants import SMALL_PARAMETERS, Plan
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_SECONDS = 3600.0  # of one run: a run that hangs fails the proof
+TIMEOUT_SECONDS = 3600.0  # of one run: a run that hangs fails its claim
 
 
 class RunDied(Exception):
-    """A training process did not end well; the text is what it said last."""
+    """A training process failed; the text is its last message."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where ranks can be run."""
+    """Where ranks can run."""
 
     num_ranks: int
     on_cpu: bool
-    reason: str = ""  # why there are fewer ranks than were asked for
+    reason: str = ""  # why there are fewer ranks than requested
 
     def __str__(self) -> str:
         return f"{self.num_ranks} {'rank' if self.num_ranks == 1 else 'ranks'} on {'CPU' if self.on_cpu else 'GPU'}"
 
 
 def choose_place(ranks: int, num_gpus: int, num_parameters: int) -> Place:
-    """A GPU for each rank; else the CPU, where the model is small or there is nothing else; else one rank on a GPU."""
+    """A GPU for each rank; else the CPU if the model is small or there is no GPU; else one rank on a GPU."""
     if num_gpus >= ranks:
         return Place(ranks, on_cpu=False)
     if num_gpus == 0 or num_parameters <= SMALL_PARAMETERS:
@@ -77,16 +77,16 @@ def prove_runs(plan: Plan, num_parameters: int) -> list[Proof]:
         resumed = resume(plan, whole, plan.variant("resumed", strategy=name, on_cpu=place.on_cpu), place)
     except RunDied as error:
         return [failed(claim, str(error)) for claim in claims if claim != "strategy ddp = ddp"]
-    # kernels on a GPU may add in any order; on a CPU a resumed run has the same bits
+    # kernels on a GPU may sum in any order; on a CPU a resumed run is bit-identical
     exactly = 0.0 if place.on_cpu else tolerance
     return [*proofs, compare_runs(claims[2], whole, resumed, exactly, f"after step {plan.half}, {place}")]
 
 
 def run(plan: Plan, config: RunConfig, place: Place) -> RunDir:
-    """Trains a variant to its end on this machine. Raises RunDied."""
+    """Trains a variant to the end on this machine. Raises RunDied."""
     log.info("verify: run %s, strategy %s, %s", Path(config.run_dir).name, config.strategy.name, place)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={place.num_ranks}"]
-    launcher.append(f"--log-dir={plan.folder / 'torchrun'}")  # else it leaves a folder behind
+    launcher.append(f"--log-dir={plan.folder / 'torchrun'}")  # or it leaves a folder behind
     command = [
         sys.executable,
         *(launcher if place.num_ranks > 1 else []),
@@ -100,21 +100,21 @@ def run(plan: Plan, config: RunConfig, place: Place) -> RunDir:
         text=True,
     ) as process:
         try:
-            said, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+            output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
         except BaseException as error:
             process.terminate()  # torchrun ends its workers on this signal
-            said, _ = process.communicate()
+            output, _ = process.communicate()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            said += f"\nerror: not finished after {TIMEOUT_SECONDS:.0f} s"
+            output += f"\nerror: not finished after {TIMEOUT_SECONDS:.0f} s"
     if process.returncode:
-        errors = [line for line in said.splitlines() if "error: " in line] or said.strip().splitlines()[-1:]
+        errors = [line for line in output.splitlines() if "error: " in line] or output.strip().splitlines()[-1:]
         raise RunDied(f"run {Path(config.run_dir).name} ended with code {process.returncode}: {' '.join(errors[:1])}")
     return RunDir(Path(config.run_dir))
 
 
 def resume(plan: Plan, whole: RunDir, config: RunConfig, place: Place) -> RunDir:
-    """A second life of a run: its folder as it was after half of the steps, trained to the end by new processes."""
+    """A resumed run: the folder as it was after half of the steps, trained to the end by new processes."""
     folder = RunDir(Path(config.run_dir))
     checkpoint = f"step-{plan.half:08d}"
     folder.checkpoints.mkdir(parents=True)
@@ -125,12 +125,12 @@ def resume(plan: Plan, whole: RunDir, config: RunConfig, place: Place) -> RunDir
 
 
 def compare_runs(claim: str, expected: RunDir, found: RunDir, tolerance: float, note: str) -> Proof:
-    """Two runs of the same steps: what they saw must be equal, losses, norms and weights nearly (or with 0 exactly)."""
+    """Two runs of the same steps: rows must be equal; losses, norms and weights equal within `tolerance`."""
     left, right = list(read_metrics(expected.metrics)), list(read_metrics(found.metrics))
     for key in ("step", "tokens", "num_labels"):
         seen = [[line[key] for line in lines] for lines in (left, right)]
         if seen[0] != seen[1]:
-            return failed(claim, f"{key} by step: {seen[0]} and {seen[1]}: other rows were trained")
+            return failed(claim, f"{key} by step: {seen[0]} and {seen[1]}: they trained on different rows")
     differences = {
         key: max(abs(b[key] - a[key]) / max(abs(a[key]), 1e-12) for a, b in zip(left, right, strict=True))
         for key in ("loss", "grad_norm")
@@ -138,13 +138,13 @@ def compare_runs(claim: str, expected: RunDir, found: RunDir, tolerance: float, 
     differences["weights"] = compare_weights(expected, found)
     if tolerance == 0 and not any(differences.values()) and _digests(expected) != _digests(found):
         return failed(claim, "the last checkpoints differ in their optimizer states")
-    # weights after a few updates: Adam turns a gradient of rounding size into a whole step, so they are the coarsest
+    # weights after a few updates differ most: Adam turns a gradient of rounding size into a full step
     worst = max(differences, key=lambda key: differences[key])
     return Proof(claim, differences[worst], tolerance, f"{note}; largest in {worst}")
 
 
 def compare_weights(expected: RunDir, found: RunDir) -> float:
-    """Relative L2 difference of what two runs have trained, in their last checkpoints."""
+    """Relative L2 difference of the trained weights of two runs, in their last checkpoints."""
     states: list[dict[str, Any]] = [_trained(folder) for folder in (expected, found)]
     if states[0].keys() != states[1].keys():
         return float("inf")

@@ -1,4 +1,4 @@
-"""The user's config -> small variants of it: few rows and steps, a temporary run directory, nothing else changed."""
+"""The user's config -> small variants of it: few rows and steps, a temporary run directory, otherwise unchanged."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from ...config import RunConfig, dump_yaml, parse_config
 from .report import Tolerances, tolerances_of
 
-DOCUMENTS_PER_ROW = 32  # read for each row that is trained: more than fit into most rows
-SMALL_PARAMETERS = 300_000_000  # largest model whose ranks are run on the CPU where there are too few GPUs
+DOCUMENTS_PER_ROW = 32  # documents read per trained row: more than most rows hold
+SMALL_PARAMETERS = 300_000_000  # largest model whose ranks run on the CPU if there are too few GPUs
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run, from what."""
+    """What to run, on what."""
 
     config: RunConfig
     folder: Path
@@ -27,12 +27,12 @@ class Plan:
 
     @property
     def tolerances(self) -> Tolerances:
-        """What rounding explains in this config's types."""
+        """Differences that rounding explains for this config's types."""
         return tolerances_of(self.config.model.compute_dtype, self.config.model.quantization)
 
     @property
     def rows_per_step(self) -> int:
-        """Two micro-steps on every rank, so that accumulation and reduction both take part."""
+        """Two micro-steps on every rank, so that both accumulation and reduction happen."""
         return 2 * self.micro_rows * self.ranks
 
     @property
@@ -43,15 +43,15 @@ class Plan:
 
     @cached_property
     def single(self) -> RunConfig:
-        """For the proofs on one process: strategy ddp, whatever the user's is."""
+        """For the checks on one process: strategy ddp, whatever the user's is."""
         config = self.variant("single", strategy="ddp")
-        # gradients are compared: clipping would scale them alike
+        # gradients are compared: clipping would hide a difference in scale
         return config.model_copy(update={"optim": config.optim.model_copy(update={"max_grad_norm": None})})
 
     def variant(self, name: str, *, strategy: str | None = None, on_cpu: bool = False) -> RunConfig:
-        """The user's config with its run directory in the temporary folder, cut down.
+        """The user's config, reduced, with its run directory in the temporary folder.
 
-        Dropout stays where a row is a micro-batch, since its mask then depends on the row alone; else it is off.
+        Dropout stays on if a micro-batch is one row, since its mask then depends on the row alone; else it is off.
         """
         raw: dict[str, Any] = json.loads(self.config.model_dump_json())
         raw["run_dir"] = str(self.folder / name)
@@ -72,7 +72,7 @@ class Plan:
         if raw["lora"] is not None and self.micro_rows > 1:
             raw["lora"]["dropout"] = 0.0
         if strategy is not None and strategy != self.config.strategy.name:
-            # the user's options of another strategy would not be ddp's
+            # the options of the user's strategy are not ddp's
             raw["strategy"] = {"name": strategy, "mixed_devices": self.config.strategy.mixed_devices}
         if on_cpu:
             raw["model"]["attention"] = "auto"
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def half(self) -> int:
-        """The step after which a run is interrupted."""
+        """The step after which the run is interrupted."""
         return self.steps // 2
 
     def write(self, config: RunConfig) -> Path:
@@ -90,7 +90,7 @@ class Plan:
         return path
 
     def _cut(self, source: dict[str, Any]) -> dict[str, Any]:
-        """The first records of a source, as many as the steps can use; nothing is held out of so few."""
+        """The first records of a source, as many as the steps can use, with none held out."""
         needed = self.steps * self.rows_per_step * DOCUMENTS_PER_ROW
         limit = min(needed, source["max_examples"] or needed)
         return {**source, "max_examples": limit, "shuffle": False, "hold_out": None, "part": "all", "weight": 1.0}

@@ -1,30 +1,10 @@
-"""The run's own checks: each failure that is silent elsewhere ends a run here, with its name.
+"""The run's own checks: failures that are silent elsewhere end a run here, with their name.
 
-    learning   before the model is read: is there a label in every step, does the data teach to stop? After the first
-               update: has every adapter moved?
-    base       after load: does this rank hold the bytes that its strategy promises, are the bits those of the files?
+    learning   before the model is read: does every step have labels, does the data teach the model to stop? After the
+               first update: has every adapter moved?
+    base       after loading: does this rank hold the bytes that its strategy promises, are they the bits of the files?
                At each save: is the base still what was loaded?
 
-Nothing here runs between the first step and the next save, so the checks cost a training step nothing. What is compared
-between ranks is gathered by the caller, which has the World.
+Nothing here runs between the first step and the next save, so a training step pays nothing for the checks. What is
+compared between ranks is gathered by the caller, which has the World.
 """
-
-from .base import (
-    BaseBytes,
-    check_base_bytes,
-    check_base_unchanged,
-    check_source_bits,
-    promised_base_bytes,
-)
-from .learning import check_ends_are_learned, check_every_step_has_labels, check_first_update
-
-__all__ = [
-    "BaseBytes",
-    "check_base_bytes",
-    "check_base_unchanged",
-    "check_ends_are_learned",
-    "check_every_step_has_labels",
-    "check_first_update",
-    "check_source_bits",
-    "promised_base_bytes",
-]

@@ -1,6 +1,6 @@
-"""The frozen base: as many bytes as promised, the bits of the files, and not one of them changed since.
+"""The frozen base: the promised number of bytes, the bits of the files, and none of them changed since.
 
-Everything here looks at this rank's tensors only; of a sharded base that is its part.
+Everything here inspects this rank's tensors only; of a sharded base that is its shard.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ...model.weights.original import has_quantized_files, read_source_weight, s
 class BaseBytes:
     """Bytes of the base, from config.json alone."""
 
-    matrices: int  # codes, embedding, head, what is not quantized
+    matrices: int  # codes, embedding, head, other matrices that are not quantized
     constants: int  # of the first level
     vectors: int  # norms, biases
     nested: int  # constants of the second level
 
     def on_each_rank(self, strategy: str = "ddp", num_ranks: int = 1) -> int:
-        """What one rank holds: all of it, but for fsdp a share of matrices and constants, for zero3 of all weights."""
+        """What one rank holds: everything; under fsdp a shard of matrices and constants, under zero3 of all weights."""
         cut, whole = 0, self.matrices + self.constants + self.vectors + self.nested
         if strategy == "fsdp":
             cut = self.matrices + self.constants
@@ -42,7 +42,7 @@ class BaseBytes:
 def promised_base_bytes(
     name: str, *, revision: str | None = None, quantization: Quantization, double_quant: bool, dtype: torch.dtype
 ) -> BaseBytes:
-    """Bytes that the shapes say: half a byte a 4-bit weight, plus its constants; `dtype` for what is not quantized."""
+    """Bytes by the shapes: half a byte per 4-bit weight, plus its constants; `dtype` for what is not quantized."""
     config = load_config(name, revision)
     skipped = tuple((getattr(config, "quantization_config", None) or {}).get("llm_int8_skip_modules") or ())
     model = build_on_meta(name, config)
@@ -66,10 +66,10 @@ def promised_base_bytes(
 
 
 def check_base_bytes(held: list[tuple[str, int]], promised: int, strategy: str, slack: float = 0.01) -> None:
-    """Raises RunFailed unless every rank's base has the promised bytes, up to `slack`. `held`: (host, bytes) by rank.
+    """Raises RunFailed unless every rank's base has the promised bytes, within `slack`. `held`: (host, bytes) by rank.
 
-    A base that was left in 16 bit, loaded twice, or not sharded is the failure that otherwise shows as an
-    out-of-memory error hours later, or never.
+    A base left in 16 bits, loaded twice, or not sharded would otherwise show as an out-of-memory error hours later,
+    or never.
     """
     wrong = [
         f"rank {rank} ({host}) holds {num_bytes / 2**20:,.1f} MiB"
@@ -80,7 +80,7 @@ def check_base_bytes(held: list[tuple[str, int]], promised: int, strategy: str, 
         raise RunFailed(
             f"strategy {strategy} promises {promised / 2**20:,.1f} MiB of base weights on each rank, but "
             f"{'; '.join(wrong[:4])}{f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''}: the base is not "
-            "quantized or not sharded as model.quantization and strategy.name say. Nothing was trained"
+            "quantized or not sharded as model.quantization and strategy.name require. Nothing was trained"
         )
 
 
@@ -90,14 +90,14 @@ def check_base_bytes(held: list[tuple[str, int]], promised: int, strategy: str, 
 def check_source_bits(
     model: nn.Module, name: str, *, revision: str | None = None, compute_dtype: torch.dtype, seed: int = 0
 ) -> str:
-    """Quantizes one layer anew from the files and compares it with the one in memory, bit by bit. Says what it did.
+    """Quantizes one layer again from the files and compares it with the one in memory, bit by bit. Returns what it did.
 
-    Raises RunFailed when they differ. For a base whose layers are whole on this rank; a sharded one is gathered by its
-    strategy first.
+    Raises RunFailed when they differ. For a base whose layers are whole on this rank; a sharded one must be gathered
+    first.
     """
     layers: dict[str, Any] = {key: layer for key, layer in linear_layers(model).items() if is_4bit(layer)}
     if not layers:
-        return "the base is not in 4 bit"
+        return "the base is not in 4 bits"
     if has_quantized_files(name, revision):
         return "the files hold quantized weights, which are read as they are"
     key = sorted(layers)[seed % len(layers)]
@@ -108,18 +108,18 @@ def check_source_bits(
     part = same_as_quantized(layers[key], source, compute_dtype)
     if part is not None:
         raise RunFailed(
-            f"layer {plain}: its {part} in memory are not those of its quantized source in {name}; the base was "
+            f"layer {plain}: its {part} in memory differ from those of its quantized source in {name}; the base was "
             "changed while it was loaded. Nothing was trained; check the files and the installed versions"
         )
     return f"{plain} is bit-equal to its quantized source"
 
 
 def check_base_unchanged(changed: list[tuple[str, bool]], when: str) -> None:
-    """Raises RunFailed when any rank's base is not what was loaded. `changed`: (host, whether) by rank."""
+    """Raises RunFailed when any rank's base differs from what was loaded. `changed`: (host, whether it did) by rank."""
     ranks = [f"rank {rank} ({host})" for rank, (host, is_changed) in enumerate(changed) if is_changed]
     if ranks:
         raise RunFailed(
-            f"{when}: the frozen base is not what was loaded on {', '.join(ranks)}; its checksum has changed, so the "
-            "adapter is being trained against another model. This state was not saved, earlier checkpoints are "
-            "unaffected; look for whatever writes to base weights, or for faulty memory"
+            f"{when}: the frozen base has changed since it was loaded on {', '.join(ranks)}: its checksum differs, so "
+            "the adapter is being trained against another model. This state was not saved, earlier checkpoints are "
+            "unaffected; find out what writes to base weights, or check for faulty memory"
         )

@@ -12,19 +12,19 @@ from ...data.documents import Documents
 from ...data.packing import Rows, hashed_order
 from ...errors import RunFailed, UserError
 
-LOOK_AT = 1000  # documents of each source whose last label is looked at
+INSPECTED = 1000  # documents of each source whose last label is checked
 
 
 def check_every_step_has_labels(
     documents: Documents, rows: Rows, rows_of_step: Callable[[int], np.ndarray], num_steps: int
 ) -> None:
-    """Raises UserError when a step of the run would have no label, so that nothing would be learned from it."""
+    """Raises UserError when a step of the run has no label: nothing would be learned from it."""
     labels = rows.sum_by_row(documents.num_labels)  # (R,)
     if labels.min() > 0:
         return
     if not labels.any():
         raise UserError(
-            f"none of the {len(documents):,} training documents has a label: nothing would be learned. Look at them "
+            f"none of the {len(documents):,} training documents has a label: nothing would be learned. Inspect them "
             "with qlora-dist data CONFIG, and set data.learn or the labels of your token files"
         )
     for step in range(num_steps):
@@ -38,26 +38,26 @@ def check_every_step_has_labels(
 def check_ends_are_learned(documents: Documents, tokenizer: Any, seed: int = 0) -> None:
     """Raises UserError when no document of a source ends in a learned end token: the model would not learn to stop.
 
-    An end token is a special or added token of the tokenizer (EOS, <|im_end|>, <|eot_id|>). Plain text is exempt: its
-    EOS is put there by `data.documents`, and a text that is cut at data.row_tokens rightly has none.
+    An end token is a special or added token of the tokenizer (EOS, <|im_end|>, <|eot_id|>). Plain text is exempt:
+    `data.documents` appends its EOS, and a text that is split at data.row_tokens correctly has none.
     """
     ends = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     order = hashed_order(len(documents), seed)
     lacking = []
     for index, source in enumerate(documents.stats.sources):
-        looked_at = order[documents.source_of[order] == index][:LOOK_AT]
-        if source.format == "text" or not len(looked_at):
+        inspected = order[documents.source_of[order] == index][:INSPECTED]
+        if source.format == "text" or not len(inspected):
             continue
-        if not any(_last_label(documents, int(document)) in ends for document in looked_at):
-            cut = f" ({source.truncated:,} are cut at data.row_tokens)" if source.truncated else ""
-            lacking.append(f"  {source.path}: none of {len(looked_at):,} documents looked at{cut}")
+        if not any(_last_label(documents, int(document)) in ends for document in inspected):
+            cut = f" ({source.truncated:,} are truncated at data.row_tokens)" if source.truncated else ""
+            lacking.append(f"  {source.path}: none of {len(inspected):,} documents inspected{cut}")
     if lacking:
         raise UserError(
             "an end token (EOS, end of turn) is never a label, so the model would not learn to stop:\n"
             + "\n".join(lacking)
             + f"\nexpected a special token of the tokenizer, such as {tokenizer.eos_token}, at the end of an answer. "
-            "Take a data.template whose end of turn this tokenizer knows (alpaca, vicuna, zephyr end in EOS), raise "
-            "data.row_tokens where documents are cut, or set data.require_eos=false if this is meant"
+            "Use a data.template whose end of turn is a token of this tokenizer (alpaca, vicuna, zephyr end in EOS), "
+            "raise data.row_tokens where documents are truncated, or set data.require_eos=false if this is intended"
         )
 
 
@@ -68,12 +68,12 @@ def _last_label(documents: Documents, index: int) -> int:
 
 
 def check_first_update(model: torch.nn.Module) -> None:
-    """After the first update every LoRA B has left zero. Raises RunFailed naming those that have not.
+    """After the first update no LoRA B may be zero. Raises RunFailed naming those that are.
 
     A B that stays zero gets no gradient: its layer is not in the graph (frozen by mistake, skipped, detached), and
-    would be saved as an adapter that does nothing. Experts of a mixture may rightly be without tokens in one step.
+    would be saved as an adapter without effect. Experts of a mixture are exempt: one step may bring them no tokens.
     """
-    # one sync for all of them
+    # one device sync for all of them
     names = [name for name, _ in model.named_parameters() if "lora_B" in name and "expert" not in name]
     if not names:
         return

@@ -94,7 +94,7 @@ if "NULL_GPU_LIB" in os.environ:
             {
                 "qlora_dist.train.step": step,
                 "qlora_dist.model.forward": says_equal,
-                "qlora_dist.model.lora": accepts_zeros,
+                "qlora_dist.model.lora_files": accepts_zeros,
                 "qlora_dist.train.checks.learning": accepts("check_first_update"),
                 "qlora_dist.train.checks.base": accepts(
                     "check_source_bits", "check_base_unchanged", answer="not compared on a null device"
