@@ -5,33 +5,17 @@
 
 from .reading import dump_yaml, json_schema, load_config, parse_config
 from .sections import (
-    BatchConfig,
     DataConfig,
-    DataFormat,
-    LoggingConfig,
-    LoraConfig,
-    MemoryConfig,
     ModelConfig,
-    OptimConfig,
     RunConfig,
     SourceConfig,
-    StrategyConfig,
-    TrainConfig,
 )
 
 __all__ = [
-    "BatchConfig",
     "DataConfig",
-    "DataFormat",
-    "LoggingConfig",
-    "LoraConfig",
-    "MemoryConfig",
     "ModelConfig",
-    "OptimConfig",
     "RunConfig",
     "SourceConfig",
-    "StrategyConfig",
-    "TrainConfig",
     "dump_yaml",
     "json_schema",
     "load_config",

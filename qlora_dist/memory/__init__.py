@@ -15,14 +15,11 @@ what this is held against.
 """
 
 from .choosing import choose, largest_micro_rows, largest_row_tokens
-from .constants import Item
 from .families import shapes_from_config
 from .plan import MemoryPlan, plan_memory
-from .shapes import Linear, ModelShapes
+from .shapes import ModelShapes
 
 __all__ = [
-    "Item",
-    "Linear",
     "MemoryPlan",
     "ModelShapes",
     "choose",

@@ -27,7 +27,6 @@ from .forward import (
     output_head,
     plain_name,
     set_recompute,
-    strip_wrappers,
     unwrap,
 )
 from .generation import Sampling, generate_ids, quantized_and_back
@@ -66,6 +65,5 @@ __all__ = [
     "quantize_model",
     "quantized_and_back",
     "set_recompute",
-    "strip_wrappers",
     "unwrap",
 ]

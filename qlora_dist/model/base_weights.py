@@ -50,6 +50,14 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bits: NaN equals itself, 0.0 is not -0.0."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    first, second = (one.detach().contiguous().reshape(-1).view(torch.uint8) for one in (left, right))
+    return torch.equal(first, second)
+
+
 def num_weights(parameter: Tensor) -> int:
     """Weights that a parameter represents: a 4-bit weight counts as one, not as half a byte; its constants as none."""
     packed: int | None = getattr(parameter, "num_weights", None)

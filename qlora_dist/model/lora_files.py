@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import RunFailed, UserError
+from .base_weights import same_bits
 from .forward import strip_wrappers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -66,7 +67,7 @@ def verify_adapter_file(model: nn.Module, folder: str | Path, *, must_be_trained
     live, stored = adapter_state(model), read_adapter_weights(folder)
     wrong = sorted(
         key for key in live.keys() | stored.keys()
-        if key not in live or key not in stored or not _same_bits(live[key], stored[key])
+        if key not in live or key not in stored or not same_bits(live[key], stored[key])
     )  # fmt: skip
     if wrong or not live:
         raise RunFailed(
@@ -130,9 +131,3 @@ def _live_state(model: nn.Module) -> dict[str, Tensor]:
         for name, value in _peft(model).named_parameters()
         if "lora_" in name and f".{ADAPTER}." in name
     }
-
-
-def _same_bits(left: Tensor, right: Tensor) -> bool:
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))

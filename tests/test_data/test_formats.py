@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.shared_data import shared_file
 
-from qlora_dist.config import DataFormat
+from qlora_dist.config.sections import DataFormat
 from qlora_dist.data.formats import (
     FORMATS,
     BadRecord,

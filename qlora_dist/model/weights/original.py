@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
 
 from ...config.quantization import BLOCK
+from ..base_weights import same_bits
 from ..bitsandbytes_import import bitsandbytes
 from ..forward import is_4bit
-from ..pretrained import expanded, load_config, where_to_read
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+from ..pretrained import load_config
+from .sources import weight_paths
 
 
 def read_source_weight(name: str, revision: str | None, key: str) -> Tensor | None:
     """A tensor of the base's files by the model's own name for it; None where the files use another name."""
-    index = _file(name, revision, INDEX)
-    if index is not None:
-        files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    else:
-        single = _file(name, revision, SINGLE)
-        if single is None:
-            return None
-        with safe_open(single, framework="pt") as opened:
-            files = dict.fromkeys(opened.keys(), SINGLE)
     short = key.partition(".")[2]  # some files store the decoder without the model's prefix: layers.0... h.0...
-    found = next((one for one in (key, short) if one in files), None)
-    path = _file(name, revision, files[found]) if found is not None else None
-    if path is None or found is None:
-        return None
-    with safe_open(path, framework="pt") as opened:
-        return opened.get_tensor(found)
+    for path in weight_paths(name, revision):
+        with safe_open(path, framework="pt") as opened:
+            found = next((one for one in (key, short) if one in opened.keys()), None)  # noqa: SIM118  (not a dict)
+            if found is not None:
+                return opened.get_tensor(found)
+    return None
 
 
 def has_quantized_files(name: str, revision: str | None) -> bool:
@@ -70,21 +58,4 @@ def same_as_quantized(layer: nn.Module, source: Tensor, compute_dtype: torch.dty
             "nested constants": (state.state2.absmax, expected.state2.absmax),
             "offset": (state.offset, expected.offset),
         }
-    return next((part for part, (live, again) in pairs.items() if not _same_bytes(live, again)), None)
-
-
-def _same_bytes(left: Tensor, right: Tensor) -> bool:
-    flat_left, flat_right = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (left, right))
-    return torch.equal(flat_left, flat_right)
-
-
-def _file(name: str, revision: str | None, file: str) -> str | None:
-    where = where_to_read(name, revision)
-    return cached_file(
-        expanded(name),
-        file,
-        revision=where["revision"],
-        local_files_only=where["local_files_only"],
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    return next((part for part, (live, again) in pairs.items() if not same_bits(live, again)), None)
