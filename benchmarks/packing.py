@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_dist.data.loader import row_costs, share_out
+from qlora_dist.data.loader import balance_over_ranks, row_costs
 from qlora_dist.data.packing import Rows, hashed_order, pack_best_fit
 from qlora_dist.train import provenance
 
@@ -114,7 +114,7 @@ def measure_balance(rows: Rows, lengths: np.ndarray, num_steps: int = 50) -> lis
         shared, dealt, seconds = [], [], []
         for step in range(min(num_steps, len(rows) // rows_per_step)):
             indices = order[step * rows_per_step : (step + 1) * rows_per_step]
-            elapsed, shares = timed(partial(share_out, costs[indices], world_size))
+            elapsed, shares = timed(partial(balance_over_ranks, costs[indices], world_size))
             seconds.append(elapsed)
             shared.append(_spread([squares[indices[share]].sum() for share in shares]))
             dealt.append(_spread([squares[indices[rank::world_size]].sum() for rank in range(world_size)]))

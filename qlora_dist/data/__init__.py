@@ -1,1 +1,1 @@
-"""From files, folders and the hub to this rank's micro-batches."""
+"""From files, folders and hub datasets to this rank's micro-batches."""

@@ -1,9 +1,9 @@
 """Rows -> this rank's micro-batches. Step k is a pure function of (data, seed, k): a resume needs only k.
 
 The rows of all epochs form one endless stream, epoch after epoch, each in its own seeded order. Step k takes
-the next `rows_per_step` rows of it, on any number of ranks; the rows of a step are then shared out so that
-all ranks have the same number of rows and nearly the same work. No rank talks to another: what is global
-(labels, tokens of the step) is computed from the documents' lengths, which every rank has.
+the next `rows_per_step` rows of it, whatever the number of ranks, and assigns them so that all ranks get the
+same number of rows and nearly the same work. Ranks do not communicate: global numbers (labels and tokens of
+the step) are computed from the document lengths, which every rank has.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 from ..errors import UserError
 from .packing import Batch, Example, Rows, collate, hashed_order
 
-CLOSE_LOOKS = 16  # steps that `longest_batch` deals out to find its batch
+MAX_EXACT_STEPS = 16  # steps whose assignment to ranks `longest_batch` computes
 
 
 class DocumentStore(Protocol):
-    """What the loader needs of `data.documents.Documents`: lengths in memory, tokens on demand."""
+    """What the loader needs from `data.documents.Documents`: lengths in memory, tokens on demand."""
 
     lengths: np.ndarray  # (D,) int32
     num_labels: np.ndarray  # (D,) int32
@@ -38,29 +38,29 @@ class DocumentStore(Protocol):
 class StepRows:
     """One rank's share of one optimizer step, with the numbers of the whole step."""
 
-    microbatches: list[Batch]  # this rank's; every rank has equally many
-    num_labels: int  # of the step over all ranks
-    num_tokens: int  # of the step over all ranks, filler not counted
-    epoch: float  # passes over the rows when this step is done
-    row_indices: tuple[int, ...]  # of the step over all ranks, in the stream's order
-    imbalance: float  # the busiest rank's work over the mean of the ranks
+    microbatches: list[Batch]  # this rank's; the same number on every rank
+    num_labels: int  # of the step, over all ranks
+    num_tokens: int  # of the step, over all ranks, without filler
+    epoch: float  # passes over the rows once this step is done
+    row_indices: tuple[int, ...]  # of the step, over all ranks, in stream order
+    imbalance: float  # the busiest rank's work divided by the mean over ranks
 
 
 def derive_accumulation(rows_per_step: int, micro_rows: int, world_size: int) -> int:
-    """Micro-steps of one optimizer step. Raises UserError with the nearest row counts that divide."""
+    """Micro-steps per optimizer step. Raises UserError with the nearest valid row counts."""
     unit = micro_rows * world_size
     if rows_per_step % unit == 0:
         return rows_per_step // unit
     below = rows_per_step // unit * unit
     near = f"{below} or {below + unit}" if below else f"{unit}"
     raise UserError(
-        f"batch.rows_per_step is {rows_per_step}, which does not divide into batch.micro_rows {micro_rows} x "
-        f"{world_size} ranks = {unit} rows at a time; nearest values that do: {near}"
+        f"batch.rows_per_step is {rows_per_step}, which is not a multiple of batch.micro_rows {micro_rows} x "
+        f"{world_size} ranks = {unit}; nearest multiples: {near}"
     )
 
 
 class Loader:
-    """Deals the rows of each step to the ranks. Holds no position."""
+    """Assigns the rows of each step to the ranks. Keeps no position in the stream."""
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class Loader:
         seed: int,
         total_rows: int | None = None,
     ) -> None:
-        """`total_rows` ends the stream (epochs * len(rows)): the last step may then be short."""
+        """`total_rows` (epochs * len(rows)) ends the stream; the last step may then be short."""
         if len(rows) == 0:
-            raise UserError("there is no row to train on: every source is empty or every example was dropped")
+            raise UserError("no rows to train on: every source is empty or every example was dropped")
         self.accumulation = derive_accumulation(rows_per_step, micro_rows, world_size)
         self.documents = documents
         self.rows = rows
@@ -89,7 +89,7 @@ class Loader:
         self._labels = rows.sum_by_row(documents.num_labels)
         self._costs = row_costs(rows, documents.lengths)
         self._shortest_row = int(np.argmin(rows.tokens))
-        # two epochs: a step may straddle them
+        # a step may straddle two epochs
         self._epoch_order = lru_cache(maxsize=2)(lambda epoch: hashed_order(len(rows), seed, epoch))
 
     @property
@@ -98,16 +98,16 @@ class Loader:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps until the stream ends, None if it does not."""
+        """Steps until the stream ends, None if it is endless."""
         return None if self.total_rows is None else -(-self.total_rows // self.rows_per_step)
 
     def rows_of_step(self, step: int) -> np.ndarray:
-        """Indices of the rows of 0-based optimizer step `step`, over all ranks, in the stream's order."""
+        """Row indices of 0-based optimizer step `step`, over all ranks, in stream order."""
         begin = step * self.rows_per_step
         end = begin + self.rows_per_step
         if self.total_rows is not None:
             if begin >= self.total_rows:
-                raise IndexError(f"step {step} begins at row {begin}, but the data end at row {self.total_rows}")
+                raise IndexError(f"step {step} starts at row {begin}, but the data ends at row {self.total_rows}")
             end = min(end, self.total_rows)
         pieces = []
         while begin < end:
@@ -120,7 +120,7 @@ class Loader:
         """This rank's micro-batches of 0-based optimizer step `step`."""
         indices = self.rows_of_step(step)
         costs = self._costs[indices]
-        shares = share_out(costs, self.world_size)
+        shares = balance_over_ranks(costs, self.world_size)
         work = [costs[share].sum() for share in shares]
         return StepRows(
             microbatches=self._microbatches(indices[shares[self.rank]]),
@@ -132,29 +132,28 @@ class Loader:
         )
 
     def longest_batch(self, start: int, stop: int) -> Batch:
-        """The micro-batch with the most tokens that any rank gets in steps start..stop-1; the same on every rank.
+        """The micro-batch with the most tokens on any rank in steps start..stop-1; the same on every rank.
 
-        Looks closely at those steps whose longest rows together are longest. With one rank, or one row a micro-batch,
-        the first of them has it.
+        Examines the steps whose `micro_rows` longest rows have the most tokens. With one rank, or one row per
+        micro-batch, the first of them contains it.
         """
         tokens, micro = self.rows.tokens, self.micro_rows
         bounds = [int(np.sort(tokens[self.rows_of_step(step)])[-micro:].sum()) for step in range(start, stop)]
         best: tuple[int, int, list[int]] = (-1, -1, [])
-        for offset in np.argsort(-np.array(bounds), kind="stable")[:CLOSE_LOOKS].tolist():
+        for offset in np.argsort(-np.array(bounds), kind="stable")[:MAX_EXACT_STEPS].tolist():
             if bounds[offset] <= best[0]:
                 break
             indices = self.rows_of_step(start + offset)
-            for share in share_out(self._costs[indices], self.world_size):
+            for share in balance_over_ranks(self._costs[indices], self.world_size):
                 for begin in range(0, len(share), micro):
                     rows = indices[share[begin : begin + micro]]
                     best = max(best, (int(tokens[rows].sum()), int(self._costs[rows].sum()), rows.tolist()))
         return _batch(self.documents, self.rows, best[2])
 
     def iterate(self, start: int, stop: int, pin_memory: bool = False) -> Iterator[StepRows]:
-        """Steps start..stop-1; the next one is prepared in a thread while the caller works on this one.
+        """Steps start..stop-1; a thread prepares the next one while the caller works on the current one.
 
-        An error in the thread is raised here. Leaving the loop early (break, exception, `close()`) ends the
-        thread.
+        An error in the thread is re-raised here. Leaving the loop early (break, exception, `close()`) stops it.
         """
 
         def prepare(step: int) -> StepRows:
@@ -168,31 +167,30 @@ class Loader:
 
 
 def eval_batches(documents: DocumentStore, rows: Rows, micro_rows: int, rank: int, world_size: int) -> list[Batch]:
-    """This rank's share of all rows, once. Every rank gets equally many batches; filler has no labels."""
+    """This rank's share of all rows, once. Every rank gets the same number of batches; filler has no labels."""
     if len(rows) == 0:
-        raise UserError("there is no row to evaluate on: every source is empty or every example was dropped")
+        raise UserError("no rows to evaluate on: every source is empty or every example was dropped")
     num_batches = -(-len(rows) // (micro_rows * world_size))
     mine = np.arange(rank, len(rows), world_size)
     return _to_batches(documents, rows, mine, micro_rows, num_batches, int(np.argmin(rows.tokens)))
 
 
 def row_costs(rows: Rows, lengths: np.ndarray) -> np.ndarray:
-    """Work of each row: a term per token plus, documents being apart, each length squared.
+    """Work of each row: a term per token plus the square of each document's length (attention is per document).
 
-    A token weighs as much as its attention to a full row. By FLOPs it weighs more (12 hidden sizes), but then the
-    few empty slots of packed rows would outweigh all that attention differs by; with this weight both the tokens
+    A token counts as much as its attention to a full row. By FLOPs it should count more (12 hidden sizes), but then
+    the few empty slots of packed rows would outweigh all differences in attention; with this weight, both the tokens
     and the attention of the ranks come out nearly equal, packed or not.
     """
     return rows.sum_by_row(lengths.astype(np.int64) ** 2) + rows.row_tokens * rows.tokens
 
 
-def share_out(costs: np.ndarray, num_ranks: int) -> list[np.ndarray]:
-    """Deals positions of `costs` to ranks: equal numbers (or one apart), sums as equal as can be had quickly.
+def balance_over_ranks(costs: np.ndarray, num_ranks: int) -> list[np.ndarray]:
+    """Assigns positions of `costs` to ranks: equal counts (or one apart), sums as equal as a fast heuristic gets them.
 
-    Longest processing time first with a limit on the count, then swaps between the busiest rank and the
-    others while they lower it. Deterministic. Each rank's share is ordered from its dearest row down, so that
-    also the ranks' micro-steps are alike: where weights are gathered, all ranks wait for the slowest in each
-    of them.
+    Longest processing time first with a limit on the count, then swaps between the busiest rank and the others
+    for as long as they lower its sum. Deterministic. Each rank's share is ordered by decreasing cost, so that the
+    ranks' micro-steps match as well: where weights are gathered, all ranks wait for the slowest in each of them.
     """
     order = np.argsort(-costs, kind="stable")
     base, extra = divmod(len(costs), num_ranks)
@@ -209,21 +207,21 @@ def share_out(costs: np.ndarray, num_ranks: int) -> list[np.ndarray]:
         shares[rank].append(position)
         sums[rank] += int(costs[position])
     for _ in range(len(costs)):
-        if not _swap_down(costs, shares, sums):
+        if not _swap_with_busiest(costs, shares, sums):
             break
     return [np.array(sorted(share, key=lambda p: (-costs[p], p)), dtype=np.int64) for share in shares]
 
 
-def _swap_down(costs: np.ndarray, shares: list[list[int]], sums: list[int]) -> bool:
-    """Makes the swap with the busiest rank that lowers the larger of the two sums most. False: none does."""
+def _swap_with_busiest(costs: np.ndarray, shares: list[list[int]], sums: list[int]) -> bool:
+    """Makes the swap with the busiest rank that most lowers the larger of the two sums. False if none does."""
     busiest = max(range(len(sums)), key=lambda r: (sums[r], -r))
     mine = costs[shares[busiest]]
     best: tuple[int, int, Any, Any] | None = None
     for other in range(len(sums)):
         if other == busiest or not shares[other] or not shares[busiest]:
             continue
-        given = mine[:, None] - costs[shares[other]][None, :]  # what the busiest loses by a swap
-        after = np.maximum(sums[busiest] - given, sums[other] + given)
+        moved = mine[:, None] - costs[shares[other]][None, :]  # cost that a swap moves off the busiest rank
+        after = np.maximum(sums[busiest] - moved, sums[other] + moved)
         i, j = np.unravel_index(int(np.argmin(after)), after.shape)
         if after[i, j] < sums[busiest] and (best is None or after[i, j] < best[0]):
             best = (int(after[i, j]), other, i, j)
@@ -241,7 +239,7 @@ def _swap_down(costs: np.ndarray, shares: list[list[int]], sums: list[int]) -> b
 def _to_batches(
     documents: DocumentStore, rows: Rows, indices: np.ndarray, micro_rows: int, num_batches: int, filler: int
 ) -> list[Batch]:
-    """Exactly `num_batches` batches: the rows, then as much filler without labels as is needed."""
+    """Exactly `num_batches` batches: the rows, then as much filler without labels as needed."""
     batches = [
         _batch(documents, rows, indices[begin : begin + micro_rows].tolist())
         for begin in range(0, len(indices), micro_rows)
@@ -262,7 +260,7 @@ def _pinned(batch: Batch) -> Batch:
 
 
 def _prefetch(prepare: Callable[[int], StepRows], steps: range) -> Iterator[StepRows]:
-    """Yields prepare(step) for each step, one ahead. The thread lives as long as this generator."""
+    """Yields prepare(step) for each step, prefetching one. The thread lives as long as this generator."""
     ready: queue.Queue[StepRows | BaseException] = queue.Queue(maxsize=1)
     stopped = threading.Event()
 
@@ -280,7 +278,7 @@ def _prefetch(prepare: Callable[[int], StepRows], steps: range) -> Iterator[Step
             for step in steps:
                 if not put(prepare(step)):
                     return
-        except BaseException as error:  # raised again in the consumer
+        except BaseException as error:  # re-raised in the consumer
             put(error)
 
     thread = threading.Thread(target=work, name="prefetch rows", daemon=True)

@@ -1,14 +1,14 @@
-"""Examples -> rows. Pure functions and the three data types that everything else passes around.
+"""Examples -> rows. Pure functions, and the three data types that everything else uses.
 
     Example  token ids and a label mask of one document
-    Row      whole documents whose tokens together are at most row_tokens long
+    Row      whole documents, at most row_tokens tokens in total
     Batch    the rows of one micro-step, concatenated without padding, as tensors
 
     documents   [a a a a] [b b] [c c c]                 row_tokens = 7
     rows        [a a a a c c c] [b b]
     batch       input_ids     a a a a c c c b b         (1, T)
                 position_ids  0 1 2 3 0 1 2 0 1         (1, T)  restart at each document
-                cu_seqlens    0 4 7 9                   (D + 1,) document borders, int32
+                cu_seqlens    0 4 7 9                   (D + 1,) document boundaries, int32
 
 Legend: T tokens of a micro-batch, D documents in it, N labels in it.
 """
@@ -27,7 +27,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One document. `is_label[i]` says that token i is learned (predicted from the tokens before it)."""
+    """One document. `is_label[i]`: whether token i is learned (predicted from the tokens before it)."""
 
     input_ids: np.ndarray  # (L,) int32
     is_label: np.ndarray  # (L,) bool
@@ -48,7 +48,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Row:
-    """Whole documents that share a row. `index` is the row's place before shuffling: its name in messages."""
+    """Whole documents that share a row. `index`, its position before shuffling, identifies it in messages."""
 
     index: int
     documents: tuple[int, ...]
@@ -56,16 +56,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-step's rows, without padding. A token's label is found at the position that predicts it."""
+    """One micro-step's rows, without padding. A token's label is at the position that predicts it."""
 
     input_ids: torch.Tensor  # (1, T) int64
     position_ids: torch.Tensor  # (1, T) int64, restart at each document
-    cu_seqlens: torch.Tensor  # (D + 1,) int32, borders of documents in T
-    max_seqlen: int  # longest document, tokens
+    cu_seqlens: torch.Tensor  # (D + 1,) int32, document boundaries in T
+    max_seqlen: int  # tokens of the longest document
     label_positions: torch.Tensor  # (N,) int64 into T: the token before each learned token
     labels: torch.Tensor  # (N,) int64: the learned tokens
     row_indices: tuple[int, ...]
-    lengths: tuple[int, ...]  # of the documents, on the host: per-document attention needs no device sync
+    lengths: tuple[int, ...]  # of the documents, on the host, so that per-document attention needs no device sync
 
     def __post_init__(self) -> None:
         num_tokens = self.input_ids.shape[1]
@@ -91,7 +91,7 @@ class Batch:
         return replace(self, **moved)
 
     def without_labels(self) -> Batch:
-        """The same tokens with nothing to learn: fills a rank's share of a step that has too few rows."""
+        """The same tokens without labels: pads a rank's share of a step that has too few rows."""
         empty = torch.empty(0, dtype=torch.int64)
         return replace(self, label_positions=empty, labels=empty)
 
@@ -122,7 +122,7 @@ def collate(examples: Sequence[Example], row_indices: Sequence[int]) -> Batch:
 
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
-    """All rows of a data set as three arrays: 4 bytes a document and 16 a row, however long they are."""
+    """All rows of a dataset as three arrays: 4 bytes per document and 16 per row, whatever their length."""
 
     documents: np.ndarray  # (D,) int32: every packed document exactly once, row after row
     offsets: np.ndarray  # (R + 1,) int64: row i is documents[offsets[i]:offsets[i + 1]]
@@ -144,24 +144,24 @@ class Rows(Sequence[Row]):
 
     @property
     def efficiency(self) -> float:
-        """Share of the rows' slots that hold a token."""
+        """Fraction of the rows' slots that hold a token."""
         return float(self.tokens.sum() / max(1, len(self) * self.row_tokens))
 
     def sum_by_row(self, values: np.ndarray) -> np.ndarray:
-        """Adds up one number per document to one number per row, as int64."""
+        """Sums a per-document value over each row, as int64."""
         if len(self) == 0:
             return np.zeros(0, dtype=np.int64)
         return np.add.reduceat(values[self.documents].astype(np.int64), self.offsets[:-1])
 
 
 def pack_best_fit(lengths: np.ndarray, row_tokens: int, seed: int) -> Rows:
-    """Packs whole documents: a row begins with the longest one left, then takes the longest that still fits.
+    """Packs whole documents: a row starts with the longest one left, then takes the longest that still fits.
 
-    (That is first-fit decreasing, written row by row.) Works on the histogram of lengths: as long as no
-    length runs out, row after row has the same lengths in it, so the loop runs once per *kind* of row, at
-    most once per distinct length, and not once per document. Documents of one length are interchangeable;
-    `seed` shuffles them, so that which of them meet in a row does not follow the order of the file. A pure
-    function of its arguments.
+    (This is first-fit decreasing, built row by row.) Works on the histogram of lengths: until some length
+    runs out, consecutive rows consist of the same lengths, so the loop runs once per *kind* of row, at most
+    once per distinct length, not once per document. Documents of equal length are interchangeable; `seed`
+    shuffles them, so that which of them share a row does not depend on file order. A pure function of its
+    arguments.
     """
     _check_lengths(lengths, row_tokens)
     by_length, counts, first = _shuffled_by_length(lengths, row_tokens, seed)
@@ -200,10 +200,10 @@ def one_document_per_row(lengths: np.ndarray, row_tokens: int | None = None) -> 
 
 
 def hashed_order(count: int, *keys: int) -> np.ndarray:
-    """A permutation of range(count) that depends on `keys` alone: not on numpy's version or the platform.
+    """A permutation of range(count) that depends on `keys` alone, not on numpy's version or the platform.
 
-    Sorts by splitmix64 of (keys, i). Resuming with another numpy must give the same rows; numpy's own
-    generators do not promise that.
+    Sorts by splitmix64 of (keys, i). Resuming with another numpy version must give the same rows, which
+    numpy's own generators do not guarantee.
     """
     state = np.zeros(1, dtype=np.uint64)
     for key in keys:
@@ -212,14 +212,14 @@ def hashed_order(count: int, *keys: int) -> np.ndarray:
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
-    x = x + np.uint64(0x9E3779B97F4A7C15)  # uint64 arrays wrap around, as the algorithm wants
+    x = x + np.uint64(0x9E3779B97F4A7C15)  # uint64 arrays wrap around, as the algorithm expects
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def _shuffled_by_length(lengths: np.ndarray, row_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents grouped by length, each group shuffled; how many have length n; where group n begins."""
+    """Documents grouped by length, each group shuffled; the size of group n; where group n starts."""
     shuffled = hashed_order(len(lengths), seed).astype(np.int32)
     by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
     counts = np.bincount(lengths, minlength=row_tokens + 1)
@@ -227,7 +227,7 @@ def _shuffled_by_length(lengths: np.ndarray, row_tokens: int, seed: int) -> tupl
 
 
 def _longest(longest_up_to: list[int], left: list[int], limit: int) -> int:
-    """Longest length <= limit that still has documents, 0 if there is none. Shortens the chain as it goes."""
+    """Longest length <= limit that has documents left, 0 if there is none. Compresses the path as it goes."""
     found = longest_up_to[limit]
     while found and not left[found]:
         found = longest_up_to[found - 1]

@@ -59,7 +59,7 @@ ROW = '{"input": "w6 w7", "output": "w8"}'
     [
         ({"optim__lrr": 1}, ["optim.lrr: unknown key; did you mean lr?"]),
         ({"data__train": [{"path": "nowhere/data.json"}]}, ["nowhere/data.json", "no such file"]),
-        ({"batch__rows_per_step": 5, "batch__micro_rows": 2}, ["nearest values that do: 4 or 6"]),
+        ({"batch__rows_per_step": 5, "batch__micro_rows": 2}, ["nearest multiples: 4 or 6"]),
         ({"lora__target_modules": ["q_proj", "no_such"]}, ["no_such", "q_proj", "down_proj"]),
         ({"model__name": "./nowhere"}, ["model.name ./nowhere: there is no such folder"]),
     ],
@@ -239,7 +239,7 @@ def test_a_mistake_under_a_launcher_is_said_once_without_a_traceback_of_ours(raw
     config = write_config(tmp_path / "c.yaml", raw, batch__rows_per_step=3)
     done = run_command([*torchrun(2), "-m", "qlora_dist", "train", str(config)])
     assert done.returncode != 0
-    assert done.stderr.count("nearest values that do: 2 or 4") == 1
+    assert done.stderr.count("nearest multiples: 2 or 4") == 1
     assert "qlora_dist/train" not in done.stderr
 
 

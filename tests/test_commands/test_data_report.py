@@ -1,4 +1,4 @@
-"""`qlora-dist data` shows what would be learned, and warns of what usually is a mistake."""
+"""`qlora-dist data` shows what would be learned, and warns about what is usually a mistake."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def audit_of(tmp_path, rows, tokenizer=None, trained_on=None, show=2, **options)
     return documents, audit(documents, rows, tokenizer, template=template, show=show, trained_on=trained_on)
 
 
-def test_good_data_give_no_warning(tmp_path):
+def test_good_data_gives_no_warning(tmp_path):
     documents, result = audit_of(tmp_path, ROWS)
     assert result.warnings == []
     assert sum(count for _, _, count in result.histogram) == 30
@@ -41,35 +41,35 @@ def test_good_data_give_no_warning(tmp_path):
     ("rows", "options", "warning"),
     [
         ([*ROWS, {"instruction": 1}], {}, r"1 of 31 records cannot be used; the first: .*line 31: field instruction"),
-        ([*ROWS, {"instruction": "a", "output": "b " * 300}], {}, "1 conversations are cut to data.row_tokens"),
+        ([*ROWS, {"instruction": "a", "output": "b " * 300}], {}, "1 conversations are truncated to data.row_tokens"),
         ([*ROWS, {"instruction": "b " * 300, "output": "b"}], {}, "1 examples are dropped"),
-        (ROWS + ROWS[:3], {}, "3 examples are repetitions"),
+        (ROWS + ROWS[:3], {}, "3 examples are duplicates"),
         ([*ROWS, {"instruction": "a", "output": " "}], {}, "1 examples have an empty answer"),
-        ([*ROWS, {"instruction": "<|im_end|>", "output": "b"}], {}, "1 conversations spell a special token"),
-        ([*ROWS, {"instruction": "caf�", "output": "b"}], {}, "1 examples hold U\\+FFFD"),
+        ([*ROWS, {"instruction": "<|im_end|>", "output": "b"}], {}, "1 conversations spell out a special token"),
+        ([*ROWS, {"instruction": "caf�", "output": "b"}], {}, "1 examples contain U\\+FFFD"),
         ([{"instruction": "a " * 200, "output": "b"}], {"row_tokens": 512}, r"only 0\.\d% of the tokens are labels"),
         ([{"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}, *ROWS], {}, "30 of 31 records cannot be used"),
         (ROWS, {"template": "chatml"}, r"answers end with <\|im_end\|>, but the tokenizer's EOS is <\|endoftext\|>"),
         (
             ROWS,
             {"template": "chatml", "tokenizer": sentencepiece_tokenizer},
-            r"30 of 30 examples looked at do not end in a special token",
+            r"30 of 30 inspected examples do not end with a special token",
         ),
         (
             ROWS,
             {"template": "llama3", "tokenizer": sentencepiece_tokenizer},
-            r"made for a base that has <\|start_header_id\|>.* as single tokens; this one spells",
+            r"meant for a base with <\|start_header_id\|>.* as single tokens; this one splits",
         ),
     ],
 )
-def test_usual_mistakes_are_warned_of(tmp_path, rows, options, warning):
+def test_common_mistakes_give_warnings(tmp_path, rows, options, warning):
     options = dict(options)
     tokenizer = options.pop("tokenizer", byte_level_tokenizer)()
     _, result = audit_of(tmp_path, rows, tokenizer, **options)
     assert any(re.search(warning, text) for text in result.warnings), result.warnings
 
 
-def test_lines_in_another_encoding_are_warned_of(tmp_path):
+def test_lines_in_another_encoding_give_a_warning(tmp_path):
     path = tmp_path / "latin.jsonl"
     good = "".join(json.dumps(row) + "\n" for row in ROWS)
     path.write_bytes(good.encode() + '{"instruction": "café", "output": "x"}\n'.encode("latin1"))
@@ -81,24 +81,24 @@ def test_lines_in_another_encoding_are_warned_of(tmp_path):
     assert re.search("line 31: not UTF-8", result.warnings[0])
 
 
-def test_evaluated_examples_that_are_trained_on_are_warned_of(tmp_path):
+def test_evaluation_examples_that_are_trained_on_give_a_warning(tmp_path):
     trained, _ = audit_of(tmp_path, ROWS)
     (tmp_path / "held").mkdir()
     _, result = audit_of(tmp_path / "held", [*ROWS[:4], {"instruction": "new", "output": "x"}], trained_on=trained)
-    assert result.warnings == ["4 of 5 evaluated examples occur in the training data as well"]
+    assert result.warnings == ["4 of 5 evaluation examples also occur in the training data"]
 
 
-def test_another_template_than_the_bases_own_is_warned_of(tmp_path):
+def test_a_template_other_than_the_bases_own_gives_a_warning(tmp_path):
     import copy
 
     tokenizer = copy.deepcopy(byte_level_tokenizer())
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     _, result = audit_of(tmp_path, ROWS, tokenizer, template="alpaca")
-    assert any("the base has a chat template of its own" in text for text in result.warnings)
+    assert any("the base has its own chat template" in text for text in result.warnings)
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level_tokenizer, sentencepiece_tokenizer])
-def test_a_sample_shows_every_token_and_tells_learned_context_and_special_apart(tmp_path, tokenizer):
+def test_a_sample_shows_every_token_and_distinguishes_learned_context_and_special(tmp_path, tokenizer):
     tokenizer = tokenizer()
     documents, _ = audit_of(tmp_path, ROWS, tokenizer)
     sample = sample_of(documents, 3, tokenizer)
@@ -125,13 +125,13 @@ def config_of(tmp_path, **data):
     )
 
 
-def test_the_command_prints_sources_lengths_packing_and_samples_of_both_sides(tmp_path):
+def test_the_command_prints_sources_lengths_packing_and_samples_for_train_and_eval(tmp_path):
     out = io.StringIO()
     console = Console(file=out, width=200, force_terminal=True, color_system="truecolor")
     audits = run_data_command(config_of(tmp_path), byte_level_tokenizer(), show=1, console=console)
     assert [(one.name, one.sources[0].examples) for one in audits] == [("data.train", 25), ("data.eval", 5)]
     plain = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
-    for part in ("data.train", "data.eval", "train.jsonl", "share", "tokens of a document", "rows of 256 tokens"):
+    for part in ("data.train", "data.eval", "train.jsonl", "share", "tokens per document", "rows of 256 tokens"):
         assert part in plain
     assert "\x1b[" in out.getvalue() and "### Instruction:" in plain and "<|endoftext|>" in plain
 
@@ -145,7 +145,7 @@ def test_a_large_source_with_a_long_path_is_readable_in_80_columns(tmp_path):
     print_audit(replace(result, sources=[source]), Console(file=out, width=80))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert any("12,345,678" in line and "9,876,543,210" in line for line in lines), "numbers stay whole, in one line"
+    assert any("12,345,678" in line and "9,876,543,210" in line for line in lines), "numbers stay unbroken, on one line"
     assert all(head in out.getvalue() for head in ("records", "tokens", "labels", "dropped", "bad"))
 
 

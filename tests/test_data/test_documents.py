@@ -1,4 +1,4 @@
-"""Sources become documents once, exactly, and every token that is not learned from is counted."""
+"""Sources become documents once and exactly, and every lost token is counted."""
 
 import json
 import multiprocessing
@@ -75,7 +75,7 @@ def test_worker_processes_give_the_same_store_as_this_process(tmp_path, num_work
     ]
 
 
-def test_a_bad_record_in_a_worker_is_named_as_in_this_process(tmp_path):
+def test_a_bad_record_in_a_worker_is_reported_as_in_this_process(tmp_path):
     source = SourceConfig(path=write(tmp_path / "a.jsonl", [*ALPACA, {"instruction": 3, "output": ""}]))
     for num_workers in (1, 2):
         with pytest.raises(UserError, match=r"a\.jsonl, line 41: field instruction is a number, expected text.*skip"):
@@ -127,7 +127,7 @@ def test_a_truncated_conversation_is_counted_and_a_long_text_is_split_instead(tm
     assert byte_level_tokenizer().decode(joined) == "a " * 300 + "<|endoftext|>"
 
 
-def test_too_long_documents_are_an_error_on_demand_and_when_nothing_is_left(tmp_path):
+def test_documents_that_are_too_long_are_an_error_if_configured_or_if_none_are_left(tmp_path):
     source = SourceConfig(path=write(tmp_path / "c.jsonl", [{"prompt": "q " * 300, "completion": "a"}]))
     with pytest.raises(UserError, match=r"c\.jsonl, line 1: 6\d\d tokens but data.row_tokens is 64"):
         build(tmp_path, source, row_tokens=64, on_long="error")
@@ -137,7 +137,7 @@ def test_too_long_documents_are_an_error_on_demand_and_when_nothing_is_left(tmp_
         build(tmp_path, source, row_tokens=64)
 
 
-def test_a_plain_text_gets_bos_and_eos_once_even_if_it_brings_them(tmp_path):
+def test_plain_text_gets_bos_and_eos_once_even_if_it_spells_them_out(tmp_path):
     tokenizer = sentencepiece_tokenizer()
     source = SourceConfig(path=write(tmp_path / "t.jsonl", [{"text": "Hello there"}, {"text": "<s>Hello there</s>"}]))
     documents = build(tmp_path, source, tokenizer=tokenizer)
@@ -147,13 +147,13 @@ def test_a_plain_text_gets_bos_and_eos_once_even_if_it_brings_them(tmp_path):
         assert documents[i].is_label.tolist() == [False] + [True] * (len(ids) - 1)
 
 
-def test_tokens_made_elsewhere_are_taken_as_they_are_and_checked(tmp_path):
+def test_token_ids_from_elsewhere_are_used_as_they_are_and_checked(tmp_path):
     rows = [{"input_ids": [1, 5, 6, 2], "labels": [-100, -100, 6, 2]}]
     documents = build(tmp_path, SourceConfig(path=write(tmp_path / "a.jsonl", rows)))
     assert documents[0].input_ids.tolist() == [1, 5, 6, 2] and documents.num_labels.tolist() == [2]
     foreign = SourceConfig(path=write(tmp_path / "b.jsonl", [{"input_ids": [1, 99_999]}]))
     with pytest.raises(
-        UserError, match="holds 99999, but this tokenizer has 400 tokens: the data were made with another"
+        UserError, match="contains 99999, but this tokenizer has 400 tokens: the data was tokenized with another"
     ):
         build(tmp_path, foreign)
 
@@ -175,16 +175,16 @@ def test_bad_records_are_skipped_and_counted_and_the_good_ones_kept(tmp_path):
     assert "line 3: not valid JSON" in stats.first_bad
 
 
-def test_a_gigantic_record_is_named_and_its_neighbours_kept(tmp_path, monkeypatch):
+def test_a_huge_record_is_reported_and_its_neighbours_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("qlora_dist.data.documents.encode._MAX_CHARACTERS", 500)
     source = SourceConfig(path=write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b" * 501}, {"text": "c"}]))
-    with pytest.raises(UserError, match=r"line 2: it has 501 characters, expected at most 500"):
+    with pytest.raises(UserError, match=r"line 2: 501 characters, expected at most 500"):
         build(tmp_path, source)
     documents = build(tmp_path, source, on_bad="skip")
     assert (len(documents), documents.stats.sources[0].bad) == (2, 1)
 
 
-def test_mixed_columns_are_named_by_the_row_that_differs(tmp_path):
+def test_mixed_columns_are_reported_by_the_row_that_differs(tmp_path):
     source = SourceConfig(path=write(tmp_path / "a.jsonl", [*ALPACA, {"prompt": "x", "completion": "y"}]))
     with pytest.raises(UserError, match="line 41: field instruction is missing; this record has prompt, completion"):
         build(tmp_path, source)
@@ -195,7 +195,7 @@ def test_mixed_columns_are_named_by_the_row_that_differs(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands in for the hub client: one dataset, `someone/set`, with a train and a test split."""
+    """Replaces the hub client: one dataset, `someone/set`, with a train and a test split."""
     import datasets
 
     splits = {"train": datasets.Dataset.from_list(ALPACA[:30]), "test": datasets.Dataset.from_list(ALPACA[30:])}
@@ -221,27 +221,27 @@ def test_hub_datasets_are_read_whole_or_as_a_stream_with_their_own_split_held_ou
     assert len(capped) == 4
 
 
-def test_a_bad_row_of_a_hub_dataset_is_named_by_its_row(tmp_path, hub):
+def test_a_bad_record_of_a_hub_dataset_is_reported_by_its_row(tmp_path, hub):
     source = SourceConfig(path="someone/set", format="alpaca", columns={"answer": "output"})
     with pytest.raises(UserError, match=r"someone/set \[train\], row 1: field output is missing"):
         build(tmp_path, source)
 
 
-def test_sources_with_nothing_in_them_say_so(tmp_path):
+def test_sources_without_usable_records_are_rejected(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"empty\.jsonl: it is empty"):
+    with pytest.raises(UserError, match=r"empty\.jsonl is empty"):
         build(tmp_path, SourceConfig(path=str(tmp_path / "empty.jsonl")))
     bad = SourceConfig(path=write(tmp_path / "bad.jsonl", [{"instruction": "x", "output": 1}]))
     with pytest.raises(
         UserError, match=r"none of 1 records can be used; the first: .*line 1: field output is a number"
     ):
         build(tmp_path, bad, on_bad="skip")
-    with pytest.raises(UserError, match="neither a file here nor a dataset that can be loaded from the hub"):
+    with pytest.raises(UserError, match="neither a local file nor a dataset that can be loaded from the hub"):
         build(tmp_path, SourceConfig(path="nobody/nothing"))
 
 
-def test_a_slow_tokenizer_is_refused():
-    with pytest.raises(UserError, match="is a slow one"):
+def test_a_slow_tokenizer_is_rejected():
+    with pytest.raises(UserError, match="is a slow tokenizer"):
         build_documents([], object(), row_tokens=8, cache_dir="/nonexistent")
 
 
@@ -259,7 +259,7 @@ def test_duplicates_and_empty_answers_and_control_tokens_are_counted(tmp_path):
 # --- mixing ---
 
 
-def test_weights_repeat_examples_or_choose_a_seeded_share(tmp_path, alpaca):
+def test_weights_repeat_examples_or_choose_a_seeded_fraction(tmp_path, alpaca):
     def of(weight, seed=0):
         return answers(build(tmp_path, alpaca.model_copy(update={"weight": weight}), seed=seed))
 
@@ -296,12 +296,12 @@ def test_held_out_records_are_evaluated_and_never_trained_on(tmp_path, alpaca, h
     assert held_out == answers(build(tmp_path, *evaluate)) != other_seed
 
 
-def test_holding_out_everything_is_refused(tmp_path, alpaca):
+def test_holding_out_everything_is_rejected(tmp_path, alpaca):
     with pytest.raises(UserError, match="hold_out 40 of 40 records leaves none to train on"):
         build(tmp_path, alpaca.model_copy(update={"hold_out": 40, "part": "train"}))
 
 
-def test_a_datasets_own_validation_split_is_used_where_it_has_one(tmp_path):
+def test_a_datasets_own_validation_split_is_used_if_it_has_one(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     write(folder / "train.jsonl", ALPACA[:30])
@@ -338,12 +338,12 @@ def test_several_sources_follow_one_another_each_in_its_own_format(tmp_path, alp
     ],
     ids=str,
 )
-def test_whatever_may_change_the_tokens_makes_another_store(tmp_path, alpaca, change):
+def test_anything_that_may_change_the_tokens_gives_another_store(tmp_path, alpaca, change):
     change = {key: sentencepiece_tokenizer() if key == "tokenizer" else value for key, value in change.items()}
     assert build(tmp_path, alpaca, **change)._store.folder != build(tmp_path, alpaca)._store.folder
 
 
-def test_content_decides_and_not_the_name_of_a_file(tmp_path, alpaca, monkeypatch):
+def test_the_store_depends_on_file_content_and_not_on_file_names(tmp_path, alpaca, monkeypatch):
     before = build(tmp_path, alpaca)
     copy = SourceConfig(path=write(tmp_path / "copy.jsonl", ALPACA))
     changed = [dict(ALPACA[0], output="Changed."), *ALPACA[1:]]
@@ -371,14 +371,14 @@ def _build_and_report(tmp_path, source, queue):
 
     def run(self, *args):
         built.append(True)
-        time.sleep(0.5)  # the other process arrives meanwhile
+        time.sleep(0.5)  # meanwhile the other process arrives
         original(self, *args)
 
     build_module.Build.run = run
     queue.put((len(build(tmp_path, source)), len(built)))
 
 
-def test_two_processes_on_a_cold_cache_build_it_once(tmp_path, alpaca):
+def test_two_processes_with_a_cold_cache_build_it_once(tmp_path, alpaca):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     processes = [context.Process(target=_build_and_report, args=(tmp_path, alpaca, queue)) for _ in range(2)]
@@ -402,7 +402,7 @@ def _build_and_hang(tmp_path, source, reached):
     build(tmp_path, source)
 
 
-def test_a_killed_builder_leaves_nothing_that_is_trusted_and_does_not_block_the_next(tmp_path, alpaca):
+def test_what_a_killed_builder_leaves_is_not_trusted_and_does_not_block_the_next(tmp_path, alpaca):
     context = multiprocessing.get_context("fork")
     reached = context.Event()
     process = context.Process(target=_build_and_hang, args=(tmp_path, alpaca, reached))
@@ -411,7 +411,7 @@ def test_a_killed_builder_leaves_nothing_that_is_trusted_and_does_not_block_the_
     os.kill(process.pid, signal.SIGKILL)
     process.join(60)
     left = list((tmp_path / "cache").glob(".*.incomplete*"))
-    assert left  # the case is not empty: something half-written lies there
+    assert left  # the test is not vacuous: a partly written store is left
     assert len(build(tmp_path, alpaca)) == 40
     assert not [path for path in left if path.exists()]
 
@@ -423,7 +423,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".lock")] == []
 
 
-def test_only_numbers_per_document_are_held_in_memory(tmp_path, alpaca):
+def test_only_per_document_numbers_are_kept_in_memory(tmp_path, alpaca):
     documents = build(tmp_path, alpaca)
     assert isinstance(documents._store._input_ids, np.memmap)
     example = documents[3]
@@ -436,7 +436,7 @@ def test_only_numbers_per_document_are_held_in_memory(tmp_path, alpaca):
 
 @pytest.mark.parametrize("name", ["llama2_hf", "mistral_v3_hf", "gpt2_hf"])
 @pytest.mark.parametrize("template", ["auto", "chatml", "zephyr"])
-def test_real_conversations_under_real_tokenizers_learn_exactly_the_answers(tmp_path, name, template):
+def test_real_conversations_with_real_tokenizers_learn_exactly_the_answers(tmp_path, name, template):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared_file(f"tokenizers/{name}"))
@@ -453,7 +453,7 @@ def test_real_conversations_under_real_tokenizers_learn_exactly_the_answers(tmp_
                 assert content in learned
                 learned = learned.replace(content, "", 1)
         end = "<|im_end|>" if template == "chatml" else tokenizer.eos_token
-        # nothing but end tokens and the spaces of the template is left
+        # only end tokens and the template's spaces are left
         assert learned.replace(end, "").strip() == ""
 
 

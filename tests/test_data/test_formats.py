@@ -1,4 +1,4 @@
-"""Every format gives the conversations that a person would read in it; every fault is named with its place."""
+"""Every format gives the conversations that a person would read in it; every error gives its location."""
 
 import dataclasses
 import hashlib
@@ -13,11 +13,11 @@ from qlora_dist.data.formats import (
     FORMATS,
     BadRecord,
     Conversation,
+    available_splits,
     detect_format,
     find_files,
     group_records,
     map_columns,
-    own_splits,
     read_file,
 )
 from qlora_dist.errors import UserError
@@ -44,7 +44,7 @@ def digest(documents: list[dict]) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SAMPLES.iterdir()))
-def test_a_small_sample_of_each_format_is_detected_and_read_as_written_down(name):
+def test_a_small_sample_of_each_format_is_detected_and_read_as_expected(name):
     detected, documents = documents_of(SAMPLES / name)
     assert {"format": detected, "documents": documents} == EXPECTED[name]
 
@@ -56,7 +56,7 @@ def test_there_is_a_small_sample_of_every_format():
 
 
 @pytest.mark.parametrize("entry", EXPECTED_SHARED, ids=lambda entry: entry["file"])
-def test_real_samples_give_the_same_documents_as_when_they_were_checked_by_eye(entry):
+def test_real_samples_give_the_documents_that_were_checked_by_eye(entry):
     detected, documents = documents_of(shared_file(entry["file"]), entry["columns"])
     assert (detected, len(documents), digest(documents)) == (entry["format"], entry["documents"], entry["sha256"])
 
@@ -66,14 +66,14 @@ def test_names_of_alpaca_variants_mean_the_same_columns():
     assert FORMATS["alpaca-cleaned"](record) == FORMATS["alpaca-gpt4"](record) == FORMATS["alpaca"](record)
 
 
-def test_columns_of_the_user_are_mapped_before_the_format_is_told():
+def test_the_users_columns_are_mapped_before_the_format_is_detected():
     record = map_columns({"question": "2+2?", "reply": "4", "id": 3}, {"instruction": "question", "output": "reply"})
     assert detect_format(record, "x")[0] == "alpaca"
     assert FORMATS["alpaca"](record).messages[1]["content"] == "4"
 
 
-def test_a_format_that_cannot_be_told_names_the_columns_and_the_way_out():
-    with pytest.raises(UserError, match=r"a\.csv.*cannot be told.*question \(text\), n \(a number\).*columns: \{"):
+def test_an_undetectable_format_is_an_error_with_the_columns_and_the_remedy():
+    with pytest.raises(UserError, match=r"a\.csv.*cannot detect.*question \(text\), n \(a number\).*columns: \{"):
         detect_format({"question": "x", "n": 3}, "a.csv")
 
 
@@ -87,7 +87,7 @@ def test_a_format_that_cannot_be_told_names_the_columns_and_the_way_out():
         ("messages", {"messages": "hi"}, "field messages is text, expected a list"),
         ("messages", {"messages": [{"role": "user"}]}, r"field messages\[0\].content is missing"),
         ("messages", {"messages": [{"role": "bot", "content": ""}]}, r"messages\[0\].role is 'bot', expected one of"),
-        ("messages", {"messages": [{"role": "assistant", "content": "x"}]}, "nobody has asked"),
+        ("messages", {"messages": [{"role": "assistant", "content": "x"}]}, "assistant, but follows no user message"),
         ("messages", {"messages": [{"role": "user", "content": "x"}] * 2}, "messages 1 and 2 both have role user"),
         ("messages", {"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
         (
@@ -106,7 +106,7 @@ def test_a_format_that_cannot_be_told_names_the_columns_and_the_way_out():
             {"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "{"}]},
             r"conversations\[1\].value is not valid JSON",
         ),
-        ("guanaco", {"text": "no turns"}, "expected a turn such as"),
+        ("guanaco", {"text": "no turns"}, "expected a turn that matches"),
         ("oasst", {"prompt": {"role": "prompter", "text": "x", "replies": []}}, "no assistant message"),
         ("text", {"text": " "}, "field text is empty"),
         ("tokens", {"input_ids": [1, 2], "labels": [2]}, "labels has 1 entries, but input_ids has 2"),
@@ -114,7 +114,7 @@ def test_a_format_that_cannot_be_told_names_the_columns_and_the_way_out():
         ("tokens", {"input_ids": [1, "2"]}, r"input_ids\[1\] is text, expected a whole number"),
     ],
 )
-def test_a_record_that_does_not_fit_names_the_field_what_was_found_and_what_was_expected(format_name, record, message):
+def test_errors_for_invalid_records_name_the_field_what_was_found_and_what_was_expected(format_name, record, message):
     with pytest.raises(BadRecord, match=message):
         FORMATS[format_name](record)
 
@@ -127,7 +127,7 @@ def test_prompt_and_completion_may_be_lists_of_messages():
     assert [m["role"] for m in FORMATS["prompt-completion"](record).messages] == ["user", "assistant"]
 
 
-def test_a_message_whose_parent_is_absent_is_named_and_not_lost(tmp_path):
+def test_a_message_whose_parent_is_missing_is_reported_and_not_lost(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"message_id": "b", "parent_id": "a", "role": "assistant", "text": "x"}\n')
     (record,) = group_records("oasst", read_file(path))
@@ -137,7 +137,7 @@ def test_a_message_whose_parent_is_absent_is_named_and_not_lost(tmp_path):
 # --- files ---
 
 
-def test_a_broken_line_of_jsonl_is_named_by_its_line_number_and_the_others_are_read(tmp_path):
+def test_an_invalid_line_of_jsonl_is_reported_by_line_number_and_the_others_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n{"text": \n[1]\n{"text": "\xff"}\n{"text": "b"}\n')
     records = list(read_file(path))
@@ -148,7 +148,7 @@ def test_a_broken_line_of_jsonl_is_named_by_its_line_number_and_the_others_are_r
 
 
 @pytest.mark.parametrize("size", [1, 1000, 400_000])
-def test_a_json_list_is_streamed_record_by_record_whatever_their_size(tmp_path, size):
+def test_a_json_list_is_streamed_record_by_record_whatever_the_record_size(tmp_path, size):
     rows = [{"text": str(i) * size, "n": [i, {"x": "]}"}]} for i in range(7)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows, indent=1))
@@ -158,20 +158,20 @@ def test_a_json_list_is_streamed_record_by_record_whatever_their_size(tmp_path, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[\n{"text": "a"},\n{"text": }\n]', r"broken JSON in record 2, line 3"),
+        ('[\n{"text": "a"},\n{"text": }\n]', r"invalid JSON in record 2, line 3"),
         ('[{"text": "a"} {"text": "b"}]', r"after record 1, line 1: expected , or \] but found '\{'"),
-        ('[{"text": "a"},\n', "broken JSON in record 2"),
+        ('[{"text": "a"},\n', "invalid JSON in record 2"),
         ("hello", "expected a JSON list of objects, found 'h'"),
     ],
 )
-def test_a_broken_json_list_is_named_with_record_and_line(tmp_path, content, message):
+def test_an_invalid_json_list_is_reported_with_record_and_line(tmp_path, content, message):
     path = tmp_path / "a.json"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         list(read_file(path))
 
 
-def test_json_files_may_hold_one_object_a_line_or_one_object(tmp_path):
+def test_json_files_may_contain_one_object_per_line_or_one_object(tmp_path):
     lines, one = tmp_path / "lines.json", tmp_path / "one.json"
     lines.write_text('{"text": "a"}\n{"text": "b"}\n')
     one.write_text('{\n "text":\n "a"\n}\n')
@@ -179,7 +179,7 @@ def test_json_files_may_hold_one_object_a_line_or_one_object(tmp_path):
     assert [r.fields["text"] for r in read_file(one)] == ["a"]
 
 
-def test_a_row_of_a_table_with_too_few_columns_is_named_by_the_line_it_begins_on(tmp_path):
+def test_a_table_row_with_too_few_columns_is_reported_by_the_line_it_starts_on(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('input,output\n"a\nb",c\nd\n')
     good, bad = read_file(path)
@@ -187,7 +187,7 @@ def test_a_row_of_a_table_with_too_few_columns_is_named_by_the_line_it_begins_on
     assert bad.problem == "1 columns, expected 2 (input, output)"
 
 
-def test_parquet_rows_come_as_plain_values(tmp_path):
+def test_parquet_rows_are_converted_to_plain_values(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     import datetime
 
@@ -201,7 +201,7 @@ def test_parquet_rows_come_as_plain_values(tmp_path):
     ]
 
 
-def test_a_text_file_larger_than_a_part_is_handed_on_in_parts_of_one_document(tmp_path, monkeypatch):
+def test_a_text_file_larger_than_a_part_is_read_as_parts_of_one_document(tmp_path, monkeypatch):
     monkeypatch.setattr("qlora_dist.data.formats.readers._TEXT_PART", 10)
     path = tmp_path / "a.txt"
     path.write_text("".join(f"line {i}\n" for i in range(6)))
@@ -210,33 +210,33 @@ def test_a_text_file_larger_than_a_part_is_handed_on_in_parts_of_one_document(tm
     assert [(part.is_first, part.is_last) for part in parts] == [(True, False), (False, False), (False, True)]
 
 
-def test_a_file_in_another_encoding_is_refused_with_the_line(tmp_path):
+def test_a_file_in_another_encoding_is_rejected_with_the_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"tea\ncaf\xe9")
-    with pytest.raises(UserError, match=r"not UTF-8 text in line 2"):
+    with pytest.raises(UserError, match=r"line 2 is not UTF-8"):
         list(read_file(path))
 
 
-def test_missing_and_unknown_files_say_what_was_expected(tmp_path):
+def test_errors_for_missing_and_unknown_files_give_what_was_expected(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         find_files(str(tmp_path / "absent.json"))
     (tmp_path / "a.xml").write_text("x")
-    with pytest.raises(UserError, match=r"ending in \.xml cannot be read; expected one of \.json"):
+    with pytest.raises(UserError, match=r"unknown file type \.xml; expected one of \.json"):
         find_files(str(tmp_path / "a.xml"))
-    with pytest.raises(UserError, match="the folder holds no file"):
+    with pytest.raises(UserError, match="no file in this folder ends in"):
         find_files(str(tmp_path))
 
 
-def test_a_folder_is_read_by_the_splits_its_files_are_named_after(tmp_path):
+def test_a_folder_has_the_splits_that_its_files_are_named_after(tmp_path):
     for name in ("train-00000.jsonl", "train-00001.jsonl", "valid.jsonl", "test/x.jsonl", "notes.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"text": "a"}\n')
     assert [f.name for f in find_files(str(tmp_path))] == ["train-00000.jsonl", "train-00001.jsonl"]
     assert [f.name for f in find_files(str(tmp_path), "validation")] == ["valid.jsonl"]
-    assert set(own_splits(str(tmp_path))) == {"train", "validation", "test"}
+    assert set(available_splits(str(tmp_path))) == {"train", "validation", "test"}
 
 
-def test_a_conversation_keeps_what_a_template_needs_apart():
+def test_a_conversation_keeps_separate_what_a_template_needs_separate():
     conversation = FORMATS["alpaca"]({"instruction": "i", "input": "x", "output": "o"})
     assert isinstance(conversation, Conversation)
     assert conversation.messages[0] == {"role": "user", "content": "i\n\nx", "instruction": "i", "input": "x"}

@@ -1,4 +1,4 @@
-"""Rows hold every document once, are never too long, and depend on the lengths and the seed alone."""
+"""Rows contain every document once, are never too long, and depend only on the lengths and the seed."""
 
 import time
 
@@ -20,7 +20,7 @@ lengths_and_rows = st.integers(1, 60).flatmap(
 
 
 def alpaca_like_lengths(count: int, seed: int = 0) -> np.ndarray:
-    """Many short documents and a long tail, as token counts of the Alpaca family are."""
+    """Many short documents and a long tail, like the token counts of the Alpaca family."""
     return np.clip(np.exp(np.random.default_rng(seed).normal(4.6, 0.7, count)), 8, 2048).astype(np.int32)
 
 
@@ -38,7 +38,7 @@ def test_every_document_is_in_exactly_one_row_and_no_row_is_too_long(case, seed)
 
 @given(lengths_and_rows)
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_no_document_of_a_later_row_would_have_fit_into_an_earlier_one(case):
+def test_no_document_of_a_later_row_would_fit_into_an_earlier_one(case):
     lengths, row_tokens = case
     rows = pack_best_fit(lengths, row_tokens, seed=0)
     shortest_after = row_tokens + 1
@@ -48,7 +48,7 @@ def test_no_document_of_a_later_row_would_have_fit_into_an_earlier_one(case):
 
 
 def slow_first_fit_decreasing(lengths, row_tokens):
-    """The textbook loop: sorted lengths of each row."""
+    """The textbook loop; returns the sorted lengths of each row."""
     rows: list[list[int]] = []
     for length in sorted(lengths.tolist(), reverse=True):
         row = next((row for row in rows if sum(row) + length <= row_tokens), None)
@@ -64,13 +64,13 @@ def slow_first_fit_decreasing(lengths, row_tokens):
 def test_packing_by_histogram_gives_the_rows_of_textbook_first_fit_decreasing(case):
     lengths, row_tokens = case
     rows = pack_best_fit(lengths, row_tokens, seed=3)
-    ours = [sorted((int(lengths[d]) for d in row.documents), reverse=True) for row in rows]
-    assert sorted(ours) == sorted(slow_first_fit_decreasing(lengths, row_tokens))
+    packed = [sorted((int(lengths[d]) for d in row.documents), reverse=True) for row in rows]
+    assert sorted(packed) == sorted(slow_first_fit_decreasing(lengths, row_tokens))
 
 
 @given(lengths_and_rows, st.integers(0, 3))
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_the_packed_batch_holds_every_token_and_label_of_its_documents(case, seed):
+def test_packed_batches_contain_every_token_and_label_of_their_documents(case, seed):
     lengths, row_tokens = case
     generator = np.random.default_rng(seed)
     examples = []
@@ -84,19 +84,19 @@ def test_the_packed_batch_holds_every_token_and_label_of_its_documents(case, see
         batch = collate([examples[d] for d in row.documents], [row.index])
         seen_tokens += batch.input_ids[0].tolist()
         seen_labels += batch.labels.tolist()
-        # a label is predicted by the token before it, of the same document
+        # a label is predicted by the token before it in the same document
         assert torch.equal(batch.input_ids[0, batch.label_positions] + 1, batch.labels)
     assert sorted(seen_tokens) == sorted(token for example in examples for token in example.input_ids.tolist())
     assert len(seen_labels) == len(set(seen_labels)) and set(seen_labels) == labels
 
 
-def test_rows_are_a_function_of_the_seed_and_another_seed_mixes_other_documents():
+def test_rows_are_a_function_of_the_seed_and_another_seed_mixes_documents_differently():
     lengths = alpaca_like_lengths(2000)
     same = [pack_best_fit(lengths, 1024, seed=1) for _ in range(2)]
     other = pack_best_fit(lengths, 1024, seed=2)
     assert np.array_equal(same[0].documents, same[1].documents)
     assert not np.array_equal(same[0].documents, other.documents)
-    # the seed chooses among equals, so the fill is the same
+    # the seed chooses among documents of equal length, so the fill is the same
     assert np.array_equal(same[0].tokens, other.tokens)
 
 
@@ -109,7 +109,7 @@ def test_a_million_documents_take_less_than_ten_seconds_and_fill_99_percent():
     assert len(np.unique(rows.documents)) == len(lengths)
 
 
-def test_one_document_per_row_keeps_the_order_of_the_file():
+def test_one_document_per_row_keeps_file_order():
     rows = one_document_per_row(np.array([3, 9, 1], dtype=np.int32), 16)
     assert [row.documents for row in rows] == [(0,), (1,), (2,)]
     assert rows.tokens.tolist() == [3, 9, 1] and rows.row_tokens == 16
@@ -125,7 +125,7 @@ def test_rows_are_a_sequence():
     assert len(pack_best_fit(np.zeros(0, dtype=np.int32), 8, seed=0)) == 0
 
 
-def test_a_document_longer_than_a_row_is_refused_with_its_number():
+def test_a_document_longer_than_a_row_is_rejected_by_number():
     with pytest.raises(UserError, match=r"document 1 has 1,200 tokens but data.row_tokens is 1,024"):
         pack_best_fit(np.array([3, 1200], dtype=np.int32), 1024, seed=0)
 
@@ -134,7 +134,7 @@ HASHED_8_0_0 = [4, 0, 1, 7, 6, 2, 5, 3]
 
 
 def test_hashed_order_is_a_permutation_that_never_changes():
-    # written down: a resume with another numpy must find the same rows
+    # pinned: a resume with another numpy version must find the same rows
     assert hashed_order(8, 0, 0).tolist() == HASHED_8_0_0
     assert hashed_order(8, 0, 1).tolist() != HASHED_8_0_0 != hashed_order(8, 1, 0).tolist()
     assert sorted(hashed_order(1000, 5).tolist()) == list(range(1000))

@@ -1,4 +1,4 @@
-"""Masks are exact: what is learned is what the assistant wrote, with its end-of-turn token, and nothing else."""
+"""Masks are exact: what the assistant wrote is learned, with its end-of-turn token, and nothing else."""
 
 import itertools
 
@@ -36,7 +36,7 @@ ENDS = {
     "none": ("", "EOS"),
 }
 
-# a template of a model repository, without markers; the second one with them
+# templates as in model repositories, without and with markers
 PLAIN_CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -89,16 +89,16 @@ def test_decoded_learned_tokens_are_the_assistant_texts_and_their_end_tokens(nam
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_the_same_holds_for_a_sentencepiece_tokenizer_up_to_its_leading_space(name):
+def test_the_same_is_true_of_a_sentencepiece_tokenizer_up_to_its_leading_space(name):
     tokenizer = sentencepiece_tokenizer()
     runs = learned_runs(tokenizer, encode(tokenizer, TURNS, name))
-    # decoding a run drops the space that every SentencePiece word has in front
+    # decoding a run drops the space before every SentencePiece word
     assert [run.lstrip() for run in runs] == [run.lstrip() for run in expected_runs(tokenizer, name)]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("name", NAMED)
-def test_learn_last_keeps_the_last_answer_and_all_keeps_everything_but_the_first_token(kind, name):
+def test_learn_last_keeps_the_last_answer_and_learn_all_keeps_everything_but_the_first_token(kind, name):
     tokenizer = TOKENIZERS[kind]()
     every, last, all_ = (encode(tokenizer, TURNS, name, learn) for learn in ("assistant", "last", "all"))
     assert learned_runs(tokenizer, last) == learned_runs(tokenizer, every)[-1:]
@@ -108,7 +108,7 @@ def test_learn_last_keeps_the_last_answer_and_all_keeps_everything_but_the_first
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("name", NAMED)
-def test_bos_stands_in_front_once_if_the_tokenizer_puts_one_there_and_not_otherwise(kind, name):
+def test_bos_is_prepended_exactly_once_if_the_tokenizer_does_so_and_not_otherwise(kind, name):
     tokenizer = TOKENIZERS[kind]()
     ids = encode(tokenizer, TURNS[:3], name).input_ids.tolist()
     adds = kind == "sentencepiece"
@@ -116,29 +116,29 @@ def test_bos_stands_in_front_once_if_the_tokenizer_puts_one_there_and_not_otherw
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_named_template_is_what_transformers_itself_renders_and_masks(name):
-    """Cross-check: the ids of `apply_chat_template` on the exported source, and its own mask from the markers."""
+def test_a_named_template_gives_the_ids_and_mask_of_transformers_itself(name):
+    """Cross-check: the ids of `apply_chat_template` on the resolved source, and its own mask from the markers."""
     tokenizer = byte_level_tokenizer()
     source = resolve_template(tokenizer, name, default="").source
-    theirs = tokenizer.apply_chat_template(
+    reference = tokenizer.apply_chat_template(
         TURNS, chat_template=source, return_dict=True, return_assistant_tokens_mask=True
     )
-    ours = encode(tokenizer, TURNS, name)
-    assert ours.input_ids.tolist() == theirs["input_ids"]
-    mask = [bool(value) for value in theirs["assistant_masks"]]
-    assert ours.is_label.tolist() == mask
+    encoded = encode(tokenizer, TURNS, name)
+    assert encoded.input_ids.tolist() == reference["input_ids"]
+    mask = [bool(value) for value in reference["assistant_masks"]]
+    assert encoded.is_label.tolist() == mask
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMED) - {"none"}))
-def test_the_prompt_before_an_answer_is_what_a_model_sees_when_it_is_asked(name):
-    """Generation prompt + answer = training text: a template that differs would be trained on another prompt."""
+def test_the_prompt_before_an_answer_is_what_the_model_sees_at_inference(name):
+    """Generation prompt + answer = training text: otherwise the model would be trained on another prompt."""
     tokenizer = byte_level_tokenizer()
     template = resolve_template(tokenizer, name, default="")
     rendered = render(tokenizer, template, TURNS, None, "assistant")
     prompt = tokenizer.apply_chat_template(
         TURNS[:-1], chat_template=template.source, tokenize=False, add_generation_prompt=True
     )
-    # alpaca separates turns by an empty line, which belongs to the turn that follows
+    # alpaca separates turns by an empty line, which belongs to the following turn
     assert rendered.text[: rendered.spans[-1][0]] == prompt
 
 
@@ -156,26 +156,26 @@ def test_a_tokenizers_own_template_is_masked_exactly_with_and_without_markers(ki
         assert [run.strip() for run in runs] == [answer + end for answer in ANSWERS]
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused_but_may_learn_the_last():
+def test_a_template_that_rewrites_earlier_answers_is_rejected_but_can_learn_the_last():
     source = (
         "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' and loop.last %}{{ '<think/>' }}"
         "{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     tokenizer = with_template(byte_level_tokenizer(), source)
-    with pytest.raises(UserError, match=r"writes message 3 of 7 differently when more follows.*data\.learn to last"):
+    with pytest.raises(UserError, match=r"renders message 3 of 7 differently when more messages.*data\.learn to last"):
         encode(tokenizer, TURNS)
     assert learned_runs(tokenizer, encode(tokenizer, TURNS, learn="last")) == ["<think/>Bye!<|im_end|>"]
 
 
-def test_a_template_without_a_generation_prompt_is_refused_because_its_header_would_be_learned():
+def test_a_template_without_a_generation_prompt_is_rejected_because_its_header_would_be_learned():
     source = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
     tokenizer = with_template(byte_level_tokenizer(), source)
     with pytest.raises(UserError, match=r"has no generation prompt.*'<\|im_start\|>assistant"):
         encode(tokenizer, TURNS)
 
 
-def test_markers_that_do_not_enclose_the_answers_are_refused():
+def test_markers_that_do_not_enclose_the_answers_are_rejected():
     source = "{% for m in messages %}{{ m.content }}{% generation %}{{ '!' }}{% endgeneration %}{% endfor %}"
     with pytest.raises(UserError, match="markers enclose 2 spans for 1 answers"):
         encode(with_template(byte_level_tokenizer(), source), TURNS[1:3], learn="last")
@@ -187,7 +187,7 @@ def test_markers_that_do_not_enclose_the_answers_are_refused():
         encode(with_template(byte_level_tokenizer(), source), TURNS[1:3])
 
 
-def test_a_token_across_the_border_of_an_answer_is_split_as_it_is_at_inference():
+def test_a_token_that_straddles_the_boundary_of_an_answer_is_split_as_at_inference():
     tokenizer = byte_level_tokenizer()
     messages = [{"role": "user", "content": "Which"}, {"role": "assistant", "content": "are you"}]
     whole = tokenizer("Whichare you").input_ids
@@ -227,12 +227,12 @@ def test_tool_calls_are_learned_and_tool_results_are_not():
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMED) - {"chatml"}))
-def test_a_template_that_would_leave_tools_out_refuses_them(name):
-    with pytest.raises(BadRecord, match="has no form for tools and tool calls and tool results"):
+def test_a_template_that_would_omit_tools_rejects_them(name):
+    with pytest.raises(BadRecord, match="does not support tools or tool calls or tool results"):
         encode(byte_level_tokenizer(), CALLS, name, tools=TOOLS)
 
 
-def test_alpaca_data_get_stanfords_prompt_with_and_without_input():
+def test_alpaca_data_gets_stanfords_prompt_with_and_without_input():
     tokenizer = byte_level_tokenizer()
     encoder = Encoder(tokenizer, format_name="alpaca", columns={}, template="auto", learn="assistant")
     records = [{"instruction": "Do.", "input": extra, "output": "Done."} for extra in ("", "this")]
@@ -248,17 +248,17 @@ def test_alpaca_data_get_stanfords_prompt_with_and_without_input():
     ]
 
 
-def test_unknown_and_missing_templates_name_what_there_is(tmp_path):
+def test_errors_for_unknown_and_missing_templates_list_the_choices(tmp_path):
     tokenizer = byte_level_tokenizer()
     with pytest.raises(UserError, match=r"data.template is 'chatlm'; expected auto, tokenizer, a .jinja"):
         resolve_template(tokenizer, "chatlm", default="alpaca")
-    with pytest.raises(UserError, match="has no chat template; name one of chatml"):
+    with pytest.raises(UserError, match="has no chat template; set it to one of chatml"):
         resolve_template(tokenizer, "tokenizer", default="alpaca")
     with pytest.raises(UserError, match="cannot be read"):
         resolve_template(tokenizer, str(tmp_path / "no.jinja"), default="alpaca")
 
 
-def test_a_jinja_file_of_the_user_is_a_template(tmp_path):
+def test_a_jinja_file_can_be_the_template(tmp_path):
     (tmp_path / "mine.jinja").write_text(MARKED)
     tokenizer = byte_level_tokenizer()
     runs = learned_runs(tokenizer, encode(tokenizer, TURNS[1:], str(tmp_path / "mine.jinja")))
@@ -268,7 +268,7 @@ def test_a_jinja_file_of_the_user_is_a_template(tmp_path):
 def test_a_template_cannot_reach_python():
     source = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     template = Template("evil", source, is_own=True)
-    with pytest.raises(BadRecord, match="refuses this conversation"):
+    with pytest.raises(BadRecord, match="rejects this conversation"):
         render(byte_level_tokenizer(), template, TURNS, None, "all")
 
 

@@ -1,4 +1,4 @@
-"""`qlora-dist data`: what a run would learn from, shown before it learns."""
+"""`qlora-dist data`: shows what a run would learn from, before it does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Audit", "Run", "Sample", "audit", "print_audit", "run_data_command",
 def run_data_command(
     config: RunConfig, tokenizer: Any, show: int = 3, html: str | None = None, console: Console | None = None
 ) -> list[Audit]:
-    """Builds (or reads) the documents of a config, prints what is in them and writes the page if asked to."""
+    """Builds (or reads) the documents of a config, prints their audits and, if `html` is set, writes the page."""
     train_sources, eval_sources = split_sources(config.data.train, config.data.eval)
     trained = documents_of(config.data, train_sources, tokenizer, config.seed)
     audits = [_audit(config, "data.train", trained, tokenizer, show, None)]

@@ -1,4 +1,4 @@
-"""An audit as one HTML page that needs nothing else: no scripts, no fonts, no network."""
+"""An audit as one self-contained HTML page: no scripts, no fonts, no network."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _section(audit: Audit) -> str:
     warnings = "".join(f"<p class='warning'>{html.escape(warning)}</p>" for warning in audit.warnings)
     return (
         f"<h2>{html.escape(audit.name)}</h2>{warnings}{_sources(audit)}"
-        f"<h3>Tokens of a document</h3>{_bars(histogram)}"
+        f"<h3>Tokens per document</h3>{_bars(histogram)}"
         f"<h3>Slots that hold a token</h3><p>{audit.num_rows:,} rows of {audit.row_tokens:,} tokens</p>"
         f"{_bars([(name, share, f'{share:.2%}') for name, share in shares], largest=1.0)}"
         "<h3>Samples</h3><p><span class='label'>learned</span>, <span class='context'>context</span>, "

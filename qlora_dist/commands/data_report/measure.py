@@ -1,4 +1,4 @@
-"""What a run would learn from: numbers, warnings and samples of its documents. Pure; rendering is beside it."""
+"""What a run would learn from: numbers, warnings and samples of its documents. Pure; terminal.py and html.py render."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from ...data.documents import Documents, SourceStats
 from ...data.packing import Rows, hashed_order
-from ...data.templates import CONTROL_TOKENS, own_template
+from ...data.templates import CONTROL_TOKENS, tokenizer_template
 
-# documents looked at for what only their tokens can tell
-_LOOK_AT = 2000
+# documents whose tokens are inspected
+_MAX_INSPECTED = 2000
 _LOW_LABEL_SHARE = 0.05
 
 
@@ -28,7 +28,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Sample:
-    """One document as the model gets it."""
+    """One document as the model sees it."""
 
     index: int
     source: str
@@ -39,15 +39,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Audit:
-    """Everything that `qlora-dist data` shows of one data set."""
+    """Everything that `qlora-dist data` shows about one dataset."""
 
     name: str  # data.train or data.eval
     sources: list[SourceStats]
-    histogram: list[tuple[int, int, int]]  # (from, to, documents), tokens of a document
+    histogram: list[tuple[int, int, int]]  # (from, to, documents), tokens per document
     num_rows: int
     row_tokens: int
-    packed_share: float  # share of slots that hold a token: packed rows
-    padded_share: float  # ... documents padded to the longest of their micro-batch
+    packed_share: float  # fraction of slots that hold a token: packed rows
+    padded_share: float  # ... documents padded to the longest in their micro-batch
     full_share: float  # ... documents padded to row_tokens
     micro_rows: int
     warnings: list[str]
@@ -66,7 +66,7 @@ def audit(
     seed: int = 0,
     trained_on: Documents | None = None,
 ) -> Audit:
-    """Measures a data set. `trained_on`: the training documents, to find what occurs in both."""
+    """Measures a dataset. `trained_on`: the training documents, to find what occurs in both."""
     order = hashed_order(len(documents), seed)
     return Audit(
         name=name,
@@ -89,16 +89,16 @@ def audit(
 
 
 def sample_of(documents: Documents, index: int, tokenizer: Any) -> Sample:
-    """One document with its learned tokens apart from context, and special tokens apart from text."""
+    """One document with its learned tokens separated from context, and special tokens from text."""
     example = documents[index]
     ids = example.input_ids.tolist()
     special = set(tokenizer.all_special_ids)
     kinds = [(bool(label), token in special) for token, label in zip(ids, example.is_label)]
-    borders = [0, *(i for i in range(1, len(ids)) if kinds[i] != kinds[i - 1]), len(ids)]
+    boundaries = [0, *(i for i in range(1, len(ids)) if kinds[i] != kinds[i - 1]), len(ids)]
     runs, text = [], ""
-    for i, begin in enumerate(borders[:-1]):
-        # decoded from the beginning: alone, a run would lose the space in front of its first word
-        longer = tokenizer.decode(ids[: borders[i + 1]], clean_up_tokenization_spaces=False)
+    for i, begin in enumerate(boundaries[:-1]):
+        # decoded from the beginning: on its own, a run would lose the space before its first word
+        longer = tokenizer.decode(ids[: boundaries[i + 1]], clean_up_tokenization_spaces=False)
         runs.append(Run(longer[len(text) :], *kinds[begin]))
         text = longer
     source = documents.stats.sources[int(documents.source_of[index])].path
@@ -122,30 +122,30 @@ def _source_warnings(documents: Documents) -> list[str]:
             (source.bad, f"{source.bad:,} of {source.records:,} records cannot be used; the first: {source.first_bad}"),
             (
                 source.truncated,
-                f"{source.truncated:,} conversations are cut to data.row_tokens and end without their end token; "
+                f"{source.truncated:,} conversations are truncated to data.row_tokens and lack their end token; "
                 "raise data.row_tokens, or set data.on_long=drop",
             ),
             (source.dropped, f"{source.dropped:,} examples are dropped: too long, or no label within data.row_tokens"),
             (
                 source.duplicates > 0.01 * max(1, source.examples) and source.duplicates,
-                f"{source.duplicates:,} examples are repetitions of earlier ones",
+                f"{source.duplicates:,} examples are duplicates of earlier ones",
             ),
             (
                 source.empty_answers,
-                f"{source.empty_answers:,} examples have an empty answer and teach to say nothing",
+                f"{source.empty_answers:,} examples have an empty answer and teach the model to say nothing",
             ),
             (
                 source.control_tokens,
-                f"{source.control_tokens:,} conversations spell a special token in their own text, which becomes that "
-                "token",
+                f"{source.control_tokens:,} conversations spell out a special token in their own text; it is encoded "
+                "as that token",
             ),
             (
                 source.replacement_characters,
-                f"{source.replacement_characters:,} examples hold U+FFFD (�): their file was not UTF-8 when it was "
-                "made",
+                f"{source.replacement_characters:,} examples contain U+FFFD (�): their text was once decoded "
+                "incorrectly",
             ),
         ]
-        warnings += [f"{source.path}: {text}" for holds, text in facts if holds]
+        warnings += [f"{source.path}: {text}" for count, text in facts if count]
     return warnings
 
 
@@ -153,14 +153,14 @@ def _label_warnings(documents: Documents, tokenizer: Any, order: np.ndarray) -> 
     warnings = []
     labels, tokens = int(documents.num_labels.sum()), int(documents.lengths.sum())
     if labels == 0:
-        return ["there are no labels at all: nothing would be learned"]
+        return ["there are no labels: nothing would be learned"]
     if labels < _LOW_LABEL_SHARE * tokens:
         warnings.append(
-            f"only {labels / tokens:.1%} of the tokens are labels; if prompts are to be learned too, set data.learn=all"
+            f"only {labels / tokens:.1%} of the tokens are labels; to learn prompts as well, set data.learn=all"
         )
     ends: dict[str, int] = {}
-    looked_at = [int(i) for i in order[:_LOOK_AT]]
-    conversations = [i for i in looked_at if documents.stats.sources[int(documents.source_of[i])].template]
+    inspected = [int(i) for i in order[:_MAX_INSPECTED]]
+    conversations = [i for i in inspected if documents.stats.sources[int(documents.source_of[i])].template]
     special = set(tokenizer.all_special_ids)
     for index in conversations:
         example = documents[index]
@@ -169,14 +169,14 @@ def _label_warnings(documents: Documents, tokenizer: Any, order: np.ndarray) -> 
         ends[end] = ends.get(end, 0) + 1
     if ends.get("", 0) > 0.05 * len(conversations):
         warnings.append(
-            f"{ends['']:,} of {len(conversations):,} examples looked at do not end in a special token: a model that "
-            "learns from them does not learn to stop"
+            f"{ends['']:,} of {len(conversations):,} inspected examples do not end with a special token: a model "
+            "trained on them does not learn to stop"
         )
     foreign = sorted(end for end in ends if end and end != tokenizer.eos_token)
     if foreign:
         warnings.append(
-            f"answers end with {', '.join(foreign)}, but the tokenizer's EOS is {tokenizer.eos_token}: generation must "
-            "be told to stop there too"
+            f"answers end with {', '.join(foreign)}, but the tokenizer's EOS is {tokenizer.eos_token}: configure "
+            "generation to stop there too"
         )
     return warnings
 
@@ -185,13 +185,11 @@ def _template_warnings(sources: Sequence[SourceStats], tokenizer: Any, template:
     warnings = []
     used = sorted({source.template for source in sources if source.template})
     if len(used) > 1:
+        warnings.append(f"sources use different templates ({', '.join(used)}); set data.template to one of them")
+    if template not in ("auto", "tokenizer") and tokenizer_template(tokenizer) is not None and used:
         warnings.append(
-            f"sources are written with different templates ({', '.join(used)}); set data.template to one of them"
-        )
-    if template not in ("auto", "tokenizer") and own_template(tokenizer) is not None and used:
-        warnings.append(
-            f"the base has a chat template of its own, but data.template is {template}: who uses the base's template "
-            "asks the trained model in a form that it has not learned"
+            f"the base has its own chat template, but data.template is {template}: prompts rendered with the base's "
+            "template have a format that the trained model has not learned"
         )
     for name in used:
         missing = [
@@ -201,12 +199,12 @@ def _template_warnings(sources: Sequence[SourceStats], tokenizer: Any, template:
         ]
         if missing:
             warnings.append(
-                f"template {name} is made for a base that has {', '.join(missing)} as single tokens; this one spells "
-                "them out; alpaca, vicuna and zephyr need no such tokens"
+                f"template {name} is meant for a base with {', '.join(missing)} as single tokens; this one splits "
+                "them; alpaca, vicuna and zephyr need no such tokens"
             )
     return warnings
 
 
 def _overlap_warnings(documents: Documents, trained_on: Documents) -> list[str]:
     both = int(np.isin(documents.hashes, trained_on.hashes).sum())
-    return [f"{both:,} of {len(documents):,} evaluated examples occur in the training data as well"] if both else []
+    return [f"{both:,} of {len(documents):,} evaluation examples also occur in the training data"] if both else []

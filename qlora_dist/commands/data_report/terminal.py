@@ -9,17 +9,17 @@ from rich.text import Text
 from .measure import Audit, Sample
 
 COLUMNS = ("records", "examples", "tokens", "labels", "truncated", "dropped", "bad", "duplicates")
-_HEADS = {"truncated": "trun-\ncated", "duplicates": "dupli-\ncates"}  # ten columns of millions fit into 80 letters
+_HEADS = {"truncated": "trun-\ncated", "duplicates": "dupli-\ncates"}  # ten columns of millions fit into 80 characters
 
 
 def print_audit(audit: Audit, console: Console) -> None:
-    """Sources, lengths, packing, warnings and samples, in this order."""
+    """Prints sources, lengths, packing, warnings and samples, in this order."""
     console.rule(audit.name)
     _print_sources(audit, console)
     console.print(_histogram(audit))
     console.print(
-        f"packing: {audit.num_rows:,} rows of {audit.row_tokens:,} tokens, {audit.packed_share:.2%} full; padded to "
-        f"the longest of {audit.micro_rows} documents it would be {audit.padded_share:.1%}, padded to row_tokens "
+        f"packing: {audit.num_rows:,} rows of {audit.row_tokens:,} tokens, {audit.packed_share:.2%} full; padding to "
+        f"the longest of {audit.micro_rows} documents would give {audit.padded_share:.1%}, padding to row_tokens "
         f"{audit.full_share:.1%}",
         highlight=False,
     )
@@ -30,7 +30,7 @@ def print_audit(audit: Audit, console: Console) -> None:
 
 
 def _print_sources(audit: Audit, console: Console) -> None:
-    """Each source's name in a line of its own, since paths are long; its numbers in a table below, under its number."""
+    """Each source's name on a separate line, as paths are long; its numbers in a table below, by source number."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     for head in ("", *(_HEADS.get(column, column) for column in COLUMNS), "label\nshare"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -46,7 +46,7 @@ def _print_sources(audit: Audit, console: Console) -> None:
 
 def _histogram(audit: Audit, width: int = 50) -> Text:
     largest = max(count for _, _, count in audit.histogram)
-    lines = Text("tokens of a document\n")
+    lines = Text("tokens per document\n")
     for low, high, count in audit.histogram:
         bar = "█" * -(-count * width // largest)
         lines.append(f"{low:>7,} - {high:<7,} ").append(f"{bar:<{width}}", style="cyan").append(f" {count:,}\n")

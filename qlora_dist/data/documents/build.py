@@ -1,4 +1,4 @@
-"""Step 3 of the data pipeline: sources -> Documents. Reads, encodes, limits lengths, writes; or reads the cache."""
+"""Step 3 of the data pipeline: sources -> Documents. Reads, encodes, limits lengths and writes, or uses the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...config import SourceConfig
 from ...errors import UserError
 from ...files import folder_aside
 from ..formats import RawRecord, detect_format, group_records, map_columns
-from ..templates import NAMED, own_template
+from ..templates import NAMED, tokenizer_template
 from .encode import Encoded, Encoder, check_tokenizer
 from .select import select_documents
 from .sources import OpenSource, open_source
@@ -38,11 +38,11 @@ def build_documents(
     seed: int = 0,
     num_workers: int | None = None,
 ) -> Documents:
-    """The tokenized documents of all sources, one after another, as weights, caps and held-out records choose them.
+    """The tokenized documents of all sources, one after another, selected by weights, caps and held-out records.
 
     The first call writes a store below `cache_dir`; later calls with the same data, tokenizer and settings read it.
-    When several processes call at once, one builds and the others wait for it. Raises UserError with file, row and
-    field for what cannot be used.
+    When several processes call at once, one builds and the others wait. Raises UserError with file, row and field
+    for anything that cannot be used.
     """
     check_tokenizer(tokenizer)
     opened = [open_source(source) for source in sources]
@@ -64,19 +64,19 @@ def _selected(store: Store, sources: Sequence[SourceConfig], seed: int) -> Docum
     num_records = [stats.records for stats in store.stats]
     chosen = select_documents(sources, num_records, store.source_of, store.record_of, seed)
     for stats, source in zip(store.stats, sources):
-        stats.path = source.path  # the same content may have been tokenized from another place
+        stats.path = source.path  # the same content may have been tokenized from another path
     if len(chosen) == 0:
         raise UserError(
-            f"data sources {', '.join(source.path for source in sources)}: no example is left after weights, "
+            f"data sources {', '.join(source.path for source in sources)}: no examples are left after weights, "
             "max_examples and hold_out"
         )
-    # of the tokens, not of how they were made: nodes that tokenized for themselves can be compared
+    # of the tokens, not of their origin: nodes that tokenized separately can be compared
     digest = hashlib.sha256(store.content_digest + chosen.tobytes())
     return Documents(store, chosen, digest.hexdigest()[:20])
 
 
 class Build:
-    """One build of a store: what is the same for all of its sources."""
+    """One build of a store, with the settings that all of its sources share."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Build:
         if source.format == "auto":
             stats.format, stats.why = detect_format(map_columns(head, source.columns), source.path)
         else:
-            stats.format, stats.why = source.format, "named in the config"
+            stats.format, stats.why = source.format, "set in the config"
         encoder = Encoder(
             self.tokenizer,
             format_name=stats.format,
@@ -180,7 +180,7 @@ def _peek(records: Iterator[RawRecord], path: str) -> tuple[dict[str, Any], Iter
         if raw.fields is not None or len(seen) == 1000:
             break
     if not seen:
-        raise UserError(f"data source {path}: it is empty; expected at least one record")
+        raise UserError(f"data source {path} is empty; expected at least one record")
 
     def again() -> Iterator[RawRecord]:
         yield from seen
@@ -206,13 +206,13 @@ def _check_not_empty(stats: Sequence[SourceStats], row_tokens: int) -> None:
 
 
 def _fingerprint(opened: Sequence[OpenSource], tokenizer: Any, template: str, settings: dict[str, Any]) -> str:
-    """Names a store by everything that decides its tokens."""
+    """Identifies a store by everything that determines its tokens."""
     chat_template = Path(template).expanduser().read_bytes().hex() if Path(template).is_file() else template
     key = {
         "version": STORE_VERSION,
         "sources": [source.key for source in opened],
         "settings": settings,
-        "template": [chat_template, NAMED.get(template, sorted(NAMED.items())), own_template(tokenizer)],
+        "template": [chat_template, NAMED.get(template, sorted(NAMED.items())), tokenizer_template(tokenizer)],
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }

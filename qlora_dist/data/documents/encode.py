@@ -1,8 +1,8 @@
 """Step 2 of the data pipeline: records -> token ids and label mask, before any length limit.
 
-Labels are placed on characters (templates) and carried to tokens here. Where a token would lie across the border
-of a learned span, the text is tokenized in two pieces instead: at inference the prompt ends there too, so that the
-model never sees the merged token. A border that cannot be kept is an error of the record, never an approximation.
+Labels are placed on characters (templates) and mapped to tokens here. If a token would straddle the boundary of a
+learned span, the text is tokenized in two pieces instead: at inference the prompt ends there too, so the model never
+sees the merged token. A record with a boundary that cannot be kept is an error; nothing is approximated.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ...errors import UserError
 from ..formats import FORMATS, BadRecord, Conversation, Document, RawRecord, Text, Tokens, map_columns
 from ..templates import Rendered, Template, adds_bos, render, resolve_template
 
-# Text that can stand before a piece while it is tokenized, so that the tokenizer does not take it for a beginning
-# (SentencePiece puts a space there). The first is taken that does not merge with the piece.
+# Text put before a piece while it is tokenized, so that the tokenizer does not treat it as the start of a text
+# (where SentencePiece adds a space). The first one that does not merge with the piece is used.
 _ANCHORS = ("\n", "a", ":", "0", ")")
 
 # What `data.template: auto` means for a tokenizer without a chat template; conversations get vicuna.
@@ -35,8 +35,8 @@ _PLAIN_TEMPLATES = {
     "prompt-completion": "none",
 }
 
-# A record larger than this is a mistake of whoever wrote the file (a whole dump in one row), and would be tokenized
-# for minutes to be truncated to one row. Text files come in smaller parts.
+# A record larger than this is a mistake in the file (a whole dump in one row), and would be tokenized for minutes
+# only to be truncated to one row. Text files come in smaller parts.
 _MAX_CHARACTERS = 2**25
 
 _Tokenized = tuple[list[int], list[tuple[int, int]]]
@@ -44,18 +44,18 @@ _Tokenized = tuple[list[int], list[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids with label mask; the first token is never a label. A text may be cut in pieces."""
+    """Token ids with label mask; the first token is never a label. A text may be split into pieces."""
 
     input_ids: np.ndarray  # (L,) int32
     is_label: np.ndarray  # (L,) bool
     is_text: bool = False
     has_empty_answer: bool = False
-    has_control_token: bool = False  # a special token is written out in the data's own text
-    has_replacement: bool = False  # U+FFFD: text that was once decoded wrongly
+    has_control_token: bool = False  # the data's own text spells out a special token
+    has_replacement: bool = False  # U+FFFD: text that was once decoded incorrectly
 
 
 class Encoder:
-    """Converts and tokenizes records of one format, in batches. It is sent to worker processes as it is."""
+    """Converts and tokenizes records of one format, in batches. It is sent to worker processes as is."""
 
     def __init__(
         self, tokenizer: Any, *, format_name: str, columns: Mapping[str, str], template: str, learn: str
@@ -65,19 +65,19 @@ class Encoder:
         self.columns = dict(columns)
         self.learn = learn
         self.adds_bos = adds_bos(tokenizer)
-        self._special_tokens = tokenizer.all_special_tokens  # slow to ask for
+        self._special_tokens = tokenizer.all_special_tokens  # slow to compute
         self._template_name = template
         self._template: Template | None = None
 
     @property
     def template(self) -> Template:
-        if self._template is None:  # texts need none: that a base has no EOS, say, is no error for them
+        if self._template is None:  # texts need none: a missing EOS, for example, is no error for them
             default = _PLAIN_TEMPLATES.get(self.format_name, "vicuna")
             self._template = resolve_template(self.tokenizer, self._template_name, default=default)
         return self._template
 
     def encode(self, records: Sequence[RawRecord]) -> list[list[Encoded] | BadRecord]:
-        """For each record its documents, or the reason why it cannot be used."""
+        """For each record, its documents or the reason why it cannot be used."""
         results: list[list[Encoded] | BadRecord] = []
         documents: list[Document] = []
         owners: list[int] = []
@@ -99,7 +99,7 @@ class Encoder:
 
     def _convert(self, raw: RawRecord) -> list[Document]:
         if raw.fields is None:
-            raise BadRecord(raw.problem or "it has no fields")
+            raise BadRecord(raw.problem or "no fields")
         converted = FORMATS[self.format_name](map_columns(raw.fields, self.columns))
         if isinstance(converted, Text):
             return [dataclasses.replace(converted, is_first=raw.is_first, is_last=raw.is_last)]
@@ -111,27 +111,27 @@ class Encoder:
         texts: list[str] = []
         for i, document in enumerate(documents):
             if isinstance(document, Tokens):
-                results[i] = self._of_tokens(document)
+                results[i] = self._encode_tokens(document)
                 continue
             try:
                 rendered[i] = self._render(document)
                 if len(rendered[i].text) > _MAX_CHARACTERS:
                     raise BadRecord(
-                        f"it has {len(rendered[i].text):,} characters, expected at most {_MAX_CHARACTERS:,} in one "
-                        "record; split it"
+                        f"{len(rendered[i].text):,} characters, expected at most {_MAX_CHARACTERS:,} per record; "
+                        "split it"
                     )
             except BadRecord as error:
                 rendered.pop(i, None)
                 results[i] = error
                 continue
             texts.append(rendered[i].text)
-            if rendered[i].has_prefixes:
+            if rendered[i].from_prefixes:
                 texts += [rendered[i].text[:begin] for begin, _ in rendered[i].spans]
         tokenized = iter(self._tokenize(texts))
         for i, one in rendered.items():
             whole = next(tokenized)
-            prefixes = [next(tokenized)[0] for _ in one.spans] if one.has_prefixes else []
-            results[i] = self._of_rendered(documents[i], one, whole, prefixes)
+            prefixes = [next(tokenized)[0] for _ in one.spans] if one.from_prefixes else []
+            results[i] = self._encode_rendered(documents[i], one, whole, prefixes)
         return results
 
     def _render(self, document: Conversation | Text) -> Rendered:
@@ -152,20 +152,20 @@ class Encoder:
         )
         return list(zip(batch["input_ids"], batch["offset_mapping"]))
 
-    def _of_tokens(self, document: Tokens) -> Encoded | BadRecord:
+    def _encode_tokens(self, document: Tokens) -> Encoded | BadRecord:
         largest = max(document.input_ids)
         if largest >= len(self.tokenizer):
             return BadRecord(
-                f"field input_ids holds {largest}, but this tokenizer has {len(self.tokenizer):,} tokens: the data "
-                "were made with another one"
+                f"field input_ids contains {largest}, but this tokenizer has {len(self.tokenizer):,} tokens: the data "
+                "was tokenized with another one"
             )
         return _encoded(document.input_ids, document.is_label)
 
-    def _of_rendered(
+    def _encode_rendered(
         self, document: Document, rendered: Rendered, whole: _Tokenized, prefixes: list[list[int]]
     ) -> Encoded | BadRecord:
         if isinstance(document, Text):
-            return self._of_text(document, whole[0])
+            return self._encode_text(document, whole[0])
         assert isinstance(document, Conversation)
         try:
             ids, is_label = _mask(self, rendered, whole, prefixes)
@@ -183,9 +183,9 @@ class Encoder:
             has_control_token=any(token in content for token in self._special_tokens for content in contents),
         )
 
-    def _of_text(self, document: Text, ids: list[int]) -> Encoded | BadRecord:
+    def _encode_text(self, document: Text, ids: list[int]) -> Encoded | BadRecord:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        # some texts bring their own BOS or EOS, written out: never a second one
+        # some texts spell out their own BOS or EOS: never add a second one
         if self.adds_bos and document.is_first and ids[:1] != [bos]:
             ids = [bos, *ids]
         if eos is not None and document.is_last and ids[-1:] != [eos]:
@@ -196,25 +196,25 @@ class Encoder:
 def _mask(
     encoder: Encoder, rendered: Rendered, whole: _Tokenized, prefixes: list[list[int]]
 ) -> tuple[list[int], list[bool]]:
-    """Token ids and label mask of a rendered conversation, its text cut at borders that a token lies across."""
+    """Token ids and label mask of a rendered conversation; the text is cut at boundaries that a token straddles."""
     text = rendered.text
-    borders = sorted({border for span in rendered.spans for border in span} - {0, len(text)})
-    cuts = _token_cuts(whole[1], borders)
-    broken = {border for border, cut in zip(borders, cuts) if cut is None}
+    boundaries = sorted({boundary for span in rendered.spans for boundary in span} - {0, len(text)})
+    cuts = _token_cuts(whole[1], boundaries)
+    straddled = {boundary for boundary, cut in zip(boundaries, cuts) if cut is None}
     for (begin, _), prefix in zip(rendered.spans, prefixes):
-        # the prompt alone, as at inference, must give the tokens that stand before the answer here
-        if begin not in broken and begin in borders and whole[0][: cuts[borders.index(begin)]] != prefix:
-            broken.add(begin)
-    if not broken:
-        return whole[0], _between(len(whole[0]), dict(zip(borders, cuts)), rendered)
+        # the prompt alone, as at inference, must give the tokens that precede the answer here
+        if begin not in straddled and begin in boundaries and whole[0][: cuts[boundaries.index(begin)]] != prefix:
+            straddled.add(begin)
+    if not straddled:
+        return whole[0], _between(len(whole[0]), dict(zip(boundaries, cuts)), rendered)
     while True:
-        edges = [0, *sorted(broken), len(text)]
+        edges = [0, *sorted(straddled), len(text)]
         pieces = [(begin, _piece(encoder, text, begin, edges[i + 1])) for i, begin in enumerate(edges[:-1])]
-        # cutting in one place may, rarely, let a token lie across another
-        found = {border for begin, (_, offsets) in pieces for border in _crossed(offsets, begin, borders)} - broken
+        # cutting at one boundary may, rarely, make a token straddle another
+        found = {cut for begin, (_, offsets) in pieces for cut in _straddled(offsets, begin, boundaries)} - straddled
         if not found:
             break
-        broken |= found
+        straddled |= found
     ids: list[int] = []
     is_label: list[bool] = []
     for begin, (piece_ids, offsets) in pieces:
@@ -224,7 +224,7 @@ def _mask(
 
 
 def _inside(offsets: Sequence[tuple[int, int]], begin: int, spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Whether each token lies in a span; none lies across a border."""
+    """Whether each token is inside a span; none straddles a boundary."""
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T + begin
     is_inside = np.zeros(len(starts), dtype=np.bool_)
     for low, high in spans:
@@ -233,7 +233,7 @@ def _inside(offsets: Sequence[tuple[int, int]], begin: int, spans: Sequence[tupl
 
 
 def _between(num_tokens: int, cuts: dict[int, Any], rendered: Rendered) -> list[bool]:
-    """The mask of a text that no border cuts through."""
+    """The mask of a text in which no token straddles a boundary."""
     edges = {0: 0, len(rendered.text): num_tokens} | cuts
     is_label = [False] * num_tokens
     for begin, end in rendered.spans:
@@ -241,24 +241,24 @@ def _between(num_tokens: int, cuts: dict[int, Any], rendered: Rendered) -> list[
     return is_label
 
 
-def _token_cuts(offsets: Sequence[tuple[int, int]], borders: Sequence[int]) -> list[int | None]:
-    """For each border the number of tokens before it; None if a token lies across it."""
+def _token_cuts(offsets: Sequence[tuple[int, int]], boundaries: Sequence[int]) -> list[int | None]:
+    """The number of tokens before each boundary; None if a token straddles it."""
     cuts: list[int | None] = []
     token = 0
-    for border in borders:
-        while token < len(offsets) and offsets[token][1] <= border:
+    for boundary in boundaries:
+        while token < len(offsets) and offsets[token][1] <= boundary:
             token += 1
-        cuts.append(None if token < len(offsets) and offsets[token][0] < border else token)
+        cuts.append(None if token < len(offsets) and offsets[token][0] < boundary else token)
     return cuts
 
 
-def _crossed(offsets: Sequence[tuple[int, int]], begin: int, borders: Sequence[int]) -> list[int]:
-    inner = [border - begin for border in borders if border > begin]
-    return [border + begin for border, cut in zip(inner, _token_cuts(offsets, inner)) if cut is None]
+def _straddled(offsets: Sequence[tuple[int, int]], begin: int, boundaries: Sequence[int]) -> list[int]:
+    inner = [boundary - begin for boundary in boundaries if boundary > begin]
+    return [boundary + begin for boundary, cut in zip(inner, _token_cuts(offsets, inner)) if cut is None]
 
 
 def _piece(encoder: Encoder, text: str, begin: int, end: int) -> _Tokenized:
-    """Tokens of text[begin:end] as the continuation of what stands before it, offsets from `begin`."""
+    """Tokens of text[begin:end] as the continuation of the text before it, with offsets from `begin`."""
     piece = text[begin:end]
     if begin == 0:
         return encoder._tokenize([piece])[0]
@@ -269,23 +269,23 @@ def _piece(encoder: Encoder, text: str, begin: int, end: int) -> _Tokenized:
             shifted = [(start - len(anchor), stop - len(anchor)) for start, stop in offsets[cut:]]
             return input_ids[cut:], shifted
     raise BadRecord(
-        f"the tokenizer joins the beginning of an answer ({piece[:20]!r}) with what stands before it, so that it "
-        "cannot be labelled exactly"
+        f"the tokenizer merges the beginning of an answer ({piece[:20]!r}) with the text before it, so it cannot be "
+        "labelled exactly"
     )
 
 
 def _encoded(ids: Sequence[int], is_label: Sequence[bool], **flags: bool) -> Encoded | BadRecord:
     if not len(ids):
-        return BadRecord("there is no token in it")
+        return BadRecord("no tokens")
     mask = np.array(is_label, dtype=np.bool_)
-    mask[0] = False  # nothing stands before it that could predict it
+    mask[0] = False  # nothing precedes it that could predict it
     return Encoded(np.array(ids, dtype=np.int32), mask, **flags)
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raises UserError for a tokenizer that cannot say where its tokens stand in the text."""
+    """Raises UserError for a tokenizer that cannot report token offsets."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"tokenizer {type(tokenizer).__name__} is a slow one, which does not know where its tokens stand in the "
-            "text; convert it to a fast one (tokenizer.json)"
+            f"{type(tokenizer).__name__} is a slow tokenizer, which reports no token offsets; convert it to a fast one "
+            "(tokenizer.json)"
         )

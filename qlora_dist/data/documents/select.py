@@ -1,7 +1,7 @@
 """Which documents of a store a run uses: held-out records, caps and weights. Pure functions of the seed.
 
-A choice is made by sorting hashes of (seed, source, record), so that it does not depend on the order of sources, on
-workers, or on numpy's version. Changing a weight or the seed selects anew; nothing is tokenized again.
+A choice is made by sorting hashes of (seed, source, record), so it does not depend on the order of sources, on
+workers, or on numpy's version. Changing a weight or the seed selects again; nothing is tokenized again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...config import SourceConfig
 from ...errors import UserError
 from ..packing import hashed_order
 
-_RECORDS, _FRACTION = 1, 2  # what a hash is for
+_RECORDS, _FRACTION = 1, 2  # the purpose of a hash
 
 
 def select_documents(
@@ -25,7 +25,7 @@ def select_documents(
     record_of: np.ndarray,
     seed: int,
 ) -> np.ndarray:
-    """Indices of the used documents, source after source; a document of weight 2 stands twice."""
+    """Indices of the used documents, source after source; a document of weight 2 appears twice."""
     chosen = [np.zeros(0, dtype=np.int64)]
     for i, source in enumerate(sources):
         documents = np.flatnonzero(source_of == i)

@@ -1,4 +1,4 @@
-"""What the config calls a source -> its records, its fingerprint, and which sources are trained on and evaluated."""
+"""A source of the config -> its records and fingerprint; which sources are trained on and which are evaluated on."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any
 
 from ...config import SourceConfig
 from ...files import sha256
-from ..formats import RawRecord, find_files, is_local, own_splits, read_file, read_hub
+from ..formats import RawRecord, available_splits, find_files, is_local, read_file, read_hub
 
-# files up to this size are hashed whole, larger ones at three places, with size and time of change
+# files up to this size are hashed in full, larger ones at three offsets, with size and mtime
 _WHOLE_HASH_LIMIT = 256 * 2**20
 
-# decided after tokenization (select.py): they do not make other tokens
+# applied after tokenization (select.py): they do not change the tokens
 _SELECTION = {"weight", "shuffle", "hold_out", "part"}
 
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source that can be read: its records, and a key that changes when they do."""
+    """A readable source: its records, and a key that changes when they do."""
 
     records: Iterator[RawRecord]
     key: dict[str, Any]
-    num_bytes: int  # 0: not known
+    num_bytes: int  # 0: unknown
 
 
 def open_source(source: SourceConfig) -> OpenSource:
-    """Raises UserError when it is not there."""
+    """Raises UserError if it does not exist."""
     key = source.model_dump(mode="json", exclude=_SELECTION)
-    if source.shuffle:  # then the cap is a selection too
+    if source.shuffle:  # then the cap is part of the selection too
         key["max_examples"] = None
     records: Iterator[RawRecord]
     if is_local(source.path):
@@ -55,11 +55,11 @@ def open_source(source: SourceConfig) -> OpenSource:
 def split_sources(
     train: Sequence[SourceConfig], evaluate: Sequence[SourceConfig]
 ) -> tuple[tuple[SourceConfig, ...], tuple[SourceConfig, ...]]:
-    """Sources of training and of evaluation, with splits and parts filled in.
+    """Training and evaluation sources, with splits and parts filled in.
 
-    data.eval wins if there is one; a source there without a split takes its validation split, else test, where it
-    has them. Without data.eval, a training source with `hold_out` is evaluated on its own validation or test split
-    where it has one, else on the records held out.
+    data.eval takes precedence; a source in it without a split uses its validation split, else its test split, if it
+    has one. Without data.eval, a training source with `hold_out` is evaluated on its own validation or test split if
+    it has one, else on the held-out records.
     """
     training, held_out = [], []
     for source in train:
@@ -85,7 +85,7 @@ _UNWEIGHTED = {"weight": 1.0, "max_examples": None, "shuffle": False}
 
 
 def _held_out_split(source: SourceConfig) -> str | None:
-    splits = own_splits(source.path, source.subset)
+    splits = available_splits(source.path, source.subset)
     return splits.get("validation", splits.get("test"))
 
 
@@ -95,7 +95,7 @@ def _file_key(file: Path) -> str:
         return sha256(file)
     digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
     with file.open("rb") as stream:
-        for place in (0, status.st_size // 2, status.st_size - 2**20):
-            stream.seek(place)
+        for offset in (0, status.st_size // 2, status.st_size - 2**20):
+            stream.seek(offset)
             digest.update(stream.read(2**20))
     return digest.hexdigest()

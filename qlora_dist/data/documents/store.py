@@ -1,8 +1,8 @@
-"""Tokenized documents on disk: written once, memory-mapped by every rank. Only numbers per document live in memory.
+"""Tokenized documents on disk: written once, memory-mapped by every rank. Only per-document numbers are in memory.
 
-A folder per data set, named by its fingerprint: input_ids.bin (int32), is_label.bin (one byte a token), one .npy per
-number that a document has, stats.json and, last, manifest.json with the size and hash of the others. It is written
-aside and renamed, so that a folder of the final name is whole; the manifest finds what went wrong later.
+One folder per dataset, named by its fingerprint: input_ids.bin (int32), is_label.bin (one byte per token), one .npy
+per document property, stats.json and, last, manifest.json with the size and hash of the others. It is written under
+a temporary name and renamed, so a folder with the final name is complete; the manifest detects later damage.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from ...files import is_whole, read_manifest, write_manifest
 from ..packing import Example
 from .encode import Encoded
 
-# part of every fingerprint: raise it when the same inputs give other tokens or another file layout
+# part of every fingerprint: increase it when the same inputs give different tokens or a different file layout
 STORE_VERSION = 3
 
-# hashed again on each start; larger files are checked by size (the rename already says that they were whole)
+# files up to this size are hashed on each start, larger ones checked by size (the rename proves they were complete)
 _HASH_LIMIT = 64 * 2**20
 HEAD = {"version": STORE_VERSION}  # of the manifest
 
 
 @dataclasses.dataclass
 class SourceStats:
-    """What became of the records of one source. `examples`, `tokens`, `labels` are of what is used."""
+    """What became of the records of one source. `examples`, `tokens`, `labels` count what is used."""
 
     path: str
     format: str = ""
-    why: str = ""  # how the format was decided
+    why: str = ""  # how the format was determined
     template: str = ""
     records: int = 0  # read
     examples: int = 0
     bad: int = 0  # records that could not be used, skipped
     truncated: int = 0  # conversations cut to row_tokens: they end without EOS
-    split: int = 0  # texts cut into several examples; nothing of them is lost
+    split: int = 0  # texts split into several examples; nothing is lost
     dropped: int = 0  # examples that were too long or had no label left
-    duplicates: int = 0  # examples with the tokens of an earlier one, of any source
+    duplicates: int = 0  # examples with the same tokens as an earlier one, of any source
     empty_answers: int = 0
-    replacement_characters: int = 0  # examples with U+FFFD: text that was once decoded wrongly
-    control_tokens: int = 0  # conversations whose own text spells a special token
+    replacement_characters: int = 0  # examples with U+FFFD: text that was once decoded incorrectly
+    control_tokens: int = 0  # conversations whose own text spells out a special token
     tokens: int = 0
     labels: int = 0
     lost_tokens: int = 0  # of truncated and dropped examples
@@ -53,7 +53,7 @@ class SourceStats:
 
 @dataclasses.dataclass
 class DataStats:
-    """All sources of a data set."""
+    """All sources of a dataset."""
 
     sources: list[SourceStats]
 
@@ -62,7 +62,7 @@ class DataStats:
 
 
 class Store:
-    """One folder of tokenized documents, as it was written."""
+    """One folder of tokenized documents, as written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -86,10 +86,10 @@ class Store:
 
 
 class Documents:
-    """The documents of a run: a store seen through a selection (weights, caps, held-out records)."""
+    """The documents of a run: a selection (weights, caps, held-out records) from a store."""
 
     def __init__(self, store: Store, chosen: np.ndarray, fingerprint: str) -> None:
-        """`chosen`: (D,) documents of the store; one that stands twice is used twice in an epoch."""
+        """`chosen`: (D,) documents of the store; one that appears twice is used twice per epoch."""
         self._store = store
         self._chosen = chosen
         self.fingerprint = fingerprint
@@ -162,5 +162,5 @@ def _count_duplicates(stats: list[SourceStats], hashes: np.ndarray, source_of: n
 
 
 def has_store(folder: Path) -> bool:
-    """Whether a store of this name exists and is what was written."""
+    """Whether a store of this name exists and is intact."""
     return is_whole(folder, HEAD, _HASH_LIMIT)

@@ -1,4 +1,4 @@
-"""Encodes records in this process or, for large data, in worker processes of `datasets`. Both give the same."""
+"""Encodes records in this process or, for large data, in worker processes of `datasets`, with the same result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..formats import BadRecord, RawRecord
 from .encode import Encoded, Encoder
 
 _BATCH_RECORDS = 256
-# below this the start of workers costs more than they save
+# below this, starting workers costs more than it saves
 _BYTES_PER_WORKER = 32 * 2**20
 _MAX_WORKERS = 8
 _FLAGS = ("is_text", "has_empty_answer", "has_control_token", "has_replacement")
@@ -33,16 +33,16 @@ class EncodedRecord:
 
 
 def choose_workers(num_bytes: int) -> int:
-    """Processes for a source of this size: one for small or unknown ones."""
+    """Number of processes for a source of this size: one if it is small or unknown."""
     return max(1, min(_MAX_WORKERS, os.cpu_count() or 1, num_bytes // _BYTES_PER_WORKER))
 
 
 def encode_records(
     encoder: Encoder, records: Iterator[RawRecord], num_workers: int, scratch: Path, stop_at_bad: bool
 ) -> Iterator[EncodedRecord]:
-    """Encodes in order. With `stop_at_bad` the first record that cannot be used raises UserError.
+    """Encodes in order. With `stop_at_bad`, the first record that cannot be used raises UserError.
 
-    Workers read from and write to Arrow files below `scratch`, so that memory does not grow with the data.
+    Workers read and write Arrow files below `scratch`, so memory use does not grow with the data.
     """
     if num_workers > 1:
         yield from _encode_in_workers(encoder, records, num_workers, scratch, stop_at_bad)
@@ -56,9 +56,7 @@ def _encode_batch(encoder: Encoder, batch: list[RawRecord], stop_at_bad: bool) -
         if not isinstance(result, BadRecord):
             yield EncodedRecord(raw.where, result)
         elif stop_at_bad:
-            raise UserError(
-                f"{raw.where}: {result}; correct it, or set data.on_bad=skip to leave such records out and count them"
-            )
+            raise UserError(f"{raw.where}: {result}; fix it, or set data.on_bad=skip to skip and count such records")
         else:
             yield EncodedRecord(raw.where, problem=str(result))
 
@@ -75,7 +73,7 @@ def _encode_in_workers(
     with ArrowWriter(path=str(raw_file), features=datasets.Features({"raw": datasets.Value("large_string")})) as writer:
         num_records = 0
         for raw in records:
-            # as text: Arrow's types would give every record the fields of all others, as nulls
+            # as text: Arrow's types would add the fields of all other records to each one, as nulls
             writer.write({"raw": json.dumps(asdict(raw))})
             num_records += 1
         writer.finalize()
@@ -89,7 +87,7 @@ def _encode_in_workers(
         features=_features(datasets),
         cache_file_name=str(folder / "encoded.arrow"),
         load_from_cache_file=False,
-        new_fingerprint="encoded",  # the store has its own; hashing a tokenizer by pickle is not stable
+        new_fingerprint="encoded",  # the store has its own; a tokenizer's pickle has no stable hash
         desc="tokenizing",
     )
     yield from _read_back(encoded)
@@ -100,7 +98,7 @@ def _encode_in_workers(
 
 
 class _Worker:
-    """What a worker process does with a batch of raw records. One row out for each document or problem."""
+    """What a worker process does with a batch of raw records. Returns one row per document or problem."""
 
     def __init__(self, encoder: Encoder, stop_at_bad: bool) -> None:
         self.encoder = encoder
@@ -125,7 +123,7 @@ class _Worker:
         return rows
 
 
-# typed: Arrow would take an empty list of a record with a problem for one of floats
+# typed: Arrow would infer floats for the empty list of a record with a problem
 _NO_IDS, _NO_LABELS = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_)
 _COLUMNS = ("record", "where", "problem", "input_ids", "is_label", *_FLAGS)
 

@@ -1,8 +1,8 @@
-"""Step 1 of the data pipeline: files or hub data of any format -> conversations, texts or token ids."""
+"""Step 1 of the data pipeline: files or hub datasets in any format -> conversations, texts or token ids."""
 
 from .detect import FORMATS, detect_format, group_records, map_columns
 from .fields import BadRecord, Conversation, Document, Text, Tokens
-from .files import RawRecord, find_files, is_local, own_splits, read_file, read_hub
+from .files import RawRecord, available_splits, find_files, is_local, read_file, read_hub
 
 __all__ = [
     "FORMATS",
@@ -12,12 +12,12 @@ __all__ = [
     "RawRecord",
     "Text",
     "Tokens",
+    "available_splits",
     "detect_format",
     "find_files",
     "group_records",
     "is_local",
     "map_columns",
-    "own_splits",
     "read_file",
     "read_hub",
 ]

@@ -1,4 +1,4 @@
-"""Formats of many turns: OpenAI messages, ShareGPT, OASST trees, hh-rlhf, Guanaco and chip2 texts."""
+"""Multi-turn formats: OpenAI messages, ShareGPT, OASST trees, hh-rlhf, Guanaco and chip2 texts."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from .fields import (
     Message,
     Record,
     check_roles,
-    kind,
     list_field,
     optional_text,
     parse_json,
     text_field,
+    type_name,
 )
 
 
 def messages(record: Record) -> Conversation:
-    """OpenAI chat: messages of role and content, with tools, tool_calls and tool results."""
+    """OpenAI chat: messages with role and content, tools, tool_calls and tool results."""
     turns = openai_messages(list_field(record, "messages"), "messages")
     return Conversation(check_roles(turns), tools_field(record))
 
 
 def openai_messages(turns: Sequence[Any], field: str) -> list[Message]:
-    """Messages as OpenAI's API has them -> as transformers' chat templates have them."""
+    """Messages in the form of OpenAI's API -> in the form of transformers' chat templates."""
     return [_openai_message(turn, f"{field}[{i}]") for i, turn in enumerate(turns)]
 
 
@@ -47,14 +47,14 @@ SHAREGPT_ROLES = {
 
 
 def sharegpt(record: Record) -> Conversation:
-    """conversations of from (human, gpt, system, function_call, observation) and value; tools, system."""
+    """conversations with from (human, gpt, system, function_call, observation) and value; tools, system."""
     turns = list_field(record, "conversations")
     system = optional_text(record, "system")
     result: list[Message] = [{"role": "system", "content": system}] if system else []
     for i, turn in enumerate(turns):
         where = f"conversations[{i}]"
         if not isinstance(turn, Mapping):
-            raise BadRecord(f"field {where} is {kind(turn)}, expected an object with from and value")
+            raise BadRecord(f"field {where} is {type_name(turn)}, expected an object with from and value")
         sender = text_field(turn, "from", where)
         if sender not in SHAREGPT_ROLES:
             known = ", ".join(SHAREGPT_ROLES)
@@ -68,19 +68,19 @@ def sharegpt(record: Record) -> Conversation:
 
 
 def hh_rlhf(record: Record) -> Conversation:
-    """chosen: text of '\\n\\nHuman: ...\\n\\nAssistant: ...', or a list of messages. rejected is not used."""
+    """chosen: text like '\\n\\nHuman: ...\\n\\nAssistant: ...', or a list of messages. rejected is unused."""
     if isinstance(record.get("chosen"), list):
         return Conversation(check_roles(openai_messages(list_field(record, "chosen"), "chosen")))
     return _split_turns(text_field(record, "chosen"), "chosen", _HH_TURN)
 
 
 def guanaco(record: Record) -> Conversation:
-    """text of '### Human: ...### Assistant: ...' (openassistant-guanaco)."""
+    """text like '### Human: ...### Assistant: ...' (openassistant-guanaco)."""
     return _split_turns(text_field(record, "text"), "text", _GUANACO_TURN)
 
 
 def chip2(record: Record) -> Conversation:
-    """text of '<human>: ...\\n<bot>: ...' (OIG's unified_chip2)."""
+    """text like '<human>: ...\\n<bot>: ...' (OIG's unified_chip2)."""
     return _split_turns(text_field(record, "text"), "text", _CHIP2_TURN)
 
 
@@ -90,7 +90,7 @@ def oasst(record: Record) -> Conversation:
     path: list[Message] = []
     while True:
         if not isinstance(node, Mapping):
-            raise BadRecord(f"field prompt or one of its replies is {kind(node)}, expected a message object")
+            raise BadRecord(f"field prompt or one of its replies is {type_name(node)}, expected a message object")
         role = text_field(node, "role")
         if role not in _OASST_ROLES:
             raise BadRecord(f"a message has role {role!r}, expected prompter or assistant")
@@ -98,7 +98,7 @@ def oasst(record: Record) -> Conversation:
         replies = [reply for reply in node.get("replies") or [] if not reply.get("deleted")]
         if not replies:
             break
-        # rank 0 is the best; without ranks the first reply is taken
+        # rank 0 is the best; without ranks, the first reply is used
         node = min(replies, key=lambda r: r["rank"] if r.get("rank") is not None else float("inf"))
     if path[-1]["role"] == "user":
         path.pop()
@@ -114,7 +114,7 @@ _CHIP2_TURN = re.compile(r"(?:^|\n)<(human|bot)>:")
 def _split_turns(value: str, field: str, pattern: re.Pattern[str]) -> Conversation:
     before, *pieces = pattern.split(value)
     if before.strip() or not pieces:
-        raise BadRecord(f"field {field} begins with {value[:30]!r}, expected a turn such as {pattern.pattern}")
+        raise BadRecord(f"field {field} starts with {value[:30]!r}, expected a turn that matches {pattern.pattern}")
     turns: list[Message] = []
     for speaker, content in zip(pieces[::2], pieces[1::2]):
         role = "user" if speaker.lower() == "human" else "assistant"
@@ -123,7 +123,7 @@ def _split_turns(value: str, field: str, pattern: re.Pattern[str]) -> Conversati
 
 
 def tools_field(record: Record) -> list[dict[str, Any]] | None:
-    """The functions a model may call: a list, or JSON text of one. Bare functions get OpenAI's wrapping."""
+    """The functions a model may call: a list, or JSON text of one. Bare functions get OpenAI's wrapper."""
     value = record.get("tools") or record.get("functions")
     if isinstance(value, str):
         if not value.strip():
@@ -132,7 +132,7 @@ def tools_field(record: Record) -> list[dict[str, Any]] | None:
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise BadRecord(f"field tools is {kind(value)}, expected a list of objects or JSON text of one")
+        raise BadRecord(f"field tools is {type_name(value)}, expected a list of objects or JSON text of one")
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in value]
 
 
@@ -148,13 +148,13 @@ OPENAI_ROLES = {
 
 def _openai_message(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise BadRecord(f"field {where} is {kind(turn)}, expected an object with role and content")
+        raise BadRecord(f"field {where} is {type_name(turn)}, expected an object with role and content")
     role = text_field(turn, "role", where)
     if role not in OPENAI_ROLES:
         raise BadRecord(f"field {where}.role is {role!r}, expected one of {', '.join(OPENAI_ROLES)}")
     message: Message = {"role": OPENAI_ROLES[role]}
     calls = turn.get("tool_calls")
-    if turn.get("function_call"):  # OpenAI's form before tool_calls
+    if turn.get("function_call"):  # OpenAI's predecessor of tool_calls
         calls = [{"function": turn["function_call"]}]
     if calls:
         message["tool_calls"] = [_openai_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
@@ -171,7 +171,7 @@ def _openai_message(turn: Any, where: str) -> Message:
 
 
 def _content(turn: Record, where: str) -> str:
-    """Text, or OpenAI's list of parts if all of them are text."""
+    """Text, or OpenAI's list of parts if all are text."""
     parts = turn.get("content")
     if not isinstance(parts, list | tuple):
         return text_field(turn, "content", where)
@@ -186,7 +186,7 @@ def _openai_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, Mapping):
         raise BadRecord(f"field {where} has no function object")
     arguments = function.get("arguments", {})
-    if isinstance(arguments, str):  # OpenAI sends JSON text, templates of transformers expect the object
+    if isinstance(arguments, str):  # OpenAI sends JSON text, transformers' templates expect the object
         arguments = parse_json(arguments or "{}", f"{where}.function.arguments")
     result = {
         "type": "function",

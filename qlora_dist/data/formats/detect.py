@@ -1,5 +1,4 @@
-"""All formats by name, and which of them a source has, decided from its columns; the decision is
-explained."""
+"""All formats by name, and the detection of a source's format from its columns, with the reason."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from typing import Any
 
 from ...errors import UserError
 from . import chats, instructions
-from .fields import Conversation, Document, Record, kind
+from .fields import Conversation, Document, Record, type_name
 from .files import RawRecord
 
 FORMATS: dict[str, Callable[[Record], Document | list[Conversation]]] = {
@@ -31,7 +30,7 @@ FORMATS: dict[str, Callable[[Record], Document | list[Conversation]]] = {
     "tokens": instructions.pretokenized,
 }
 
-# the first rule that holds decides: (format, columns, what the value must look like, the same in words)
+# the first matching rule decides: (format, columns, test of the values, description of the test)
 _Test = Callable[[Mapping[str, Any]], bool]
 _RULES: list[tuple[str, tuple[str, ...], _Test | None, str]] = [
     ("tokens", ("input_ids",), lambda r: isinstance(r["input_ids"], list), "a list"),
@@ -55,32 +54,31 @@ _RULES: list[tuple[str, tuple[str, ...], _Test | None, str]] = [
         "self-instruct",
         ("prompt", "completion"),
         lambda r: isinstance(r["completion"], str) and r["completion"].endswith("<|endoftext|>"),
-        "ending with a written <|endoftext|>",
+        "ending with a literal <|endoftext|>",
     ),
     ("prompt-completion", ("prompt", "completion"), None, ""),
-    ("guanaco", ("text",), lambda r: _begins(r["text"], "### Human:"), "beginning with '### Human:'"),
-    ("chip2", ("text",), lambda r: _begins(r["text"], "<human>:"), "beginning with '<human>:'"),
+    ("guanaco", ("text",), lambda r: _starts_with(r["text"], "### Human:"), "starting with '### Human:'"),
+    ("chip2", ("text",), lambda r: _starts_with(r["text"], "<human>:"), "starting with '<human>:'"),
     ("text", ("text",), None, ""),
 ]
 
 
 def detect_format(record: Mapping[str, Any], path: str) -> tuple[str, str]:
-    """The format and the reason, for the log. Raises UserError when no rule holds."""
-    for name, columns, test, words in _RULES:
+    """The format and the reason, for the log. Raises UserError if no rule matches."""
+    for name, columns, test, description in _RULES:
         if all(column in record for column in columns) and (test is None or test(record)):
             plural = "column" if len(columns) == 1 else "columns"
-            return name, f"{plural} {', '.join(columns)}{' ' + words if words else ''}"
-    found = ", ".join(f"{name} ({kind(value)})" for name, value in record.items()) or "none"
+            return name, f"{plural} {', '.join(columns)}{' ' + description if description else ''}"
+    found = ", ".join(f"{name} ({type_name(value)})" for name, value in record.items()) or "none"
     raise UserError(
-        f"data source {path}: the format cannot be told from its columns: {found}; name it with format: one "
-        f"of "
+        f"data source {path}: cannot detect the format from the columns: {found}; set format to one of "
         f"{', '.join(FORMATS)}; or map your columns to a format's, for example "
         "columns: {instruction: question, output: answer}"
     )
 
 
 def map_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Renames the user's columns to a format's. `columns`: format's name -> user's name; the rest stays."""
+    """Renames the user's columns to a format's. `columns`: format's name -> user's name; others are kept."""
     if not columns:
         return dict(record)
     mapped = {name: value for name, value in record.items() if name not in columns.values()}
@@ -88,8 +86,7 @@ def map_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
 
 
 def group_records(format_name: str, records: Iterator[RawRecord]) -> Iterator[RawRecord]:
-    """Joins records that make one document: OASST's list of messages -> one tree each. Others pass
-    through."""
+    """Joins records that form one document: OASST's messages -> trees. Other formats pass through."""
     if format_name != "oasst":
         yield from records
         return
@@ -113,12 +110,12 @@ def _trees(flat: Sequence[RawRecord]) -> Iterator[RawRecord]:
         elif parent in nodes:
             nodes[parent]["replies"].append(node)
         else:
-            yield RawRecord(None, raw.where, f"its parent_id {parent!r} is not in the data")
+            yield RawRecord(None, raw.where, f"parent_id {parent!r} is not in the data")
     for raw, node in roots:
         yield RawRecord({"prompt": node}, raw.where)
 
 
-def _begins(value: Any, text: str) -> bool:
+def _starts_with(value: Any, text: str) -> bool:
     return isinstance(value, str) and value.lstrip().startswith(text)
 
 

@@ -1,4 +1,4 @@
-"""What a format function gives back, and how it reads the fields of a record. Errors name the field."""
+"""What a format function returns, and how it reads the fields of a record. Errors name the field."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with roles system, user, assistant, tool; the keys are those of transformers' chat
-    templates."""
+    """Messages with roles system, user, assistant, tool; keys as in transformers' chat templates."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
@@ -26,7 +25,7 @@ class Conversation:
 class Text:
     """A document for continued pretraining: everything is learned.
 
-    A file too large for one document comes in parts; only the first begins and only the last ends it.
+    A document too large for one record comes in parts; only the first part starts it and only the last ends it.
     """
 
     text: str
@@ -36,7 +35,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids made elsewhere, with their label mask."""
+    """Token ids from elsewhere, with their label mask."""
 
     input_ids: list[int]
     is_label: list[bool]
@@ -48,8 +47,8 @@ Document = Conversation | Text | Tokens
 # --- fields ---
 
 
-def kind(value: Any) -> str:
-    """A value's type in words of the data, not of Python."""
+def type_name(value: Any) -> str:
+    """A value's type in the data's terms, not Python's."""
     if value is None:
         return "null"
     names = {
@@ -69,7 +68,7 @@ def text_field(record: Record, field: str, where: str = "") -> str:
         raise BadRecord(f"field {name} is missing; this record has {', '.join(map(str, record)) or 'no fields'}")
     value = record[field]
     if not isinstance(value, str):
-        raise BadRecord(f"field {name} is {kind(value)}, expected text")
+        raise BadRecord(f"field {name} is {type_name(value)}, expected text")
     return value
 
 
@@ -82,7 +81,7 @@ def list_field(record: Record, field: str) -> Sequence[Any]:
         raise BadRecord(f"field {field} is missing; this record has {', '.join(map(str, record)) or 'no fields'}")
     value = record[field]
     if not isinstance(value, list | tuple):
-        raise BadRecord(f"field {field} is {kind(value)}, expected a list")
+        raise BadRecord(f"field {field} is {type_name(value)}, expected a list")
     if not value:
         raise BadRecord(f"field {field} is an empty list")
     return value
@@ -99,7 +98,7 @@ def parse_json(value: str, where: str) -> Any:
 
 
 def prompt_and_answer(prompt: str, extra: str, answer: str, system: str = "") -> Conversation:
-    """One question, one answer. `extra` (Alpaca's input) is kept apart for templates that show it apart."""
+    """One question, one answer. `extra` (Alpaca's input) is also kept separate for templates that need it."""
     user: Message = {"role": "user", "content": f"{prompt}\n\n{extra}" if extra else prompt}
     if extra:
         user |= {"instruction": prompt, "input": extra}
@@ -108,21 +107,21 @@ def prompt_and_answer(prompt: str, extra: str, answer: str, system: str = "") ->
 
 
 def check_roles(turns: list[Message]) -> list[Message]:
-    """Refuses a conversation out of order: system only first, questions and answers in turn."""
+    """Rejects a conversation out of order: system comes first if at all, then questions and answers alternate."""
     previous = None
     for i, turn in enumerate(turns):
         role = turn["role"]
         if role == "system" and i > 0:
-            raise BadRecord(f"message {i + 1} has role system, which may only be the first")
+            raise BadRecord(f"message {i + 1} has role system, which only the first may have")
         if role == "tool" and previous not in ("assistant", "tool"):
-            raise BadRecord(f"message {i + 1} is a tool result, but no assistant message stands before it")
+            raise BadRecord(f"message {i + 1} is a tool result, but does not follow an assistant message")
         if role == "user" and previous == "user":
             raise BadRecord(f"messages {i} and {i + 1} both have role user; expected an answer between them")
         if role == "assistant" and previous in (None, "system"):
-            raise BadRecord(f"message {i + 1} has role assistant, but nobody has asked anything yet")
+            raise BadRecord(f"message {i + 1} has role assistant, but follows no user message")
         if role == "assistant" and previous == "assistant":
             raise BadRecord(f"messages {i} and {i + 1} both have role assistant; expected a question between them")
         previous = role
     if not any(turn["role"] == "assistant" for turn in turns):
-        raise BadRecord("there is no assistant message: nothing to learn")
+        raise BadRecord("no assistant message: nothing to learn")
     return turns

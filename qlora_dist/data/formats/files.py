@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import UserError
 from .readers import READERS, RawRecord, plain_value
 
-# what folders and hub datasets call their splits -> the three names used here
+# split names of folders and hub datasets -> the three names used here
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -24,40 +24,39 @@ _SPLITS = {
 
 
 def is_local(path: str) -> bool:
-    """Whether a source path means this machine's files and not a hub name.
+    """Whether a source path is local, not the name of a hub dataset.
 
-    `org/name` without a file of that name is a hub name; anything with a known suffix or a leading dot, slash
-    or tilde is not.
+    `org/name` is a hub name unless it exists as a path; anything with a known suffix or a leading dot, slash or
+    tilde is local.
     """
     suffixes = tuple(READERS)
     return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.endswith(suffixes)
 
 
 def find_files(path: str, split: str | None = None) -> list[Path]:
-    """The files of a local source in sorted order: of a folder those of `split`, by default of train."""
+    """The files of a local source, sorted. Of a folder, those of `split` (default: train)."""
     root = Path(path).expanduser()
     if not root.exists():
-        raise UserError(f"data source {path}: there is no such file or folder (working directory {Path.cwd()})")
+        raise UserError(f"data source {path}: no such file or folder (working directory {Path.cwd()})")
     if root.is_file():
         if root.suffix not in READERS:
             raise UserError(
-                f"data source {path}: files ending in {root.suffix or 'nothing'} cannot be read; expected "
-                f"one "
-                f"of {', '.join(READERS)}"
+                f"data source {path}: unknown file type {root.suffix or '(no suffix)'}; expected one of "
+                f"{', '.join(READERS)}"
             )
         return [root]
     found = _files_below(root)
     files = [file for file in found if _split_of(file, root) == _SPLITS.get(split or "train", split)]
-    if split is None and not files:  # nothing but a test split, say: there is no doubt what is meant
+    if split is None and not files:  # for example only a test split: unambiguous
         files = found
     if not files:
         what = f" of split {split}" if split and found else ""
-        raise UserError(f"data source {path}: the folder holds no file{what} ending in {', '.join(READERS)}")
+        raise UserError(f"data source {path}: no file{what} in this folder ends in {', '.join(READERS)}")
     return files
 
 
-def own_splits(path: str, subset: str | None = None) -> dict[str, str]:
-    """The splits that a folder or hub dataset has: train, validation, test -> its own name for it."""
+def available_splits(path: str, subset: str | None = None) -> dict[str, str]:
+    """The splits of a folder or hub dataset: train, validation, test -> its own name for each."""
     if is_local(path):
         root = Path(path).expanduser()
         if not root.is_dir():
@@ -67,7 +66,7 @@ def own_splits(path: str, subset: str | None = None) -> dict[str, str]:
 
     try:
         names = datasets.get_dataset_split_names(path, subset)
-    except Exception as error:  # the hub client's errors have no common base
+    except Exception as error:  # the hub client's errors have no common base class
         raise _not_loadable(path, error) from None
     found: dict[str, str] = {}
     for name in names:
@@ -76,12 +75,12 @@ def own_splits(path: str, subset: str | None = None) -> dict[str, str]:
 
 
 def read_file(path: Path) -> Iterator[RawRecord]:
-    """Records of one file, by its suffix."""
+    """Records of one file, read according to its suffix."""
     try:
         yield from READERS[path.suffix](path)
     except UnicodeDecodeError:
         raise UserError(
-            f"data source {path}: not UTF-8 text in line {_undecodable_line(path)}; convert it, for example with "
+            f"data source {path}: line {_undecodable_line(path)} is not UTF-8; convert the file, for example with "
             "iconv -f latin1 -t utf-8"
         ) from None
     except OSError as error:
@@ -91,7 +90,7 @@ def read_file(path: Path) -> Iterator[RawRecord]:
 def read_hub(
     name: str, *, split: str, subset: str | None = None, revision: str | None = None, streaming: bool = False
 ) -> tuple[Iterator[RawRecord], str, int]:
-    """Records of a hub dataset, a fingerprint of them, and their bytes (0: not known). Raises UserError.
+    """Records of a hub dataset, their fingerprint, and their size in bytes (0: unknown). Raises UserError.
 
     A streamed dataset cannot be hashed before it is read: its fingerprint is its name and revision.
     """
@@ -99,7 +98,7 @@ def read_hub(
 
     try:
         data: Any = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
-    except Exception as error:  # the hub client's errors have no common base
+    except Exception as error:  # the hub client's errors have no common base class
         raise _not_loadable(name, error) from None
     fingerprint = f"{name}/{subset}/{split}/{revision}" if streaming else data._fingerprint
 
@@ -111,7 +110,7 @@ def read_hub(
 
 
 def _undecodable_line(path: Path) -> int:
-    # the decoder reads in chunks and knows no place in the file
+    # the decoder reads in chunks and does not know its position in the file
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -123,7 +122,7 @@ def _undecodable_line(path: Path) -> int:
 
 def _not_loadable(name: str, error: Exception) -> UserError:
     return UserError(
-        f"data source {name}: neither a file here nor a dataset that can be loaded from the hub "
+        f"data source {name}: neither a local file nor a dataset that can be loaded from the hub "
         f"({type(error).__name__}: {error})"
     )
 
@@ -135,7 +134,7 @@ def _files_below(root: Path) -> list[Path]:
 
 
 def _split_of(file: Path, root: Path) -> str:
-    """`train` of train.jsonl, train-00000-of-00002.parquet and train/x.json; everything unnamed is train."""
+    """`train` for train.jsonl, train-00000-of-00002.parquet, train/x.json and files that name no split."""
     for part in reversed(file.relative_to(root).with_suffix("").parts):
         split = _SPLITS.get(_first_word(part))
         if split is not None:

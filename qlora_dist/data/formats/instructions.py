@@ -1,6 +1,6 @@
-"""Formats of one question and one answer, continued pretraining, and token ids made elsewhere.
+"""Formats with one question and one answer, continued pretraining, and token ids from elsewhere.
 
-Each function takes a record and gives its documents; most give one.
+Each function takes a record and returns its documents; most return one.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from .fields import (
     Text,
     Tokens,
     check_roles,
-    kind,
     list_field,
     optional_text,
     prompt_and_answer,
     text_field,
+    type_name,
 )
 
 
 def alpaca(record: Record) -> Conversation:
-    """instruction, input (may be empty or missing), output; system if there."""
+    """instruction, input (may be empty or missing), output; optionally system."""
     return prompt_and_answer(
         text_field(record, "instruction"),
         optional_text(record, "input"),
@@ -42,12 +42,12 @@ def dolly(record: Record) -> Conversation:
 
 
 def input_output(record: Record) -> Conversation:
-    """input, output: joined as they are; the template decides what stands between them."""
+    """input, output: joined as they are; the template decides what separates them."""
     return prompt_and_answer(text_field(record, "input"), "", text_field(record, "output"))
 
 
 def longform(record: Record) -> Conversation:
-    """input, output, and the columns source and subset, which are not used."""
+    """input, output, and the columns source and subset, which are unused."""
     return input_output(record)
 
 
@@ -61,9 +61,9 @@ def prompt_completion(record: Record) -> Conversation:
 
 
 def self_instruct(record: Record) -> Conversation | list[Conversation]:
-    """Seed tasks (instruction, instances of input and output), or prompt and completion of the hub's form.
+    """Seed tasks (instruction, instances of input and output), or the hub's form (prompt and completion).
 
-    The hub's completions end with a written <|endoftext|>, which is no part of the answer.
+    The hub's completions end with a literal <|endoftext|>, which is not part of the answer.
     """
     if "instances" not in record:
         completion = text_field(record, "completion").removesuffix("<|endoftext|>")
@@ -76,7 +76,7 @@ def self_instruct(record: Record) -> Conversation | list[Conversation]:
 
 
 def unnatural_instructions(record: Record) -> list[Conversation]:
-    """instances, and reformulations if there: instruction_with_input and output."""
+    """instances, and optionally reformulations: instruction_with_input and output."""
     pairs = _objects(record, "instances")
     if record.get("reformulations"):
         pairs += _objects(record, "reformulations")
@@ -95,10 +95,10 @@ def text(record: Record) -> Text:
 
 
 def pretokenized(record: Record) -> Tokens:
-    """input_ids, and labels if there (-100 = not learned, else the token itself)."""
+    """input_ids, and optionally labels (-100 = not learned, else the token itself)."""
     input_ids = _integers(record, "input_ids")
     if min(input_ids) < 0:
-        raise BadRecord(f"field input_ids holds {min(input_ids)}, which is no token")
+        raise BadRecord(f"field input_ids contains {min(input_ids)}, which is not a token id")
     if record.get("labels") is None:
         return Tokens(input_ids, [True] * len(input_ids))
     labels = _integers(record, "labels")
@@ -116,7 +116,7 @@ def _integers(record: Record, field: str) -> list[int]:
     values = list_field(record, field)
     for i, value in enumerate(values):
         if not isinstance(value, int) or isinstance(value, bool):
-            raise BadRecord(f"field {field}[{i}] is {kind(value)}, expected a whole number")
+            raise BadRecord(f"field {field}[{i}] is {type_name(value)}, expected a whole number")
     return list(values)
 
 
@@ -125,6 +125,6 @@ def _objects(record: Record, field: str) -> list[tuple[Mapping[str, Any], str]]:
     for i, value in enumerate(list_field(record, field)):
         where = f"{field}[{i}]"
         if not isinstance(value, Mapping):
-            raise BadRecord(f"field {where} is {kind(value)}, expected an object")
+            raise BadRecord(f"field {where} is {type_name(value)}, expected an object")
         objects.append((value, where))
     return objects

@@ -1,8 +1,8 @@
-"""One reader per file type: a path -> records, each with its place. Streams; no file is held in memory whole.
+"""One reader per file type: a path -> records, each with its location. Streams; never holds a whole file in memory.
 
-The place, "data/a.jsonl, line 17", goes into messages. A line or record that cannot be parsed comes with the
-reason instead of fields, so that the caller decides (data.on_bad) and counts. Where the rest of a file cannot
-be read after a fault (a JSON list, a compressed table), that is an error in any case.
+The location, "data/a.jsonl, line 17", goes into messages. A line or record that cannot be parsed comes with the
+reason instead of fields, so that the caller can decide (data.on_bad) and count. A fault that makes the rest of the
+file unreadable (in a JSON list, a compressed table) is always an error.
 """
 
 from __future__ import annotations
@@ -16,25 +16,23 @@ from typing import Any, TextIO
 
 from ...errors import UserError
 
-# A .txt document is handed on in parts of about this many characters: books are, whole dumps are not, held at
-# once.
+# Approximate characters per part of a .txt document: a book fits into memory at once, a whole dump does not.
 _TEXT_PART = 2**22
 
 
 @dataclass(frozen=True)
 class RawRecord:
-    """A record as it was read. `problem` says why there are no fields."""
+    """A record as read. `problem`: why there are no fields."""
 
     fields: dict[str, Any] | None
     where: str
     problem: str | None = None
-    is_first: bool = True  # of a document in parts
+    is_first: bool = True  # part of its document; a whole document is both
     is_last: bool = True
 
 
 def read_jsonl(path: Path) -> Iterator[RawRecord]:
-    """One object a line; each line is decoded apart, so that one in another encoding does not hide the
-    others."""
+    """One object per line. Lines are decoded separately, so one in another encoding does not hide the others."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -43,13 +41,13 @@ def read_jsonl(path: Path) -> Iterator[RawRecord]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                yield RawRecord(None, where, f"not UTF-8 text ({error.reason} at byte {error.start} of the line)")
+                yield RawRecord(None, where, f"not UTF-8 ({error.reason} at byte {error.start} of the line)")
                 continue
             yield _parsed(text, where)
 
 
 def read_json(path: Path) -> Iterator[RawRecord]:
-    """A list of objects, one object, or (as many `.json` of this field are) one object a line."""
+    """A list of objects, one object, or (as in many `.json` datasets) one object per line."""
     with path.open(encoding="utf-8-sig") as file:
         line = " "
         while line and not line.strip():
@@ -66,18 +64,18 @@ def read_json(path: Path) -> Iterator[RawRecord]:
             raise UserError(f"data source {path}: {record.problem}")
         yield record
     elif first:
-        raise UserError(f"data source {path}: expected a JSON list of objects, found {first!r} at its beginning")
+        raise UserError(f"data source {path}: expected a JSON list of objects, found {first!r} at the start")
 
 
 class _JsonList:
-    """Decodes the elements of a JSON list one after another from a sliding window of the file."""
+    """Decodes the elements of a JSON list one by one from a sliding window of the file."""
 
     def __init__(self, path: Path, file: TextIO) -> None:
         self.path = path
         self.file = file
         self.window = ""
         self.position = 0
-        self.line = 1  # of the window's beginning
+        self.line = 1  # at the start of the window
 
     def records(self) -> Iterator[RawRecord]:
         number = 0
@@ -93,40 +91,40 @@ class _JsonList:
                 following = self._next_character()
             elif following != "]":
                 found = repr(following) if following else "the end of the file"
-                raise self._broken(f"after record {number}", self.position, f"expected , or ] but found {found}")
+                raise self._invalid(f"after record {number}", self.position, f"expected , or ] but found {found}")
 
     def _element(self, number: int) -> Any:
         decoder = json.JSONDecoder()
         while True:
             try:
                 value, end = decoder.raw_decode(self.window, self.position)
-                # a number at the window's end may go on in the next one
-                if end < len(self.window) or not self._read_on():
+                # a number at the end of the window may continue in the next one
+                if end < len(self.window) or not self._read_more():
                     self.position = end
                     return value
             except json.JSONDecodeError as error:
-                if not self._read_on():
-                    raise self._broken(f"in record {number}", error.pos, error.msg) from None
+                if not self._read_more():
+                    raise self._invalid(f"in record {number}", error.pos, error.msg) from None
 
     def _next_character(self) -> str:
         while True:
             while self.position < len(self.window) and self.window[self.position] in " \t\r\n":
                 self.position += 1
-            if self.position < len(self.window) or not self._read_on():
+            if self.position < len(self.window) or not self._read_more():
                 return self.window[self.position : self.position + 1]
 
-    def _read_on(self) -> bool:
-        # doubled when an element does not fit, so that a giant one is not decoded again for every small piece
+    def _read_more(self) -> bool:
+        # the window doubles when an element does not fit, so that a huge one is not decoded again for every chunk
         chunk = self.file.read(max(1 << 20, len(self.window)))
         if chunk:
             self.line += self.window.count("\n", 0, self.position)
             self.window, self.position = self.window[self.position :] + chunk, 0
         return bool(chunk)
 
-    def _broken(self, where: str, position: int, reason: str) -> UserError:
+    def _invalid(self, where: str, position: int, reason: str) -> UserError:
         line = self.line + self.window.count("\n", 0, position)
         return UserError(
-            f"data source {self.path}: broken JSON {where}, line {line}: {reason}; nothing after it can be read"
+            f"data source {self.path}: invalid JSON {where}, line {line}: {reason}; cannot read the rest of the file"
         )
 
 
@@ -137,12 +135,12 @@ def read_table(path: Path) -> Iterator[RawRecord]:
         reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         header = next(reader, [])
         while True:
-            where = f"{path}, line {reader.line_num + 1}"  # where the row begins: it may go over several lines
+            where = f"{path}, line {reader.line_num + 1}"  # where the row starts; it may span several lines
             try:
                 row = next(reader, None)
             except csv.Error as error:
                 raise UserError(
-                    f"data source {path}: broken table at line {reader.line_num}: {error}; nothing after it can be read"
+                    f"data source {path}: invalid table, line {reader.line_num}: {error}; cannot read the rest of it"
                 ) from None
             if row is None:
                 return
@@ -169,7 +167,7 @@ def read_parquet(path: Path) -> Iterator[RawRecord]:
 
 
 def read_text(path: Path) -> Iterator[RawRecord]:
-    """The whole file is one document, or several if lines of <|endoftext|> stand between them."""
+    """The whole file is one document, or several separated by lines of <|endoftext|>."""
     number, is_first, size = 1, True, 0
     lines: list[str] = []
 
@@ -202,7 +200,7 @@ READERS: dict[str, Callable[[Path], Iterator[RawRecord]]] = {
 
 
 def plain_value(value: Any) -> Any:
-    """Values as JSON has them: dates, bytes and the like become text."""
+    """Converts a value to JSON types: dates, bytes etc. become text."""
     if isinstance(value, dict):
         return {str(key): plain_value(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

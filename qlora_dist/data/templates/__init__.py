@@ -1,7 +1,7 @@
 """Chat templates: conversation -> text with exact learned spans."""
 
 from .named import CONTROL_TOKENS, NAMED
-from .render import BadRecord, Rendered, Template, adds_bos, own_template, render, resolve_template
+from .render import BadRecord, Rendered, Template, adds_bos, render, resolve_template, tokenizer_template
 
 __all__ = [
     "CONTROL_TOKENS",
@@ -10,7 +10,7 @@ __all__ = [
     "Rendered",
     "Template",
     "adds_bos",
-    "own_template",
     "render",
     "resolve_template",
+    "tokenizer_template",
 ]

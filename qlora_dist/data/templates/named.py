@@ -1,8 +1,8 @@
 """The named chat templates, as Jinja with `{% generation %}` around what the assistant writes.
 
-Text inside the markers ends with the end-of-turn token: it is learned, or the model would never stop. `@BOS@`
-becomes the BOS token where the tokenizer puts one in front of plain text (Llama), and nothing where it does
-not (GPT-2, Qwen): a template never adds a second one. Content is written as the data have it, not trimmed.
+The text inside the markers ends with the end-of-turn token: unless it is learned, the model never stops. `@BOS@`
+becomes the BOS token if the tokenizer prepends one to plain text (Llama), and nothing if it does not (GPT-2,
+Qwen): a template never adds a second one. Content is written as it is in the data, not trimmed.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ _GEMMA = """\
 {%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}
 """
 
-# The wording of Stanford Alpaca. `instruction` and `input` are there for data that keep them apart.
+# Stanford Alpaca's wording. `instruction` and `input` are defined for data that keeps them separate.
 _ALPACA = """\
 {{- @BOS@ + 'Below is an instruction that describes a task' -}}
 {%- if messages | selectattr('input', 'defined') | list -%}
@@ -157,7 +157,7 @@ _ZEPHYR = """\
 {%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}
 """
 
-# Contents one after another, as they are: the data bring their own prompt.
+# Contents concatenated verbatim: the data brings its own prompt format.
 _NONE = """\
 {{- @BOS@ -}}
 {%- for message in messages -%}
@@ -181,7 +181,7 @@ NAMED = {
     "none": _NONE,
 }
 
-# what the model must be able to write as one token for the template to be meant for its tokenizer
+# strings that must each be a single token for the template to suit the tokenizer
 CONTROL_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),

@@ -1,11 +1,11 @@
-"""Conversation -> text with the learned spans known to the character.
+"""Conversation -> text with learned spans that are exact to the character.
 
-Rendering always goes through the tokenizer's `apply_chat_template`, that is through transformers' sandbox: a
+Rendering always goes through the tokenizer's `apply_chat_template`, and so through transformers' sandbox: a
 template may come from a model repository.
 
-Spans come from `{% generation %}` markers where a template has them. Where it has none they come from
+Spans come from `{% generation %}` markers if the template has them. If it has none, they come from
 prefixes: the conversation up to an answer, rendered with the generation prompt, must be a prefix of the whole
-text. A template that breaks this (some rewrite earlier turns) is refused; no mask is approximate.
+text. A template that breaks this (some rewrite earlier turns) is rejected; no mask is approximate.
 """
 
 from __future__ import annotations
@@ -20,32 +20,31 @@ from typing import Any
 from ...errors import UserError
 from .named import NAMED
 
-# private-use characters that stand for "learned from here" and "to here" while rendering
+# private-use characters that mark the beginning and end of a learned span during rendering
 _BEGIN, _END = "\ue0f0", "\ue0f1"
 
 _MARKERS = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 class BadRecord(UserError):
-    """One record cannot be used: the reason, without file and row, which the caller knows."""
+    """A record that cannot be used. Gives the reason without file and row, which the caller knows."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text and the character spans that are learned, in order, not overlapping.
+    """Text and its learned character spans, in order, not overlapping.
 
-    `has_prefixes`: the spans were found by prefixes, which the caller must verify token by token.
+    `from_prefixes`: the spans come from prefixes, which the caller must verify token by token.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    has_prefixes: bool = False
+    from_prefixes: bool = False
 
 
 @dataclass(frozen=True)
 class Template:
-    """A Jinja source with its name for messages. `is_own`: it came with the tokenizer or from the user's
-    file."""
+    """A Jinja source and its name in messages. `is_own`: it comes from the tokenizer or the user's file."""
 
     name: str
     source: str
@@ -60,19 +59,19 @@ class Template:
         return _with_sentinels(self.source)
 
     @cached_property
-    def covers_tool_results(self) -> bool:
+    def supports_tool_results(self) -> bool:
         return re.search(r"['\"]tool['\"]", self.source) is not None
 
 
 def resolve_template(tokenizer: Any, name: str, *, default: str) -> Template:
     """`auto` (the tokenizer's own, else `default`), `tokenizer`, a named one, or a .jinja file."""
     if name in ("auto", "tokenizer"):
-        source = own_template(tokenizer)
+        source = tokenizer_template(tokenizer)
         if source is not None:
             return Template("the tokenizer's own", source, is_own=True)
         if name == "tokenizer":
             raise UserError(
-                f"data.template is tokenizer, but this tokenizer has no chat template; name one of {_names()}"
+                f"data.template is tokenizer, but this tokenizer has no chat template; set it to one of {_names()}"
             )
         name = default
     if name.endswith(".jinja"):
@@ -83,27 +82,27 @@ def resolve_template(tokenizer: Any, name: str, *, default: str) -> Template:
     if name not in NAMED:
         raise UserError(f"data.template is {name!r}; expected auto, tokenizer, a .jinja file or one of {_names()}")
     if "eos_token" in NAMED[name] and tokenizer.eos_token is None:
-        raise UserError(f"template {name} ends an answer with the tokenizer's EOS token, but it has none")
+        raise UserError(f"template {name} ends answers with the EOS token, but this tokenizer has none")
     return Template(name, NAMED[name].replace("@BOS@", "bos_token" if adds_bos(tokenizer) else "''"))
 
 
-def own_template(tokenizer: Any) -> str | None:
-    """The chat template that came with the tokenizer; of several, the one called default."""
+def tokenizer_template(tokenizer: Any) -> str | None:
+    """The tokenizer's own chat template; of several, the one named default."""
     template = tokenizer.chat_template
     return template.get("default") if isinstance(template, dict) else template
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts BOS in front of a plain text."""
+    """Whether the tokenizer prepends BOS to plain text."""
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 def render(tokenizer: Any, template: Template, messages: Sequence[dict[str, Any]], tools: Any, learn: str) -> Rendered:
-    """Text and learned spans. learn: assistant (every answer), last (the last one), all (everything).
+    """Text and learned spans. learn: assistant (every answer), last (the last answer), all (everything).
 
     An answer with `weight: 0` (OpenAI's fine-tuning format) is context under assistant and last.
     """
-    _check_covered(template, messages, tools)
+    _check_supported(template, messages, tools)
     if learn == "all":
         text = _apply(tokenizer, template.source, messages, tools)
         return Rendered(text, ((0, len(text)),))
@@ -114,14 +113,14 @@ def render(tokenizer: Any, template: Template, messages: Sequence[dict[str, Any]
         if len(rendered.spans) != len(answers):
             raise UserError(
                 f"chat template {template.name}: its generation markers enclose {len(rendered.spans)} spans for "
-                f"{len(answers)} answers, so that it cannot be told what is learned; name one of {_names()}"
+                f"{len(answers)} answers, so the learned spans are ambiguous; set data.template to one of {_names()}"
             )
         spans = [rendered.spans[answers.index(i)] for i in wanted]
         for i, (begin, end) in zip(wanted, spans):
             if messages[i]["content"].strip() not in rendered.text[begin:end]:
                 raise UserError(
                     f"chat template {template.name}: its generation markers do not enclose the answer "
-                    f"{messages[i]['content'][:40]!r}; name one of {_names()}"
+                    f"{messages[i]['content'][:40]!r}; set data.template to one of {_names()}"
                 )
         return Rendered(rendered.text, tuple(spans))
     return _render_with_prefixes(tokenizer, template, messages, tools, wanted)
@@ -131,17 +130,17 @@ def _names() -> str:
     return ", ".join(NAMED)
 
 
-def _check_covered(template: Template, messages: Sequence[dict[str, Any]], tools: Any) -> None:
-    """Refuses what the template would leave out without a word."""
-    lost = []
+def _check_supported(template: Template, messages: Sequence[dict[str, Any]], tools: Any) -> None:
+    """Rejects what the template would silently omit."""
+    omitted = []
     if tools and "tools" not in template.source:
-        lost.append("tools")
+        omitted.append("tools")
     if "tool_calls" not in template.source and any(message.get("tool_calls") for message in messages):
-        lost.append("tool calls")
-    if not template.covers_tool_results and any(message["role"] == "tool" for message in messages):
-        lost.append("tool results")
-    if lost:
-        raise BadRecord(f"template {template.name} has no form for {' and '.join(lost)}; data.template: chatml has one")
+        omitted.append("tool calls")
+    if not template.supports_tool_results and any(message["role"] == "tool" for message in messages):
+        omitted.append("tool results")
+    if omitted:
+        raise BadRecord(f"template {template.name} does not support {' or '.join(omitted)}; data.template=chatml does")
 
 
 def _apply(tokenizer: Any, source: str, messages: Any, tools: Any, **options: Any) -> str:
@@ -149,8 +148,8 @@ def _apply(tokenizer: Any, source: str, messages: Any, tools: Any, **options: An
         return tokenizer.apply_chat_template(
             list(messages), tools=tools, chat_template=source, tokenize=False, **options
         )
-    except Exception as error:  # whatever a template raises: jinja2 errors, TypeError of a missing field
-        raise BadRecord(f"the chat template refuses this conversation: {error}") from None
+    except Exception as error:  # a template may raise anything: jinja2 errors, TypeError for a missing field
+        raise BadRecord(f"the chat template rejects this conversation: {error}") from None
 
 
 def _render_with_markers(tokenizer: Any, template: Template, messages: Any, tools: Any) -> Rendered:
@@ -163,20 +162,19 @@ def _render_with_markers(tokenizer: Any, template: Template, messages: Any, tool
             spans.append((begin, len(text)))
             begin = -1
         elif piece in (_BEGIN, _END):
-            raise BadRecord("the private-use characters U+E0F0 and U+E0F1 cannot be part of a conversation")
+            raise BadRecord("a conversation must not contain the private-use characters U+E0F0 and U+E0F1")
         else:
             text += piece
     if template.is_own and text != _apply(tokenizer, template.source, messages, tools):
         raise UserError(
-            f"chat template {template.name}: its text depends on its generation markers, so that it cannot "
-            f"be masked "
-            f"exactly; name one of {_names()}"
+            f"chat template {template.name}: its text depends on its generation markers, so it cannot be masked "
+            f"exactly; set data.template to one of {_names()}"
         )
     return Rendered(text, tuple(spans))
 
 
 def _with_sentinels(source: str) -> str:
-    """The template with a character at each marker. Whitespace control (`-`, trim_blocks) acts as before."""
+    """The template with a sentinel at each marker. Whitespace control (`-`, trim_blocks) works as before."""
     source = re.sub(
         r"\{%([-+]?)\s*generation\s*([-+]?)%\}",
         rf"{{%\1 generation %}}{{% if true %}}{_BEGIN}{{% endif \2%}}",
@@ -199,28 +197,24 @@ def _render_with_prefixes(
         until = _apply(tokenizer, template.source, messages[: i + 1], tools)
         if not text.startswith(before) or not text.startswith(until):
             raise UserError(
-                f"chat template {template.name} writes message {i + 1} of {len(messages)} differently when "
-                f"more "
-                f"follows, so that labels cannot be placed exactly; set data.template to one of {_names()}, "
-                f"or "
+                f"chat template {template.name} renders message {i + 1} of {len(messages)} differently when more "
+                f"messages follow, so labels cannot be placed exactly; set data.template to one of {_names()}, or "
                 "data.learn to last"
             )
         answer, content = text[len(before) : len(until)], messages[i]["content"].strip()
         is_first = answer.lstrip().startswith(content)
-        # something the template puts before an answer is learned only if the generation prompt ends before it
+        # text that the template inserts before an answer is learned only if the generation prompt ends before it
         if not is_first and before == _apply(tokenizer, template.source, messages[:i], tools):
             raise UserError(
-                f"chat template {template.name} has no generation prompt: between the question and the "
-                f"answer it "
-                f"writes {answer.partition(content)[0][:40]!r}, which cannot be told from the answer; set "
-                f"data.template to one of {_names()}"
+                f"chat template {template.name} has no generation prompt: {answer.partition(content)[0][:40]!r} before "
+                f"the answer cannot be distinguished from it; set data.template to one of {_names()}"
             )
         spans.append((len(before), _end_of_turn(tokenizer, text, len(before), len(until))))
-    return Rendered(text, tuple(spans), has_prefixes=True)
+    return Rendered(text, tuple(spans), from_prefixes=True)
 
 
 def _end_of_turn(tokenizer: Any, text: str, begin: int, end: int) -> int:
-    """Leaves out whitespace after the end-of-turn token: the model stops at the token and never writes it."""
+    """Excludes whitespace after the end-of-turn token: the model stops at the token and never writes it."""
     shorter = len(text[begin:end].rstrip()) + begin
     if any(text[begin:shorter].endswith(token) for token in tokenizer.all_special_tokens):
         return shorter
