@@ -115,7 +115,8 @@ def load_trained(trained: Trained, device: torch.device) -> torch.nn.Module:
 
 def first_documents(data: DataConfig, tokenizer: Any, count: int, row_tokens: int) -> Documents:
     """The first documents of the first training source, as the run saw them. Raises UserError when it is gone."""
-    source = data.train[0].model_copy(update={"max_examples": count})
+    # held-out records, too: of so few none might be left
+    source = data.train[0].model_copy(update={"max_examples": count, "hold_out": None, "part": "all"})
     with tempfile.TemporaryDirectory() as folder:
         return build_documents(
             [source],

@@ -103,7 +103,7 @@ def test_a_run_stopped_half_way_ends_as_it_did_and_its_tokenized_data_are_read(
     cache = _content("cache")
     assert invoke([*TRAIN, "--set", "model.cache_4bit=null"]) == 0
     said = capsys.readouterr().out
-    assert f"going on from {HALF} (step 2)" in said and "rejected" not in said
+    assert f"resuming from {HALF} (step 2)" in said and "rejected" not in said
     _assert_ended_as_recorded()
     assert "tokenized data: read from cache/" in caplog.text and "tokenized data: written" not in caplog.text
     assert _content("cache") == cache
@@ -197,15 +197,16 @@ def test_an_unfinished_run_answers_by_its_checkpoint(
 ) -> None:
     _stop_half_way()
     assert invoke(["generate", "run", "--prompt", "w6 w7 w20", "--max-new-tokens", "8"]) == 0
-    assert f"its newest checkpoint {HALF} is used" in caplog.text
+    assert f"using its newest checkpoint {HALF}" in caplog.text
     assert len(capsys.readouterr().out.split()) > 0
 
 
-def test_a_run_is_merged(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_merged(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     assert invoke(["merge", "run", "merged", "--onto", "dequantized", "--dtype", "float32"]) == 0
     said = capsys.readouterr().out
     gap = re.search(r"differ from those of the trained model by up to (\S+) ", said)
     # fp32: two products of matrices against one, logits of some units
     assert gap is not None and float(gap[1]) < 1e-4, said
-    assert said.rstrip().endswith("dequantized is nearer to what was trained")
+    assert said.rstrip().endswith("dequantized is closer to what was trained")
     assert (Path("merged") / "model.safetensors").is_file()
+    assert "fixed sentences" not in caplog.text  # its own data are at hand
