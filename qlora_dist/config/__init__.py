@@ -1,6 +1,6 @@
 """The run configuration: frozen pydantic models (`sections`), YAML files and overrides (`reading`), JSON schema.
 
-`names` and `quantization` say what its values mean to more than one room.
+`names` and `quantization` interpret values for more than one package.
 """
 
 from .reading import dump_yaml, json_schema, load_config, parse_config

@@ -1,4 +1,4 @@
-"""What names in the config mean: where a model lies, which linear layers get adapters. Without torch."""
+"""Resolves names in the config: a model's folder, the linear layers that get adapters. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..errors import UserError
 
 
 def model_folder(name: str) -> Path | None:
-    """The folder that `model.name` means; None for the name of a hub model.
+    """The folder that `model.name` refers to; None for the name of a hub model.
 
-    Raises UserError when the name can only be a path, and nothing is there.
+    Raises UserError if the name can only be a path and no such folder exists.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -22,16 +22,16 @@ def model_folder(name: str) -> Path | None:
 
 
 def resolve_targets(linear_names: Sequence[str], target_modules: str | Sequence[str]) -> list[str]:
-    """Full names of the linear layers that get adapters: all, or those that equal or end in a given name.
+    """Full names of the linear layers that get adapters: all, or those that equal or end in a requested name.
 
-    Raises UserError naming what matched nothing and what there is.
+    Raises UserError listing the names that matched nothing and the available ones.
     """
     if target_modules == "all-linear":
         return list(linear_names)
-    wanted = (target_modules,) if isinstance(target_modules, str) else target_modules
-    matches = {one: [name for name in linear_names if f".{name}".endswith(f".{one}")] for one in wanted}
+    requested = (target_modules,) if isinstance(target_modules, str) else target_modules
+    matches = {one: [name for name in linear_names if f".{name}".endswith(f".{one}")] for one in requested}
     missing = [one for one, found in matches.items() if not found]
-    if missing or not wanted:
+    if missing or not requested:
         available = sorted({name.rsplit(".", 1)[-1] for name in linear_names})
         raise UserError(
             f"lora.target_modules: {', '.join(missing) or 'an empty list'} matches no linear layer; available: "

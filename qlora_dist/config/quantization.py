@@ -1,4 +1,4 @@
-"""What `model.quantization` means in bytes. Without torch: the memory plan asks too."""
+"""Sizes of quantized matrices. Does not import torch, since the memory plan uses it too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NESTED_BLOCK = 256  # constants that share one constant of the second quantizati
 
 
 class QuantizedBytes(NamedTuple):
-    """A quantized matrix in bytes; tables of code values (1 KiB a matrix) left out."""
+    """Bytes of a quantized matrix, without its table of code values (1 KiB per matrix)."""
 
     codes: int
     constants: int  # of the first level
@@ -23,8 +23,8 @@ class QuantizedBytes(NamedTuple):
 
 
 def quantized_bytes(num_weights: int, outputs: int, quantization: Quantization, double_quant: bool) -> QuantizedBytes:
-    """Bytes of a matrix with this many rows (`outputs`): int8 keeps one fp32 scale for each, 4 bit one constant for
-    each block of weights, and with `double_quant` one byte for it."""
+    """Bytes of a matrix with this many rows (`outputs`): int8 stores one fp32 scale per row, 4 bit one constant per
+    block of weights, which takes one byte with `double_quant`."""
     if quantization == "int8":
         return QuantizedBytes(num_weights, 4 * outputs, 0)
     blocks = -(-num_weights // BLOCK)

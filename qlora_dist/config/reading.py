@@ -18,7 +18,7 @@ from .sections import RunConfig
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Reads a YAML file and applies `a.b=c` overrides in order; values are parsed as YAML.
 
-    Raises UserError with one line per mistake, each with the key, what was found and the nearest right name.
+    Raises UserError with one line per mistake, each with the key, what was found and the nearest valid name.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> RunConfig:
 
 
 def dump_yaml(config: RunConfig) -> str:
-    """The resolved config; `load_config` of this text gives an equal config."""
+    """The resolved config as YAML; `load_config` of this text returns an equal config."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
@@ -54,16 +54,14 @@ def json_schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-4 as a number (YAML 1.1 wants 2.0e-4) and refuses a key given twice."""
+    """SafeLoader that reads 2e-4 as a number (YAML 1.1 requires 2.0e-4) and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = str(key_node.value)
             if key in seen:
-                raise yaml.YAMLError(
-                    f"key {key!r} stands twice, the second time in line {key_node.start_mark.line + 1}"
-                )
+                raise yaml.YAMLError(f"key {key!r} appears twice, again on line {key_node.start_mark.line + 1}")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -90,7 +88,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise UserError(
-                    f"--set {override!r}: {'.'.join(parts[:depth])} is a list of {len(node)}; "
+                    f"--set {override!r}: {'.'.join(parts[:depth])} is a list of length {len(node)}; "
                     f"expected an index from 0 to {len(node) - 1}, found {part!r}"
                 )
             index: Any = int(part)
@@ -113,7 +111,7 @@ def _explain(error: ValidationError, origin: str) -> str:
         if item["type"] == "extra_forbidden":
             siblings = _fields_at(item["loc"][:-1])
             near = difflib.get_close_matches(str(item["loc"][-1]), siblings, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings)}"
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(siblings)}"
             lines.append(f"{where}: unknown key; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing; it has no default")

@@ -1,4 +1,4 @@
-"""The run directory: the names of what lies in it, and whether it holds a run of this config."""
+"""The run directory: the paths in it, and whether it belongs to a run of this config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from ..errors import UserError
 from ..files import write_json, write_text
 
-# Fields that may differ between two starts of one run: they change memory, speed or reports, not the mathematics.
+# Fields that may differ between two starts of a run: they affect memory, speed or reports, not the mathematics.
 FREE_FIELDS = (
     "run_dir",
     "batch.micro_rows",
@@ -37,7 +37,7 @@ FREE_FIELDS = (
 
 @dataclass(frozen=True)
 class RunDir:
-    """Folder of a run; the names of what lies in it."""
+    """Folder of a run and the paths in it."""
 
     path: Path
 
@@ -74,12 +74,12 @@ class RunDir:
         return self.path / "completed"
 
     def newest_step(self) -> int:
-        """Step of the newest checkpoint by its name, -1 without one. Nothing is verified, and no clock is asked."""
+        """Step of the newest checkpoint by folder name, -1 if there is none. Verifies nothing, uses no clock."""
         names = [path.parent.name for path in self.checkpoints.glob("step-*/manifest.json")]
         return max((int(name.removeprefix("step-")) for name in names if name[5:].isdigit()), default=-1)
 
     def completed_steps(self, length: dict[str, Any]) -> int | None:
-        """Steps of the finished run if it was finished at this length (train.steps, train.epochs), else None."""
+        """Number of steps if the run was completed with this length (train.steps, train.epochs), else None."""
         try:
             written = json.loads(self.completed.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -87,32 +87,32 @@ class RunDir:
         return int(written["step"]) if written["length"] == length else None
 
     def mark_completed(self, step: int, length: dict[str, Any]) -> None:
-        """The last thing that a run writes."""
+        """The last write of a run."""
         write_json(self.completed, {"step": step, "length": length})
 
     def open(self, config_text: str, free_fields: tuple[str, ...] = ()) -> None:
-        """Makes the folder and writes the resolved config. Raises UserError when it holds a run of another config.
+        """Creates the folder and writes the resolved config. Raises UserError if it holds another config's run.
 
-        `free_fields` may differ besides FREE_FIELDS.
+        `free_fields` may differ in addition to FREE_FIELDS.
         """
         self.make()
         if self.config.exists():
             changed = config_changes(self.config.read_text(encoding="utf-8"), config_text, free_fields)
             if changed:
                 raise UserError(
-                    f"run_dir {self.path} holds a run of another config:\n"
+                    f"run_dir {self.path} holds a run with a different config:\n"
                     + "\n".join(changed)
-                    + "\nchoose another run_dir, or set these back to continue that run"
+                    + "\nchoose another run_dir, or restore these values to continue that run"
                 )
         elif others := sorted(entry.name for entry in self.path.iterdir() if entry.name != self.lock.name)[:5]:
             raise UserError(
-                f"run_dir {self.path} is not empty and holds no run (no config.yaml; found {', '.join(others)}); "
+                f"run_dir {self.path} is not empty but holds no run (no config.yaml; found {', '.join(others)}); "
                 "choose another folder"
             )
         write_text(self.config, config_text)
 
     def make(self) -> None:
-        """Makes the folder. Raises UserError when it cannot be written."""
+        """Creates the folder. Raises UserError if it is not writable."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".write-test-{os.getpid()}"
@@ -120,16 +120,17 @@ class RunDir:
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"run_dir {self.path}: cannot be written ({error.strerror}); choose another folder or mend its rights"
+                f"run_dir {self.path}: cannot be written ({error.strerror}); "
+                "choose another folder or fix its permissions"
             ) from None
 
 
-def config_changes(there: str, now: str, free_fields: tuple[str, ...] = ()) -> list[str]:
-    """Lines that name each key in which two resolved configs (YAML) differ, but for FREE_FIELDS and `free_fields`."""
-    old, new = _flatten(yaml.safe_load(there)), _flatten(yaml.safe_load(now))
+def config_changes(saved: str, current: str, free_fields: tuple[str, ...] = ()) -> list[str]:
+    """One line per key in which two resolved configs (YAML) differ, except FREE_FIELDS and `free_fields`."""
+    old, new = _flatten(yaml.safe_load(saved)), _flatten(yaml.safe_load(current))
     free = FREE_FIELDS + free_fields
     return [
-        f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not any(key == field or key.startswith(field + ".") for field in free)
     ]
@@ -143,7 +144,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The lines of a metrics.jsonl; a last line truncated by a crash is skipped."""
     if not path.exists():
         return
     with open(path, encoding="utf-8") as file:

@@ -1,8 +1,8 @@
 """The sections of the config: frozen pydantic models.
 
-Every field states its meaning and unit below its name; that text is also the JSON schema's description
-(`qlora-dist schema`). Unknown keys are errors. Rules that concern one section live in that section, rules between
-sections in `RunConfig`. Below the trainer no function takes these models: they take the values they use.
+The docstring below each field gives its meaning and unit; it is also the description in the JSON schema
+(`qlora-dist schema`). Unknown keys are errors. Checks of one section are in that section, checks across sections in
+`RunConfig`. Below the trainer, functions take the values that they use, never these models.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from .quantization import Quantization
 
-DataFormat = Literal[  # one function each in formats
+DataFormat = Literal[  # one function per format in data.formats
     "auto", "alpaca", "alpaca-cleaned", "alpaca-gpt4", "messages", "sharegpt", "oasst", "guanaco", "self-instruct",
     "chip2", "hh-rlhf", "longform", "dolly", "unnatural-instructions", "input-output", "prompt-completion", "text",
     "tokens",
@@ -32,120 +32,120 @@ class ModelConfig(_Section):
     revision: str | None = None
     """Hub branch, tag or commit. None: the default branch."""
     quantization: Quantization = "nf4"
-    """Storage of the frozen base. `none` keeps `compute_dtype` (LoRA on a 16-bit or 32-bit base)."""
+    """Storage type of the frozen base. `none` stores it in `compute_dtype` (LoRA on a 16-bit or 32-bit base)."""
     double_quant: bool = True
-    """Quantize the quantization constants too (QLoRA, section 3). 4-bit bases only; saves 0.373 bit a parameter."""
+    """Also quantize the quantization constants (QLoRA, section 3). 4-bit bases only; saves 0.373 bit per parameter."""
     weights: Literal["files", "random"] = "files"
-    """random: drawn by `seed` in the real shapes from config.json alone, for benchmarks and dry runs of any size."""
+    """random: drawn from `seed` in the shapes given by config.json alone, for benchmarks and dry runs of any size."""
     cache_4bit: str | None = None
-    """Folder for the base's 4-bit copy: the first start on a node makes it, later ones read it. null: none."""
+    """Folder for a 4-bit copy of the base: the first start on a node writes it, later ones read it. null: no copy."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations, of dequantized matrices, and of what is not quantized (norms, embeddings, head). Not
+    """Type of activations, dequantized matrices, and everything that is not quantized (norms, embeddings, head). Not
     float16, whose gradients underflow without loss scaling."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    """Packed attention: flash-attn, torch's varlen, or one SDPA call a document. auto: the first that can be used."""
+    """Packed attention: flash-attn, torch's varlen, or one SDPA call per document. auto: the first available one."""
     kernels: Literal["auto", "off"] = "auto"
-    """auto: this package's own LoRA forward (adapters cast once to the compute type, no copies of the base output).
-    off: PEFT's layers as they are."""
+    """auto: this package's own LoRA forward pass (adapters are cast to the compute type once, the base output is not
+    copied). off: PEFT's layers unchanged."""
 
 
 class LoraConfig(_Section):
     rank: int = Field(64, ge=1)
-    """Rank r of the update W + (alpha / r) * B @ A."""
+    """Rank r in W + (alpha / r) * B @ A."""
     alpha: float = Field(16.0, gt=0)
-    """Numerator of the update's scale."""
+    """alpha in W + (alpha / r) * B @ A."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of A. The paper uses 0.1 up to 13B and 0.05 above."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """`all-linear` (every linear layer but the output head), or names: each must match at least one linear layer."""
+    """`all-linear` (all linear layers except the output head), or names that each match at least one linear layer."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
-    """rslora scales by alpha / sqrt(r); dora learns magnitude and direction apart (slower)."""
+    """rslora scales by alpha / sqrt(r); dora learns magnitude and direction separately (slower)."""
     init_from: str | None = None
-    """Folder of a PEFT adapter to start from; its rank and target modules must equal these."""
+    """Folder of a PEFT adapter to start from; its rank and target modules must match those set here."""
 
 
 class SourceConfig(_Section):
     path: str
     """A file (json, jsonl, csv, tsv, parquet, txt), a folder of such files, or a hub dataset name."""
     format: DataFormat = "auto"
-    """How a record becomes a conversation or text. auto: decided from the columns, and said."""
+    """How a record becomes a conversation or text. auto: detected from the columns and reported."""
     columns: dict[str, str] = {}
-    """Your columns under a format's names, for example {instruction: question, output: answer}."""
+    """Maps a format's column names to yours, for example {instruction: question, output: answer}."""
     split: str | None = None
-    """Split of a hub dataset or folder. null: train; in data.eval validation, else test, where it has them."""
+    """Split of a hub dataset or folder. null: train; in data.eval, validation or else test, if present."""
     subset: str | None = None
-    """Configuration of a hub dataset."""
+    """Configuration name of a hub dataset."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     streaming: bool = False
-    """Read a hub dataset record by record instead of downloading it whole."""
+    """Read a hub dataset record by record instead of downloading all of it."""
     weight: float = Field(1.0, gt=0)
-    """How often an example comes in an epoch: 2 = twice, 0.5 = a seeded half of the examples once."""
+    """How often an example is used per epoch: 2 = twice, 0.5 = a seeded half of the examples, once each."""
     max_examples: int | None = Field(None, ge=1)
-    """Keep at most N records: the first, or with `shuffle` a seeded choice."""
+    """Use at most N records: the first N, or with `shuffle` a seeded sample."""
     shuffle: bool = False
-    """Choose the `max_examples` records by the seed instead of taking the first."""
+    """Sample the `max_examples` records with the seed instead of taking the first ones."""
     hold_out: float | None = Field(None, gt=0)
-    """Records kept out of training, chosen by the seed: a share below 1, or a whole number of them. Where data.eval
-    is empty they are evaluated; a source with its own validation or test split is evaluated on that instead."""
+    """Records held out of training, sampled with the seed: a fraction below 1, or a whole number of records. They are
+    evaluated if data.eval is empty; a source with its own validation or test split is evaluated on that instead."""
     part: Literal["all", "train", "held_out"] = "all"
-    """Which side of `hold_out` is read. all: both in data.eval; in data.train never the held-out records."""
+    """Which side of `hold_out` to read. all: both sides in data.eval; all but held-out records in data.train."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SourceConfig:
         if self.part == "held_out" and self.hold_out is None:
-            raise ValueError("part is held_out, but hold_out is not given; it says how many records that are")
+            raise ValueError("part is held_out, but hold_out is not set; set it to the fraction or number of records")
         if self.hold_out is not None and self.hold_out >= 1 and self.hold_out != int(self.hold_out):
-            raise ValueError(f"hold_out is {self.hold_out}; expected a share below 1, or a whole number of records")
+            raise ValueError(f"hold_out is {self.hold_out}; expected a fraction below 1, or a whole number of records")
         if self.shuffle and self.max_examples is None:
-            raise ValueError("shuffle chooses the max_examples records, but max_examples is not given")
+            raise ValueError("shuffle samples the max_examples records, but max_examples is not set")
         return self
 
 
 class DataConfig(_Section):
     train: tuple[SourceConfig, ...]
-    """What is learned: one or more sources, one after another."""
+    """Training data: one or more sources, concatenated in order."""
     eval: tuple[SourceConfig, ...] = ()
-    """Held-out sources for `train.eval_every` and `qlora-dist evaluate`."""
+    """Held-out data for `train.eval_every` and `qlora-dist evaluate`."""
     row_tokens: int = Field(2048, ge=8)
-    """Largest number of tokens in a row, and so in a document."""
+    """Maximum number of tokens per row, and so per document."""
     packing: bool = True
-    """Pack whole documents into rows. False: one document a row."""
+    """Pack whole documents into rows. False: one document per row."""
     on_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to a document longer than row_tokens. Always counted; a truncated one keeps no end token."""
+    """What to do with a document longer than row_tokens. Always counted; a truncated one loses its end token."""
     on_bad: Literal["error", "skip"] = "error"
-    """What happens to a record that cannot be read. `skip` counts it."""
+    """What to do with a record that cannot be read. Skipped records are counted."""
     learn: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens are labels: every answer, the last answer, or everything. End-of-turn tokens are labels too."""
     template: str = "auto"
     """How a conversation becomes text: a named template (chatml, llama2, llama3, mistral, gemma, alpaca, vicuna,
-    zephyr, none), tokenizer, or the path of a .jinja file. auto: the tokenizer's own; without one alpaca for
+    zephyr, none), tokenizer, or the path of a .jinja file. auto: the tokenizer's own; if it has none, alpaca for
     instructions, none for input-output and prompt-completion, vicuna for conversations."""
     require_eos: bool = True
     """Refuse data whose answers never end in a special token: the model would not learn to stop. Texts are exempt."""
     num_workers: int | None = Field(None, ge=1)
-    """Processes that tokenize. null: one for small data, up to eight for large."""
+    """Number of tokenizer processes. null: one for small data, up to eight for large data."""
     cache_dir: str = "~/.cache/qlora_dist"
-    """Where tokenized data are kept, by a fingerprint of all that decides them: one for each node, or a shared one."""
+    """Cache of tokenized data, keyed by a fingerprint of everything that affects them: per node, or shared."""
 
     @field_validator("train")
     @classmethod
     def _not_empty(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
         if not value:
-            raise ValueError("data.train names no source; give at least one {path: ...}")
+            raise ValueError("expected at least one source {path: ...}")
         return value
 
 
 class BatchConfig(_Section):
     rows_per_step: int = Field(16, ge=1)
-    """Rows of one optimizer update over all ranks. This is the batch size: it does not depend on the hardware."""
+    """Rows per optimizer update over all ranks. This is the batch size; it does not depend on the hardware."""
     micro_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
-    """Rows that one rank holds in memory at a time. auto: the most that fit by the memory plan (on a CPU 1)."""
+    """Rows per micro-batch on one rank. auto: as many as fit according to the memory plan (1 on a CPU)."""
 
     @property
     def resolved_micro_rows(self) -> int:
-        """`micro_rows` as a number: the trainer replaces auto before it uses it."""
-        assert self.micro_rows != "auto", "train.fit_memory.resolve_auto comes first"
+        """`micro_rows` as a number: the trainer resolves auto before using it."""
+        assert self.micro_rows != "auto", "call train.fit_memory.resolve_auto first"
         return self.micro_rows
 
 
@@ -153,17 +153,17 @@ class OptimConfig(_Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "paged_adamw_32bit"
     """adamw is torch's (fused); the others are bitsandbytes'. Paged states move to host memory when the GPU is full."""
     lr: float = Field(2e-4, gt=0)
-    """Peak learning rate. The paper: 2e-4 up to 13B, 1e-4 above."""
+    """Peak learning rate. The paper uses 2e-4 up to 13B and 1e-4 above."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up. linear and cosine end at lr * min_lr_ratio."""
+    """Shape after warm-up. linear and cosine end at lr * min_lr_ratio."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from lr / warmup_steps to lr."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """End of the linear or cosine schedule as a share of lr."""
+    """Final learning rate of the linear and cosine schedules, as a fraction of lr."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of matrices; biases and norms have none."""
+    """Decoupled weight decay, applied to matrices but not to biases and norms."""
     max_grad_norm: float | None = Field(0.3, gt=0)
-    """Global L2 norm to which gradients are clipped. null: no clipping."""
+    """Gradients are clipped to this global L2 norm. null: no clipping."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
     eps: float = Field(1e-8, gt=0)
@@ -172,90 +172,90 @@ class OptimConfig(_Section):
 
 class TrainConfig(_Section):
     steps: int | None = Field(None, ge=1)
-    """Number of optimizer updates. Give steps or epochs."""
+    """Number of optimizer updates. Set either steps or epochs."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the training rows; the last step may hold fewer rows."""
+    """Passes over the training rows; the last step may have fewer rows."""
     eval_every: int | None = Field(None, ge=1)
     """Steps between evaluations of data.eval. null: only at the end."""
     longest_first: bool | None = None
-    """Run the longest micro-batch once before the first step: what does not fit ends at once. null: on a GPU only."""
+    """Run the longest micro-batch once before the first step, to fail early if it does not fit. null: only on a GPU."""
     eval_at_start: bool = True
-    """Evaluate data.eval before the first update, as the figure to compare with."""
+    """Evaluate data.eval before the first update, as a baseline."""
     save_every: int | None = Field(None, ge=1)
     """Steps between checkpoints. null: only at the end and on a stop signal."""
     keep: int = Field(3, ge=1)
-    """Checkpoints kept; older ones are deleted after a newer one is complete."""
+    """Number of checkpoints to keep; older ones are deleted once a newer one is complete."""
 
     @property
     def length(self) -> dict[str, float | None]:
-        """What decides when a run is finished."""
+        """What determines when a run is finished."""
         return {"steps": self.steps, "epochs": self.epochs}
 
     @model_validator(mode="after")
     def _length(self) -> TrainConfig:
         found = f"found steps={self.steps}, epochs={self.epochs}"
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"give exactly one of train.steps and train.epochs, {found}")
+            raise ValueError(f"set exactly one of train.steps and train.epochs; {found}")
         return self
 
 
 class MemoryConfig(_Section):
     recompute: Literal["auto", "full", "none"] | int = "auto"
     """Gradient checkpointing: full = every layer is recomputed in the backward pass, none = no layer, N = the first
-    N layers. auto: as few layers as fit by the memory plan (on a CPU all). All give the same gradients, bit for bit."""
+    N layers. auto: as few as fit according to the memory plan (all on a CPU). Gradients are bit-identical for all."""
     offload_activations: bool = False
-    """Keep saved activations in (pinned) host memory between forward and backward."""
+    """Keep saved activations in (pinned) host memory between the forward and backward pass."""
 
     @field_validator("recompute")
     @classmethod
     def _layers(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 0:
-            raise ValueError(f"memory.recompute must be auto, full, none or a number of layers >= 0, got {value}")
+            raise ValueError("expected auto, full, none or a number of layers >= 0")
         return value
 
 
 class StrategyConfig(_Section):
     name: Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp"] = "ddp"
-    """What is sharded: ddp nothing; zero1 optimizer states; zero2 gradients too (offload: on host); zero3 all, of a
-    plain base; fsdp the base, also in 4 bit: a layer is gathered, bit-exactly, when it runs."""
+    """What is sharded. ddp: nothing; zero1: optimizer states; zero2: gradients too (zero2_offload: in host memory);
+    zero3: everything, if the base is not quantized; fsdp: the base, also in 4 bit, gathered bit-exactly by layer."""
     ds_config: str | None = None
-    """DeepSpeed config of a zero strategy. null: the shipped one of that name (ds_configs/)."""
+    """DeepSpeed config of a zero strategy. null: the one shipped for that strategy (ds_configs/)."""
     offload: bool = False
-    """fsdp: keep each rank's share of the base in (pinned) host memory between uses."""
+    """fsdp: keep each rank's shard of the base in (pinned) host memory between uses."""
     mixed_devices: bool = False
-    """Allow GPUs of different kinds or memory in one run: every step then waits for the slowest of them."""
+    """Allow different GPU models or memory sizes in one run: every step then waits for the slowest GPU."""
     timeout_seconds: float = Field(600.0, gt=0)
-    """Longest wait within a step: then all ranks end and name the missing ones. Outside of steps, three times that."""
+    """Longest wait in a step; then all ranks exit and report the missing ones. Outside steps, three times that."""
 
 
 class LoggingConfig(_Section):
     trackers: tuple[str, ...] = ("tensorboard",)
     """Accelerate trackers by name: tensorboard, wandb, mlflow, ... metrics.jsonl is always written."""
     project: str = "qlora_dist"
-    """Project name given to trackers that have one."""
+    """Project name for trackers that support one."""
 
 
 class RunConfig(_Section):
     run_dir: str
     """Folder of this run: config, metrics, checkpoints, adapter."""
     seed: int = Field(0, ge=0)
-    """Seed of row order, adapter initialization and dropout."""
+    """Seed for row order, adapter initialization and dropout."""
     model: ModelConfig
-    """The frozen base."""
+    """The frozen base model."""
     lora: LoraConfig | None = Field(default_factory=lambda: LoraConfig())
     """The adapters. null with model.quantization none: full fine-tuning."""
     data: DataConfig
-    """What is learned and how it becomes rows."""
+    """Training and evaluation data, and how they become rows."""
     batch: BatchConfig = BatchConfig()
-    """Rows of a step."""
+    """Rows per step and per micro-batch."""
     optim: OptimConfig = OptimConfig()
     """Optimizer and learning rate."""
     train: TrainConfig
     """Length, evaluation, checkpoints."""
     memory: MemoryConfig = MemoryConfig()
-    """Recomputation and offload."""
+    """Recomputation and offload of activations."""
     strategy: StrategyConfig = StrategyConfig()
-    """How ranks share the work."""
+    """How the run is distributed over ranks."""
     logging: LoggingConfig = LoggingConfig()
     """Trackers."""
 
@@ -269,7 +269,7 @@ class RunConfig(_Section):
         has_held_out = self.data.eval or any(source.hold_out is not None for source in self.data.train)
         if self.train.eval_every is not None and not has_held_out:
             raise ValueError(
-                f"train.eval_every is {self.train.eval_every} but data.eval is empty and no source has hold_out; name "
+                f"train.eval_every is {self.train.eval_every} but data.eval is empty and no source has hold_out; give "
                 "held-out data, or set train.eval_every to null"
             )
         return self

@@ -22,11 +22,11 @@ def choose(
     world_size: int,
     device_bytes: int,
 ) -> MemoryPlan:
-    """The plan with the settings that are left to be chosen. `memory.recompute: auto` becomes the smallest number of
-    recomputed layers that fits, `batch.micro_rows: auto` the largest micro-batch that fits; where both are left, the
-    pair that is fastest: a micro-batch of a few thousand tokens with fewer layers recomputed beats a larger one.
+    """The plan with `auto` settings resolved. `memory.recompute: auto` becomes the smallest number of recomputed
+    layers that fits, `batch.micro_rows: auto` the largest micro-batch that fits; if both are auto, the fastest pair:
+    a micro-batch of a few thousand tokens with fewer layers recomputed beats a larger one.
 
-    Where nothing fits the plan says so (`fits` is False) and its `advice` names the cheapest changes that would.
+    If nothing fits, `fits` is False and `advice` lists the cheapest changes that would make it fit.
     """
 
     def plan(recompute: int | None = None, micro_rows: int | None = None) -> MemoryPlan:
@@ -39,17 +39,17 @@ def choose(
             micro_rows=micro_rows,
         )
 
-    is_free = config.memory.recompute == "auto"
+    is_auto = config.memory.recompute == "auto"
     candidates = [planned_micro_rows(config)]
     if not isinstance(config.batch.micro_rows, int):
         candidates = _micro_rows_that_divide(config.batch.rows_per_step, world_size)
 
-    def settled(rows: int) -> MemoryPlan:
+    def resolved(rows: int) -> MemoryPlan:
         return plan(
-            _smallest_recompute(lambda layers: plan(layers, rows), shapes.num_layers) if is_free else None, rows
+            _smallest_recompute(lambda layers: plan(layers, rows), shapes.num_layers) if is_auto else None, rows
         )
 
-    plans = [settled(rows) for rows in candidates]
+    plans = [resolved(rows) for rows in candidates]
     fitting = [candidate for candidate in plans if candidate.fits]
     if fitting:
         return min(fitting, key=lambda p: (p.paged_out_bytes > 0, relative_time(p), -p.micro_rows))
@@ -63,11 +63,11 @@ def _micro_rows_that_divide(rows_per_step: int, world_size: int) -> list[int]:
 
 
 def relative_time(plan: MemoryPlan) -> float:
-    """Time of a token against one with every layer run twice and weights that need no dequantization.
+    """Time per token relative to a run that computes every layer twice and needs no dequantization.
 
-    Products of a layer: forward and two in the backward pass (one of them recomputed, but for the last linear layer).
-    Dequantization costs 497 / tokens of the products it serves, at the rate of bitsandbytes' kernel: every pass over
-    the weights is paid once a micro-batch, however long that is.
+    Products of a linear layer: one forward and two in the backward pass (one of them recomputation, which skips the
+    last linear layer). Dequantization costs 497 / tokens of the products that it serves, at the rate of bitsandbytes'
+    kernel: each pass over the weights is paid once per micro-batch, however long that is.
     """
     share = plan.recompute / plan.num_layers
     products = 0.673 + 0.242 * share
@@ -75,7 +75,7 @@ def relative_time(plan: MemoryPlan) -> float:
 
 
 def _smallest_recompute(plan: Callable[[int], MemoryPlan], num_layers: int) -> int:
-    """The fewest recomputed layers with which nothing is paged out; else the fewest that fit; else all."""
+    """The fewest recomputed layers with nothing paged out; else the fewest that fit; else all."""
     for is_good in (lambda p: p.fits and not p.paged_out_bytes, lambda p: p.fits):
         low, high = 0, num_layers
         if not is_good(plan(high)):
@@ -88,7 +88,7 @@ def _smallest_recompute(plan: Callable[[int], MemoryPlan], num_layers: int) -> i
 
 
 def largest_row_tokens(config: RunConfig, shapes: ModelShapes, *, world_size: int, device_bytes: int) -> int:
-    """Longest rows, in multiples of 256 tokens, that fit with every layer recomputed and one row at a time; 0: none."""
+    """Longest rows, in multiples of 256 tokens, that fit one at a time with every layer recomputed; 0: none."""
 
     def fits(tokens: int) -> bool:
         changed = changed_config(config, data={"row_tokens": tokens})
@@ -103,7 +103,7 @@ def largest_row_tokens(config: RunConfig, shapes: ModelShapes, *, world_size: in
 
 
 def largest_micro_rows(config: RunConfig, shapes: ModelShapes, *, world_size: int, device_bytes: int) -> int:
-    """Most rows at a time that fit with every layer recomputed; 0: none."""
+    """Most rows per micro-batch that fit with every layer recomputed; 0: none."""
 
     def fits(rows: int) -> bool:
         return bool(
@@ -125,7 +125,7 @@ def _bisect(fits: Callable[[int], bool], unit: int, largest: int) -> int:
 
 
 def changed_config(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    """A copy with other values, not validated again: a plan may ask what a value would need that is not allowed."""
+    """A copy with changed values, not validated again: a plan may explore values that a run may not use."""
     updates = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     return config.model_copy(update=updates)
 
@@ -140,7 +140,7 @@ def _advice(
     world_size: int,
     device_bytes: int,
 ) -> Iterator[str]:
-    """Single changes that would fit, those first that cost least: nothing, speed, another result."""
+    """Single changes that would make it fit, cheapest first: no cost, then speed, then a different result."""
     sizes: dict[str, Any] = {
         "world_size": world_size, "device_bytes": device_bytes
     }  # fmt: skip
@@ -163,17 +163,17 @@ def _advice(
     elif not found:
         smallest = plan_memory(config, shapes, **(sizes | {"device_bytes": None}), recompute=full, micro_rows=1)
         needed = smallest.peak_bytes - smallest.pageable_bytes
-        yield f"no single change fits: one row with every layer recomputed needs {needed / GIB:.1f} GiB"
+        yield f"no single change is enough: one row with every layer recomputed needs {needed / GIB:.1f} GiB"
 
 
 def _changes(config: RunConfig, plan: MemoryPlan, world_size: int) -> Iterator[tuple[str, RunConfig, int]]:
     if plan.recompute < plan.num_layers:
         yield "memory.recompute=full", config, plan.micro_rows
     if plan.micro_rows > 1:
-        yield "batch.micro_rows=1 and memory.recompute=full (the same result)", config, 1
+        yield "batch.micro_rows=1 and memory.recompute=full (same result)", config, 1
     if not config.memory.offload_activations:
         offloaded = changed_config(config, memory={"offload_activations": True})
-        yield "memory.offload_activations=true (the same result)", offloaded, plan.micro_rows
+        yield "memory.offload_activations=true (same result)", offloaded, plan.micro_rows
     if not config.model.double_quant and config.model.quantization in ("nf4", "fp4"):
         yield "model.double_quant=true", changed_config(config, model={"double_quant": True}), plan.micro_rows
     if config.model.attention == "sdpa":
@@ -182,7 +182,7 @@ def _changes(config: RunConfig, plan: MemoryPlan, world_size: int) -> Iterator[t
         paged = "paged_adamw_8bit" if config.optim.name.endswith("8bit") else "paged_adamw_32bit"
         yield f"optim.name={paged}", changed_config(config, optim={"name": paged}), plan.micro_rows
     for name in STRATEGIES:
-        # alone, a rank has nobody to share with but the host
+        # a single rank can shard nothing, only offload to the host
         if name != config.strategy.name and (world_size > 1 or name == "zero2_offload"):
             changed, text = changed_config(config, strategy={"name": name}), f"strategy.name={name}"
             if name == "zero2_offload" and config.optim.name != "adamw":

@@ -1,4 +1,4 @@
-"""One line of a plan, and the figures that arithmetic cannot give, each with its reason."""
+"""One line of a plan, and the constants that cannot be derived, each with its reason."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from ..files import GIB, MIB
 
 ALIGNMENT = 256  # optim.flat.ALIGNMENT, elements
 CONTEXT_BYTES = 500 * MIB
-"""CUDA context with the kernels of torch and bitsandbytes: 400 to 550 MiB on Ampere to Hopper, outside of PyTorch."""
+"""CUDA context with the kernels of torch and bitsandbytes: 400 to 550 MiB on Ampere to Hopper, outside PyTorch."""
 NCCL_BYTES = 350 * MIB
-"""A communicator's channel buffers (up to 32 channels of 10 MiB over NVLink), outside of PyTorch."""
+"""A communicator's channel buffers (up to 32 channels of 10 MiB over NVLink), outside PyTorch."""
 OFFLOAD_AHEAD_BYTES = 256 * MIB
-"""offload.AHEAD_BYTES: of the activations in host memory, what is on the device for a moment."""
+"""model.activation_offload.AHEAD_BYTES: offloaded activations that are on the device at a time."""
 WORKSPACE_BYTES = 32 * MIB
-"""cuBLAS workspace of Hopper (:4096:8, 8 MiB before); PyTorch allocates it once a stream."""
+"""cuBLAS workspace on Hopper (:4096:8; 8 MiB on earlier GPUs); PyTorch allocates one per stream."""
 RESERVE_SHARE = 0.02
-"""Of all tensors: blocks that are split and cannot be given to a larger request. Needs expandable segments."""
+"""Fraction of all tensors lost to split blocks too small for the next request. Assumes expandable segments."""
 HOST_PROCESS_BYTES = 3 * GIB
-"""Python, torch with its CUDA libraries, transformers: resident size of a rank that has done nothing yet."""
+"""Python, torch with its CUDA libraries, transformers: resident size of a rank that has just started."""
 STATE_SIZES = {"adamw": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 """Bytes of Adam's two states per trained weight."""
 
 
 def state_bytes(optimizer: str, num_weights: int) -> tuple[int, int]:
-    """(Adam's two states, their scales: an fp32 for each 256 elements of an 8-bit state), bytes."""
+    """(Adam's two states, their scales: one fp32 per 256 elements of an 8-bit state), bytes."""
     size = STATE_SIZES[optimizer]
     return size * num_weights, 2 * 4 * -(-num_weights // ALIGNMENT) if size == 2 else 0
 
@@ -35,5 +35,5 @@ class Item:
 
     size: int  # bytes
     note: str
-    is_tensor: bool = True  # PyTorch's allocator holds it
+    is_tensor: bool = True  # allocated by PyTorch
     is_pageable: bool = False  # may move to host memory when the GPU is full

@@ -1,8 +1,8 @@
 """config.json -> the shapes of a model, by plain arithmetic: no torch, no weights, a few milliseconds.
 
-Families are described by what differs between them: which linear layers a decoder layer has, in the order of its
-forward pass, which of them have biases, how many norms, where they stand. A family that is not listed here is measured
-on transformers' meta device instead (`memory.read_shapes`), which takes seconds.
+A family is described by its differences: the linear layers of a decoder layer in forward order, which of them have
+biases, the number and placement of norms. A family that is not listed here is built on the meta device and measured
+instead (`memory.read_shapes`), which takes seconds.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def _llama_like(
     tied: bool = False,
     **differences: Any,
 ) -> ModelShapes:
-    """Llama and those that differ from it in biases and norms. Biases of None are the config's `attention_bias`."""
+    """Llama, and families with other biases and norms. A bias of None is the config's `attention_bias`."""
     hidden, width = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
-    said_bias = bool(config.get("attention_bias", False))
-    qkv_bias = said_bias if qkv_bias is None else qkv_bias
-    out_bias = said_bias if out_bias is None else out_bias
+    attention_bias = bool(config.get("attention_bias", False))
+    qkv_bias = attention_bias if qkv_bias is None else qkv_bias
+    out_bias = attention_bias if out_bias is None else out_bias
     mlp_bias = bool(config.get("mlp_bias", False))
     queries, keys = heads * head_dim, kv_heads * head_dim
     linears = (
@@ -174,8 +174,8 @@ def _gpt2(config: dict[str, Any]) -> ModelShapes:
 
 
 def _rotary_share(config: dict[str, Any], key: str, default: float) -> float:
-    inside = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
-    return float(config.get(key) or inside or default)
+    nested = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
+    return float(config.get(key) or nested or default)
 
 
 def _gpt_neox(config: dict[str, Any]) -> ModelShapes:
@@ -261,9 +261,9 @@ class _Unlisted(Exception):
 
 
 def shapes_from_config(config: dict[str, Any]) -> ModelShapes | None:
-    """Shapes from config.json as plain data. None: this family is not listed, measure it on the meta device.
+    """Shapes from config.json as plain data. None: the family is not listed and must be measured.
 
-    Raises UserError when the file lacks what every model has.
+    Raises UserError if the file lacks a size that every model has.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -274,6 +274,6 @@ def shapes_from_config(config: dict[str, Any]) -> ModelShapes | None:
         return None
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(
-            f"config.json of a {family} model: {error!r} is missing or no number; expected the config.json that "
-            "transformers writes beside the weights"
+            f"config.json of a {family} model: {error!r} is missing or not a number; expected the config.json "
+            "that transformers writes next to the weights"
         ) from None

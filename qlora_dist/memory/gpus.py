@@ -1,4 +1,4 @@
-"""GPUs by name, and a rough speed: FLOPs over what such a GPU reaches in practice. An estimate, and marked as one."""
+"""GPUs by name, and a rough speed: FLOPs over the rate that the GPU reaches in practice, labeled as an estimate."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .shapes import ModelShapes
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a process can have of a GPU, and how fast it is."""
+    """The memory and speed of a GPU."""
 
     name: str
     device_bytes: int  # torch.cuda.get_device_properties(0).total_memory
-    peak_flops: float = 0.0  # dense bf16 with fp32 accumulation; 0: not known
-    memory_rate: float = 0.0  # bytes a second
-    efficiency: float = 0.0  # share of peak_flops reached in adapter training, recomputation counted
+    peak_flops: float = 0.0  # dense bf16 with fp32 accumulation; 0: unknown
+    memory_rate: float = 0.0  # bytes per second
+    efficiency: float = 0.0  # fraction of peak_flops reached in adapter training, counting recomputation
 
 
-# Memory: what nvidia-smi and torch report, not the name's round figure. Efficiencies: what published adapter training
-# reaches with recomputation counted: 0.50 on A100 and 0.70 on RTX 4090 (torchtune), 0.41 on H100 (NeMo); GPUs without
-# a published figure take that of their generation, a little lower
+# Memory: as nvidia-smi and torch report it, not the round number in the name. Efficiencies: published adapter training,
+# counting recomputation: 0.50 on A100 and 0.70 on RTX 4090 (torchtune), 0.41 on H100 (NeMo); GPUs without a published
+# value use their generation's, slightly reduced
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -48,11 +48,11 @@ GPUS = {
     )
 }
 _ALIASES = {"a100": "a100-80", "4090": "rtx4090", "3090": "rtx3090", "5090": "rtx5090", "v100": "v100-32"}
-DEQUANT_EFFICIENCY = 0.5  # of the memory rate, by bitsandbytes' kernels
+DEQUANT_EFFICIENCY = 0.5  # fraction of the memory rate reached by bitsandbytes' kernels
 
 
 def parse_gpu(text: str) -> Gpu:
-    """A name of GPUS, or an amount of memory such as 48GiB or 24GB. Raises UserError."""
+    """A name in GPUS, or an amount of memory such as 48GiB or 24GB. Raises UserError."""
     name = text.strip().lower()
     name = _ALIASES.get(name, name)
     if name in GPUS:
@@ -66,31 +66,31 @@ def parse_gpu(text: str) -> Gpu:
 
 @dataclass(frozen=True)
 class Speed:
-    """An estimate of tokens a second, and what it assumes."""
+    """An estimate of tokens per second, and its assumptions."""
 
     tokens_per_second: float
     assumptions: str
 
 
 def estimate_speed(config: RunConfig, shapes: ModelShapes, plan: MemoryPlan, gpu: Gpu) -> Speed | None:
-    """Tokens a second over all ranks. None for a GPU whose speed is not known.
+    """Tokens per second over all ranks. None for a GPU of unknown speed.
 
-    FLOPs a token: 2 a weight forward, 2 for the gradient of the input (and 2 for that of a trained weight), 2 more
-    where the layer is recomputed; attention over half a row forward, 2.5 times that backward; the head twice.
-    Dequantization once a pass and micro-batch at half of the memory rate.
+    FLOPs per token: 2 per weight forward, 2 for the gradient of the input (and 2 for the gradient of a trained weight),
+    2 more if the layer is recomputed; attention over half a row forward, 2.5 times that backward; the head twice.
+    Dequantization once per pass and micro-batch, at half the memory rate.
     """
     if not gpu.peak_flops:
         return None
-    again = plan.recompute / plan.num_layers
+    recomputed = plan.recompute / plan.num_layers
     trains_all = config.lora is None
     adapters = 0 if trains_all else plan.trainable_parameters
-    linear = shapes.linear_weights * (4 + 2 * again + (2 if trains_all else 0)) + adapters * (6 + 2 * again)
+    linear = shapes.linear_weights * (4 + 2 * recomputed + (2 if trains_all else 0)) + adapters * (6 + 2 * recomputed)
     width = shapes.num_heads * shapes.head_dim
-    attention = 2 * shapes.num_layers * width * plan.row_tokens * (3.5 + again)
+    attention = 2 * shapes.num_layers * width * plan.row_tokens * (3.5 + recomputed)
     head = 4 * shapes.vocabulary * shapes.hidden * (1.5 if trains_all else 1)
     seconds = (linear + attention + head) / (gpu.peak_flops * gpu.efficiency)
     if config.model.quantization != "none":
-        moved = shapes.linear_weights * 2.5 * (2 + again)  # half a byte and its constants read, two bytes written
+        moved = shapes.linear_weights * 2.5 * (2 + recomputed)  # reads half a byte and constants, writes two bytes
         seconds += moved / (gpu.memory_rate * DEQUANT_EFFICIENCY) / (plan.micro_rows * plan.row_tokens)
     return Speed(
         plan.world_size / seconds,

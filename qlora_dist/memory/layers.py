@@ -1,8 +1,8 @@
-"""A decoder layer and the loss as tapes: what transformers' layers, our attention, LoRA and loss save and need.
+"""A decoder layer as a tape: what transformers' layers and this package's attention and LoRA save and allocate.
 
-The layer is written for the QLoRA case: a frozen base, adapters that are cast to the compute type, RMS norms that
-compute in fp32. Line by line it follows transformers' `modeling_llama` (and its relatives), `lora_forward`, `attention`
-and `loss`; `plan --simulate` runs these themselves, and a test compares the two.
+The layer models QLoRA: a frozen base, adapters cast to the compute type, RMS norms computed in fp32. It follows
+transformers' `modeling_llama` (and its relatives), `model.lora_forward` and `model.attention` line by line;
+`plan --simulate` runs that code itself, and a test compares the two.
 
 Legend: T tokens, H hidden, F inner width, e bytes of the compute type.
 """
@@ -31,23 +31,23 @@ class LayerSettings:
     is_lean: bool = True  # model.lora.lean_forward; False: PEFT's own
     quantization: Quantization = "nf4"
     double_quant: bool = True
-    attention: Attention = "flash"  # flash stands for varlen too
-    longest: int = 0  # longest document, tokens; matters where scores exist whole; 0: a document may fill all
+    attention: Attention = "flash"  # flash includes varlen
+    longest: int = 0  # tokens in the longest document, for materialized scores; 0: a document may span all
 
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """What one decoder layer costs."""
+    """Memory of one decoder layer."""
 
     saved: Live  # between forward and backward, without its input
-    kept_input: int  # bytes of its input, where an operation saves that as it is; else 0
+    kept_input: int  # bytes of its input if an operation saves it unchanged; else 0
     forward_peak: Live  # during its forward pass, without its input
-    recompute_peak: Live  # during its forward pass in the backward pass, which stops before its last product
-    backward_peak: Live  # during its backward pass, with all that was saved
+    recompute_peak: Live  # during recomputation in the backward pass, which stops before the last product
+    backward_peak: Live  # during its backward pass, including everything saved
 
 
 class LayerTape:
-    """Writes one layer's tape."""
+    """Records one layer on a tape."""
 
     def __init__(self, shapes: ModelShapes, settings: LayerSettings, has_grad_input: bool = True) -> None:
         self.shapes, self.settings = shapes, settings
@@ -61,8 +61,8 @@ class LayerTape:
         tape = self.tape
         output = self._layer(self.start)
         forward = tape.peak.copy()
-        # the output belongs to what comes next
-        output.is_ours = False
+        # the output is counted by the next layer
+        output.is_owned = False
         tape.live.activations -= output.size
         saved = tape.saved
         kept_input = self.row if self.start.refs > 1 else 0
@@ -91,14 +91,12 @@ class LayerTape:
         return out
 
     def _unknown_layer(self, x: Value) -> Value:
-        """A family that is not listed: norms like Llama's, and every linear layer's input and output saved once."""
+        """An unlisted family: norms like Llama's, and every linear layer's input and output saved once."""
         tape = self.tape
         normed = self._norm(x)
         held = []
         for linear in self.shapes.linears:
-            source = (
-                normed if linear.inputs == self.shapes.hidden else tape.op([normed], self._tokens_of(linear.inputs))
-            )
+            source = normed if linear.inputs == self.shapes.hidden else tape.op([normed], self._bytes_of(linear.inputs))
             held += [source] if source is not normed else []
             y = self._linear(source, linear)
             held.append(tape.op([y], y.size, saves=[y]))
@@ -108,7 +106,7 @@ class LayerTape:
         tape.drop(normed, last, *held)
         return out
 
-    def _tokens_of(self, width: int) -> int:
+    def _bytes_of(self, width: int) -> int:
         return self.settings.tokens * width * self.settings.compute_size
 
     def _half(self, x: Value, inner: object) -> Value:
@@ -131,7 +129,7 @@ class LayerTape:
         """RMS norm in fp32 (six kernels), torch's layer norm (one kernel), or Cohere's layer norm in fp32."""
         tape, tokens = self.tape, self.settings.tokens
         wide = x.size * 4 // self.settings.compute_size
-        one = 4 * tokens * heads  # a scalar for each normed vector
+        one = 4 * tokens * heads  # one scalar per normalized vector
         if self.shapes.norm == "layer":
             return tape.op([x], x.size, saves=[x, tape.extra(2 * one)])
         is_cast = self.settings.compute_size != 4
@@ -140,7 +138,7 @@ class LayerTape:
         if self.shapes.norm == "fp32_layer":
             # x - mean, once for the variance and once for the result
             centered = tape.op([x32], wide)
-        # pow saves its input, and its backward pass makes two more tensors of that size
+        # pow saves its input, and its backward pass allocates two more tensors of that size
         squared = tape.op([centered], wide, saves=[centered], back_work=2 * wide)
         mean = tape.op([squared], one)
         tape.drop(squared)
@@ -177,7 +175,7 @@ class LayerTape:
         return self._peft(x, y, linear) if is_adapted else y
 
     def _update(self, x: Value, linear: Linear) -> Value:
-        """`model.lora_forward._Update`: before the base's product. Masters are cast for a moment, both ways."""
+        """`model.lora_forward._Update`, before the base product. Masters are cast temporarily in both passes."""
         settings, tape = self.settings, self.tape
         size, rank = settings.compute_size, settings.rank
         sizes = (rank * linear.inputs, rank * linear.outputs)
@@ -196,14 +194,14 @@ class LayerTape:
         return low
 
     def _add(self, y: Value, update: Value) -> Value:
-        """`model.lora_forward._Add`: in place of the base's output; the gradient is handed on as it is."""
+        """`model.lora_forward._Add`, in place on the base output; the gradient is passed on unchanged."""
         out = self.tape.op([y, update], 0, shares=[y, update])
         out.size, y.size = y.size, 0
         self.tape.drop(y, update)
         return out
 
     def _peft(self, x: Value, y: Value, linear: Linear) -> Value:
-        """PEFT's own forward after the base layer: the input is cast up, B's output scaled, cast down and added."""
+        """PEFT's forward pass after the base layer: the input is cast up, B's output scaled, cast down and added."""
         settings, tape = self.settings, self.tape
         tokens, rank = settings.tokens, settings.rank
         copied = tape.op([y], y.size, shares=[y])
@@ -237,7 +235,7 @@ class LayerTape:
         keys = tokens * shapes.num_kv_heads * shapes.head_dim * size
         fused = shapes.named("c_attn", "query_key_value", "qkv_proj")
         if fused:
-            # split into views: the fused output lives as long as one of them does
+            # split into views: the fused output lives as long as any of them
             joined = self._linear(x, fused[0])
             q = k = v = joined
         else:
@@ -246,7 +244,7 @@ class LayerTape:
             q_heads, k_heads = (shapes.num_heads, shapes.num_kv_heads) if shapes.qk_norm == "head" else (1, 1)
             q, k = self._replace(q, self._norm(q, q_heads)), self._replace(k, self._norm(k, k_heads))
         if shapes.rotary_dim:
-            # both are made before the first ones are let go
+            # both are computed before the originals are freed
             turned = self._rotary(q, queries), self._rotary(k, keys)
             if not fused:
                 tape.drop(q, k)
@@ -262,7 +260,7 @@ class LayerTape:
         return new
 
     def _rotary(self, x: Value, size: int) -> Value:
-        """(x * cos) + (rotate_half(x) * sin). Saves nothing of x: cos and sin have no gradient."""
+        """(x * cos) + (rotate_half(x) * sin). Does not save x: cos and sin have no gradient."""
         tape = self.tape
         cosine = tape.op([x], size)
         turned = tape.op([x], size, work=size // 2, back_work=3 * size)  # halves padded with zeros, then added
@@ -273,13 +271,13 @@ class LayerTape:
         return out
 
     def _scores(self, q: Value, k: Value, v: Value, queries: int, keys: int) -> Value:
-        """Attention proper: a flash kernel over all documents, or SDPA a document with copies of its output."""
+        """Attention proper: one flash kernel for all documents, or SDPA per document with copies of its output."""
         tape, shapes, settings = self.tape, self.shapes, self.settings
         size, tokens, heads = settings.compute_size, settings.tokens, shapes.num_heads
         inputs = list(dict.fromkeys([q, k, v]))
         if shapes.has_softcap and settings.attention == "sdpa":
             return self._plain_scores(inputs, queries, keys)
-        # backward adds up the queries' gradients in fp32, and makes keys' and values' for every query head
+        # backward accumulates query gradients in fp32, and allocates key and value gradients for every query head
         summed = 4 * queries // size + 4 * tokens * heads
         grouped = 2 * queries if shapes.num_kv_heads != heads else 0
         lse = tape.extra(4 * tokens * heads)
@@ -287,18 +285,18 @@ class LayerTape:
         if settings.attention == "flash" and not shapes.splits_rotary:
             return out
         if settings.attention == "flash":
-            # rotated and passed-over parts are joined head by head, and so is the output: its rows are copied together
+            # rotated and unrotated parts are concatenated per head, so the output is laid out per head: rows are copied
             turned = tape.op([out], queries)
             tape.drop(out)
             return turned
-        joined = tape.op([out], queries, shares=[out])  # documents one after another
+        joined = tape.op([out], queries, shares=[out])  # concatenated documents
         tape.drop(out)
         turned = tape.op([joined], queries)  # (T, heads, width), contiguous
         tape.drop(joined)
         return turned
 
     def _plain_scores(self, inputs: list[Value], queries: int, keys: int) -> Value:
-        """`model.attention._by_plain_math` of one document: capped scores exist whole, in fp32 for the softmax."""
+        """`model.attention._by_plain_math` for one document: materializes capped scores, in fp32 for the softmax."""
         tape, shapes, settings = self.tape, self.shapes, self.settings
         size, heads = settings.compute_size, shapes.num_heads
         longest = settings.longest or settings.tokens
@@ -359,7 +357,7 @@ class LayerTape:
         tape, size = self.tape, x.size
         if self.shapes.activation == "one":
             return tape.op([x], size, saves=[x])
-        # gelu_new is written out: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3)))
+        # gelu_new consists of elementwise kernels: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3)))
         half = tape.op([x], size)
         inner = tape.op([x], size, saves=[x], back_work=2 * size)
         for _ in range(3):  # times a constant, plus x, times a constant
@@ -376,11 +374,11 @@ class LayerTape:
 
 
 def dequantized_bytes(linear: Linear, quantization: str, double_quant: bool, compute_size: int) -> int:
-    """What a forward or backward product of a quantized layer makes for a moment: the matrix, and its constants."""
+    """Temporary bytes of a forward or backward product of a quantized layer: the matrix and its constants."""
     if quantization == "none":
         return 0
     constants = 4 * -(-linear.num_weights // BLOCK)
-    # double quantization: constants times their own, then plus their mean, are two tensors for a moment, then one
+    # double quantization: scaling the constants, then adding their mean, briefly takes two tensors
     nested = constants if double_quant and quantization != "int8" else 0
     return linear.num_weights * compute_size + nested
 

@@ -1,4 +1,4 @@
-"""Shapes of a family that `memory.shapes` does not list: the model is built on the meta device and looked at."""
+"""Shapes of a family that `memory.families` does not list: the model is built on the meta device and inspected."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .shapes import Linear, ModelShapes
 
 
 def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
-    """Weights exactly; what a layer saves is assumed to be the input and output of each linear layer.
+    """Exact weight counts; a layer is assumed to save the input and output of each linear layer.
 
-    Raises UserError for a model that is no decoder-only causal language model, and for experts.
+    Raises UserError for a mixture of experts and for what is not a decoder-only causal language model.
     """
     config = load_config(name, revision)
     model: Any = build_on_meta(name, config)
     text: Any = config.get_text_config()
     layers = decoder_layers(model)
     if not layers:
-        raise UserError(f"model.name {name}: {type(model).__name__} has no decoder layers that are known here")
+        raise UserError(f"model.name {name}: {type(model).__name__} has no known decoder layers")
     if any(parameter.ndim > 2 for layer in layers for parameter in layer.parameters()):
         raise UserError(
             f"model.name {name}: {type(model).__name__} has experts; memory is planned for dense models only"
@@ -36,7 +36,7 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
     per_layer = sum(parameter.numel() for parameter in layers[0].parameters())
     if sum(parameter.numel() for layer in layers for parameter in layer.parameters()) != per_layer * len(layers):
         raise UserError(
-            f"model.name {name}: {type(model).__name__} has layers of several kinds; its memory is not planned"
+            f"model.name {name}: {type(model).__name__} has layers of different sizes; its memory cannot be planned"
         )
     in_linears = sum(one.num_weights + (one.outputs if one.has_bias else 0) for one in linears)
     tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}

@@ -1,10 +1,10 @@
-"""Bytes that one rank holds at its peak, item by item, from the config and the shapes of the model.
+"""Memory of one rank at its peak, item by item, from the config and the shapes of the model.
 
     persistent      base, constants, adapters, gradients, optimizer, buffers of the strategy
-  + at the peak     saved activations, one layer's working set, or the loss's, whichever moment is the largest
-  + not tensors     CUDA context, NCCL, what the allocator holds and cannot give
+  + at the peak     saved activations, the working set of one layer or of the loss, at the largest moment
+  + not tensors     CUDA context, NCCL, fragmentation in the allocator
 
-`MemoryPlan.tensor_bytes` is what torch.cuda.max_memory_allocated reports; `peak_bytes` is what the GPU must have.
+`MemoryPlan.tensor_bytes` is what torch.cuda.max_memory_allocated reports; `peak_bytes` is what the GPU needs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .strategies import sharing
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What one rank needs. `advice` is filled by `choose`."""
+    """Memory that one rank needs. `choose` fills in `advice`."""
 
     items: dict[str, Item]  # on the device, at the peak
     host_items: dict[str, Item]
@@ -42,7 +42,7 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """On the device, with everything."""
+        """Total on the device."""
         return sum(item.size for item in self.items.values())
 
     @property
@@ -51,7 +51,7 @@ class MemoryPlan:
 
     @property
     def tensor_bytes(self) -> int:
-        """What torch.cuda.max_memory_allocated will say."""
+        """What torch.cuda.max_memory_allocated will report."""
         return sum(item.size for item in self.items.values() if item.is_tensor)
 
     @property
@@ -61,26 +61,26 @@ class MemoryPlan:
 
     @property
     def paged_out_bytes(self) -> int:
-        """Pageable bytes that have no room on the device."""
+        """Pageable bytes that do not fit on the device."""
         if self.device_bytes is None:
             return 0
         return max(0, min(self.pageable_bytes, self.peak_bytes - self.device_bytes))
 
     @property
     def headroom_bytes(self) -> int | None:
-        """Free on the device at the peak, before anything is paged out; negative: missing even with all of it."""
+        """Free on the device at the peak; 0 while paging suffices; negative: missing with everything paged out."""
         if self.device_bytes is None:
             return None
         return self.device_bytes - self.peak_bytes + self.paged_out_bytes
 
     @property
     def fits(self) -> bool | None:
-        """None without a device to fit."""
+        """None if no device is given."""
         return None if self.headroom_bytes is None else self.headroom_bytes >= 0
 
     @property
     def is_hopeless(self) -> bool:
-        """It does not fit, and would not without the allocator's reserve either."""
+        """Does not fit, even without the allocator's reserve."""
         return self.headroom_bytes is not None and self.headroom_bytes + self.items["allocator reserve"].size < 0
 
     def to_json(self) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def plan_memory(
     *,
     world_size: int,
     device_bytes: int | None,
-    recompute: int | None = None,  # layers; None: as the config says, auto = all
-    micro_rows: int | None = None,  # None: as the config says, auto = 1
+    recompute: int | None = None,  # layers; None: from the config, auto = all
+    micro_rows: int | None = None,  # None: from the config, auto = 1
 ) -> MemoryPlan:
     """The plan of one rank on a GPU of `device_bytes`. Raises UserError for target modules that match nothing."""
     count = planned_recompute(config, shapes) if recompute is None else recompute
@@ -141,13 +141,13 @@ def plan_memory(
     head = shapes.vocabulary * shapes.hidden * compute_size(config)
     buffers = shared.buffers(4 * aligned, (base + constants) // shapes.num_layers, head)
     items = persistent(config, shapes, aligned, shared) | moment.items | buffers
-    items["cuBLAS workspace"] = Item(WORKSPACE_BYTES, "allocated once by PyTorch; 32 MiB on Hopper, 8 MiB before")
+    items["cuBLAS workspace"] = Item(WORKSPACE_BYTES, "allocated once by PyTorch; 32 MiB on Hopper, else 8 MiB")
     tensors = sum(item.size for item in items.values() if item.is_tensor)
-    items["CUDA context"] = Item(CONTEXT_BYTES, "kernels and stacks of the driver, outside of PyTorch", is_tensor=False)
+    items["CUDA context"] = Item(CONTEXT_BYTES, "driver kernels and stacks, outside PyTorch", is_tensor=False)
     if world_size > 1:
-        items["NCCL"] = Item(NCCL_BYTES, "buffers of one communicator, outside of PyTorch", is_tensor=False)
+        items["NCCL"] = Item(NCCL_BYTES, "buffers of one communicator, outside PyTorch", is_tensor=False)
     items["allocator reserve"] = Item(
-        int(RESERVE_SHARE * tensors), f"{RESERVE_SHARE:.0%} of all tensors for fragments", is_tensor=False
+        int(RESERVE_SHARE * tensors), f"{RESERVE_SHARE:.0%} of all tensors, for fragmentation", is_tensor=False
     )
     return MemoryPlan(
         items={name: item for name, item in items.items() if item.size},
@@ -167,29 +167,29 @@ def plan_memory(
 
 
 def planned_recompute(config: RunConfig, shapes: ModelShapes) -> int:
-    """Layers that are recomputed when nobody chooses: as the config says, auto = all."""
-    asked = config.memory.recompute
-    if isinstance(asked, int):
-        return min(asked, shapes.num_layers)
-    return 0 if asked == "none" else shapes.num_layers
+    """Number of recomputed layers in the config, auto = all."""
+    recompute = config.memory.recompute
+    if isinstance(recompute, int):
+        return min(recompute, shapes.num_layers)
+    return 0 if recompute == "none" else shapes.num_layers
 
 
 def planned_micro_rows(config: RunConfig) -> int:
-    """Rows a rank holds at a time when nobody chooses: as the config says, auto = 1."""
-    asked: Any = config.batch.micro_rows
-    return asked if isinstance(asked, int) else 1
+    """Rows per micro-batch in the config, auto = 1."""
+    rows: Any = config.batch.micro_rows
+    return rows if isinstance(rows, int) else 1
 
 
 def _remarks(config: RunConfig, shapes: ModelShapes) -> tuple[str, ...]:
     remarks = []
     if not shapes.is_exact:
-        remarks.append(f"{shapes.family} is not listed here: its layers are assumed to work like Llama's")
+        remarks.append(f"{shapes.family} is not a known family: its layers are assumed to work like Llama's")
     if config.lora is None:
-        remarks.append("full fine-tuning: activations are taken to be those of a frozen base, which saves fewer")
+        remarks.append("full fine-tuning: activations are counted as for a frozen base, which saves fewer")
     if config.strategy.name == "zero3" and config.model.quantization != "none":
-        remarks.append("zero3 partitions a quantized base only after it was whole on every rank: it is counted whole")
+        remarks.append("zero3 shards a quantized base only after every rank has loaded all of it: counted in full")
     if config.lora is not None and config.lora.variant == "dora":
-        remarks.append("dora needs more than lora for a moment; not counted here")
+        remarks.append("dora's additional temporary memory is not counted")
     if shapes.has_softcap and config.model.attention != "sdpa":
-        remarks.append("capped attention scores: flash-attn is assumed; without it scores exist whole")
+        remarks.append("capped attention scores: flash-attn is assumed; without it scores are materialized")
     return tuple(remarks)

@@ -1,4 +1,4 @@
-"""Where a model's shapes come from: config.json of a folder, of the hub's cache, or of the hub."""
+"""Reads a model's shapes: config.json from a folder, the hub's cache, or the hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .shapes import ModelShapes
 def read_shapes(name: str, revision: str | None = None) -> ModelShapes:
     """Shapes of a local folder or hub model. Raises UserError.
 
-    Families that are not listed are built on transformers' meta device, which takes seconds instead of milliseconds.
+    Families that are not listed are built on the meta device, which takes seconds instead of milliseconds.
     """
     shapes = shapes_from_config(read_config_json(name, revision))
     if shapes is not None:
@@ -33,7 +33,7 @@ def read_config_json(name: str, revision: str | None = None) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"model.name {name}: {path} cannot be read ({error})") from None
     if not isinstance(config, dict):
-        raise UserError(f"model.name {name}: {path} holds no JSON object")
+        raise UserError(f"model.name {name}: {path} is not a JSON object")
     return config
 
 
@@ -41,7 +41,7 @@ def _find(name: str, revision: str | None) -> Path:
     folder = model_folder(name)
     if folder is not None:
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.name {name}: the folder holds no config.json; give the folder of a model")
+            raise UserError(f"model.name {name}: the folder has no config.json; give a model folder")
         return folder / "config.json"
     from huggingface_hub import hf_hub_download
 
@@ -50,6 +50,6 @@ def _find(name: str, revision: str | None) -> Path:
     except Exception as error:  # many kinds: network, gated repository, unknown name, offline mode
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"model.name {name}: config.json is neither in the hub's cache nor could it be fetched ({reason}); "
-            "give a folder with config.json, which is all that a plan reads"
+            f"model.name {name}: config.json is not in the hub's cache and could not be downloaded ({reason}); "
+            "give a folder with config.json, the only file that a plan reads"
         ) from None

@@ -1,4 +1,4 @@
-"""What stays in memory for a whole run, item by item: on the device and on the host."""
+"""What stays in memory for the whole run, item by item: on the device and on the host."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from .constants import ALIGNMENT, HOST_PROCESS_BYTES, STATE_SIZES, Item, state_b
 from .shapes import ModelShapes, adapted_linears
 from .strategies import Sharing
 
-CODE_TABLE_BYTES = 16 * 4  # the values of a 4-bit type, with each matrix
-NESTED_TABLE_BYTES = 256 * 4 + 4  # those of the 8-bit type of its constants, and their mean
+CODE_TABLE_BYTES = 16 * 4  # the values of a 4-bit type, per matrix
+NESTED_TABLE_BYTES = 256 * 4 + 4  # the values of the constants' 8-bit type, and the constants' mean
 
 # --- on the device ----------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ def persistent(config: RunConfig, shapes: ModelShapes, aligned: int, shared: Sha
         items = {"weights": Item(int(4 * shapes.base_parameters * shared.adapters), "fp32 masters of all weights")}
         if compute_size(config) != 4:
             cast = 2 * (shapes.linear_weights + shapes.head_weights)
-            items["weights, cast"] = Item(cast, "autocast keeps them from forward to backward, in the compute type")
+            items["weights, cast"] = Item(cast, "in the compute type; autocast keeps them from forward to backward")
     else:
         base, constants, what = base_bytes(config, shapes)
         size, tables = compute_size(config), shapes.embedding_weights + shapes.head_weights
@@ -65,16 +65,16 @@ def persistent(config: RunConfig, shapes: ModelShapes, aligned: int, shared: Sha
             "base": Item(int(base * shared.base(config.model.quantization)), what),
             "quantization constants": Item(
                 int(constants * shared.base(config.model.quantization)),
-                "double quantization" if config.model.double_quant else "one fp32 for 64 weights",
+                "double quantization" if config.model.double_quant else "one fp32 per 64 weights",
             ),
             "embeddings, head, norms": Item(
                 int((shapes.other_weights - tables + tables * shared.tables) * size),
-                f"not quantized, {size} bytes a weight",
+                f"not quantized, {size} bytes per weight",
             ),
             "adapters": Item(int(4 * aligned * shared.adapters), "fp32 masters of A and B"),
         }
     items["gradients"] = Item(
-        int(4 * aligned * shared.gradients), "fp32, one flat buffer, all micro-steps add up in it"
+        int(4 * aligned * shared.gradients), "fp32, one flat buffer, accumulated over micro-steps"
     )
     return items | _optimizer(config.optim.name, aligned, shared)
 
@@ -96,7 +96,7 @@ def _optimizer(name: str, aligned: int, shared: Sharing) -> dict[str, Item]:
         items["optimizer"] = Item(states + scales, what)
     if shared.has_master_partition:
         items["optimizer"] = Item(
-            items["optimizer"].size + 4 * held, items["optimizer"].note + ", and DeepSpeed's fp32 copy of its share"
+            items["optimizer"].size + 4 * held, items["optimizer"].note + ", and DeepSpeed's fp32 copy of its shard"
         )
     return items
 
@@ -110,13 +110,13 @@ def host(config: RunConfig, shapes: ModelShapes, aligned: int, shared: Sharing, 
     largest = max(shapes.embedding_weights, *(linear.num_weights for linear in shapes.linears)) * 2
     items = {
         "process": Item(HOST_PROCESS_BYTES, "Python, torch and its CUDA libraries"),
-        "loading": Item(2 * largest, "the largest tensor in 16 bit, twice"),
+        "loading": Item(2 * largest, "twice the largest tensor (16-bit)"),
         "checkpoint": Item(states + 4 * aligned, "rank 0 copies optimizer states and adapters to write them"),
     }
     if shared.is_offloaded:
         items["optimizer"] = Item((STATE_SIZES["adamw"] + 8) * held, "states, fp32 weights and gradients, pinned")
     elif config.optim.name.startswith("paged"):
-        items["optimizer, paged out"] = Item(states, "at worst: all pages on the host")
+        items["optimizer, paged out"] = Item(states, "at worst, all pages on the host")
     if config.memory.offload_activations:
         items["saved activations"] = Item(saved_bytes, "pinned, between forward and backward")
     return items

@@ -1,4 +1,4 @@
-"""What memory and time depend on in a model: its shapes, without torch and without weights."""
+"""The shapes that a model's memory and time depend on, without torch and without weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """What memory and time depend on. All decoder layers are alike."""
+    """Shapes of a model whose decoder layers are all alike."""
 
     family: str  # model_type
     num_layers: int
@@ -35,7 +35,7 @@ class ModelShapes:
     head_dim: int
     layer_prefix: str  # model.layers
     linears: tuple[Linear, ...]  # of one layer, in the order of its forward pass
-    norm_weights: int  # of one layer: norms and what else is not in a linear layer
+    norm_weights: int  # of one layer: norms and everything else outside linear layers
     embedding_weights: int  # token and position tables
     head_weights: int  # 0 when tied to the token table
     final_weights: int  # last norm, bias of the head
@@ -45,17 +45,17 @@ class ModelShapes:
     is_parallel: bool = False  # attention and MLP read the same input
     shares_norm: bool = False  # ... through one norm
     is_gated: bool = True
-    activation: Literal["one", "composed"] = "one"  # one kernel, or gelu_new, which is written out
+    activation: Literal["one", "composed"] = "one"  # one kernel, or gelu_new as elementwise kernels
     rotary_dim: int = 0  # of each head; 0: positions are learned
-    splits_rotary: bool = False  # the rotated part of a head and the rest are joined by a copy
+    splits_rotary: bool = False  # a copy concatenates the rotated part of a head and the rest
     has_softcap: bool = False  # capped attention scores
     caps_logits: bool = False
     scales_logits: bool = False
-    is_exact: bool = True  # False: measured on the meta device, layer internals assumed like Llama's
+    is_exact: bool = True  # False: measured on the meta device, layers assumed to work like Llama's
 
     @property
     def linear_weights(self) -> int:
-        """Weights of all linear layers of all decoder layers, biases left out: what is quantized."""
+        """Weights of all linear layers of all decoder layers, without biases: what is quantized."""
         return self.num_layers * sum(linear.num_weights for linear in self.linears)
 
     @property
@@ -73,7 +73,7 @@ class ModelShapes:
         return self.linear_weights + self.other_weights
 
     def named(self, *endings: str) -> list[Linear]:
-        """The linear layers whose last name is one of these."""
+        """The linear layers whose last name component is one of these."""
         return [linear for linear in self.linears if linear.name.rsplit(".", 1)[-1] in endings]
 
 

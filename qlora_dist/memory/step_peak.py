@@ -16,7 +16,7 @@ CHUNK_BYTES = 512 * 2**20  # model.loss.CHUNK_BYTES["cuda"]
 
 @dataclass(frozen=True)
 class Moment:
-    """What is alive at one moment, besides what stays."""
+    """What is alive at one moment, besides what is resident."""
 
     name: str
     items: dict[str, Item]
@@ -32,8 +32,8 @@ def largest_moment(config: RunConfig, shapes: ModelShapes, rows: int, recompute:
     size = compute_size(config)
     row = tokens * shapes.hidden * size
     layers = _layers(config, shapes, tokens)
-    # between forward and backward a recomputed layer keeps its input, others what they saved (their input among it
-    # where a norm saves it as it is)
+    # between forward and backward a recomputed layer keeps its input, others what they saved (including their input
+    # if a norm saves it unchanged)
     keeps = [row if index < recompute else layer.saved.total + layer.kept_input for index, layer in enumerate(layers)]
     all_saved = sum(keeps)
     head = head_bytes(shapes, tokens, size)
@@ -85,8 +85,8 @@ def _loss_moment(head: HeadBytes, saved: int, steady: dict[str, Item]) -> Moment
         "the loss",
         {
             "saved activations": Item(saved, "of all layers"),
-            "last hidden states": Item(head.peak - head.logits, "the last norm, hidden states, their gradient"),
-            "loss chunk": Item(head.logits, "fp32 logits of one chunk, and what is made of them"),
+            "last hidden states": Item(head.peak - head.logits, "the last norm, hidden states and their gradient"),
+            "loss chunk": Item(head.logits, "fp32 logits of one chunk, and tensors computed from them"),
             **steady,
         },
         saved,
@@ -121,15 +121,15 @@ def _layer_moments(
 
 @dataclass(frozen=True)
 class HeadBytes:
-    """What stands between the last layer and the loss."""
+    """Memory between the last layer and the loss."""
 
     saved: int  # the last norm's tensors and the gradient of the hidden states, from the loss on
-    peak: int  # during the loss, with what is saved
-    logits: int  # of them: one chunk of fp32 logits and what is made of it
+    peak: int  # during the loss, including `saved`
+    logits: int  # part of `peak`: one chunk of fp32 logits and tensors computed from it
 
 
 def head_bytes(shapes: ModelShapes, tokens: int, compute_size: int, chunk_bytes: int = CHUNK_BYTES) -> HeadBytes:
-    """The last norm, then `model.loss.nll_sum` with every token a label (a row may hold nothing else)."""
+    """The last norm, then `model.loss.nll_sum` with every token a label (as a row may be)."""
     row = tokens * shapes.hidden * compute_size
     settings = LayerSettings(tokens, compute_size)
     writer = LayerTape(shapes, settings)
@@ -137,7 +137,7 @@ def head_bytes(shapes: ModelShapes, tokens: int, compute_size: int, chunk_bytes:
     normed = writer.tape.saved.total - hidden.size + (row if writer.start.refs > 1 else 0)
     chunk = min(tokens, max(1, chunk_bytes // (4 * shapes.vocabulary)))
     logits = 4 * chunk * shapes.vocabulary
-    # logsumexp makes one copy of the logits; a cap on them keeps its slope as well
+    # logsumexp copies the logits once; capped logits also save the derivative of the cap
     extra = logits * (3 if shapes.caps_logits else 2)
-    # hidden states, those with a label, and their gradient
+    # hidden states, the labeled ones, and their gradient
     return HeadBytes(normed + row, normed + 3 * row + extra, extra)

@@ -1,4 +1,4 @@
-"""A plan as text: one line an item with a bar, then what it means."""
+"""A plan as text: one line per item with a bar, then the verdict."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
         plan.recompute, f"the first {plan.recompute} of {plan.num_layers} layers"
     )
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
-    held = f"{plan.micro_rows} x {plan.row_tokens:,} tokens at a time"
+    batch = f"{plan.micro_rows} x {plan.row_tokens:,} tokens at a time"
     yield (
         f"{plan.base_parameters:,} base and {plan.trainable_parameters:,} trained weights; "
-        f"{plan.strategy} over {ranks}; {held}; {recomputed} recomputed"
+        f"{plan.strategy} over {ranks}; {batch}; {recomputed} recomputed"
     )
     yield ""
     yield f"On each GPU, at the peak ({plan.peak_at})"
     yield from _items(plan.items, plan.peak_bytes)
     yield f"  {'total':<28}{format_bytes(plan.peak_bytes):>10}"
     yield ""
-    yield "On the host, for each rank"
+    yield "On the host, per rank"
     yield from _items(plan.host_items, plan.host_peak_bytes)
     yield f"  {'total':<28}{format_bytes(plan.host_peak_bytes):>10}"
     yield ""
@@ -44,28 +44,28 @@ def _items(items: dict[str, Item], total: int) -> Iterator[str]:
 
 
 def verdict(plan: MemoryPlan) -> str:
-    """Does it fit, and with what headroom."""
+    """Whether the plan fits, and with how much headroom."""
     needed = format_bytes(plan.peak_bytes)
     if plan.device_bytes is None:
         return f"Needs {needed}" + (
-            f", {format_bytes(plan.pageable_bytes)} of it can move to the host" if plan.pageable_bytes else ""
+            f", {format_bytes(plan.pageable_bytes)} of which can move to the host" if plan.pageable_bytes else ""
         )
     device = format_bytes(plan.device_bytes)
     assert plan.headroom_bytes is not None
     if not plan.fits:
-        return f"Does not fit: {shortfall(plan)}" + (". What would:" if plan.advice else "")
+        return f"Does not fit: {shortfall(plan)}" + (". To make it fit:" if plan.advice else "")
     if plan.paged_out_bytes:
         return (
-            f"Fits in {device} with {format_bytes(plan.paged_out_bytes)} of optimizer states on the host, which moves "
-            "them over the bus at every step"
+            f"Fits in {device} with {format_bytes(plan.paged_out_bytes)} of optimizer states on the host, "
+            "transferred over the bus at every step"
         )
     return f"Fits in {device}; {format_bytes(plan.headroom_bytes)} free at the peak"
 
 
 def shortfall(plan: MemoryPlan) -> str:
-    """By how much a plan does not fit."""
+    """By how much a plan exceeds the device."""
     assert plan.device_bytes is not None and plan.headroom_bytes is not None
-    return f"{format_bytes(-plan.headroom_bytes)} missing in {format_bytes(plan.device_bytes)}"
+    return f"{format_bytes(-plan.headroom_bytes)} more than the {format_bytes(plan.device_bytes)} available"
 
 
 def summary_lines(plan: MemoryPlan) -> Iterator[str]:

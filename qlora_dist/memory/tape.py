@@ -1,9 +1,9 @@
-"""Which tensors are alive when: a forward and backward pass written down as sizes, without any tensor.
+"""Which tensors are alive when: a forward and backward pass recorded as sizes, without tensors.
 
-PyTorch's rules, as far as memory is concerned:
-- a tensor lives while a Python variable holds it, or an operation has saved it for its backward pass;
+PyTorch's memory rules:
+- a tensor lives while a Python variable references it or an operation has saved it for its backward pass;
 - backward runs the operations in reverse order; each frees what it saved after it has run;
-- gradients that meet at one tensor are added in place when nobody else holds the first, else into a new tensor.
+- gradients of the same tensor are added in place if nothing else references the first, else into a new tensor.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ class Value:
 
     size: int  # bytes
     is_weight: bool = False  # a copy of a weight, not an activation
-    is_ours: bool = True  # False: it belongs to the caller (the input of the layer) and is counted there
+    is_owned: bool = True  # False: it belongs to the caller (the input of the layer) and is counted there
     needs_grad: bool = True
     refs: int = 1
 
 
 @dataclass(eq=False)
 class Gradient:
-    """The gradient of one or several tensors (a sum hands the same one to both of its terms)."""
+    """The gradient of one or several tensors (a sum passes the same one to all of its terms)."""
 
     size: int
     refs: int = 1
@@ -37,7 +37,7 @@ class Live:
 
     activations: int = 0  # tensors of the forward pass
     gradients: int = 0  # gradients of activations
-    weights: int = 0  # copies of weights (dequantized, cast) and gradients of weights on their way
+    weights: int = 0  # copies of weights (dequantized, cast) and gradients of weights in transit
 
     @property
     def total(self) -> int:
@@ -52,14 +52,14 @@ class Operation:
     output: Value
     inputs: Sequence[Value]
     saves: Sequence[Value]
-    shares: Sequence[Value]  # inputs whose gradient is that of the output itself: no new tensor
+    shares: Sequence[Value]  # inputs whose gradient is the output's own: no new tensor
     back_weights: int
     back_work: int
 
 
 @dataclass
 class Tape:
-    """Write the forward pass with `op` and `drop`, then ask for `saved` and run `backward`."""
+    """Record the forward pass with `op` and `drop`, then read `saved` and run `backward`."""
 
     live: Live = field(default_factory=Live)
     peak: Live = field(default_factory=Live)
@@ -68,16 +68,16 @@ class Tape:
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def input(self, size: int, needs_grad: bool = True) -> Value:
-        """What the caller holds."""
-        return Value(size, is_ours=False, needs_grad=needs_grad)
+        """A tensor that the caller owns."""
+        return Value(size, is_owned=False, needs_grad=needs_grad)
 
     def parameter(self, size: int) -> Value:
-        """A trained weight, which somebody else holds; its gradient has `size` bytes and is added up elsewhere."""
-        return Value(size, is_weight=True, is_ours=False)
+        """A trained weight, owned elsewhere; its gradient has `size` bytes and is accumulated elsewhere."""
+        return Value(size, is_weight=True, is_owned=False)
 
     def extra(self, size: int) -> Value:
         """Something that an operation saves besides its inputs and output: a dropout mask, a log-sum-exp."""
-        value = Value(size, needs_grad=False, refs=0)  # `op` counts the saving; without a gradient it is let go
+        value = Value(size, needs_grad=False, refs=0)  # `op` adds the reference; without a gradient it is freed
         self._allocate(value)
         return value
 
@@ -89,9 +89,9 @@ class Tape:
         saves: Sequence[Value] = (),
         saves_output: bool = False,
         shares: Sequence[Value] = (),
-        weights: int = 0,  # bytes of weight copies that forward and backward need for a moment
-        back_weights: int | None = None,  # ... backward alone
-        work: int = 0,  # other bytes that forward needs for a moment
+        weights: int = 0,  # temporary bytes of weight copies in forward and backward
+        back_weights: int | None = None,  # ... in backward only
+        work: int = 0,  # other temporary bytes in forward
         back_work: int = 0,
     ) -> Value:
         """One operation of the forward pass."""
@@ -103,7 +103,7 @@ class Tape:
         for value in kept:
             value.refs += 1
         for value in saves:
-            if value.refs == 0:  # an extra that nobody needs
+            if value.refs == 0:  # an unused extra
                 self._free(value)
         self.operations.append(
             Operation(out, inputs, kept, shares, weights if back_weights is None else back_weights, back_work)
@@ -111,10 +111,10 @@ class Tape:
         return out
 
     def drop(self, *values: Value) -> None:
-        """Python variables that end here."""
+        """Python variables that go out of scope."""
         for value in values:
             value.refs -= 1
-            if value.refs == 0 and value.is_ours:
+            if value.refs == 0 and value.is_owned:
                 self._free(value)
 
     @property

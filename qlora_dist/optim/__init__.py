@@ -1,13 +1,13 @@
-"""What turns gradients into an update of the trained weights: one contract, with or without DeepSpeed.
+"""Turns gradients into an update of the trained weights: one interface, with or without DeepSpeed.
 
     replicated.ReplicatedUpdate   every rank holds all trained weights, gradients and optimizer states (ddp)
-    zero.ZeroUpdate               a rank holds a part of them, by DeepSpeed (zero1, zero2, zero2_offload)
-    zero3.Zero3Update             the same, and a part of the base
+    zero.ZeroUpdate               a rank holds a shard of them, by DeepSpeed (zero1, zero2, zero2_offload)
+    zero3.Zero3Update             the same, and a shard of the base
 
-The trainer chooses once, when it builds the learner; a training step asks for no strategy's name. The update is the
+The trainer chooses once, when it builds the model; a training step never checks the strategy's name. The update is the
 same: gradients of the sum of label NLL are summed over micro-steps and ranks in fp32, divided once by the number of
-labels of the global step, clipped by their global norm, and given to AdamW with fp32 weights. States leave and enter
-in one layout (`ParameterGroups.layout`), so a checkpoint of one strategy and number of ranks goes on under another.
+labels of the global step, clipped by their global norm, and passed to AdamW with fp32 weights. States are saved and
+loaded in one layout (`ParameterGroups.layout`), so a run can resume under another strategy and number of ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Update(Protocol):
         """Before the first micro-step."""
 
     def forward(self, function: Callable[[], T]) -> T:
-        """Runs what needs the model's layers: forward passes, with or without gradients."""
+        """Runs code that needs the model's layers: forward passes, with or without gradients."""
 
     def forward_backward(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
         """Runs one micro-step and adds the gradients of its loss sum, which it returns, detached.
@@ -42,7 +42,7 @@ class Update(Protocol):
         """() fp32: global L2 norm of the summed gradients, not yet divided by labels; equal on all ranks."""
 
     def own_gradients_are_finite(self) -> bool:
-        """Whether what this rank gave to the last sum was finite; to find the culprit after a failure."""
+        """Whether this rank's part of the last sum was finite; to find the culprit after a failure."""
 
     def clip_and_step(self, lr: float, num_labels: int, grad_norm: float) -> None:
         """One update by gradients / num_labels, clipped; `grad_norm` is their norm after that division."""
@@ -51,7 +51,7 @@ class Update(Protocol):
         """Inside, trained weights are whole on every rank: to read them, or to write the same values everywhere."""
 
     def layout(self) -> list[list[list[object]]]:
-        """Plain data that two runs must share to exchange states: name, start, shape of each weight, by group."""
+        """Plain data that must be equal in two runs to exchange states: name, start, shape of each weight, by group."""
 
     def digest(self) -> str:
         """SHA-256 of all trained weights, equal on all ranks."""
@@ -60,4 +60,4 @@ class Update(Protocol):
         """Whole optimizer states, on rank 0; nothing on the others."""
 
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
-        """Puts whole states back, after the weights were. Raises ValueError when they are not this optimizer's."""
+        """Restores whole states, after the weights. Raises ValueError if they are not this optimizer's."""

@@ -1,4 +1,4 @@
-"""Optimizer, learning rate, and optimizer states as named tensors that safetensors can hold.
+"""Optimizer, learning rate, and optimizer states as named tensors that safetensors can store.
 
 The only module that imports bitsandbytes' optimizers.
 """
@@ -17,7 +17,7 @@ from .flat import FlatParameters, ParameterGroups
 
 
 def decays(parameter: torch.nn.Parameter) -> bool:
-    """Weight decay concerns matrices; biases, norms and magnitude vectors have none."""
+    """Weight decay applies to matrices, not to biases, norms and magnitude vectors."""
     return parameter.ndim >= 2
 
 
@@ -61,7 +61,7 @@ def step_optimizer(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 @contextmanager
 def quiet_paging() -> Iterator[None]:
-    """Around a step: on a CPU bitsandbytes says at every state that it does not page; build_optimizer says it once."""
+    """Around a step: on a CPU bitsandbytes warns about paging at every state; build_optimizer warns once."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         yield
@@ -110,12 +110,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], numbers: dict[str, float]
 ) -> None:
-    """Puts saved states back. Raises ValueError when they are not this optimizer's.
+    """Restores saved states. Raises ValueError if they are not this optimizer's.
 
-    States are first made by the optimizer itself with an update that changes nothing, then filled in place: paged
-    states stay in managed memory (loading them by state_dict leaves ordinary tensors that the next step refuses).
+    The optimizer itself first creates its states, with an update that changes nothing; they are then filled in place:
+    paged states stay in managed memory (load_state_dict leaves ordinary tensors, which the next step refuses).
     """
-    _make_states(optimizer)
+    _create_states(optimizer)
     expected = {
         f"{index}.{key}": value
         for index, parameter in enumerate(_parameters(optimizer))
@@ -123,7 +123,7 @@ def load_optimizer_state(
     }
     saved = tensors.keys() | numbers.keys()
     if expected.keys() != saved:
-        raise ValueError(f"saved optimizer states {sorted(saved)} are not those of this optimizer {sorted(expected)}")
+        raise ValueError(f"optimizer states: saved {sorted(saved)}, but this optimizer expects {sorted(expected)}")
     for name, value in expected.items():
         if isinstance(value, torch.Tensor):
             if value.shape != tensors[name].shape or value.dtype != tensors[name].dtype:
@@ -141,8 +141,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _make_states(optimizer: torch.optim.Optimizer) -> None:
-    """Lets the optimizer allocate its states, by an update at learning rate zero on zero gradients."""
+def _create_states(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimizer allocate its states, by an update at learning rate zero with zero gradients."""
     kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = group["weight_decay"] = 0.0

@@ -1,8 +1,8 @@
 """All trainable weights in one storage, all of their gradients in another.
 
 Adapters are hundreds of small tensors. As one tensor they cost one optimizer kernel, one norm, one zeroing and few
-collectives a step, and bitsandbytes' optimizers, which synchronize the device once per tensor and page only tensors
-of 100,000 elements and more, synchronize once and page everything.
+collectives per step, and bitsandbytes' optimizers, which synchronize the device once per tensor and page only tensors
+of at least 100,000 elements, synchronize once and page everything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ALIGNMENT = 256  # elements: bitsandbytes quantizes optimizer states in blocks o
 
 @dataclass(frozen=True)
 class Span:
-    """Where one weight's gradient lies in the flat buffer, elements."""
+    """Position of one weight's gradient in the flat buffer, in elements."""
 
     parameter: torch.nn.Parameter
     start: int
@@ -27,7 +27,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one weight lies in its group's storage, elements."""
+    """Position of one weight in its group's storage, in elements."""
 
     name: str
     start: int
@@ -35,7 +35,7 @@ class Placement:
 
 
 class ParameterGroup:
-    """Weights of one optimizer group, and where each lies in the group's flat form of `size` elements."""
+    """Weights of one optimizer group, and their positions in the group's flat form of `size` elements."""
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decays: bool) -> None:
         self.decays = decays
@@ -44,14 +44,14 @@ class ParameterGroup:
         self.size = 0
         for name, parameter in parameters.items():
             assert parameter.dtype == torch.float32, (
-                f"{name}: trainable weights are fp32 masters, not {parameter.dtype}"
+                f"{name}: trainable weights must be fp32 masters, found {parameter.dtype}"
             )
             self.placements.append(Placement(name, self.size, tuple(parameter.shape)))
             self.size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
 
     @property
     def optimized(self) -> list[torch.nn.Parameter]:
-        """What the optimizer is given."""
+        """The parameters passed to the optimizer."""
         return list(self.parameters.values())
 
 
@@ -66,7 +66,7 @@ class FlatGroup(ParameterGroup):
             view = self.view(self.weight.data, placement)
             view.copy_(parameter.data)
             parameter.data = view
-        # only now, when the weights' old storages are free: a build must not peak above the steps
+        # only now that the weights' old storages are free: setup must not peak above a step
         self.weight.grad = torch.zeros(self.size, device=device)
         for placement, parameter in zip(self.placements, parameters.values()):
             parameter.grad = self.view(self.weight.grad, placement)  # autograd then accumulates in place
@@ -76,7 +76,7 @@ class FlatGroup(ParameterGroup):
         return [self.weight]
 
     def spans(self) -> list[Span]:
-        """Where each weight's gradient lies, in storage order."""
+        """Position of each weight's gradient, in storage order."""
         return [
             Span(parameter, placement.start, placement.start + parameter.numel())
             for placement, parameter in zip(self.placements, self.parameters.values())
@@ -93,7 +93,7 @@ Decays = Callable[[torch.nn.Parameter], bool]
 
 
 class ParameterGroups:
-    """The trainable weights in at most two groups, with and without weight decay; none is empty."""
+    """The trainable weights in at most two groups, with and without weight decay; neither is empty."""
 
     groups: Sequence[ParameterGroup]
 
@@ -101,11 +101,11 @@ class ParameterGroups:
         self.groups = [ParameterGroup(members, decay) for decay, members in _split(parameters, decays)]
 
     def layout(self) -> list[list[list[object]]]:
-        """Plain data that two runs must share to exchange optimizer states: name, start, shape of each weight."""
+        """Plain data that must be equal in two runs to exchange optimizer states: name, start, shape of each weight."""
         return [[[p.name, p.start, list(p.shape)] for p in group.placements] for group in self.groups]
 
     def digest(self) -> str:
-        """SHA-256 of all weights, in whatever storage they lie."""
+        """SHA-256 of all weights, whatever storage they are in."""
         digest = hashlib.sha256()
         for group in self.groups:
             for parameter in group.parameters.values():
@@ -116,7 +116,7 @@ class ParameterGroups:
 class FlatParameters(ParameterGroups):
     """The same, with the weights of a group in one storage and their gradients in another.
 
-    Moves the weights' data into flat storages: call it after the model is on its device, and do not move it after.
+    Moves the weights' data into flat storages: create it once the model is on its device, and do not move it again.
     """
 
     groups: list[FlatGroup]

@@ -1,9 +1,8 @@
-"""Sums of gradients over ranks, in buckets that never change.
+"""Sums gradients over ranks, in fixed buckets of flat buffers (`flat.FlatParameters`).
 
-Gradients of the trainable weights live in one flat buffer (`flat.FlatParameters`), summed over ranks in buckets that
-never change. torch's DistributedDataParallel rebuilds its buckets after its first iteration, so that the first step of
-each life of a job sums in another order and a resumed run differs in the last bits at 4 ranks and more; fixed buckets
-keep a resumed run bit-identical, and the reduction still overlaps with the backward pass.
+torch's DistributedDataParallel rebuilds its buckets after its first iteration, so the first step after each start of a
+job sums in another order and a resumed run differs in the last bits on 4 or more ranks; fixed buckets keep a resumed
+run bit-identical, and the reduction still overlaps with the backward pass.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ BUCKET_BYTES = 32 * 2**20  # large enough for full link bandwidth, small enough 
 class GradientReducer:
     """Sums flat gradient buffers over ranks in fixed buckets, while the backward pass still runs.
 
-    Buckets are filled from the end of the buffers, since the last layer's gradients come first. A bucket is sent when
-    all of its gradients are there and all buckets before it were sent, so every rank sends in the same order
-    whatever order its gradients come in; `finish` sends what is left, so a rank whose rows gave no gradient to some
-    weight takes part in every sum.
+    Buckets are filled from the end of the buffers, since the last layer's gradients arrive first. A bucket is sent once
+    all of its gradients have arrived and all buckets before it have been sent, so every rank sends in the same order
+    whatever order its gradients arrive in; `finish` sends the rest, so a rank whose rows gave no gradient to some
+    weight still takes part in every sum.
     """
 
     def __init__(self, num_ranks: int, flat_grads: Sequence[torch.Tensor], spans: Sequence[Sequence[Span]]) -> None:
@@ -68,7 +67,7 @@ class GradientReducer:
 
     def _send(self) -> None:
         bucket = self._buckets[len(self._works)]
-        self.own_are_finite &= bucket.isfinite().all()  # afterwards nobody can tell whose gradient it was
+        self.own_are_finite &= bucket.isfinite().all()  # after the sum, the source is unknown
         work = dist.all_reduce(bucket, async_op=True)
         assert work is not None
         self._works.append(work)

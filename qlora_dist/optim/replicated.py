@@ -15,7 +15,7 @@ from .reducer import GradientReducer
 
 
 class ReplicatedUpdate:
-    """Gradients are summed over ranks in fixed buckets (`GradientReducer`), then every rank updates all."""
+    """Gradients are summed over ranks in fixed buckets (`GradientReducer`), then every rank updates all weights."""
 
     def __init__(
         self,
@@ -37,12 +37,12 @@ class ReplicatedUpdate:
         return function()
 
     def forward_backward(self, loss_sum: Callable[[], torch.Tensor], is_last: bool) -> torch.Tensor:
-        self._world.restart_limit()  # a step may have many micro-steps: each has the step's limit
+        self._world.restart_limit()  # a step may have many micro-steps: each gets the step's limit
         if is_last:
             self.reducer.arm()
         loss = loss_sum()
-        # The division by the global step's number of labels is done once, in fp32, on the summed gradients: a scaled
-        # seed would be rounded to the activations' type (up to 0.4 % in bf16, the same way for every gradient)
+        # Gradients are divided by the global step's number of labels once, in fp32, after the sum: a scaled seed of the
+        # backward pass would be rounded to the activations' type (up to 0.4 % in bf16, equally for every gradient)
         loss.backward()
         if is_last:
             with self._world.waiting():

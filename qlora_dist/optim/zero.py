@@ -1,16 +1,16 @@
-"""zero1, zero2, zero2_offload: DeepSpeed shards optimizer states, and gradients, of what is trained.
+"""zero1, zero2, zero2_offload: DeepSpeed shards the optimizer states, and in zero2 the gradients, of trained weights.
 
 DeepSpeed is given a module that holds the trained weights and nothing else. Its engine may cast, move, broadcast and
-flatten what it is given; the frozen base, whose 4-bit codes and bf16 norms must stay bit by bit what they are, is out
-of its reach. The model runs as under ddp; DeepSpeed sees gradients arrive through its hooks on the weights.
+flatten what it is given; the frozen base, whose 4-bit codes and bf16 norms must not change by a single bit, is out of
+its reach. The model runs as under ddp; DeepSpeed receives gradients through its hooks on the weights.
 
-The engine is made by `deepspeed.initialize` on the process group that Accelerate has made, not by
-`Accelerator.prepare`: that wrapper steps inside of `backward`, which leaves no place between reduction and update to
-see a value that is not finite, and its plugin would make transformers load the model by rules of its own.
+The engine is created by `deepspeed.initialize` on the process group that Accelerate has created, not by
+`Accelerator.prepare`: that wrapper steps inside `backward`, which leaves no point between reduction and update to
+detect a non-finite value, and its plugin would make transformers load the model by its own rules.
 
-Scale. DeepSpeed averages over ranks, and divides by a loss scale just before the update, on the fp32 partition. It is
-set to labels / ranks for that moment, so gradients are the sum over ranks / labels, as under ddp; a scaled loss would
-have been rounded to the activations' type. Accumulation does not divide (`scale_wrt_gas=False`).
+Scale. DeepSpeed averages over ranks, and divides by a loss scale just before the update, on the fp32 partition. The
+scale is set to labels / ranks for the update, so gradients are the sum over ranks / labels, as under ddp; a scaled loss
+would have been rounded to the activations' type. Accumulation does not divide (`scale_wrt_gas=False`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .flat import ALIGNMENT, ParameterGroup, ParameterGroups
 
 
 class _Trained(torch.nn.Module):
-    """The trained weights as a module; its forward pass is whatever computes a loss with them."""
+    """The trained weights as a module; its forward pass is any function that computes a loss with them."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         super().__init__()
@@ -57,16 +57,16 @@ class ZeroUpdate:
         self._parameters = [parameter for group in groups.groups for parameter in group.parameters.values()]
         self._own_norms: list[torch.Tensor] = []
         for parameter in self._parameters:  # before DeepSpeed's hook, which sums the gradient over ranks and drops it
-            parameter.register_post_accumulate_grad_hook(self._note_gradient)
+            parameter.register_post_accumulate_grad_hook(self._record_gradient)
         world.require_group()
         self._engine = _initialize(module or _Trained(self._parameters), optimizer, ds_config)
         self._zero = self._engine.optimizer
         if "8bit" in type(optimizer).__name__:
             self._require_whole_blocks(type(optimizer).__name__)
 
-    def _note_gradient(self, parameter: torch.nn.Parameter) -> None:
+    def _record_gradient(self, parameter: torch.nn.Parameter) -> None:
         assert parameter.grad is not None
-        # one kernel and no sync; looked at after a failure
+        # one kernel and no sync; inspected after a failure
         self._own_norms.append(torch.linalg.vector_norm(parameter.grad))
 
     def zero_grad(self) -> None:
@@ -88,7 +88,7 @@ class ZeroUpdate:
 
     def grad_norm(self) -> torch.Tensor:
         norm = self._averaged_norm() * self._world.size
-        # DeepSpeed marks what is not finite by -1
+        # DeepSpeed reports a non-finite norm as -1
         return torch.where(norm >= 0, norm, torch.nan).to(self._world.device)
 
     def own_gradients_are_finite(self) -> bool:
@@ -101,7 +101,7 @@ class ZeroUpdate:
         with quiet_paging():
             self._engine.step()  # clips by the file's gradient_clipping, which is optim.max_grad_norm
         self._zero.custom_loss_scaler = False  # or the next backward pass would scale the loss
-        assert not self._zero.overflow, "a norm that is not finite never comes here"
+        assert not self._zero.overflow, "a non-finite norm stops the run before this"
 
     def whole_weights(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -113,7 +113,7 @@ class ZeroUpdate:
         with self.whole_weights():
             return self._groups.digest()
 
-    # --- states: partitions of DeepSpeed's flat groups <-> one flat tensor a group ------------------------------------
+    # --- states: partitions of DeepSpeed's flat groups <-> one flat tensor per group ----------------------------------
 
     def state(self) -> States:
         with self._attached() as optimizer:
@@ -140,7 +140,7 @@ class ZeroUpdate:
                     partition.grad = None
 
     def _refresh_masters(self) -> None:
-        self._zero.refresh_fp32_params()  # its masters are copies: take the weights that were loaded
+        self._zero.refresh_fp32_params()  # its masters are copies: update them from the loaded weights
 
     @contextmanager
     def _attached(self) -> Iterator[torch.optim.Optimizer]:
@@ -149,7 +149,7 @@ class ZeroUpdate:
 
     @property
     def _partitions(self) -> list[torch.nn.Parameter]:
-        """This rank's fp32 part of each group: what the optimizer updates."""
+        """This rank's fp32 shard of each group: what the optimizer updates."""
         partitions: list[torch.nn.Parameter] = self._zero.single_partition_of_fp32_groups
         return partitions
 
@@ -199,23 +199,23 @@ class ZeroUpdate:
         return whole[size * self._world.rank : size * (self._world.rank + 1)]
 
     def _require_whole_blocks(self, name: str) -> None:
-        """8-bit states share a scale by blocks of 256 elements: these must not span two weights or two ranks.
+        """8-bit states have one scale per block of 256 elements: blocks must not span two weights or two ranks.
 
-        Otherwise a checkpoint could not go on under another strategy or number of ranks.
+        Otherwise a checkpoint could not be resumed under another strategy or number of ranks.
         """
         for index, partition in enumerate(self._partitions):
             odd = [weight for weight, (mine, theirs, _) in self._starts(index).items() if mine != theirs]
             if odd or partition.numel() % ALIGNMENT:
-                what = f"weight {odd[0]} starts" if odd else f"a rank's part ({partition.numel():,} elements) ends"
+                what = f"weight {odd[0]} starts" if odd else f"a rank's shard ({partition.numel():,} elements) ends"
                 raise UserError(
-                    f"{name}: its 8-bit states have one scale for {ALIGNMENT} elements, and {what} inside of such a "
-                    "block in DeepSpeed's flat storage: a checkpoint would hold for this strategy and number of ranks "
+                    f"{name}: its 8-bit states have one scale per {ALIGNMENT} elements, and {what} within such a block "
+                    "in DeepSpeed's flat storage: a checkpoint would be valid for this strategy and number of ranks "
                     "only; set optim.name=paged_adamw_32bit, or strategy.name=ddp"
                 )
 
 
 def require_deepspeed() -> Any:
-    """The deepspeed module, without what its import says to its developers. Raises UserError when it is not there."""
+    """The deepspeed module, imported without its log messages. Raises UserError if it cannot be imported."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -230,9 +230,9 @@ def require_deepspeed() -> Any:
     finally:
         logging.disable(previous)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # torch 2.13 renames collectives; delete when DeepSpeed calls them by their new names
+    # torch 2.13 renames collectives; delete when DeepSpeed uses the new names
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    # on a CPU it would compile shared-memory collectives when the process group is wrapped: minutes, and a compiler
+    # on a CPU, wrapping the process group would compile shared-memory collectives: that takes minutes and a compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

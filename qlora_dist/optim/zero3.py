@@ -1,17 +1,17 @@
 """zero3: DeepSpeed shards the base too, and gathers a layer while it runs.
 
-The whole model is DeepSpeed's. Each weight, trained or frozen, is cut into equal parts over the ranks; hooks on each
-module gather its own weights before it runs and drop them after. What uses weights of another module is found in the
-first forward pass (LoRA layers, whose forward pass here reads A and B) or told (the head, which the loss multiplies).
+DeepSpeed manages the whole model. Each weight, trained or frozen, is split into equal shards over the ranks; hooks on
+each module gather its own weights before it runs and release them after. Uses of another module's weights are detected
+in the first forward pass (LoRA layers, whose forward pass here reads A and B) or registered (the head, for the loss).
 
-4-bit bases, found out with DeepSpeed 0.19.8, transformers 5.23 and bitsandbytes 0.50.2:
-- Load: transformers does not partition a quantized model while it reads it (it asks `not _is_quantized`), so each rank
-  reads and holds the whole 4-bit base before it is cut. Others are read into host memory, moved and cut one by one.
-- Gather: a part keeps the type of its weight, here uint8, and is gathered in it: codes pass through no float copy. The
-  base is bit by bit the same after training, and losses are ddp's (tests/test_optim/test_zero.py).
-- Not sharded: quantization constants, which hang on the Python object (with double quantization 3 % of the base).
-- bitsandbytes' product keeps the gathered codes until its backward pass, so without recomputation nothing would be
-  saved at the peak; its int8 layers keep copies of codes and scales outside of the parameter. Both are refused.
+4-bit bases, as tested with DeepSpeed 0.19.8, transformers 5.23 and bitsandbytes 0.50.2:
+- Load: transformers does not partition a quantized model while reading it (it checks `not _is_quantized`), so each rank
+  holds the whole 4-bit base before it is sharded. Others are read into host memory, moved and sharded one by one.
+- Gather: a shard keeps the type of its weight, here uint8, and is gathered as such: codes are never copied as floats.
+  The base is bit-identical after training, and losses are ddp's (tests/test_optim/test_zero.py).
+- Not sharded: quantization constants, attributes of the Python object (with double quantization 3 % of the base).
+- bitsandbytes' product keeps the gathered codes until its backward pass, so without recomputation the peak would not
+  shrink; its int8 layers keep copies of codes and scales outside the parameter. Both are refused.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .flat import ParameterGroups
 from .zero import ZeroUpdate, require_deepspeed
 
 
-class _Whole(torch.nn.Module):
-    """The root whose forward pass is any function of the model: DeepSpeed counts its steps by calls of the root."""
+class _Root(torch.nn.Module):
+    """The root module, whose forward pass is any function of the model: DeepSpeed counts steps by calls of the root."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -51,10 +51,10 @@ class Zero3Update(ZeroUpdate):
         model: torch.nn.Module,
         head_weight: torch.Tensor,
     ) -> None:
-        self._root = _Whole(model)
+        self._root = _Root(model)
         world.require_group()
         backend = require_deepspeed().accelerator.get_accelerator().communication_backend_name()
-        require_deepspeed().init_distributed(backend)  # takes the group that is there
+        require_deepspeed().init_distributed(backend)  # uses the existing group
         # weight by weight, here and not in the engine, which would move the whole model to the device first
         require_deepspeed().zero.Init(module=self._root, config_dict_or_path=ds_config)
         for buffer in model.buffers():
@@ -73,7 +73,7 @@ class Zero3Update(ZeroUpdate):
         return norm
 
     def whole_weights(self) -> AbstractContextManager[object]:
-        # what rank 0 has at the end is kept: a checkpoint that was read is written so
+        # rank 0's values are kept on exit: this writes a loaded checkpoint
         gathered: AbstractContextManager[object] = require_deepspeed().zero.GatheredParameters(
             self._parameters, modifier_rank=0
         )
@@ -84,7 +84,7 @@ class Zero3Update(ZeroUpdate):
     @property
     def _partitions(self) -> list[torch.nn.Parameter]:
         partitions: list[torch.nn.Parameter] = self._zero.fp32_partitioned_groups_flat
-        assert len(partitions) == len(self._groups.groups), "sub_group_size is checked before"
+        assert len(partitions) == len(self._groups.groups), "sub_group_size was checked before"
         return partitions
 
     def _refresh_masters(self) -> None:
@@ -95,13 +95,13 @@ class Zero3Update(ZeroUpdate):
     def _attached(self) -> Iterator[torch.optim.Optimizer]:
         optimizer: torch.optim.Optimizer = self._zero.optimizer
         for group, partition in zip(optimizer.param_groups, self._partitions, strict=True):
-            group["params"] = [partition]  # DeepSpeed puts them there for the time of a step
+            group["params"] = [partition]  # as DeepSpeed does during a step
         yield optimizer
         for group in optimizer.param_groups:
             group["params"] = []
 
-    def _cuts(self, index: int) -> Iterator[tuple[int, int, int, int]]:
-        """Of each weight: start in the layout, elements, start in a rank's partition, elements of a rank's part."""
+    def _shards(self, index: int) -> Iterator[tuple[int, int, int, int]]:
+        """For each weight: start in the layout, elements, start in a rank's partition, elements of a rank's shard."""
         group = self._groups.groups[index]
         their_start = {}
         at = 0
@@ -118,15 +118,15 @@ class Zero3Update(ZeroUpdate):
 
     def _to_layout(self, index: int, parts: list[torch.Tensor]) -> torch.Tensor:
         result = torch.zeros(self._groups.groups[index].size, dtype=parts[0].dtype)
-        for start, size, their_start, part in self._cuts(index):
-            whole = torch.cat([one[their_start : their_start + part] for one in parts])
+        for start, size, their_start, shard in self._shards(index):
+            whole = torch.cat([one[their_start : their_start + shard] for one in parts])
             result[start : start + size] = whole[:size]
         return result
 
     def _from_layout(self, index: int, value: torch.Tensor) -> torch.Tensor:
         own = torch.zeros(self._partitions[index].numel(), dtype=value.dtype)
-        for start, size, their_start, part in self._cuts(index):
-            first = min(size, part * self._world.rank)
-            last = min(size, part * (self._world.rank + 1))
+        for start, size, their_start, shard in self._shards(index):
+            first = min(size, shard * self._world.rank)
+            last = min(size, shard * (self._world.rank + 1))
             own[their_start : their_start + last - first] = value[start + first : start + last]
         return own

@@ -134,8 +134,8 @@ COMPARES_VALUES = {
 }
 ENDS_AT_VALUES = {
     "resume": "states are loaded before the first step",  # gradients that nobody has zeroed
-    "zero2": "a norm that is not finite",
-    "zero3": "a norm that is not finite",
+    "zero2": "a non-finite norm stops the run",
+    "zero3": "a non-finite norm stops the run",
     "int8": "",  # bitsandbytes counts outliers
     "graph": "API call is not supported",  # the null device has no graphs
     "fsdp-gather": "its process",  # the size of a pickled object comes through device memory

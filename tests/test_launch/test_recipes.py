@@ -1,4 +1,4 @@
-"""Every shipped file that a launcher or the command reads is one that they accept."""
+"""Launchers and the command accept every shipped file that they read."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_a_recipe_parses_and_its_resolved_form_gives_the_same_config(path: Path,
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_a_recipe_runs_in_a_folder_of_its_own_name(path: Path) -> None:
+def test_a_recipes_run_directory_has_its_name(path: Path) -> None:
     assert load_config(path).run_dir == f"runs/{path.stem}"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_the_launch_line_of_a_recipe_names_files_that_exist(path: Path) -> None:
+def test_the_launch_line_of_a_recipe_refers_to_existing_files(path: Path) -> None:
     words = launch_words(path)
     assert words[:3] == ["accelerate", "launch", "--config_file"]
     assert REPOSITORY / words[3] in LAUNCH_CONFIGS
@@ -56,7 +56,7 @@ def test_the_launch_line_of_a_recipe_names_files_that_exist(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_the_processes_of_the_launch_line_share_the_rows_of_a_step(path: Path) -> None:
+def test_the_rows_of_a_step_divide_evenly_over_the_processes_of_the_launch_line(path: Path) -> None:
     words = launch_words(path)
     num_processes = yaml.safe_load((REPOSITORY / words[3]).read_text(encoding="utf-8"))["num_processes"]
     if "--num_processes" in words:
@@ -66,11 +66,11 @@ def test_the_processes_of_the_launch_line_share_the_rows_of_a_step(path: Path) -
 
 
 def test_the_overrides_in_the_alpaca_recipe_give_the_batch_of_the_paper() -> None:
-    """The comment offers them; they must be accepted as they stand."""
+    """They are in a comment; they must be accepted unchanged."""
     path = REPOSITORY / "launch" / "recipes" / "alpaca-7b.yaml"
     (line,) = [line for line in path.read_text(encoding="utf-8").splitlines() if "data.packing=false" in line]
     config = load_config(path, tuple(line.removeprefix("#").split()))
-    # QLoRA, Table 9, column "All": 16 examples a step, 10,000 steps, 384 tokens of source and 128 of target
+    # QLoRA, Table 9, column "All": 16 examples per step, 10,000 steps, 384 tokens of source and 128 of target
     assert (config.batch.rows_per_step, config.train.steps, config.data.row_tokens) == (16, 10_000, 512)
     assert not config.data.packing
 
@@ -127,7 +127,7 @@ def test_a_guanaco_recipe_fits_on_one_card(stem: str, gpu: str) -> None:
     plan = planned(recipe(stem), GUANACO[stem], GPUS[gpu].device_bytes)
     assert plan.fits, plan.advice
     assert plan.micro_rows == 1
-    # the guard: the weights alone would have room on a card on which training has none
+    # counter-check: a card that holds the weights alone is too small for training
     assert not planned(recipe(stem), GUANACO[stem], plan.items["base"].size + 2**30).fits
 
 
@@ -140,11 +140,11 @@ def test_65b_fits_in_48681_mib_with_all_optimizer_states_on_the_card() -> None:
 
 
 def variants() -> dict[str, tuple[str, ...]]:
-    """What the head of the 65B recipe offers: name -> overrides."""
+    """The variants listed at the head of the 65B recipe: name -> overrides."""
     text = (REPOSITORY / "launch" / "recipes" / "repro_65b_48gb.yaml").read_text(encoding="utf-8")
-    _, _, offered = text.partition("the plan says of each that it fits:\n")
+    _, _, listed = text.partition("the plan says of each that it fits:\n")
     found = {}
-    for line in offered.splitlines():
+    for line in listed.splitlines():
         if not line.startswith("#   "):
             break
         found[line[4:24].strip()] = tuple(line[24:].split())
@@ -152,7 +152,7 @@ def variants() -> dict[str, tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("variant", variants())
-def test_what_the_65b_recipe_offers_is_accepted_and_fits(variant: str) -> None:
+def test_the_variants_in_the_65b_recipe_are_accepted_and_fit(variant: str) -> None:
     config = recipe("repro_65b_48gb", variants()[variant])
     assert config != recipe("repro_65b_48gb")
     size = config.model.name if config.model.name in SHAPES else "65b"
@@ -162,16 +162,16 @@ def test_what_the_65b_recipe_offers_is_accepted_and_fits(variant: str) -> None:
     assert config.batch.rows_per_step * config.data.row_tokens == 16 * 512
 
 
-def test_the_recipe_offers_what_goes_beyond_the_paper_and_40_gb_needs_it() -> None:
+def test_the_65b_recipe_lists_variants_beyond_the_paper_and_40_gb_needs_one() -> None:
     assert {"Llama-2 70B", "Llama-3.1 70B", "rows of 2,048", "40 GB, rank 64"} <= set(variants())
     plan = planned(recipe("repro_65b_48gb"), "65b", GPUS["a100-40"].device_bytes)
     assert plan.fits is False and plan.headroom_bytes is not None
-    assert round(-plan.headroom_bytes / 2**30, 1) in (1.1, 1.2, 1.3)  # as the recipe says: 1.2 GiB are lacking
+    assert round(-plan.headroom_bytes / 2**30, 1) in (1.1, 1.2, 1.3)  # the recipe states 1.2 GiB
     assert any("strategy.name=zero2_offload with optim.name=adamw" in line for line in plan.advice)
 
 
 @pytest.mark.parametrize("path", LAUNCH_CONFIGS, ids=name)
-def test_accelerate_reads_a_launch_config_and_knows_all_of_its_keys(path: Path) -> None:
+def test_accelerate_loads_each_launch_config_and_knows_all_its_keys(path: Path) -> None:
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
     config = load_config_from_file(str(path))
@@ -180,7 +180,7 @@ def test_accelerate_reads_a_launch_config_and_knows_all_of_its_keys(path: Path) 
     assert config.num_machines == (2 if path.stem.startswith("nodes-2") else 1)
 
 
-def test_ddp_starts_several_processes_and_single_one() -> None:
+def test_ddp_starts_several_processes_and_single_starts_one() -> None:
     ddp, single = (
         yaml.safe_load((REPOSITORY / "launch" / "accelerate" / f"{stem}.yaml").read_text(encoding="utf-8"))
         for stem in ("ddp", "single")

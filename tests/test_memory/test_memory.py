@@ -1,4 +1,4 @@
-"""The memory plan's arithmetic: counts against real models, bytes against real tensors, figures against the paper's."""
+"""The memory plan's arithmetic: counts against real models, bytes against real tensors, totals against the paper's."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def plan(shapes: ModelShapes, device_bytes: int | None = None, ranks: int = 1, *
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "phi3"])
-def test_weights_and_linear_layers_are_those_of_the_real_model(family):
+def test_weights_and_linear_layers_match_the_real_model(family):
     real = AutoConfig.for_model(family, **PHI3) if family == "phi3" else tiny_config(family)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(real)
@@ -117,7 +117,7 @@ def test_published_models_have_their_published_number_of_weights(raw, expected):
     assert shapes is not None and shapes.base_parameters == expected
 
 
-def test_distilgpt2_has_81_912_576_weights_and_589_824_trained_ones():
+def test_distilgpt2_has_81_912_576_weights_of_which_589_824_are_trained():
     shapes = shapes_from_config({"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 6, "n_head": 12})
     assert shapes is not None
     made = plan(shapes, lora__rank=8, lora__target_modules=["c_attn", "c_proj", "c_fc"])
@@ -136,7 +136,7 @@ def test_adapters_on_one_layer_only_are_counted_once():
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_bytes_of_the_base_are_those_of_a_base_that_was_read(tmp_path, double_quant):
+def test_bytes_of_the_base_match_a_loaded_base(tmp_path, double_quant):
     folder = save_model(tmp_path / "model", tiny_model("qwen2", attention=None))
     loaded = base_model.load_base(
         str(folder), quantization="nf4", double_quant=double_quant, compute_dtype=torch.bfloat16, attention="auto",
@@ -156,8 +156,8 @@ def test_bytes_of_the_base_are_those_of_a_base_that_was_read(tmp_path, double_qu
     assert planned == real
 
 
-def test_constants_that_the_plan_repeats_are_those_of_the_code():
-    """The plan imports no torch, so it writes them down again."""
+def test_constants_repeated_in_the_plan_equal_those_in_the_code():
+    """The plan does not import torch, so it repeats them."""
     assert loss.CHUNK_BYTES["cuda"] == CHUNK_BYTES
     assert (flat.ALIGNMENT, reducer.BUCKET_BYTES) == (ALIGNMENT, BUCKET_BYTES)
     assert offload.AHEAD_BYTES == OFFLOAD_AHEAD_BYTES
@@ -173,30 +173,30 @@ def test_constants_that_the_plan_repeats_are_those_of_the_code():
     ],
 )
 def test_the_floor_of_the_original_recipe_is_reproduced(size, base, lora, checkpoints, floor, floor_fp32):
-    """r = 64 on all linear layers, one row of 512 tokens, everything recomputed; MiB. 0.5 %: they are rounded."""
+    """r = 64 on all linear layers, one row of 512 tokens, everything recomputed; MiB, rounded, hence 0.5 %."""
     made = plan(llama(size))
     items = {name: item.size / MIB for name, item in made.items.items()}
     weights = items["base"] + items["quantization constants"] + items["embeddings, head, norms"]
     assert weights == pytest.approx(base, rel=5e-3)
-    assert items["adapters"] / 2 == pytest.approx(lora, rel=5e-3)  # theirs are bf16, ours fp32
+    assert items["adapters"] / 2 == pytest.approx(lora, rel=5e-3)  # bf16 in the original, fp32 here
     assert items["saved activations"] == pytest.approx(checkpoints, rel=5e-3)
     trained = items["adapters"] + items["gradients"]
-    ours = weights + trained + items["optimizer, pageable"] + items["saved activations"]
-    assert ours == pytest.approx(floor_fp32, rel=5e-3)
-    assert ours - trained / 2 == pytest.approx(floor, rel=5e-3)
+    planned = weights + trained + items["optimizer, pageable"] + items["saved activations"]
+    assert planned == pytest.approx(floor_fp32, rel=5e-3)
+    assert planned - trained / 2 == pytest.approx(floor, rel=5e-3)
 
 
-def test_65b_fits_on_one_48_gb_card_and_the_fp32_masters_are_why_it_is_close():
+def test_65b_fits_on_one_48_gb_card_by_less_than_1_gib():
     made = choose(config(), llama("65B"), world_size=1, device_bytes=GPUS["a6000"].device_bytes)
     assert made.fits and made.paged_out_bytes == 0
     assert made.headroom_bytes is not None and made.headroom_bytes < GIB
 
 
-def test_eight_bit_states_take_a_quarter_and_paged_ones_may_leave():
+def test_8bit_states_take_a_quarter_and_paged_states_may_move_to_the_host():
     shapes = llama("7B")
     kinds = {name: plan(shapes, optim__name=name) for name in ("adamw", "adamw_8bit", "paged_adamw_32bit")}
     assert kinds["adamw"].items["optimizer"].size == 8 * kinds["adamw"].trainable_parameters
-    # two bytes a weight, and two fp32 scales for 256
+    # two bytes per weight, and two fp32 scales per 256 weights
     assert kinds["adamw_8bit"].items["optimizer"].size == pytest.approx(2.03125 * 159_907_840, rel=1e-3)
     paged = kinds["paged_adamw_32bit"]
     assert paged.pageable_bytes == 8 * paged.trainable_parameters
@@ -206,7 +206,7 @@ def test_eight_bit_states_take_a_quarter_and_paged_ones_may_leave():
     assert not plan(shapes, paged.peak_bytes - paged.pageable_bytes // 2, optim__name="adamw").fits
 
 
-def test_the_items_add_up_to_the_peak_and_every_one_is_explained():
+def test_the_items_add_up_to_the_peak_and_each_has_a_note():
     made = plan(llama("7B"), 24 * GIB, ranks=2)
     assert made.peak_bytes == sum(item.size for item in made.items.values())
     assert all(item.note and item.size > 0 for item in made.items.values())
@@ -218,7 +218,7 @@ def test_the_items_add_up_to_the_peak_and_every_one_is_explained():
 # --- what fits --------------------------------------------------------------------------------------------------------
 
 
-def test_more_recomputation_never_needs_more():
+def test_more_recomputation_never_needs_more_memory():
     shapes = llama("7B")
     peaks = [plan(shapes, recompute=count, data__row_tokens=2048).peak_bytes for count in range(33)]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.5 * peaks[32]
@@ -234,7 +234,7 @@ def test_choose_recomputes_as_few_layers_as_fit():
     assert not one_less.fits
 
 
-def test_the_largest_rows_and_micro_batch_fit_and_the_next_do_not():
+def test_the_largest_rows_and_micro_batch_fit_and_the_next_larger_do_not():
     shapes, sizes = llama("7B"), {"world_size": 1, "device_bytes": 16 * GIB}
     settings = config(data__row_tokens=512)
     tokens = largest_row_tokens(settings, shapes, **sizes)
@@ -250,7 +250,7 @@ def test_the_largest_rows_and_micro_batch_fit_and_the_next_do_not():
         assert plan_memory(tried, shapes, **sizes, recompute=32, micro_rows=count).fits is expected
 
 
-def test_where_nothing_fits_the_advice_names_changes_that_do():
+def test_if_nothing_fits_the_advice_lists_changes_that_do():
     shapes = llama("65B")
     sizes = {"world_size": 4, "device_bytes": 44 * GIB}
     settings = config(optim__name="adamw")
@@ -261,10 +261,10 @@ def test_where_nothing_fits_the_advice_names_changes_that_do():
     fixed = changed_config(settings, strategy={"name": "fsdp"})
     assert plan_memory(fixed, shapes, **sizes, recompute=80).fits
     hopeless = choose(settings, shapes, **(sizes | {"world_size": 1, "device_bytes": 8 * GIB}))
-    assert "no single change fits: one row with every layer recomputed needs" in hopeless.advice[0]
+    assert "no single change is enough: one row with every layer recomputed needs" in hopeless.advice[0]
 
 
-def test_strategies_share_what_they_say_they_share():
+def test_each_strategy_shards_what_it_is_documented_to_shard():
     shapes = llama("7B")
     made = {
         name: plan_memory(
@@ -274,8 +274,8 @@ def test_strategies_share_what_they_say_they_share():
         for name in STRATEGIES
     }  # fmt: skip
     ddp = made["ddp"]
-    for shared in ("base", "quantization constants"):
-        assert made["fsdp"][shared].size == ddp[shared].size // 8
+    for sharded in ("base", "quantization constants"):
+        assert made["fsdp"][sharded].size == ddp[sharded].size // 8
     tables, norms = 2 * 32000 * 4096 * 2, (2 * 32 + 1) * 4096 * 2
     assert made["fsdp"]["embeddings, head, norms"].size == tables // 8 + norms
     for name in ("zero1", "zero2", "zero2_offload"):
@@ -293,7 +293,7 @@ def test_strategies_share_what_they_say_they_share():
         )  # fmt: skip
 
 
-def test_full_fine_tuning_needs_16_bytes_a_weight_and_says_what_it_does_not_know():
+def test_full_fine_tuning_needs_16_bytes_per_weight_and_states_its_assumptions():
     shapes = llama("7B")
     adapted = config(model__quantization="none", optim__name="adamw", lora__rank=1)
     everything = adapted.model_copy(update={"lora": None})
@@ -303,23 +303,23 @@ def test_full_fine_tuning_needs_16_bytes_a_weight_and_says_what_it_does_not_know
     states = sum(trained.items[name].size for name in ("weights", "gradients", "optimizer"))
     assert states == 16 * shapes.base_parameters
     assert few.fits and not trained.fits
-    assert "activations are taken to be those of a frozen base" in trained.remarks[0]
+    assert "activations are counted as for a frozen base" in trained.remarks[0]
 
 
-def test_gpus_are_named_or_given_by_their_memory():
+def test_gpus_are_given_by_name_or_by_memory():
     assert parse_gpu("48GiB").device_bytes == 48 * GIB and parse_gpu("24 gb").device_bytes == 24 * 10**9
     assert parse_gpu("A100").name == "a100-80" and parse_gpu("a6000").device_bytes == 48_681 * MIB
     with pytest.raises(UserError, match=r"--gpu 'abacus': expected an amount such as 48GiB, or one of a100-40"):
         parse_gpu("abacus")
 
 
-def test_the_estimated_speed_is_that_of_the_flops_and_grows_without_recomputation():
+def test_the_estimated_speed_follows_the_flops_and_is_higher_without_recomputation():
     shapes, settings = llama("7B"), config(data__row_tokens=2048)
     full, none = (plan(shapes, data__row_tokens=2048, recompute=count) for count in (32, 0))
     speeds = [estimate_speed(settings, shapes, one, GPUS["h200"]) for one in (full, none)]
     assert speeds[0] is not None and speeds[1] is not None
-    # 790e12 / 41.8e9 FLOPs a token (with recomputation) is 18.8k tokens/s; assumed are 40 % of 989e12, and
-    # dequantization, which is about a tenth of the products at 2,048 tokens
+    # 790e12 / 41.8e9 FLOPs per token (with recomputation) is 18.8k tokens/s; the plan assumes 40 % of 989e12, and
+    # dequantization, about a tenth of the products at 2,048 tokens
     assert speeds[0].tokens_per_second == pytest.approx(18_800 * 0.4 * 989 / 790, rel=0.15)
     assert 1.3 < speeds[1].tokens_per_second / speeds[0].tokens_per_second < 1.55
     assert "estimate" in speeds[0].assumptions
@@ -329,7 +329,7 @@ def test_the_estimated_speed_is_that_of_the_flops_and_grows_without_recomputatio
 # --- the tape's rules, against autograd's -----------------------------------------------------------------------------
 
 
-def test_a_tensor_lives_while_a_variable_or_an_operation_holds_it():
+def test_a_tensor_lives_while_a_variable_or_an_operation_references_it():
     tape = Tape()
     x = tape.input(100)
     y = tape.op([x], 100)
@@ -341,22 +341,24 @@ def test_a_tensor_lives_while_a_variable_or_an_operation_holds_it():
 
 
 @pytest.mark.parametrize(("branches", "expected"), [(1, 200), (2, 300)])
-def test_gradients_that_meet_are_added_in_place_unless_somebody_else_holds_the_first(branches, expected):
+def test_gradients_of_one_tensor_are_added_in_place_unless_the_first_is_still_referenced(branches, expected):
     tape = Tape()
     x = tape.input(100)
     others = [tape.op([x], 100, saves=[x]) for _ in range(branches)]
     out = tape.op([x, *others], 100, shares=[x, *others])
     tape.drop(*others)
-    out.is_ours = False
+    out.is_owned = False
     tape.live.activations -= out.size
     assert tape.saved.total == 0
     # the gradient of `out` serves all of its terms: it cannot be added to while another branch waits for it
     assert tape.backward(out).gradients == expected
-    assert tape.live.gradients == 100  # of x: handed to the caller
+    assert tape.live.gradients == 100  # of x: passed to the caller
 
 
-def test_an_unknown_family_is_none_and_a_config_without_its_sizes_is_the_users_mistake():
+def test_an_unknown_family_is_none_and_a_config_without_its_sizes_is_a_user_error():
     assert shapes_from_config({"model_type": "whale"}) is None
-    with pytest.raises(UserError, match=r"config.json of a llama model: KeyError\('hidden_size'\) is missing"):
+    with pytest.raises(
+        UserError, match=r"config.json of a llama model: KeyError\('hidden_size'\) is missing or not a number"
+    ):
         shapes_from_config({"model_type": "llama"})
     assert replace(llama("7B"), is_exact=False).base_parameters == llama("7B").base_parameters

@@ -1,4 +1,4 @@
-"""Schedules as a table; states that survive a save, for every optimizer."""
+"""Learning rate schedules as a table; optimizer states that survive a save, for every optimizer."""
 
 import copy
 
@@ -47,24 +47,24 @@ def test_learning_rate_table(schedule, expected):
 
 def test_flat_torch_adamw_equals_adamw_tensor_by_tensor():
     flat = _flat()
-    apart = [p.detach().clone().requires_grad_() for group in flat.groups for p in group.parameters.values()]
+    separate = [p.detach().clone().requires_grad_() for group in flat.groups for p in group.parameters.values()]
     options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}
     groups = [
-        {"params": [p for p in apart if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in apart if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in separate if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in separate if p.ndim < 2], "weight_decay": 0.0},
     ]
     reference = torch.optim.AdamW(groups, **options)
     optimizer = _optimizer(flat, "adamw")
-    together = [p for group in flat.groups for p in group.parameters.values()]
+    views = [p for group in flat.groups for p in group.parameters.values()]
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
-        for mine, theirs in zip(together, apart):
+        for mine, theirs in zip(views, separate):
             grad = torch.randn(mine.shape, generator=generator)
             mine.grad.copy_(grad)
             theirs.grad = grad
         step_optimizer(optimizer, 1e-2)
         reference.step()
-    for mine, theirs in zip(together, apart):
+    for mine, theirs in zip(views, separate):
         torch.testing.assert_close(mine.data, theirs.data, rtol=1e-6, atol=1e-7)  # fused against plain: rounding only
 
 
@@ -83,7 +83,7 @@ def test_bitsandbytes_optimizers_follow_adamw(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_saved_and_loaded_states_go_on_bit_identically(name):
+def test_saved_and_loaded_states_continue_bit_identically(name):
     flat = _flat()
     optimizer = _optimizer(flat, name)
     for seed in range(3):
@@ -100,7 +100,7 @@ def test_saved_and_loaded_states_go_on_bit_identically(name):
         group.weight.data.copy_(weight)
     load_optimizer_state(resumed, tensors, numbers)
     for group, weight in zip(other.groups, weights):
-        assert torch.equal(group.weight, weight), "loading states moved the weights"
+        assert torch.equal(group.weight, weight), "loading states changed the weights"
     for seed in (3, 4):
         _step(other, resumed, seed)
     for mine, theirs in zip(other.groups, flat.groups):
@@ -112,12 +112,12 @@ def test_states_of_another_optimizer_are_refused():
     optimizer = _optimizer(flat, "adamw")
     _step(flat, optimizer, 0)
     tensors, numbers = optimizer_state(optimizer)
-    with pytest.raises(ValueError, match="are not those of this optimizer"):
+    with pytest.raises(ValueError, match=r"optimizer states: saved \[.*\], but this optimizer expects \["):
         load_optimizer_state(_optimizer(_flat(), "paged_adamw_8bit"), tensors, numbers)
 
 
-def test_making_the_flat_storages_never_holds_more_than_a_step():
-    """Weights move one by one, and gradients come after: old weights, new weights and gradients would be three."""
+def test_building_the_flat_storages_never_needs_more_memory_than_a_step():
+    """Weights move one by one and gradients are allocated last: old and new weights with gradients would be three."""
     with LiveBytes({}) as live:
         flat = FlatParameters({f"w{i}": torch.nn.Parameter(torch.ones(64, 64)) for i in range(8)}, decays)
         weights = 8 * 64 * 64 * 4

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO as one more way to make the same update: ddp's losses, ddp's files, ddp's failures."""
+"""DeepSpeed's ZeRO as another way to compute the same update: ddp's losses, files and failures."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zero3_config(tmp_path_factory):
-    """The shipped file, but without what it keeps whole: small weights, and weights that are soon used again."""
+    """The shipped file, but sharding also what it keeps whole: small weights, and weights that are reused soon."""
     config = json.loads((DS_CONFIGS / "zero3.json").read_text())
-    for what in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
-        config["zero_optimization"][f"stage3_{what}"] = 0
+    for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+        config["zero_optimization"][f"stage3_{key}"] = 0
     path = tmp_path_factory.mktemp("ds") / "zero3.json"
     path.write_text(json.dumps(config))
     return str(path)
@@ -55,12 +55,12 @@ def _train(raw, **changes):
     return train(config_of(raw, **changes)).step
 
 
-def _figures(run_dir):
+def _metrics(run_dir):
     return torch.tensor([[m["loss"], m["grad_norm"], m["lr"]] for m in metrics_of(run_dir)], dtype=torch.float64)
 
 
-def _watched(raw):
-    """A run, and what this rank holds of it just before it ends."""
+def _inspected(raw):
+    """Trains, and returns what this rank holds just before the run ends."""
     import qlora_dist.train as trainer
     from qlora_dist.train import setup_model
 
@@ -73,7 +73,7 @@ def _watched(raw):
         seen["dtypes"] = {name: p.dtype for name, p in model.named_parameters()}
         return build_update(config, world, model, head_weight)
 
-    def watching(config, world):
+    def measuring(config, world):
         model = build(config, world)
         seen["start"] = model.update.digest()
         forward_backward = model.update.forward_backward
@@ -87,7 +87,7 @@ def _watched(raw):
         model.update.forward_backward = measured
         return model
 
-    def looking(run, trained_model, *rest):
+    def inspecting(run, trained_model, *rest):
         model, update = trained_model.module, trained_model.update
         optimizer = getattr(update, "_optimizer", None) or update._zero.optimizer
         seen["base_share"] = _base_bytes(model) / seen["base_bytes"]
@@ -107,14 +107,14 @@ def _watched(raw):
         )
         return finish(run, trained_model, *rest)
 
-    setup_model.build_update, trainer.build_model, trainer.finish = fingerprinting, watching, looking
+    setup_model.build_update, trainer.build_model, trainer.finish = fingerprinting, measuring, inspecting
     _train(raw)
     del seen["dtypes"]
     return seen
 
 
 def _digest(model):
-    """Of the whole base, gathered where ranks share it."""
+    """Digest of the whole base, gathered where it is sharded."""
     digest = hashlib.sha256()
     for name, tensor in sorted(base_weights(model), key=lambda item: item[0]):
         digest.update(name.encode())
@@ -123,7 +123,7 @@ def _digest(model):
 
 
 def _whole(model):
-    """Inside, all weights are whole, also those that ZeRO-3 has cut."""
+    """Inside, all weights are whole, including those that ZeRO-3 has sharded."""
     parameters = list(model.parameters())
     if not hasattr(parameters[0], "ds_tensor"):
         return nullcontext()
@@ -133,14 +133,14 @@ def _whole(model):
 
 
 def _base_bytes(model):
-    """What this rank holds of the base's weights: its part where they are cut."""
+    """Bytes of the base on this rank: its shards, where weights are sharded."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     held = [p.ds_tensor if hasattr(p, "ds_tensor") and p.numel() == 0 else p for p in frozen]
     return sum(p.numel() * p.element_size() for p in held)
 
 
 def _gradient_bytes(model):
-    """Bytes of gradients that are held between the last micro-step and the update."""
+    """Bytes of gradients held between the last micro-step and the update."""
     zero = getattr(model.update, "_zero", None)
     parameters = [p for p in model.module.parameters() if p.requires_grad]
     held = [p.grad for p in parameters if p.grad is not None]
@@ -152,31 +152,31 @@ def _gradient_bytes(model):
 
 @pytest.fixture(scope="module")
 def runs(inputs, zero3_config, tmp_path_factory):
-    """Strategy -> (run directory of ten steps with accumulation and clipping, what each rank held), made when asked."""
-    made = {}
+    """Strategy -> (run directory of ten steps with accumulation and clipping, what each rank held), run on demand."""
+    results = {}
 
     def run_of(strategy):
-        if strategy not in made:
+        if strategy not in results:
             run = str(tmp_path_factory.mktemp(strategy) / "run")
             changes = {"run_dir": run, "strategy__name": strategy, "train__steps": 10}
             changes |= {"strategy__ds_config": zero3_config} if strategy == "zero3" else {}
             held_out = Path(inputs["data"]["train"][0]["path"]).with_name("held_out.json")
             changes |= {"data__eval": [{"path": str(held_out), "format": "input-output"}]}
-            made[strategy] = (run, on_ranks(_watched, RANKS, changed(inputs, **changes)))
-        return made[strategy]
+            results[strategy] = (run, on_ranks(_inspected, RANKS, changed(inputs, **changes)))
+        return results[strategy]
 
     return run_of
 
 
 @pytest.mark.parametrize("strategy", ZERO)
-def test_a_zero_strategy_gives_ddps_losses_norms_and_adapter_and_holds_less(runs, inputs, strategy):
+def test_a_zero_strategy_matches_ddps_losses_norms_and_adapter_with_less_memory(runs, inputs, strategy):
     (run, results), (ddp, ddp_results) = runs(strategy), runs("ddp")
-    expected = _figures(ddp)
+    expected = _metrics(ddp)
     assert expected.shape == (10, 3) and expected[9, 0] < 0.7 * expected[0, 0], (
-        "a run that learns nothing shows nothing"
+        "a run that learns nothing proves nothing"
     )
     # fp32 sums in another order, ten updates deep
-    torch.testing.assert_close(_figures(run), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(_metrics(run), expected, rtol=1e-5, atol=0)
     mine, theirs = (json.loads((Path(folder) / "summary.json").read_text()) for folder in (run, ddp))
     for key in ("eval_loss_start", "eval_loss"):
         assert mine[key] == pytest.approx(theirs[key], rel=1e-5)
@@ -188,18 +188,18 @@ def test_a_zero_strategy_gives_ddps_losses_norms_and_adapter_and_holds_less(runs
         mine, theirs = load_file(Path(run) / name), load_file(Path(ddp) / name)
         assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
         for key, value in theirs.items():
-            torch.testing.assert_close(mine[key], value, rtol=1e-3, atol=1e-5)  # Adam divides small by small
+            torch.testing.assert_close(mine[key], value, rtol=1e-3, atol=1e-5)  # Adam divides small numbers
     assert _loads_in_stock_peft(inputs["model"]["name"], Path(run) / "adapter")
     for result, whole in zip(results, ddp_results):
         assert whole["state_bytes"] >= 2 * result["weight_bytes"]
         assert result["state_bytes"] == pytest.approx(2 * result["weight_bytes"] / RANKS, rel=0.01)
-        if strategy in ("zero2", "zero3"):  # in zero2 a weight on the border between two parts lies on both sides
+        if strategy in ("zero2", "zero3"):  # in zero2 a weight on the border of two shards is in both
             assert result["gradient_bytes"] < 0.75 * whole["gradient_bytes"]
         assert result["base_share"] == pytest.approx(1 / RANKS if strategy == "zero3" else 1.0, rel=0.01)
 
 
 def _loads_in_stock_peft(base, adapter):
-    """Whether every weight of the file arrives in the model that PEFT makes of it."""
+    """Whether PEFT loads every weight of the file into its model."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
@@ -210,7 +210,7 @@ def _loads_in_stock_peft(base, adapter):
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero2_offload"])
-def test_an_interrupted_run_goes_on_bit_identically(runs, raw, strategy):
+def test_an_interrupted_run_resumes_bit_identically(runs, raw, strategy):
     raw = changed(raw, strategy__name=strategy)
     for steps in (4, 10):
         on_ranks(_train, RANKS, changed(raw, train__steps=steps))
@@ -220,17 +220,17 @@ def test_an_interrupted_run_goes_on_bit_identically(runs, raw, strategy):
     assert digests_of(Path(raw["run_dir"]) / last) == digests_of(Path(whole) / last)
 
 
-def test_strategies_and_numbers_of_ranks_go_on_from_each_others_checkpoints(runs, raw):
+def test_any_strategy_and_number_of_ranks_resumes_from_the_checkpoints_of_another(runs, raw):
     plan = [("ddp", 2, 2), ("zero2", 2, 4), ("zero3", 2, 6), ("zero1", 1, 8), ("ddp", 2, 10)]
     for strategy, num_ranks, steps in plan:
         on_ranks(_train, num_ranks, changed(raw, strategy__name=strategy, train__steps=steps))
     ddp, _ = runs("ddp")
     # the same rows and states: sums in another order only
-    torch.testing.assert_close(_figures(raw["run_dir"]), _figures(ddp), rtol=1e-5, atol=0)
+    torch.testing.assert_close(_metrics(raw["run_dir"]), _metrics(ddp), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("strategy", "where"), [("zero2", "gradient"), ("zero3", "loss")])
-def test_a_value_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_update(raw, strategy, where):
+def test_a_non_finite_value_on_one_rank_stops_all_ranks_before_the_update(raw, strategy, where):
     raw = changed(raw, strategy__name=strategy, train__save_every=2, train__steps=6)
     for name, text, num_updates in on_ranks(_poisoned, RANKS, raw, where, 3):
         assert name == "RunFailed" and num_updates == 3
@@ -240,7 +240,7 @@ def test_a_value_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_updat
 
 
 def _poisoned(raw, where, step):
-    """What training raises with a bad value on rank 1 in the second of two micro-steps, and the number of updates."""
+    """What training raises for a bad value on rank 1 in the second of two micro-steps, and the number of updates."""
     import qlora_dist.train as trainer
     from qlora_dist.train.step import TrainingModel
 
@@ -281,7 +281,7 @@ class _BadGradient(torch.autograd.Function):
         return grad * float("inf")
 
 
-# --- what is refused, and what the files say --------------------------------------------------------------------------
+# --- what is refused, and the shipped files ---------------------------------------------------------------------------
 
 OWNED = [
     "train_batch_size",
@@ -304,7 +304,7 @@ def _value(config, key):
     return config
 
 
-def test_every_shipped_file_leaves_to_the_run_config_what_it_owns():
+def test_every_shipped_file_leaves_the_run_configs_values_auto():
     assert {path.stem for path in DS_CONFIGS.glob("*.json")} == set(STAGES)
     for strategy, stage in STAGES.items():
         file = find_ds_config(strategy, None)
@@ -319,26 +319,26 @@ def test_every_shipped_file_leaves_to_the_run_config_what_it_owns():
         assert filled["zero_optimization"]["offload_optimizer"]["device"] == (
             "cpu" if strategy == "zero2_offload" else "none"
         )
-        # what is the user's goes to DeepSpeed as it is
+        # the user's values are passed to DeepSpeed unchanged
         assert filled["zero_optimization"]["reduce_bucket_size"] == config["zero_optimization"]["reduce_bucket_size"]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "messages"),
     [
-        ("train_batch_size", 32, ["train_batch_size is 32", "batch.rows_per_step makes it 16"]),
-        ("train_micro_batch_size_per_gpu", 1, ["is 1", "batch.micro_rows makes it 2"]),
-        ("gradient_accumulation_steps", 1, ["gradient_accumulation_steps is 1", "makes it 4"]),
-        ("gradient_clipping", 1.0, ["gradient_clipping is 1.0", "optim.max_grad_norm", "makes it 0.3"]),
-        ("bf16.enabled", True, ["bf16.enabled is True", "fp32 masters"]),
-        ("zero_optimization.stage", 3, ["stage is 3", "strategy.name zero2 makes it 2"]),
+        ("train_batch_size", 32, ["train_batch_size is 32", "expected 16 (batch.rows_per_step)"]),
+        ("train_micro_batch_size_per_gpu", 1, ["is 1", "expected 2 (batch.micro_rows)"]),
+        ("gradient_accumulation_steps", 1, ["gradient_accumulation_steps is 1", "expected 4 (batch.rows_per_step / "]),
+        ("gradient_clipping", 1.0, ["gradient_clipping is 1.0", "expected 0.3 (optim.max_grad_norm"]),
+        ("bf16.enabled", True, ["bf16.enabled is True, expected False", "fp32 masters"]),
+        ("zero_optimization.stage", 3, ["stage is 3", "expected 2 (strategy.name zero2)"]),
         (
             "zero_optimization.offload_optimizer.device",
             "cpu",
-            ["device is 'cpu'", "strategy.name zero2 makes it 'none'"],
+            ["device is 'cpu'", "expected 'none' (strategy.name zero2)"],
         ),
-        ("optimizer", {"type": "AdamW"}, ["optimizer is not this file's to say", "optim.name"]),
-        ("elasticity", {"enabled": True}, ["elasticity is not this file's to say", "batch.rows_per_step"]),
+        ("optimizer", {"type": "AdamW"}, ["optimizer is not allowed", "optim.name"]),
+        ("elasticity", {"enabled": True}, ["elasticity is not allowed", "batch.rows_per_step"]),
         ("zero_optimization.sub_group_size", 1000, ["sub_group_size", "remove it"]),
         ("zero_optimization.zero_hpz_partition_size", 2, ["zero_hpz_partition_size is 2, expected 1"]),
         ("communication_data_type", "bf16", ["communication_data_type is 'bf16'", "reduced in fp32"]),
@@ -376,7 +376,7 @@ def test_a_ds_config_that_contradicts_the_run_config_is_refused(tmp_path, key, v
     ],
     ids=["offload", "zero3 8-bit", "zero3 int8", "zero3 recompute", "zero3 dora", "ddp", "missing"],
 )
-def test_an_unsound_pair_is_refused_before_the_model_is_read(raw, monkeypatch, changes, messages):
+def test_an_unsupported_combination_is_refused_before_the_model_is_read(raw, monkeypatch, changes, messages):
     from qlora_dist import model as base_model
 
     def refuse(*_, **__):
@@ -408,7 +408,7 @@ def test_an_unsound_pair_is_refused_before_the_model_is_read(raw, monkeypatch, c
         ("ddp", {}, None),
     ],
 )
-def test_a_launcher_that_asks_for_another_strategy_is_refused(monkeypatch, name, variables, refused):
+def test_a_launcher_set_to_another_strategy_is_refused(monkeypatch, name, variables, refused):
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     if refused:
@@ -416,26 +416,26 @@ def test_a_launcher_that_asks_for_another_strategy_is_refused(monkeypatch, name,
             require_own_strategy(name)
     else:
         require_own_strategy(name)
-        assert "ACCELERATE_USE_DEEPSPEED" not in os.environ, "Accelerator would make a plugin of its own"
+        assert "ACCELERATE_USE_DEEPSPEED" not in os.environ, "Accelerator would create its own plugin"
 
 
-def test_8bit_states_go_on_under_another_strategy_where_their_blocks_line_up(raw, tmp_path):
-    raw = changed(raw, optim__name="adamw_8bit", lora__rank=8)  # every weight has a multiple of 256 elements
+def test_8bit_states_resume_under_another_strategy_if_their_blocks_line_up(raw, tmp_path):
+    raw = changed(raw, optim__name="adamw_8bit", lora__rank=8)  # the size of every weight is a multiple of 256
     for strategy, steps in (("zero2", 2), ("ddp", 4)):
         on_ranks(_train, RANKS, changed(raw, strategy__name=strategy, train__steps=steps))
     on_ranks(_train, RANKS, changed(raw, run_dir=str(tmp_path / "ddp"), train__steps=4))
     assert load_file(tmp_path / "ddp/checkpoints/step-00000004/optimizer.safetensors")["0.state1"].dtype == torch.uint8
-    # the same codes but where a sum's last bit crosses a border between two
-    torch.testing.assert_close(_figures(raw["run_dir"]), _figures(tmp_path / "ddp"), rtol=1e-4, atol=0)
+    # the same codes, except where the last bit of a sum tips a value to the next code
+    torch.testing.assert_close(_metrics(raw["run_dir"]), _metrics(tmp_path / "ddp"), rtol=1e-4, atol=0)
 
 
-def test_8bit_states_are_refused_where_their_blocks_would_span_weights(raw):
+def test_8bit_states_are_refused_if_their_blocks_would_span_weights(raw):
     raw = changed(raw, strategy__name="zero2", optim__name="adamw_8bit")
     for name, text in on_ranks(_outcome_of_training, RANKS, raw):
-        assert name == "UserError" and "one scale for 256 elements" in text and "paged_adamw_32bit" in text
+        assert name == "UserError" and "one scale per 256 elements" in text and "paged_adamw_32bit" in text
 
 
-def test_experts_are_refused_since_a_rank_may_have_no_gradient_for_them(raw):
+def test_experts_are_refused_because_a_rank_may_have_no_gradient_for_them(raw):
     model = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
     with pytest.raises(UserError, match=r"cannot train the experts of a mixture \(experts.0.weight"):
         build_update(config_of(raw, strategy__name="zero2"), World.init(), model, torch.empty(0))
@@ -480,22 +480,22 @@ def test_two_nodes_of_accelerate_train_with_zero2_from_another_folder(raw, runs,
     for rank, log in enumerate(logs):
         with open(log, "w") as stream:
             command = [*start, "--machine_rank", str(rank), *train_it]
-            # as in slurm/: workers that share the agents' store depend on the order in which agents end
+            # as in slurm/: workers that share the agents' store depend on the order in which agents exit
             environment = {**clean_environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             nodes.append(
                 subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=stream, stderr=subprocess.STDOUT)
             )
     try:
         for node in nodes:
-            node.wait(timeout=350)  # an agent waits 300 s for one that has failed: that one's log says why
+            node.wait(timeout=350)  # an agent waits 300 s for a failed one, whose log has the reason
     finally:
         for node in nodes:
             node.kill()
-        said = [log.read_text() for log in logs]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+        outputs = [log.read_text() for log in logs]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
     zero2, _ = runs("zero2")
     assert losses_of(raw["run_dir"]) == losses_of(zero2)[:3]
-    assert "strategy zero2 on cpu: every rank holds the whole base and trained weights; gradients and" in said[0]
-    # DeepSpeed keeps quiet, and rank 0 speaks
-    assert "DeepSpeed" not in said[0] + said[1] and "real_accelerator" not in said[0] + said[1]
-    assert "finished" in said[0] and "step" not in said[1]
+    assert "strategy zero2 on cpu: every rank holds the whole base and trained weights; gradients and" in outputs[0]
+    # DeepSpeed logs nothing, and only rank 0 prints steps
+    assert "DeepSpeed" not in outputs[0] + outputs[1] and "real_accelerator" not in outputs[0] + outputs[1]
+    assert "finished" in outputs[0] and "step" not in outputs[1]

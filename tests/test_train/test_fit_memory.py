@@ -108,7 +108,7 @@ def test_what_the_user_gave_is_not_touched(settle_7b):
 
 
 def test_a_run_whose_tensors_have_no_room_is_refused_with_what_would_fit(settle_7b):
-    with pytest.raises(UserError, match=r"missing in 6\.00 GiB; to make it fit: .*lora\.rank=16"):
+    with pytest.raises(UserError, match=r"more than the 6\.00 GiB available; to make it fit: .*lora\.rank=16"):
         settle_7b(6 * GIB, memory__recompute="auto")
 
 

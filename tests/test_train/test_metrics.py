@@ -126,7 +126,7 @@ def test_config_changes_name_each_key_but_the_free_ones():
     there = "run_dir: a\nlora: {rank: 4, dropout: 0.1}\nmemory: {recompute: full}\noptim: {lr: 1.0}\n"
     now = "run_dir: b\nlora: null\nmemory: {recompute: none}\noptim: {lr: 2.0}\n"
     lines = config_changes(there, now)
-    assert "  optim.lr: 1.0 there, 2.0 now" in lines and "  lora.rank: 4 there, None now" in lines
+    assert "  optim.lr: was 1.0, now 2.0" in lines and "  lora.rank: was 4, now None" in lines
     assert not any("run_dir" in line or "memory" in line for line in lines)
     assert config_changes(there, now, ("optim.lr", "lora")) == []
 

@@ -1,10 +1,10 @@
 """`qlora-dist plan`: what a run needs, before it starts. config -> config.json -> plan -> table, JSON, simulation.
 
     command     the plan of a config, as text or JSON
-    simulate    the same step by the real code under fake tensors
-    live_bytes  bytes alive by category
+    simulate    the same step run by the real code under fake tensors
+    live_bytes  live bytes by category
 
-Imports torch only for `--simulate` and for families that `memory.shapes` does not list.
+Imports torch only for `--simulate` and for families that `memory.families` does not list.
 """
 
 from .command import run_plan_command

@@ -15,7 +15,7 @@ from ...memory.table import plan_lines
 
 
 def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
-    """Prints the plan of a run on `ranks` GPUs of this kind (None: what it needs, and where that fits)."""
+    """Prints the plan of a run on `ranks` GPUs of this kind (None: what it needs, and which GPUs it fits on)."""
     device = None if gpu is None else parse_gpu(gpu)
     shapes = read_shapes(config.model.name, config.model.revision)
     sizes: dict[str, int] = {"world_size": ranks}
@@ -27,14 +27,14 @@ def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json:
     speed = None if device is None else estimate_speed(config, shapes, plan, device)
     trace = _simulation(config, plan) if simulate else None
     if as_json:
-        print(json.dumps(plan.to_json() | _more(device, limits, speed, trace), indent=1))
+        print(json.dumps(plan.to_json() | _extra_json(device, limits, speed, trace), indent=1))
         return
     lines = list(plan_lines(plan))
     lines += _where_it_fits(plan) if device is None else _limit_lines(limits, speed)
     if trace is not None:
         lines += ["", f"Simulated peak of all tensors: {format_bytes(trace['peak_bytes'])} ({trace['peak_at']});"]
         lines += [f"  {name:<28}{format_bytes(size):>10}" for name, size in trace["categories"].items()]
-        lines += [f"the plan of them is {format_bytes(trace['planned_bytes'])}, {trace['error']:+.2%}"]
+        lines += [f"planned for them: {format_bytes(trace['planned_bytes'])} ({trace['error']:+.2%})"]
     _show(lines)
 
 
@@ -59,7 +59,7 @@ def _simulation(config: RunConfig, plan: MemoryPlan) -> dict[str, Any]:
     }
 
 
-def _more(
+def _extra_json(
     device: Gpu | None, limits: dict[str, int], speed: Speed | None, trace: dict[str, Any] | None
 ) -> dict[str, Any]:
     return {
@@ -73,7 +73,7 @@ def _more(
 
 def _limit_lines(limits: dict[str, int], speed: Speed | None) -> list[str]:
     tokens, rows = limits["largest_row_tokens"], limits["largest_micro_rows"]
-    lines = ["", f"Longest rows that fit: {tokens:,} tokens (one at a time, every layer recomputed)"]
+    lines = ["", f"Longest rows that fit: {tokens:,} tokens (micro-batches of one row, every layer recomputed)"]
     lines += [f"Largest micro-batch that fits: {rows:,} rows (every layer recomputed)"]
     if speed is not None:
         lines += [f"About {speed.tokens_per_second:,.0f} tokens/s ({speed.assumptions})"]
@@ -85,7 +85,7 @@ def _where_it_fits(plan: MemoryPlan) -> list[str]:
     fitting = [
         gpu.name for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.device_bytes) if gpu.device_bytes >= needed
     ]
-    return [f"Fits on: {', '.join(fitting) or 'no single GPU known here'} (give --gpu for the settings that fit best)"]
+    return [f"Fits on: {', '.join(fitting) or 'none of the known GPUs'} (pass --gpu for the settings that fit best)"]
 
 
 def _show(lines: list[str]) -> None:

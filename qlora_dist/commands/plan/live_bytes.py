@@ -1,4 +1,4 @@
-"""Bytes alive by category, seen at every operation: works on real and on fake tensors alike."""
+"""Live bytes by category, tracked at every operation on real or fake tensors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Workspace = Callable[[tuple[Any, ...], dict[str, Any], Any], int]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages of all tensors that operations make inside of it, and remembers the largest moment.
+    """Tracks the storages of all tensors that operations create within it, and records the peak.
 
-    `workspaces` says, by the name of an operation, how many bytes its GPU kernel needs that no tensor shows.
+    `workspaces` maps an operation's name to the bytes that its GPU kernel allocates outside tensors.
     """
 
     def __init__(self, workspaces: dict[str, Workspace] | None = None) -> None:
@@ -29,12 +29,12 @@ class LiveBytes(TorchDispatchMode):
         self.peak_at = ""
         self.total = 0
         self._category = "temporaries"
-        self._known: set[int] = set()
+        self._counted: set[int] = set()
         self._workspaces = workspaces or {}
 
     @contextmanager
     def category(self, name: str) -> Iterator[None]:
-        """Storages that are made inside are counted under this name, as long as they live."""
+        """Storages created inside are counted under this name for as long as they live."""
         before, self._category = self._category, name
         try:
             yield
@@ -42,23 +42,23 @@ class LiveBytes(TorchDispatchMode):
             self._category = before
 
     def count(self, tensor: torch.Tensor, category: str | None = None) -> None:
-        """Counts a tensor's storage from now on, unless it is known."""
+        """Counts a tensor's storage from now on, unless it is counted already."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known or size == 0:
+        if key in self._counted or size == 0:
             return
         category = category or self._category
-        self._known.add(key)
+        self._counted.add(key)
         self.live[category] += size
         self.total += size
         weakref.finalize(storage, self._forget, key, category, size)
 
     def reset_peak(self) -> None:
-        """The peak is looked for from now on."""
+        """Tracks the peak from now on."""
         self.peak, self.peak_bytes = Counter(), 0
 
     def _forget(self, key: int, category: str, size: int) -> None:
-        self._known.discard(key)
+        self._counted.discard(key)
         self.live[category] -= size
         self.total -= size
 

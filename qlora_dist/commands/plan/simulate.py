@@ -1,13 +1,13 @@
 """`plan --simulate`: the real model, adapters, loss, backward pass and optimizer under fake tensors.
 
-Fake tensors have shapes, types and storages without memory, so that a 65B model trains a step in seconds on a laptop,
-and every tensor that the code makes is counted while it lives. What runs is what trains: transformers' layers, PEFT's
+Fake tensors have shapes, types and storages but no memory, so a 65B model trains a step in seconds on a laptop, and
+every tensor that the code creates is counted while it lives. The training code itself runs: transformers' layers, PEFT
 adapters with `lean_forward`, packed attention, the chunked loss, recomputation, the optimizer. Fake tensors are CPU
 tensors here (autograd on fake CUDA tensors needs a CUDA build); what differs on a GPU is done as there:
 
 - attention runs torch's varlen operator, whose fake kernel has the outputs of the flash kernel, not SDPA on a CPU;
-- the loss takes the chunk of a GPU;
-- kernels that need memory which no tensor shows are in WORKSPACES;
+- the loss uses the chunk size of a GPU;
+- memory that kernels allocate outside tensors is in `_workspaces`;
 - dropout is one kernel with a mask of bytes.
 
 Not simulated: several ranks, activation offload, CUDA context, allocator.
@@ -41,12 +41,12 @@ from .live_bytes import LiveBytes, Workspace
 
 @dataclass(frozen=True)
 class Trace:
-    """What the simulation saw."""
+    """Result of a simulation."""
 
     peak_bytes: int
     peak_at: str
     categories: dict[str, int]  # bytes at the peak
-    planned_bytes: int  # the same by the plan
+    planned_bytes: int  # the same according to the plan
 
     @property
     def error(self) -> float:
@@ -55,9 +55,9 @@ class Trace:
 
 
 def simulated_bytes(plan: MemoryPlan) -> int:
-    """The part of a plan that a simulation of one rank sees: all tensors, without cuBLAS and communication."""
-    unseen = ("cuBLAS workspace", "communication")
-    tensors = sum(item.size for name, item in plan.items.items() if item.is_tensor and name not in unseen)
+    """The part of a plan that a simulation of one rank covers: all tensors but cuBLAS and communication buffers."""
+    excluded = ("cuBLAS workspace", "communication")
+    tensors = sum(item.size for name, item in plan.items.items() if item.is_tensor and name not in excluded)
     return tensors + plan.pageable_bytes
 
 
@@ -68,17 +68,17 @@ def simulate(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> Trace:
     """
     if config.memory.offload_activations:
         raise UserError("memory.offload_activations cannot be simulated; plan without --simulate")
-    _make_tables(config.model.quantization)
+    _create_tables(config.model.quantization)
     model = _meta_model(config, plan, pretrained)
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(_workspaces()) as live, _as_on_a_gpu():
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(_workspaces()) as live, _gpu_dropout():
         _run_step(config, plan, model, live)
     return Trace(live.peak_bytes, live.peak_at, dict(live.peak), simulated_bytes(plan))
 
 
 def measure(config: RunConfig, plan: MemoryPlan, pretrained: Any, device: torch.device) -> Trace:
-    """The same step on a device, with real tensors of no meaning. On CUDA `peak_bytes` is the allocator's own figure
-    beyond what was allocated before, and `planned_bytes` all that the plan expects of it."""
-    gc.collect()  # a model is full of reference cycles: one that was measured before would still be there
+    """The same step on a device, with real tensors of arbitrary values. On CUDA `peak_bytes` is the allocator's peak
+    above what was allocated before, and `planned_bytes` the same according to the plan."""
+    gc.collect()  # a model is full of reference cycles: one measured earlier would still be alive
     is_cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if is_cuda else 0
     model = _meta_model(config, plan, pretrained)
@@ -144,18 +144,18 @@ def _meta_model(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> torch.n
 
 
 def _fill(config: RunConfig, model: torch.nn.Module, live: LiveBytes) -> tuple[OutputHead, Any]:
-    """Storages for everything that stays: base, adapters, gradients, optimizer states."""
+    """Storages for everything that is resident: base, adapters, gradients, optimizer states."""
     with live.category("base"):
         fill_empty(model)
     with live.category("adapters and gradients"):
         flat = FlatParameters(trainable_parameters(model), decays)
     optim = config.optim
-    with unset_fake_temporarily():  # bitsandbytes reads values of its table
+    with unset_fake_temporarily():  # bitsandbytes reads values from its table
         optimizer = build_optimizer(
             flat, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
         )
     with live.category("optimizer"):
-        step_optimizer(optimizer, 0.0)  # makes the states, as they are from the second step on
+        step_optimizer(optimizer, 0.0)  # creates the states, which exist from the second step on
     return output_head(model), optimizer
 
 
@@ -175,8 +175,8 @@ def _dtype(config: RunConfig) -> torch.dtype:
     return dtype
 
 
-def _make_tables(quantization: Quantization) -> None:
-    """bitsandbytes makes its tables of values at their first use, which must not be among fake tensors."""
+def _create_tables(quantization: Quantization) -> None:
+    """bitsandbytes creates its tables of values at first use, which must not be under fake tensors."""
     if quantization != "none":
         quantized_and_back(torch.ones(BLOCK, BLOCK), quantization, True, torch.float32)
 
@@ -185,8 +185,8 @@ def _make_tables(quantization: Quantization) -> None:
 
 
 @contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """Dropout as a GPU's one kernel, which keeps a mask of bytes."""
+def _gpu_dropout() -> Iterator[None]:
+    """Dropout as on a GPU: one kernel, which saves a mask of bytes."""
     original = torch.nn.functional.dropout
 
     def fused(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
@@ -202,7 +202,7 @@ def _as_on_a_gpu() -> Iterator[None]:
 
 
 def _workspaces() -> dict[str, Workspace]:
-    """Bytes that a kernel allocates inside and frees before it returns."""
+    """Bytes that a kernel allocates internally and frees before it returns."""
 
     def of_logsumexp(args: Any, kwargs: Any, result: Any) -> int:
         return int(args[0].nbytes)  # exp(x - max)
@@ -211,7 +211,7 @@ def _workspaces() -> dict[str, Workspace]:
         a, shape = args[0], args[2]
         weights = math.prod(shape)
         nested = kwargs.get("absmax_8bit", args[7] if len(args) > 7 else None) is not None
-        # the matrix, and its constants where they are quantized themselves
+        # the matrix, and its constants if they are quantized themselves
         return int(weights * a.element_size() + (4 * -(-weights // BLOCK) if nested else 0))
 
     def of_attention_backward(args: Any, kwargs: Any, result: Any) -> int:
