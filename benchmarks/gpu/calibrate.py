@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from qlora_dist.errors import UserError
-from qlora_dist.memory import constants, devices
+from qlora_dist.memory import constants, gpus
 
 from .. import provenance
 from .calibrate_files import Measured, ceiling_rates, read_all
@@ -81,15 +81,15 @@ def calibrate(out: Path) -> dict[str, Any]:
     return result
 
 
-def gpu_named(device: str) -> devices.Gpu:
+def gpu_named(device: str) -> gpus.Gpu:
     """The entry of memory.gpus that a device's name means. Raises UserError when there is none."""
     words = re.findall("[a-z0-9]+", device.lower())
     # rtx4090 is RTX 4090, a100-80 is A100-SXM4-80GB
     runs = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
-    for name in sorted(devices.GPUS, key=len, reverse=True):
+    for name in sorted(gpus.GPUS, key=len, reverse=True):
         if all(part in runs or f"{part}gb" in runs for part in name.split("-")):
-            return devices.GPUS[name]
-    raise UserError(f"{device} is not among the GPUs of qlora_dist/memory/devices.py; add it there first")
+            return gpus.GPUS[name]
+    raise UserError(f"{device} is not among the GPUs of qlora_dist/memory/gpus.py; add it there first")
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -150,10 +150,10 @@ def _without_workspace(one: Measured) -> float:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def fit_speed(measured: list[Measured], ceilings: dict[str, Any] | None, gpu: devices.Gpu) -> list[Constant]:
+def fit_speed(measured: list[Measured], ceilings: dict[str, Any] | None, gpu: gpus.Gpu) -> list[Constant]:
     """Seconds a token = FLOPs part / efficiency + dequantization part / its efficiency; both parts by the package."""
     efficiency = Constant("Gpu.efficiency", gpu.efficiency)
-    dequant = Constant("DEQUANT_EFFICIENCY", devices.DEQUANT_EFFICIENCY)
+    dequant = Constant("DEQUANT_EFFICIENCY", gpus.DEQUANT_EFFICIENCY)
     if not gpu.peak_flops:
         efficiency.note = dequant.note = f"{gpu.name} has no rates in memory.gpus"
         return [efficiency, dequant]
@@ -195,7 +195,7 @@ KINDS = {
 }
 
 
-def _errors(one: Measured, by_name: dict[str, Constant], gpu: devices.Gpu) -> dict[str, Any]:
+def _errors(one: Measured, by_name: dict[str, Constant], gpu: gpus.Gpu) -> dict[str, Any]:
     """Relative errors before and after; null where the file lacks what it is compared with."""
     found: dict[str, Any] = {"file": one.file, "lacks": one.lacks, "is_busy": one.micro_tokens >= BUSY_TOKENS}
     for when in ("before", "after"):

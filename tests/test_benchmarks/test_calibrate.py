@@ -14,13 +14,13 @@ from benchmarks.gpu.calibrate import calibrate, gpu_named
 from benchmarks.shapes import config_json, shape_of
 from qlora_dist.config import load_config
 from qlora_dist.errors import UserError
-from qlora_dist.memory import constants, devices, plan_memory, shapes_from_config
+from qlora_dist.memory import constants, gpus, plan_memory, shapes_from_config
 
 CONTEXT, SHARE, WORKSPACE, EFFICIENCY, DEQUANT = 450_000_000, 0.031, 48 * 2**20, 0.52, 0.63  # none is the package's
 TRUE_GPU = dataclasses.replace(
-    devices.GPUS["h100"],
+    gpus.GPUS["h100"],
     efficiency=EFFICIENCY,
-    memory_rate=devices.GPUS["h100"].memory_rate * DEQUANT / devices.DEQUANT_EFFICIENCY,
+    memory_rate=gpus.GPUS["h100"].memory_rate * DEQUANT / gpus.DEQUANT_EFFICIENCY,
 )
 ORIGIN = {
     "commit": "0" * 40, "code_hash": "c", "command": "x", "date": "2026-01-01", "device": "NVIDIA H100 80GB HBM3",
@@ -42,7 +42,7 @@ def measured(config, model):
     """(allocated bytes, tokens a second) on a GPU of the true constants."""
     shapes = shapes_from_config(model)
     plan = plan_memory(config, shapes, world_size=1, device_bytes=None)
-    speed = devices.estimate_speed(config, shapes, plan, TRUE_GPU)
+    speed = gpus.estimate_speed(config, shapes, plan, TRUE_GPU)
     return plan.tensor_bytes - constants.WORKSPACE_BYTES + WORKSPACE, speed.tokens_per_second
 
 
@@ -60,7 +60,7 @@ def raw_cell(cell, **changes):
 
 
 def raw_ceilings(**changes):
-    rate = DEQUANT * devices.GPUS["h100"].memory_rate / 1e9
+    rate = DEQUANT * gpus.GPUS["h100"].memory_rate / 1e9
     results = [{"what": "dequantize nf4", "case": f"4096 x 4096{end}", "value": value, "unit": "GB/s"}
                for end, value in (("", 0.9 * rate), (", double", rate), (", double", None))]  # fmt: skip
     return {"benchmark": "ceilings", "provenance": ORIGIN, "results": results, **changes}
