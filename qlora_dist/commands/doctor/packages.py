@@ -19,11 +19,9 @@ CHECKOUT = Path(__file__).parents[3]
 OPTIONAL = {
     "deepspeed": "deepspeed",
     "flash-attn": "flash",
-    "triton": "kernels",
-    "liger-kernel": "kernels",
 }
 # deepspeed prints and probes compilers on import; its version is enough here
-NOT_IMPORTED = frozenset({"deepspeed", "triton", "liger-kernel"})
+NOT_IMPORTED = frozenset({"deepspeed"})
 IMPORT_NAMES = {"pyyaml": "yaml", "flash-attn": "flash_attn"}
 
 
