@@ -114,7 +114,7 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(*options.measure)), flush=True)
         return
-    from qlora_dist.train import provenance
+    from qlora_dist.cluster import provenance
 
     commit = provenance.commit()
     with tempfile.TemporaryDirectory() as temporary:

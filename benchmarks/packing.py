@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from qlora_dist.cluster import provenance
 from qlora_dist.data.loader import balance_over_ranks, row_costs
 from qlora_dist.data.packing import Rows, hashed_order, pack_best_fit
-from qlora_dist.train import provenance
 
 
 def alpaca_like_lengths(count: int, longest: int) -> np.ndarray:

@@ -21,10 +21,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from qlora_dist.cluster import provenance
 from qlora_dist.commands.plan.simulate import simulate
 from qlora_dist.config import RunConfig, parse_config
 from qlora_dist.memory import plan_memory, shapes_from_config
-from qlora_dist.train import provenance
 
 _LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 8192}
 MODELS: dict[str, dict[str, Any]] = {

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from qlora_dist.cluster import provenance
 from qlora_dist.errors import UserError
-from qlora_dist.train import provenance
 
 from . import nvml
 

@@ -1,4 +1,4 @@
-"""The two ways a command ends early. Level 0: imports nothing from this package."""
+"""How a command ends early, and errors as plain data for other ranks. Level 0: imports nothing from this package."""
 
 
 class UserError(ValueError):

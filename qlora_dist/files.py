@@ -6,12 +6,14 @@ The one home of atomic writes and of SHA-256 of files. Level 0: imports nothing 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,22 +78,29 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def folder_aside(target: Path) -> Iterator[Path]:
-    """A new folder to fill. When the block succeeds it replaces `target`; when the block fails it is removed. Leftovers
-    of an interrupted write of the same folder are removed first.
+def folder_aside(target: Path, replaces: bool = True) -> Iterator[Path]:
+    """A new folder to fill. When the block succeeds it takes the name `target`; when the block fails it is removed.
+
+    `replaces`: the caller is the only writer of `target`, so that an older folder is replaced and leftovers of an
+    interrupted write are removed first. Otherwise `target` must be absent or empty: raises OSError.
     """
-    remove_leftovers(target)
+    if replaces:
+        remove_leftovers(target)
     aside = _aside(target)
     aside.mkdir(parents=True)
     try:
         yield aside
-        for path in aside.iterdir():
+        for path in aside.rglob("*"):
             _sync(path)
         _sync(aside)
-        if target.exists():
-            replaced = _aside(target, "old")
+        if replaces and target.exists():
+            replaced = _aside(target)
             os.rename(target, replaced)
-            os.rename(aside, target)
+            try:
+                os.rename(aside, target)
+            except BaseException:
+                os.rename(replaced, target)
+                raise
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.rename(aside, target)
@@ -103,7 +112,7 @@ def folder_aside(target: Path) -> Iterator[Path]:
 
 def remove_folder(folder: Path) -> None:
     """Removes a folder. Renamed first, so that an interrupted deletion leaves no partial folder under its name."""
-    doomed = _aside(folder, "old")
+    doomed = _aside(folder)
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -114,8 +123,8 @@ def remove_leftovers(target: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _aside(target: Path, kind: str = "new") -> Path:
-    return target.with_name(f".{target.name}.incomplete-{kind}-{os.getpid()}")
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.incomplete-{uuid.uuid4().hex[:8]}")
 
 
 def _sync(path: Path) -> None:
@@ -123,13 +132,17 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync folders
+            raise
     finally:
         os.close(descriptor)
 
 
 def write_manifest(folder: Path, head: dict[str, Any], is_hashed: bool = True) -> None:
     """Lists every file of a folder with its size and SHA-256. Written last."""
-    files = {path.name: _describe(path, is_hashed) for path in sorted(folder.iterdir()) if path.is_file()}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): _describe(path, is_hashed) for path in paths}
     (folder / MANIFEST).write_text(json.dumps({**head, "files": files}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -154,7 +167,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_manifest(folder: Path, head: dict[str, Any], hash_limit: float = math.inf) -> None:
     """Raises DamagedFolder unless the manifest has the values of `head` and every file has its size and SHA-256.
 
-    Files larger than `hash_limit` bytes are checked by size alone.
+    Files larger than `hash_limit` bytes are checked by size alone; -1: all of them.
     """
     manifest = read_manifest(folder)
     for key, expected in head.items():
@@ -162,12 +175,15 @@ def check_manifest(folder: Path, head: dict[str, Any], hash_limit: float = math.
             raise DamagedFolder(f"{key} {manifest.get(key)!r}, this version reads {expected}")
     for name, written in manifest["files"].items():
         try:
-            size = (folder / name).stat().st_size
+            size, expected = (folder / name).stat().st_size, written["bytes"]
+            digest = written["sha256"] if size <= hash_limit else None
         except OSError:
             raise DamagedFolder(f"{name} is missing") from None
-        if size != written["bytes"]:
-            raise DamagedFolder(f"{name} has {size:,} bytes, {written['bytes']:,} were written")
-        if "sha256" in written and size <= hash_limit and sha256(folder / name) != written["sha256"]:
+        except (KeyError, TypeError):
+            raise DamagedFolder(f"{MANIFEST} cannot be read (its entry for {name} is {written!r})") from None
+        if size != expected:
+            raise DamagedFolder(f"{name} has {size:,} bytes, {expected:,} were written")
+        if digest is not None and sha256(folder / name) != digest:
             raise DamagedFolder(f"{name} is damaged: its SHA-256 is not the one that was written")
 
 

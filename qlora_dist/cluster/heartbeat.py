@@ -108,7 +108,7 @@ class Heartbeat:
                 what = f"was last seen in {sign['what']}, about {age:.0f} s ago"
                 silent.append(f"{name} {what}: it has exited, is stopped, or its host is lost")
             elif not sign["is_waiting"]:
-                elsewhere.append(f"{name} is not waiting: it has been in {sign['what']} for {sign['seconds']:.0f} s")
+                elsewhere.append(f"{name} is not waiting: busy with {sign['what']} for {sign['seconds']:.0f} s")
         found = silent or elsewhere or ["all ranks are alive and wait for each other: check devices and network"]
         more = [f"and {len(found) - NAMED_RANKS} more"] if len(found) > NAMED_RANKS else []
         return "; ".join(found[:NAMED_RANKS] + more)

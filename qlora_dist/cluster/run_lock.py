@@ -33,16 +33,16 @@ _SIZE = 1024  # bytes; a fixed length, so that a rewrite in place leaves nothing
 class RunLock:
     """The lock of one run directory; `acquire` and `release` it. Rank 0 only."""
 
-    def __init__(self, file: Path, job: str | None = None, life: int = 0, beat_seconds: float = BEAT_SECONDS) -> None:
-        """`file` is in the run directory. `job`: the scheduler's id of the job that this process belongs to; `life`:
-        how often it was requeued."""
+    def __init__(self, file: Path, job: str | None = None, restarts: int = 0, beat_seconds: float = BEAT_SECONDS):
+        """`file` is in the run directory. `job`: the scheduler's id of this process's job; `restarts`: how often it was
+        requeued."""
         self._file = file
         self._beat_seconds = beat_seconds
         self._token = uuid.uuid4().hex
         self._holder = {
             "token": self._token,
             "job": job,
-            "life": life,
+            "life": restarts,
             "host": socket.gethostname(),
             "machine": _machine(),
             "pid": os.getpid(),

@@ -226,9 +226,7 @@ class World:
         values = self.gather((value, socket.gethostname()))
         odd = [f"rank {rank} ({host})" for rank, (other, host) in enumerate(values) if other != values[0][0]]
         if odd:
-            raise RunFailed(
-                f"{what} differs between rank 0 and {', '.join(odd)}; all ranks must start from the same state"
-            )
+            raise RunFailed(f"{what} differs between rank 0 and {', '.join(odd)}; it must be equal on all ranks")
 
     @contextmanager
     def local_main_first(self, what: str) -> Iterator[None]:
@@ -252,7 +250,7 @@ class World:
                 kind, text = ("stop", "") if is_stop else pack_error(error)
                 store.set(key, f"{kind} failed: {text}")
                 if is_stop:
-                    raise  # the others were asked too, and all agree on it next
+                    raise  # the other ranks received it too; all agree on it after the block
                 # the store lives in rank 0: the others must read this before it exits
                 others, deadline = self.local_size - 1, time.monotonic() + 10
                 while store.add(f"{key}/seen", 0) < others and time.monotonic() < deadline:

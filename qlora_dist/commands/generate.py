@@ -224,7 +224,7 @@ def generate(
     `adapters` and `weights` are name=folder and name=number. `read` returns the user's next line, None at the end.
     """
     sampling = sampling or Sampling()
-    say = write or (lambda text: print(text, end="", flush=True))
+    emit = write or (lambda text: print(text, end="", flush=True))
     if prompt is not None and prompts is not None:
         raise UserError("--prompt and --prompts were both given; give one of them, or neither for a chat")
     conversations = read_prompts(prompts) if prompts is not None else None  # before the model is loaded
@@ -235,25 +235,25 @@ def generate(
     if conversations is not None:
         answers = writer.answer(conversations, sampling, batch_size=batch_size)
         for messages, text in zip(conversations, answers, strict=True):
-            say(json.dumps({"messages": messages, "completion": text}, ensure_ascii=False) + "\n")
+            emit(json.dumps({"messages": messages, "completion": text}, ensure_ascii=False) + "\n")
     elif prompt is not None:
-        list(writer.answer([[{"role": "user", "content": prompt}]], sampling, on_text=say))
-        say("\n")
+        list(writer.answer([[{"role": "user", "content": prompt}]], sampling, on_text=emit))
+        emit("\n")
     else:
-        chat(writer, sampling, read or _read_line, say)
+        chat(writer, sampling, read or _read_line, emit)
 
 
-def chat(writer: Writer, sampling: Sampling, read: Callable[[], str | None], say: Callable[[str], None]) -> None:
+def chat(writer: Writer, sampling: Sampling, read: Callable[[], str | None], emit: Callable[[str], None]) -> None:
     """Answers line by line until the end of input; `/reset` starts over, an empty line or `/quit` ends the chat."""
-    say("chat: /reset starts over, an empty line ends\n")
+    emit("chat: /reset starts over, an empty line ends\n")
     messages: list[Message] = []
     while (line := read()) and line.strip() != "/quit":
         if line.strip() == "/reset":
             messages = []
             continue
         messages.append({"role": "user", "content": line})
-        (answer,) = writer.answer([messages], sampling, on_text=say)
-        say("\n")
+        (answer,) = writer.answer([messages], sampling, on_text=emit)
+        emit("\n")
         messages.append({"role": "assistant", "content": answer})
 
 

@@ -243,6 +243,6 @@ def _write(model: Any, trained: Trained, out: Path, max_shard_size: str) -> None
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise UserError(f"{out.parent} has {free / GIB:.1f} GiB free, the merged model needs {needed / GIB:.1f} GiB")
-    with folder_aside(out) as aside:  # replaces an empty folder
+    with folder_aside(out, replaces=False) as aside:
         model.save_pretrained(aside, max_shard_size=max_shard_size)
         load_tokenizer(trained.tokenizer_source).save_pretrained(aside)

@@ -41,13 +41,13 @@ def train(config: str, overrides: tuple[str, ...], resume: str, outcome: str | N
 
 @cli.command(hidden=True)
 @click.option("--job", required=True, help="Slurm's job id.")
-@click.option("--life", default=0, help="How often Slurm has restarted the job.")
+@click.option("--restarts", default=0, help="How often Slurm has restarted the job.")
 @SET
 @click.option("--resume", default="auto", help="As for train.")
 @click.argument("config", type=click.Path())
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def supervise(
-    job: str, life: int, overrides: tuple[str, ...], resume: str, config: str, command: tuple[str, ...]
+    job: str, restarts: int, overrides: tuple[str, ...], resume: str, config: str, command: tuple[str, ...]
 ) -> None:
     """The batch process of slurm/train.sbatch: runs COMMAND until the run that CONFIG names is finished.
 
@@ -62,7 +62,7 @@ def supervise(
         from .supervise import Job
         from .supervise import supervise as run_supervisor
 
-        code = run_supervisor(Job(job, life), Path(load_config(config, overrides).run_dir), command, stop)
+        code = run_supervisor(Job(job, restarts), Path(load_config(config, overrides).run_dir), command, stop)
     raise click.exceptions.Exit(code)
 
 

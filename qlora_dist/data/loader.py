@@ -93,10 +93,6 @@ class Loader:
         self._epoch_order = lru_cache(maxsize=2)(lambda epoch: hashed_order(len(rows), seed, epoch))
 
     @property
-    def num_rows(self) -> int:
-        return len(self.rows)
-
-    @property
     def num_steps(self) -> int | None:
         """Steps until the stream ends, None if it is endless."""
         return None if self.total_rows is None else -(-self.total_rows // self.rows_per_step)
@@ -111,7 +107,7 @@ class Loader:
             end = min(end, self.total_rows)
         pieces = []
         while begin < end:
-            epoch, offset = divmod(begin, self.num_rows)
+            epoch, offset = divmod(begin, len(self.rows))
             pieces.append(self._epoch_order(epoch)[offset : offset + end - begin])
             begin += len(pieces[-1])
         return np.concatenate(pieces)
@@ -126,7 +122,7 @@ class Loader:
             microbatches=self._microbatches(indices[shares[self.rank]]),
             num_labels=int(self._labels[indices].sum()),
             num_tokens=int(self.rows.tokens[indices].sum()),
-            epoch=(step * self.rows_per_step + len(indices)) / self.num_rows,
+            epoch=(step * self.rows_per_step + len(indices)) / len(self.rows),
             row_indices=tuple(indices.tolist()),
             imbalance=float(max(work) * len(work) / sum(work)),
         )

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -109,9 +108,6 @@ class MemoryPlan:
             "advice": list(self.advice),
             "remarks": list(self.remarks),
         }
-
-    def __str__(self) -> str:
-        return json.dumps(self.to_json())
 
     def with_advice(self, advice: tuple[str, ...]) -> MemoryPlan:
         return replace(self, advice=advice)

@@ -99,7 +99,7 @@ def _held(base: nn.Module) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def base_checksum(model: nn.Module) -> str:
-    """A checksum of this rank's whole base: changing any bit changes it, and so does swapping any two words.
+    """A checksum of this rank's whole base: changing any one bit changes it, and nearly any swap of words does.
 
     Each tensor's bytes are read as 64-bit words in rows of 128; each row is multiplied by its own odd number, the rows
     are summed by column modulo 2**64 on the device, and only these sums are hashed. The cost is memory bandwidth.

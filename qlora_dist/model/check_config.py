@@ -21,7 +21,7 @@ from ..config.names import resolve_targets
 from ..config.quantization import Quantization
 from ..errors import UserError
 from .attention import PROBE, Call, probing
-from .forward import decoder_layers, is_conv1d, linear_layers
+from .forward import is_conv1d, linear_layers
 from .pretrained import check_cpu_shapes, check_weight_files, load_config
 
 log = logging.getLogger(__name__)
@@ -33,12 +33,6 @@ PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 class ModelFacts:
     """What config.json specifies for a model that passed `check_config`."""
 
-    config: PretrainedConfig
-    family: str  # class name, such as LlamaForCausalLM
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    max_positions: int | None  # longest document that the positions were designed for, tokens
     linear_names: tuple[str, ...]  # every linear layer except the output head
     num_parameters: int  # tied weights counted once
 
@@ -61,7 +55,6 @@ def check_config(
     if weights == "files":
         check_weight_files(name)
     model = build_on_meta(name, config)
-    family = type(model).__name__
     layers = linear_layers(model)
     resolve_targets(tuple(layers), target_modules)
     if quantization != "none":
@@ -73,16 +66,7 @@ def check_config(
     max_positions = getattr(text, "max_position_embeddings", None)
     if row_tokens is not None and max_positions is not None and row_tokens > max_positions:
         _check_positions(name, model, row_tokens, max_positions)
-    return ModelFacts(
-        config,
-        family,
-        len(decoder_layers(model)),
-        text.hidden_size,
-        text.vocab_size,
-        max_positions,
-        tuple(layers),
-        sum(parameter.numel() for parameter in model.parameters()),
-    )
+    return ModelFacts(tuple(layers), sum(parameter.numel() for parameter in model.parameters()))
 
 
 def build_on_meta(name: str, config: PretrainedConfig) -> PreTrainedModel:

@@ -71,7 +71,7 @@ def verify_adapter_file(model: nn.Module, folder: str | Path, *, must_be_trained
     )  # fmt: skip
     if wrong or not live:
         raise RunFailed(
-            f"the adapter in {folder} differs from the one in memory: {len(wrong)} of {len(live)} tensors differ"
+            f"the adapter in {folder} differs from the one in memory in {len(wrong)} of {len(live)} tensors"
             + (f", first {wrong[0]}" if wrong else "")
             + "; do not use this file, earlier checkpoints are unaffected"
         )

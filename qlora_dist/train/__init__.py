@@ -38,12 +38,16 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
     while running), on all ranks together.
     """
     # 1. join the ranks, open the run directory
-    with StopSignal() as stop, join_ranks(config, stop) as world, open_run_dir(config, world, resume) as run_dir:
+    with (
+        StopSignal() as stop,
+        join_ranks(config, stop) as world,
+        Trackers(config.logging.trackers, config.run_dir) as trackers,
+        open_run_dir(config, world, resume) as run_dir,
+    ):
         if (steps := world.from_main(lambda: run_dir.completed_steps(config.train.length))) is not None:
             return report_completed(run_dir, world, steps)
 
         # 2. resolve what depends on memory; check what all ranks must agree on before anything is read
-        trackers = Trackers(config.logging.trackers, config.run_dir)
         fit = resolve_auto(config, world)
         config = fit.config  # from here on without `auto`
         check_run(config, world, run_dir, fit.plan)
@@ -91,10 +95,9 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                     held_out, is_stopping = evaluate_unless_stopped(run, model)
                     values |= held_out
                 metrics.step(values)
-                is_last = state.step == num_steps or is_stopping
-                if is_last or run.saves_after(state.step):
+                if is_stopping or run.saves_after(state.step):
                     save(run, model, state)
-                if is_last:
+                if is_stopping:
                     break
                 waited_since = time.perf_counter()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from ..cluster.provenance import code_digest, device_name
 from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
 from ..config.run_dir import RunDir
@@ -28,7 +29,6 @@ from ..files import GIB
 from ..memory import MemoryPlan
 from ..memory.constants import state_bytes
 from ..model import ModelFacts, check_config
-from .provenance import code_digest, device_name
 from .strategy import check_update
 
 SHARED_PATIENCE_SECONDS = 60.0  # NFS: a new file appears on other nodes when their directory cache expires

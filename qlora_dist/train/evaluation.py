@@ -21,7 +21,7 @@ from .run import Run, TrainState
 from .step import TrainingModel
 
 
-class Summer(Protocol):
+class SumsOverRanks(Protocol):
     """What evaluation needs of `cluster.world.World`."""
 
     device: torch.device
@@ -46,7 +46,7 @@ def evaluate(
     module: torch.nn.Module,
     batches: Sequence[Batch],
     nll_sum: Callable[[Batch], torch.Tensor],
-    world: Summer,
+    world: SumsOverRanks,
     stop_requested: Callable[[], bool] | None = None,
 ) -> EvalResult:
     """Mean NLL over the labels of all ranks' batches. Every rank calls it, with filler where it has no rows.

@@ -14,6 +14,7 @@ from ..memory import MemoryPlan, ModelShapes, choose, plan_memory
 from ..memory.constants import CONTEXT_BYTES, state_bytes
 from ..memory.read_shapes import read_shapes
 from ..memory.table import shortfall, summary_lines
+from ..optim.deepspeed_config import STAGES
 from .metrics import peak_bytes
 from .run import Run, TrainState
 from .step import TrainingModel, try_batch
@@ -116,7 +117,8 @@ def try_longest(run: Run, model: TrainingModel, state: TrainState, progress: Pro
 
 
 def states_to_come(config: RunConfig, model: TrainingModel) -> int:
-    """Bytes that the first update adds on the device. Paged states move to the host when the device is full."""
-    if config.optim.name.startswith("paged"):
+    """Bytes that the first update adds on the device. Paged states move to the host when the device is full, and
+    DeepSpeed has allocated its states already."""
+    if config.optim.name.startswith("paged") or config.strategy.name in STAGES:
         return 0
     return sum(state_bytes(config.optim.name, model.num_trainable_parameters))

@@ -1,4 +1,4 @@
-"""What a run reports: a progress line, metrics.jsonl, TensorBoard, trackers. Rank 0 only.
+"""What a run reports: a progress line, metrics.jsonl, TensorBoard, trackers. Rank 0 writes.
 
 The only module that imports tensorboard.
 """
@@ -117,10 +117,8 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end_line()
-        if kind is None:
-            self._trackers.end()
         if self._file is not None:
             self._file.close()
         if self._writer is not None:

@@ -29,7 +29,7 @@ def explain_out_of_memory(fit: Fit, world: World) -> Iterator[Progress]:
         yield progress
     except torch.OutOfMemoryError as error:
         held = {} if progress.model is None else bytes_by_kind(progress.model)
-        text = explain(fit, progress.place, held, peak_bytes(world.device), world.size)
+        text = explain(fit, held, peak_bytes(world.device), world.size)
         raise RunFailed(
             f"{progress.place}, rank {world.rank} ({socket.gethostname()}): out of GPU memory: "
             f"{str(error).splitlines()[0]}\n{text}"
@@ -54,7 +54,7 @@ PLAN_KINDS = {
 }
 
 
-def explain(fit: Fit, place: str, held: dict[str, int], peak: int, world_size: int) -> str:
+def explain(fit: Fit, held: dict[str, int], peak: int, world_size: int) -> str:
     """The plan beside the measured bytes, item by item; what exceeds it; the cheapest settings that would fit.
 
     `held` comes from `bytes_by_kind` (empty before there is a model); `peak` is the peak of all tensors, bytes.

@@ -65,8 +65,8 @@ class Run:
         return num_done == self.num_steps or _is_due(num_done, self.config.train.eval_every)
 
     def saves_after(self, num_done: int) -> bool:
-        """Whether `train.save_every` requires a checkpoint after this many updates."""
-        return _is_due(num_done, self.config.train.save_every)
+        """Whether to save a checkpoint after this many updates."""
+        return num_done == self.num_steps or _is_due(num_done, self.config.train.save_every)
 
     def describe(self) -> str:
         """The run that is about to start, in one paragraph."""
@@ -160,7 +160,7 @@ def report_stopped(run: Run, state: TrainState) -> TrainState:
     if run.world.is_main:
         print(
             f"stopped by {name} after step {state.step}; checkpoint saved in {run.dir.checkpoints}. Start the same "
-            "command again to continue",
+            "command again to resume",
             flush=True,
         )
     return replace(state, stopped_by=name)

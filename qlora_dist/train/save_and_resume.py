@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from ..cluster.provenance import commit, device_name, versions
 from ..config import dump_yaml
 from ..config.run_dir import config_changes, read_metrics
 from ..errors import UserError
@@ -15,10 +16,9 @@ from ..model import base_checksum, load_tokenizer
 from . import checkpoint
 from .checks.base import check_base_unchanged
 from .metrics import median_tokens_per_second, peak_bytes
-from .provenance import commit, device_name, versions
 from .run import Run, TrainState, free_fields
 from .step import TrainingModel
-from .trained_weights import export_trained, load_trained, save_trained, verify_trained
+from .trained_weights import export_trained, restore_trained, save_trained, verify_trained
 
 
 def resume_newest(run: Run, model: TrainingModel, choice: str) -> TrainState:
@@ -34,7 +34,7 @@ def resume_newest(run: Run, model: TrainingModel, choice: str) -> TrainState:
     if state["layout"] != model.update.layout():
         raise UserError(f"checkpoint {path}: its trained weights have other names or shapes than this config's")
     with model.update.whole_weights():
-        load_trained(model.module, Path(path), run.config.lora is None)
+        restore_trained(model.module, Path(path), run.config.lora is None)
     try:
         model.update.load_state(loaded.optimizer_tensors, state["optimizer_numbers"])
     except ValueError as error:

@@ -24,7 +24,7 @@ def save_trained(model: torch.nn.Module, folder: Path, base_name: str, is_full: 
         save_adapter(model, folder, base_name)
 
 
-def load_trained(model: torch.nn.Module, folder: Path, is_full: bool) -> None:
+def restore_trained(model: torch.nn.Module, folder: Path, is_full: bool) -> None:
     """Restores saved weights in place. Raises UserError when they belong to another model."""
     if not is_full:
         load_adapter_weights(model, folder)

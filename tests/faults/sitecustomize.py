@@ -22,7 +22,7 @@ PLACES = {
     "step": ("qlora_dist.train", "train_step"),
     "save": ("qlora_dist.train.checkpoint", "write_json"),
     "data": ("qlora_dist.train.setup_data", "build_documents"),
-    "load": ("qlora_dist.model", "load_base"),
+    "load": ("qlora_dist.train.setup_model", "load_base"),
     "evaluate": ("qlora_dist.train.evaluation", "evaluate"),
 }
 

@@ -81,7 +81,7 @@ def test_a_wrong_loss_a_wrong_update_and_a_wrong_code_are_seen(bench, monkeypatc
 
 def test_an_offload_that_moves_nothing_is_seen_though_its_losses_are_right(bench, monkeypatch):
     assert status_of(smoke_runs.CASES["offload"], bench) == (True, "")
-    monkeypatch.setattr(ActivationOffload, "_moves", lambda self, tensor: False)
+    monkeypatch.setattr(ActivationOffload, "_should_move", lambda self, tensor: False)
     bench = Bench(bench.device, bench.work / "again")
     bench.work.mkdir()
     agrees, reason = status_of(smoke_runs.CASES["offload"], bench)

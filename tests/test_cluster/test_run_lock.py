@@ -64,7 +64,7 @@ def test_the_lock_of_this_jobs_last_life_is_taken_over_at_once_wherever_it_ran(t
     holder.kill()
     holder.wait()
     _as_of_another_machine(tmp_path)
-    lock = RunLock(tmp_path / LOCK, job="7", life=1, beat_seconds=100)
+    lock = RunLock(tmp_path / LOCK, job="7", restarts=1, beat_seconds=100)
     lock.acquire()
     lock.release()
 

@@ -146,6 +146,26 @@ def test_more_processes_than_gpus_is_explained(monkeypatch):
         World.init()
 
 
+def _tracked(folder):
+    """Finished trackers, one of which fails: the process group outlives them, and the run its trackers."""
+    world, finished = World.init(), []
+
+    def fails():
+        raise OSError("no network")
+
+    with Trackers(["tensorboard", "wandb"], folder) as trackers:
+        trackers._accelerator.trackers = [
+            SimpleNamespace(name="first", finish=fails),
+            SimpleNamespace(name="second", finish=lambda: finished.append("second")),
+        ]
+    world.close()
+    return finished
+
+
+def test_trackers_finish_before_the_process_group_and_fail_nothing(tmp_path):
+    assert on_ranks(_tracked, 2, str(tmp_path)) == [["second"], ["second"]]
+
+
 def test_an_unknown_tracker_is_explained():
     with pytest.raises(UserError, match=r"logging.trackers \['tensorboard', 'carrier_pigeon'\]"):
         Trackers(["tensorboard", "carrier_pigeon"], ".")

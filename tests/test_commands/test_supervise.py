@@ -39,7 +39,7 @@ def _supervise(tmp_path: Path, *plan: dict[str, object]) -> tuple[int, list[str]
     config.write_text(
         f"run_dir: {tmp_path}/run\nmodel: {{name: m}}\ndata: {{train: [{{path: d.json}}]}}\ntrain: {{steps: 5}}\n"
     )
-    command = [sys.executable, "-m", "qlora_dist", "supervise", "--job", "17", "--life", "2", str(config), "--"]
+    command = [sys.executable, "-m", "qlora_dist", "supervise", "--job", "17", "--restarts", "2", str(config), "--"]
     launcher = [sys.executable, "-c", LAUNCHER, str(tmp_path / "run"), json.dumps(plan), "{id}", "{port}", "{outcome}"]
     done = subprocess.run(
         [*command, *launcher],

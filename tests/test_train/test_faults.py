@@ -245,7 +245,7 @@ def test_a_rank_that_hangs_is_named_after_the_timeout_and_prints_where_it_hangs(
         assert hung.code == 1
         both = waiting.said + hung.said
         assert re.search(
-            r"rank 1 \(.*\) (is not waiting: it has been in step 4 for \d+ s|was in step 4 for more than 4 s)", both
+            r"rank 1 \(.*\) (is not waiting: busy with step 4 for \d+ s|was in step 4 for more than 4 s)", both
         )
         assert re.search(r"stacks of rank 1 .*sitecustomize.py\", line \d+ in strike", hung.said, re.DOTALL)
     else:

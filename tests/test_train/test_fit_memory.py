@@ -267,12 +267,12 @@ def held_as_planned(fit: fitting.Fit) -> dict[str, int]:
 def test_the_item_that_grew_beyond_the_plan_is_named(raw):
     fit = planned_7b(raw)
     held = held_as_planned(fit)
-    text = out_of_memory.explain(fit, "step 1", held, fit.plan.tensor_bytes + 3 * GIB, 1)
+    text = out_of_memory.explain(fit, held, fit.plan.tensor_bytes + 3 * GIB, 1)
     assert "items that exceed the plan: activations and the rest\n" in text
     more = {**held, "base": held["base"] + 2 * GIB}
-    text = out_of_memory.explain(fit, "step 1", more, fit.plan.tensor_bytes + 2 * GIB, 1)
+    text = out_of_memory.explain(fit, more, fit.plan.tensor_bytes + 2 * GIB, 1)
     assert "items that exceed the plan: base\n" in text
-    text = out_of_memory.explain(fit, "step 1", held, fit.plan.tensor_bytes, 1)
+    text = out_of_memory.explain(fit, held, fit.plan.tensor_bytes, 1)
     assert "no item exceeds the plan" in text and "PYTORCH_ALLOC_CONF=expandable_segments:True" in text
 
 
@@ -292,7 +292,7 @@ def test_the_advice_fits_with_what_the_plan_missed(raw, missed_gib):
 
 def test_before_there_is_a_model_the_plan_alone_is_shown(raw):
     fit = planned_7b(raw)
-    text = out_of_memory.explain(replace(fit), "loading the model", {}, 3 * GIB, 1)
+    text = out_of_memory.explain(replace(fit), {}, 3 * GIB, 1)
     assert "  base                              ? GiB, planned" in text and "exceed the plan" not in text
 
 

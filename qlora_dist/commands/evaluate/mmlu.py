@@ -26,7 +26,7 @@ from ...data.loader import eval_batches
 from ...data.packing import Batch, Example, pack_best_fit
 from ...errors import UserError
 from ...model import evaluation_mode
-from ...train.evaluation import Summer
+from ...train.evaluation import SumsOverRanks
 
 LETTERS = "ABCD"
 
@@ -128,7 +128,7 @@ def score(
     shots: int,
     max_tokens: int,
     micro_rows: int,
-    world: Summer,
+    world: SumsOverRanks,
     rank: int,
     world_size: int,
 ) -> MmluResult:

@@ -42,7 +42,7 @@ class Job:
     """The Slurm job whose batch process this is."""
 
     id: str
-    life: int  # how often Slurm has started it before
+    restarts: int  # by Slurm, so far
 
     def requeue(self) -> str | None:
         """Asks Slurm to start this job again; returns the reason if it refuses."""
@@ -56,7 +56,7 @@ class Job:
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
-    """Runs Slurm's client. Where it is absent (as in many containers) the result is a failure that reports so."""
+    """Runs Slurm's client. Where it is absent (as in many containers) the result is a failure that says so."""
     try:
         return subprocess.run(["scontrol", *words], capture_output=True, text=True)
     except FileNotFoundError:
@@ -73,13 +73,13 @@ def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal)
     stalled, attempt = 0, 0
     while True:
         before = run.newest_step()
-        outcome_file = run_dir.parent / f".{run_dir.name}.outcome-{job.id}-{job.life}-{attempt}"
+        outcome_file = run_dir.parent / f".{run_dir.name}.outcome-{job.id}-{job.restarts}-{attempt}"
         code = _launch(_filled(command, job, attempt, outcome_file), stop)
         outcome = read_outcome(outcome_file)
         outcome_file.unlink(missing_ok=True)
         after = run.newest_step()
         why = f"exit code {code}" if outcome is None else outcome.kind.replace("_", " ")
-        _log(f"job {job.id}, start {job.life}, attempt {attempt}: {why}; newest checkpoint: {before} -> {after}")
+        _log(f"job {job.id}, restart {job.restarts}, attempt {attempt}: {why}; newest checkpoint: {before} -> {after}")
 
         if outcome is not None and outcome.kind == "finished":
             _num_stalled_starts(job, run_dir, is_stalled=False)
@@ -103,7 +103,7 @@ def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal)
 
 
 def _is_to_end(job: Job, outcome: Outcome | None, stop: StopSignal) -> bool:
-    """Whether the job has to end now; after a crash Slurm is asked: nothing is started in a grace time."""
+    """Whether the job has to end now. After a crash Slurm knows: nothing may be started in a grace time."""
     was_asked = stop.requested or (outcome is not None and outcome.kind == "stopped")
     shown = {} if was_asked else job.shown()
     return was_asked or shown.get("PreemptTime", "None") != "None" or shown.get("JobState", "RUNNING") != "RUNNING"
@@ -154,8 +154,8 @@ def _launch(command: list[str], stop: StopSignal) -> int:
 def _filled(command: Sequence[str], job: Job, attempt: int, outcome: Path) -> list[str]:
     number = int("".join(filter(str.isdigit, job.id)) or 0)
     values = {
-        "{id}": f"{job.id}-{job.life}-{attempt}",
-        "{port}": str(20000 + (number * 7 + job.life * 3 + attempt) % 10000),
+        "{id}": f"{job.id}-{job.restarts}-{attempt}",
+        "{port}": str(20000 + (number * 7 + job.restarts * 3 + attempt) % 10000),
         "{outcome}": str(outcome),
     }
     filled = list(command)

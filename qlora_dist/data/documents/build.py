@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,30 +76,22 @@ def _selected(store: Store, sources: Sequence[SourceConfig], seed: int) -> Docum
     return Documents(store, chosen, digest.hexdigest()[:20])
 
 
+@dataclasses.dataclass(frozen=True)
 class Build:
-    """One build of a store, with the settings that all of its sources share."""
+    """One build of a store: the settings shared by all of its sources."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        row_tokens: int,
-        on_long: str,
-        on_bad: str,
-        learn: str,
-        template: str,
-        num_workers: int | None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.row_tokens = row_tokens
-        self.on_long = on_long
-        self.on_bad = on_bad
-        self.learn = learn
-        self.template = template
-        self.num_workers = num_workers
+    tokenizer: Any
+    row_tokens: int
+    on_long: str
+    on_bad: str
+    learn: str
+    template: str
+    num_workers: int | None
 
     def run(self, sources: Sequence[SourceConfig], opened: Sequence[OpenSource], folder: Path) -> None:
         stats = [SourceStats(source.path) for source in sources]
+        for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # of an interrupted build before version 0.2
+            shutil.rmtree(left, ignore_errors=True)
         with folder_aside(folder) as aside, StoreWriter(aside) as writer:
             for i, source in enumerate(sources):
                 self._add_source(writer, i, source, opened[i], stats[i])

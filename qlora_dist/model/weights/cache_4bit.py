@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from ...cluster.file_lock import build_lock
 from ...config.quantization import Quantization
 from ...errors import UserError
-from ...files import folder_aside, is_whole, write_manifest
+from ...files import folder_aside, is_whole, remove_leftovers, write_manifest
 from ..bitsandbytes_import import bitsandbytes
 from ..pretrained import (
     expanded,
@@ -90,7 +90,7 @@ def quantize_model(
     tied = resolve_ties(skeleton.model, source)
     check_complete(name, skeleton.model, source, tied)
 
-    with folder_aside(out) as aside:
+    with folder_aside(out, replaces=False) as aside:
         size = _write_weights(skeleton, source, tied, aside, device or torch.device("cpu"), shard_bytes)
         _write_rest(skeleton, name, revision, aside)
         write_manifest(aside, HEAD, is_hashed=False)
@@ -182,10 +182,11 @@ def cached_4bit(
         folder = root / f"{Path(name).name}-{quantization}-{_fingerprint(name, revision, double_quant, compute_dtype)}"
     except OSError as error:
         raise UserError(f"model.cache_4bit {root}: {first_line(error)}; give a writable folder") from None
-    if not is_whole(folder, HEAD):
+    if not is_whole(folder, HEAD, hash_limit=-1):
         with build_lock(folder, what="quantizing the same model"):
-            if not is_whole(folder, HEAD):
+            if not is_whole(folder, HEAD, hash_limit=-1):
                 shutil.rmtree(folder, ignore_errors=True)
+                remove_leftovers(folder)
                 quantize_model(
                     name,
                     folder,
