@@ -19,8 +19,9 @@ TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# Two workers, each with whole files: half of the suite's time is waiting for processes
 test: env
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # The oldest supported versions, in an environment of their own: the CUDA build of torch, several GB.
 OLDEST := build/oldest
