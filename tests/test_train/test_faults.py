@@ -1,7 +1,7 @@
 """What is done to a run, and what becomes of it: nothing saved is lost, every rank ends, the error names the culprit.
 
 Ranks here are processes without a launcher: they must end by themselves. With QLORA_DIST_FAULTS_TABLE=FILE the measured
-figures are written there as the table of the README.
+results are written there as the README's table.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def config(inputs, tmp_path):
 
 @pytest.fixture(scope="module")
 def table():
-    """Takes (fault, what happened, steps lost, seconds until all ranks had ended)."""
+    """Takes (fault, outcome, steps lost, seconds until all ranks had exited)."""
     rows: list[tuple[str, str, str, str]] = []
     yield lambda fault, what, lost, seconds: rows.append(
         (fault, what, str(lost), "-" if seconds is None else f"{seconds:.1f}")
     )
     if path := os.environ.get("QLORA_DIST_FAULTS_TABLE"):
-        head = "| fault | what happened | steps lost | seconds to stop |\n|---|---|---|---|\n"
+        head = "| fault | outcome | steps lost | seconds to stop |\n|---|---|---|---|\n"
         Path(path).write_text(head + "".join(f"| {' | '.join(row)} |\n" for row in rows))
 
 
@@ -85,7 +85,7 @@ def test_a_rank_killed_in_a_step_is_named_by_the_others_and_the_run_goes_on(conf
     assert "rank 0 (" not in other.said
     lost = _done(tmp_path) - _finish(config, tmp_path, sound)
     assert lost == 1
-    table("`kill -9` of one rank in a step", "the others end, naming it", lost, other.at - killed.at)
+    table("`kill -9` of one rank in a step", "the others exit, naming it", lost, other.at - killed.at)
 
 
 def test_all_ranks_killed_in_a_step(config, tmp_path, sound, table):
@@ -93,7 +93,7 @@ def test_all_ranks_killed_in_a_step(config, tmp_path, sound, table):
         assert [end.code for end in crew.wait()] == [-signal.SIGKILL] * 2
     lost = _done(tmp_path) - _finish(config, tmp_path, sound)
     assert lost == 1
-    table("`kill -9` of all ranks in a step", "started again from the newest checkpoint", lost, None)
+    table("`kill -9` of all ranks in a step", "restarted from the newest checkpoint", lost, None)
 
 
 def test_rank_0_killed_in_a_save(config, tmp_path, sound, table):
@@ -105,8 +105,8 @@ def test_rank_0_killed_in_a_save(config, tmp_path, sound, table):
     lost = _done(tmp_path) - _finish(config, tmp_path, sound)
     assert lost == SAVE_EVERY
     table(
-        "`kill -9` of rank 0 while it saves",
-        "half a checkpoint is removed, the one before is used",
+        "`kill -9` of rank 0 during a save",
+        "the incomplete checkpoint is removed, the previous one is used",
         lost,
         other.at - killed.at,
     )
@@ -121,7 +121,7 @@ def test_the_rank_that_tokenizes_is_killed(inputs, tmp_path, sound, table):
     assert _finish(config, tmp_path, sound) == 0
     table(
         "`kill -9` of the rank that tokenizes",
-        "the others end, naming it; nothing half built is used",
+        "the others exit, naming it; no incomplete cache is used",
         0,
         other.at - killed.at,
     )
@@ -138,7 +138,7 @@ def test_sigterm_twice_to_one_rank_stops_all_after_the_step_with_a_checkpoint(co
     assert lost == 0
     table(
         "SIGTERM twice, to one of two ranks",
-        "all finish the step, save, and end with 0",
+        "all finish the step, save, and exit with 0",
         lost,
         abs(first.at - second.at),
     )
@@ -162,7 +162,7 @@ def test_a_signal_to_one_rank_while_the_run_starts_ends_all_ranks_at_once(
     assert seconds < ends_within
     assert _finish(config, tmp_path, sound) == 0
     what = {"data": "tokenizing", "load": "loading the model"}[place]
-    table(f"SIGUSR1 to one rank while another is {what}", "all end with 0", 0, seconds)
+    table(f"SIGUSR1 to one rank while another is {what}", "all exit with 0", 0, seconds)
 
 
 def test_an_evaluation_is_cut_short_by_a_signal_and_made_up_for(inputs, tmp_path, table):
@@ -185,8 +185,8 @@ def test_an_evaluation_is_cut_short_by_a_signal_and_made_up_for(inputs, tmp_path
     found, expected = ([m.get("eval_loss") for m in metrics_of(f / "run")] for f in (broken, whole))
     assert found == expected and len([x for x in found if x is not None]) == 2
     table(
-        "SIGUSR1 in an evaluation",
-        "cut short, saved; made up for after the restart",
+        "SIGUSR1 during an evaluation",
+        "cut short, saved; evaluated after the restart",
         0,
         max(e.at for e in ends) - min(e.at for e in ends),
     )
@@ -201,7 +201,7 @@ def test_a_disk_that_is_full_at_a_save_ends_all_ranks_and_nothing_saved_is_lost(
     assert re.search(text, ends[1].said), ends[1].said
     lost = 4 - _finish(config, tmp_path, sound)
     assert lost == SAVE_EVERY
-    table("full disk at a save", "all ranks end; the checkpoint before is intact", lost, abs(ends[0].at - ends[1].at))
+    table("disk full during a save", "all ranks exit; the previous checkpoint is intact", lost, abs(ends[0].at - ends[1].at))
 
 
 def test_a_run_directory_that_cannot_be_written_is_a_users_mistake(inputs, tmp_path, table):
@@ -213,7 +213,7 @@ def test_a_run_directory_that_cannot_be_written_is_a_users_mistake(inputs, tmp_p
     table("read-only run directory", "exit code 2 before data or model are read", 0, end.at - started)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+@pytest.mark.parametrize("damage", ["a flipped bit", "truncated"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(config, tmp_path, sound, table, damage):
     with Crew(config, tmp_path, {"do": "SIGKILL", "at": "step", "step": 5}) as crew:
         crew.wait()
@@ -223,7 +223,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(config,
     file.write_bytes(content[: -100 if damage == "truncated" else None])
     lost = 5 - _finish(config, tmp_path, sound)
     assert lost == 1 + SAVE_EVERY
-    table(f"newest checkpoint {damage}", "found by its checksum, named, the one before is used", lost, None)
+    what = "detected by its checksum and named; the previous one is used"
+    table(f"newest checkpoint damaged ({damage})", what, lost, None)
 
 
 @pytest.mark.parametrize("how", ["sleep", "SIGSTOP"])
@@ -257,7 +258,7 @@ def test_a_rank_that_hangs_is_named_after_the_timeout_and_prints_where_it_hangs(
     what = {"sleep": "hangs in a step", "SIGSTOP": "is stopped (SIGSTOP)"}[how]
     table(
         f"a rank {what}, timeout 4 s",
-        "all end; it is named" + ("" if how == "SIGSTOP" else ", its stacks are printed"),
+        "all exit; it is named" + ("" if how == "SIGSTOP" else ", its stacks are printed"),
         lost,
         seconds,
     )
@@ -267,7 +268,7 @@ def test_a_node_that_comes_up_late_is_waited_for(config, tmp_path, sound, table)
     with Crew(config, tmp_path, late_seconds=5) as crew:
         assert [end.code for end in crew.wait()] == [0, 0]
     assert losses_of(tmp_path / "run") == losses_of(sound)
-    table("a node that comes up 5 s late", "waited for", 0, None)
+    table("a node that comes up 5 s late", "the others wait for it", 0, None)
 
 
 def test_wrong_clocks_change_nothing(config, tmp_path, sound, table):
@@ -279,7 +280,7 @@ def test_wrong_clocks_change_nothing(config, tmp_path, sound, table):
     for path in [newest, *newest.iterdir()]:
         os.utime(path, (0, 0))
     assert _finish(config, tmp_path, sound) == 4
-    table("clocks 115 days apart, and jumping", "nothing: checkpoints go by their step", 0, None)
+    table("clocks 115 days apart, and jumping", "no effect: checkpoints are ordered by step", 0, None)
 
 
 def test_a_second_job_in_the_same_run_directory_is_refused(config, tmp_path, sound, table):
@@ -296,7 +297,7 @@ def test_a_second_job_in_the_same_run_directory_is_refused(config, tmp_path, sou
     assert losses_of(tmp_path / "run") == losses_of(sound)
     table(
         "a second job in the same run directory",
-        "exit code 2, naming the first; the first goes on",
+        "exit code 2, naming the first; the first continues",
         0,
         max(e.at for e in ends) - started,
     )
