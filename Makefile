@@ -1,16 +1,16 @@
-# Two commands are enough: `make demo` and `make test`. Each builds .venv when it is missing.
+# Two commands are enough: `make demo` and `make test`. Each builds .venv if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
-# DeepSpeed's own kernels are not used: without this its installation may look for a compiler and CUDA
+# DeepSpeed's kernels are not used: without this its installation may look for a compiler and CUDA
 export DS_BUILD_OPS := 0
 
 .PHONY: env test test-oldest test-null lint format demo bench bench-ratios bench-gpu clean
 
 env: .venv/ready
 
-# torch first and by its exact version: a range would bring several GB of CUDA packages to a machine without a GPU.
-# On a GPU machine: make env TORCH="torch" (or bring your own environment; nothing here insists on .venv).
+# torch first, pinned to an exact version: a range would install several GB of CUDA packages on a machine without a GPU.
+# On a GPU machine: make env TORCH="torch" (or use your own environment; the package does not depend on .venv).
 TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,7 +23,7 @@ TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# The oldest supported versions, in an environment of their own: the CUDA build of torch, several GB.
+# The oldest supported versions, in a separate environment: the CUDA build of torch, several GB.
 OLDEST := build/oldest
 OLDEST_PYTHON ?= python3.12
 $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
@@ -36,7 +36,7 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST)/ready
 	CUDA_VISIBLE_DEVICES= $(OLDEST)/bin/python -m pytest $(ARGS)
 
-# The same environment with a GPU that accepts every call and computes nothing: what ends there ends on a card.
+# The same environment with a GPU that accepts every call and computes nothing: what fails there fails on a real card.
 # Needs gcc, g++ and the headers of a CUDA toolkit (CUDA_HOME).
 build/null/python: $(OLDEST)/ready $(wildcard tests/null/device/*)
 	tests/null/device/build.sh $(OLDEST)/bin/python build/null
@@ -53,8 +53,8 @@ format: env
 	$(BIN)/ruff check --no-cache --fix .
 	$(BIN)/ruff format --no-cache .
 
-# Tiny base -> data -> NF4 QLoRA over 2 processes -> merged model -> before and after. On the CPU on every machine: two
-# ranks on a machine with one GPU would be refused.
+# Data -> tiny base -> NF4 QLoRA over 2 processes -> merged model -> before and after. Always on the CPU: two ranks on a
+# machine with one GPU would be refused.
 demo: export CUDA_VISIBLE_DEVICES :=
 demo: export HF_HUB_OFFLINE := 1
 demo: env
@@ -65,8 +65,8 @@ demo: env
 	$(BIN)/python -m qlora_dist merge runs/demo build/demo/merged --onto dequantized
 	$(BIN)/python launch/demo/report.py
 
-# Everything that a CPU can measure, in under five minutes on two idle cores, then the report. Commit first: numbers are
-# traced to a commit (BENCH_ARGS=--allow-dirty measures changed files and says so).
+# Everything that a CPU can measure, in under five minutes on two idle cores, then the report. Commit first: results are
+# traced to a commit (BENCH_ARGS=--allow-dirty measures changed files and marks the results).
 bench: env
 	$(BIN)/python -c "import trl" 2>/dev/null || \
 	  $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,benchmark]"
@@ -75,12 +75,12 @@ bench: env
 	$(BIN)/python -m benchmarks.planned --out benchmarks/results/cpu/planned.json $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.report
 
-# The ratios that the regression test compares a fresh run with. Record them anew when they changed for a good reason.
+# The ratios that the regression test compares a fresh run with. Record them again when they change for a good reason.
 bench-ratios: env
 	$(BIN)/python -m benchmarks.throughput --preset tiny --out build/bench-tiny $(BENCH_ARGS) \
 	  --ratios benchmarks/results/cpu/ratios.json
 
-# One GPU: what is still unmeasured for this code, most valuable first. Start it again with the same OUT to go on.
+# One GPU: what is still unmeasured for this code, most valuable first. Run it again with the same OUT to continue.
 bench-gpu: OUT ?= build/gpu
 bench-gpu:
 	bash benchmarks/gpu/queue.sh $(OUT) $(SECONDS_LEFT)

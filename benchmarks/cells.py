@@ -1,4 +1,4 @@
-"""What is compared: a cell is one model, trained one way. A group of cells is measured in turns, in one run."""
+"""What is compared: a cell is one model, trained one way. The cells of a group are measured in one run, in turns."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ ENGINES = ("ours", "trainer", "trl", "unsloth", "gemm")
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement. `engine` gemm is the machine's own rate at the shape's products, measured in the same turns."""
+    """One measurement. `engine` gemm is the machine's rate for the shape's products, measured in the same turns."""
 
     engine: str
     method: str
     shape: str
     row_tokens: int
-    layers: int | None = None  # None: all of the shape
+    layers: int | None = None  # None: all layers of the shape
     rows_per_step: int = 1
     micro_rows: int = 1
     recompute: str | int = "full"
@@ -38,16 +38,16 @@ class Cell:
     strategy: str = "ddp"
     ranks: int = 1
     data: str = "alpaca"
-    rank: int = 16  # of the adapters
-    cap_gib: float | None = None  # memory that the cell may use
-    threads: int | None = None  # CPU threads of a rank; None: all cores shared by the ranks
+    rank: int = 16  # LoRA rank
+    cap_gib: float | None = None  # memory limit
+    threads: int | None = None  # CPU threads per rank; None: all cores, shared by the ranks
 
     def __post_init__(self) -> None:
         assert self.engine in ENGINES and (self.method in METHODS or self.engine == "gemm"), self
 
     @property
     def name(self) -> str:
-        """File name of its raw result; differs for different cells."""
+        """File name of its raw result; unique to the cell."""
         depth = "" if self.layers is None else f"-{self.layers}l"
         parts = [f"{self.shape}{depth}", self.engine, self.method, f"t{self.row_tokens}x{self.micro_rows}"]
         if self.rows_per_step != self.micro_rows:
@@ -62,12 +62,12 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """What a reader calls it."""
-        who = {"ours": "qlora_dist", "trainer": "Trainer + PEFT", "trl": "TRL", "unsloth": "Unsloth"}.get(self.engine)
-        if who is None:
+        """Its name in the report."""
+        name = {"ours": "qlora_dist", "trainer": "Trainer + PEFT", "trl": "TRL", "unsloth": "Unsloth"}.get(self.engine)
+        if name is None:
             return "GEMM alone"
-        parts = [who, self.method, self.variant, f"recompute {self.recompute}"]
-        parts += [] if self.packing else ["padded" if self.engine != "ours" else "one document a micro-step"]
+        parts = [name, self.method, self.variant, f"recompute {self.recompute}"]
+        parts += [] if self.packing else ["padded" if self.engine != "ours" else "one document per micro-step"]
         parts += [f"{self.strategy} x {self.ranks}"] if self.ranks > 1 or self.strategy != "ddp" else []
         return ", ".join(part for part in parts if part)
 
@@ -90,19 +90,19 @@ class Group:
 
 @dataclass(frozen=True)
 class Preset:
-    """A grid with how long each cell is measured."""
+    """A grid of cells, and how long each is measured."""
 
     groups: tuple[Group, ...]
     warmup_steps: int
-    steps: int  # timed, over all turns
+    steps: int  # timed steps, over all turns
     turns: int
     instrumented_steps: int
-    timeout_seconds: float  # of one cell
-    profile_steps: int = 0  # under torch's profiler, after all others
+    timeout_seconds: float  # per cell
+    profile_steps: int = 0  # under torch's profiler, after all other steps
 
     @property
     def num_steps(self) -> int:
-        """Most steps that a cell takes: what its data must be enough for."""
+        """The most steps that a cell takes; its data must suffice for them."""
         counted = self.warmup_steps + self.steps + self.turns + self.instrumented_steps
         return counted + self.profile_steps + (WARMUP_STEPS if self.profile_steps else 0) + 1
 
@@ -115,23 +115,23 @@ def tiny() -> Preset:
 
 
 def cpu() -> Preset:
-    """Under five minutes on two idle cores: methods by memory, this package beside its peers, ranks.
+    """Under five minutes on two idle cores: methods by memory, this package against its peers, ranks.
 
-    int8 is left to `cpu_all`: on a CPU its products run in fp16, at a small part of the speed.
+    int8 is only in `cpu_all`: on a CPU its products run in fp16, at a fraction of the speed.
     """
     return Preset((_cpu_methods(("full-bf16", "lora-bf16", "nf4-dq")), _cpu_peers(), _cpu_ranks()), 2, 20, 4, 1, 240)
 
 
 def cpu_all() -> Preset:
-    """Every method and variant that a CPU can run, about twice as long."""
+    """Every method and variant that a CPU can run; takes about twice as long."""
     methods = _cpu_methods(tuple(method for method in METHODS if method != "full-fp16"))
     unpacked = Cell("ours", "nf4-dq", "cpu-40m", 256, packing=False, rows_per_step=2)
-    alone = Group((unpacked,), title="one document a micro-step")
+    alone = Group((unpacked,), title="one document per micro-step")
     return Preset((methods, _cpu_peers(), _cpu_ranks(), alone), 2, 20, 4, 2, 600)
 
 
 def _cpu_methods(names: tuple[str, ...]) -> Group:
-    """Weights of 16 bits and less differ by more here than all else that a process holds."""
+    """The 80M shape: large enough that the memory of the weights dominates the differences between methods."""
     ours = Cell("ours", "nf4-dq", "cpu-80m", 128)
     cells = (Cell("gemm", "bf16", "cpu-80m", 128), *(replace(ours, method=name) for name in names))
     return Group(cells, title="methods")
@@ -190,11 +190,11 @@ def gpu_shape(shape: str, layers: int | None, row_tokens: int = 2048) -> tuple[G
 
 
 def fair(shape: str = "8b", layers: int | None = None) -> Preset:
-    """One shape beside its peers in minutes: packed full rows of 2,048 tokens, 8,192 a micro-step.
+    """One shape against its peers in minutes: full rows of 2,048 tokens, 8,192 tokens per micro-step.
 
-    Every document fills its row, so that nobody pads and all attend to the same lengths: what is left is the step. In
-    order of value, for a time limit that cuts the list. 3 + 12 + 2 steps a cell: at these sizes a step takes about a
-    second, and the median of 12 is steady to a few percent.
+    Every document fills its row, so that no engine pads and attention lengths are equal: only the step itself differs.
+    In order of value, since a time limit cuts the list short. 3 + 12 + 2 steps per cell: at these sizes a step takes
+    about a second, and the median of 12 is stable to a few percent.
     """
     ours = Cell("ours", "nf4-dq", shape, 2048, layers=layers, data="full", rows_per_step=4, micro_rows=4)
     trl = replace(ours, engine="trl", variant="best")
@@ -211,7 +211,7 @@ def fair(shape: str = "8b", layers: int | None = None) -> Preset:
 
 
 def depth() -> Preset:
-    """8B whole, in minutes: a large micro-step and a small one, recomputed or not, and the best of TRL."""
+    """8B at full depth, in minutes: a large and a small micro-step, with and without recomputation, and TRL's best."""
     large = Cell("ours", "nf4-dq", "8b", 2048, data="full", rows_per_step=4, micro_rows=4)
     small = replace(large, rows_per_step=1, micro_rows=1)
     cells = (
@@ -230,7 +230,7 @@ def gpu(shape: str = "1b", layers: int | None = None, row_tokens: int = 2048) ->
 
 
 def peaks() -> Preset:
-    """A few steps of many shapes on one GPU: measured peaks beside planned ones."""
+    """A few steps of many shapes on one GPU: measured peaks against planned ones."""
     shapes = (("1b", None), ("8b", 8), ("8b", None), ("13b", 8), ("65b", 4), ("70b", 4))
     cells = [
         Cell("ours", method, shape, 2048, layers=layers, data="full", rows_per_step=micro, micro_rows=micro,

@@ -1,4 +1,4 @@
-"""Bar charts as SVG text: no library, no script, readable in both colour schemes."""
+"""Bar charts as SVG text: no library, no script, readable in light and dark mode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTH, LABEL_WIDTH, BAR, GAP = 900, 360, 20, 8
 
 @dataclass(frozen=True)
 class Bar:
-    """One line of a chart: stacked parts, with a whisker from `low` to `high` where the spread is known."""
+    """One bar of a chart: stacked parts, with a whisker from `low` to `high` where the spread is known."""
 
     label: str
     parts: tuple[float, ...]
@@ -21,7 +21,7 @@ class Bar:
 
 
 def bar_chart(title: str, bars: Sequence[Bar], unit: str, names: Sequence[str] = ()) -> str:
-    """Horizontal bars; `names` are what the parts of a stacked bar are."""
+    """Horizontal bars; `names` label the parts of a stacked bar."""
     largest = max((max(sum(bar.parts), bar.high or 0.0) for bar in bars), default=0.0) or 1.0
     scale = (WIDTH - LABEL_WIDTH - 110) / largest
     top = 34 + (22 if names else 0)
@@ -64,7 +64,7 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str, names: Sequence[str] =
 
 
 def number(value: float) -> str:
-    """Four digits that matter: 12,340 or 123.4 or 0.1234."""
+    """About four significant digits: 12,340 or 123.4; below 1, three decimals: 0.123."""
     if value == 0:
         return "0"
     digits = max(0, 4 - len(str(int(abs(value))))) if abs(value) >= 1 else 3

@@ -1,8 +1,8 @@
-"""Turns and clocks of one cell: who may step when, and how long each step took.
+"""Turns and timing of one cell: when it may step, and how long each step took.
 
-The cells of a group are processes that are all loaded at once and step alternately, a few steps a turn, so that a slow
-moment of the machine meets all alike. The parent (throughput) writes `turn N` to a worker's input and waits for its
-answer; a worker that runs alone takes its steps in one go.
+The cells of a group are processes that are all loaded at once and step alternately, a few steps per turn, so that a
+slow moment of the machine affects all of them equally. The parent (throughput) writes `turn N` to a worker's stdin and
+waits for its answer; a worker that runs alone takes its steps in one go.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ PHASES = ("data", "forward", "backward", "communication", "optimizer")
 
 
 class Conductor:
-    """Called by an engine after every step; says whether to go on.
+    """Called by an engine after every step; its answer is whether to continue.
 
-    Steps: warm-up, then timed ones in turns, then instrumented ones (with a device synchronization at every border of
-    a phase, so they are kept apart from the timed ones), then those under the profiler, where it is asked for.
+    Steps: warm-up, then timed ones in turns, then instrumented ones (with a device synchronization at every phase
+    boundary, so they are kept apart from the timed ones), then profiled ones, if requested.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Conductor:
         self._orders, self._answers = orders, answers
         self._profile = StepProfile(device, profile_steps, self._sync)
         self._is_profiled = False
-        self.state_after: dict[str, float | None] | None = None  # of the device, right after the last timed step
+        self.state_after: dict[str, float | None] | None = None  # device state right after the last timed step
         self._turn_left = 0
         self._events: list[Any] = []
         self._pending: list[dict[str, Any]] = []
@@ -60,7 +60,7 @@ class Conductor:
 
     @property
     def profile(self) -> dict[str, Any] | None:
-        """Table of kernels (`profiling.table_of`); None where none was asked for, or its steps are not done."""
+        """Kernel table (`profiling.table_of`); None if no profile was requested or its steps are not finished."""
         return self._profile.table
 
     def start(self) -> None:
@@ -93,27 +93,27 @@ class Conductor:
         return self._next_turn("turn")
 
     @contextmanager
-    def phase(self, name: str, besides: tuple[str, ...] = ()) -> Iterator[None]:
-        """Around a part of a step, less what the phases `besides` take inside of it. Costs nothing outside of the
-        instrumented steps."""
+    def phase(self, name: str, excluding: tuple[str, ...] = ()) -> Iterator[None]:
+        """Times a part of a step, minus the phases in `excluding` inside it. Costs nothing outside the instrumented
+        steps."""
         if not self.is_instrumented:
             yield
             return
         self._sync()
-        inside = sum(self._current.get(other, 0.0) for other in besides)
+        inside = sum(self._current.get(other, 0.0) for other in excluding)
         started = time.perf_counter()
         yield
         self._sync()
-        inside = sum(self._current.get(other, 0.0) for other in besides) - inside
+        inside = sum(self._current.get(other, 0.0) for other in excluding) - inside
         self.add(name, time.perf_counter() - started - inside)
 
     def add(self, name: str, seconds: float) -> None:
-        """Time of a phase that an engine measured itself."""
+        """Adds time of a phase that the engine measured itself."""
         if self.is_instrumented:
             self._current[name] = self._current.get(name, 0.0) + seconds
 
     def split(self) -> dict[str, float]:
-        """Mean seconds of each phase over the instrumented steps; `other` is what no phase covers."""
+        """Mean seconds of each phase over the instrumented steps; `other` is the time that no phase covers."""
         if not self.phases:
             return {}
         mean = {key: sum(step[key] for step in self.phases) / len(self.phases) for key in (*PHASES, "total")}
@@ -124,7 +124,7 @@ class Conductor:
 
     def _record(self, num_tokens: int, num_labels: int, loss: float | None) -> None:
         sample = {"tokens": num_tokens, "labels": num_labels, "loss": loss}
-        if self._device.type == "cuda":  # no synchronization a step: peers may run ahead of the device
+        if self._device.type == "cuda":  # no synchronization per step: peers may run ahead of the device
             self._events.append(torch.cuda.Event(enable_timing=True))
             self._events[-1].record()
             self._pending.append(sample)
@@ -146,14 +146,14 @@ class Conductor:
             self._turn_left = int(order[1])
             self._resume()
             return True
-        if event == "turn":  # before anything else runs: the clocks are still those of the load
+        if event == "turn":  # before anything else runs: the clocks still reflect the load
             self.state_after = provenance.device_state(self._device)
         self.is_instrumented = self._instrumented_left > 0
         self._resume()
         return self.is_instrumented or self._start_profile()
 
     def _start_profile(self) -> bool:
-        self.is_instrumented = False  # no synchronization at the borders of phases any more
+        self.is_instrumented = False  # no more synchronization at phase boundaries
         self._is_profiled = self._profile.start()
         return self._is_profiled
 

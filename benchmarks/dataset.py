@@ -1,7 +1,7 @@
 """One tokenized data set on disk that every method of a run reads, and the documents of each of its steps.
 
-Real instructions (an Alpaca file with a real tokenizer of the model's vocabulary) where they are given; else drawn ids
-with the lengths of that family, or rows that one document fills. tokens.jsonl holds `input_ids` and `labels` a line.
+Real instructions (an Alpaca file and a real tokenizer of the model's vocabulary size) where available; otherwise random
+ids with Alpaca-like lengths, or rows that one document fills. tokens.jsonl has `input_ids` and `labels` on each line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NUM_DOCUMENTS = 2000
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What the data are. `fill`: share of slots that hold a token, packed, or padded to a row each."""
+    """Facts about the data. `fill`: share of slots that hold a token, packed, or with each document padded to a row."""
 
     kind: str
     num_documents: int
@@ -42,13 +42,13 @@ class DatasetFacts:
 
 
 def shared_data() -> Path | None:
-    """Folder of real samples: QLORA_DIST_SHARED, or a folder `shared` beside the checkout."""
+    """Folder of real samples: QLORA_DIST_SHARED, or a folder `shared` next to the checkout."""
     folder = Path(os.environ.get("QLORA_DIST_SHARED", ROOT.parent / "shared")) / "data"
     return folder if folder.is_dir() else None
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> bool:
-    """Puts a tokenizer of this vocabulary into a model folder: a real one where there is one. Says which."""
+    """Writes a tokenizer of this vocabulary size to a model folder. Returns whether it is a real one."""
     real = shared_data()
     if vocabulary == 4096 and real is not None and (real / "models" / "tinybase6m" / "tokenizer.json").exists():
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -64,14 +64,14 @@ def write_tokenizer(folder: Path, vocabulary: int) -> bool:
 
 
 def write_dataset(folder: Path, model: Path, *, kind: str, row_tokens: int, vocabulary: int) -> DatasetFacts:
-    """Writes tokens.jsonl. kind: alpaca (real, else the same lengths with drawn ids), drawn, or full rows."""
+    """Writes tokens.jsonl. kind: alpaca (real, or random ids of the same lengths), drawn (random), or full (rows)."""
     folder.mkdir(parents=True, exist_ok=True)
     facts_file = folder / "facts.json"
     if facts_file.exists():
         return DatasetFacts(**json.loads(facts_file.read_text()))
     documents = _real_documents(folder, model, row_tokens, vocabulary) if kind == "alpaca" else None
     if documents is None:
-        kind = "full rows of drawn ids" if kind == "full" else "drawn ids, lengths of the Alpaca family"
+        kind = "full rows of random ids" if kind == "full" else "random ids, Alpaca-like lengths"
         end = load_tokenizer(str(model)).eos_token_id
         documents = _drawn_documents(row_tokens, vocabulary, end, is_full=kind.startswith("full"))
     else:
@@ -117,7 +117,7 @@ def _real_documents(folder: Path, model: Path, row_tokens: int, vocabulary: int)
 
 
 def _drawn_documents(row_tokens: int, vocabulary: int, end: int, is_full: bool) -> list[Any]:
-    """(ids, labels) of each. All end in the end token, as the trainer asks of any data."""
+    """(ids, labels) of each. All end in the end token, as the trainer requires."""
     generator = np.random.default_rng(0)
     lengths = np.exp(generator.normal(4.6, 0.7, NUM_DOCUMENTS))  # median 100 tokens
     if is_full:
@@ -133,9 +133,9 @@ def _drawn_documents(row_tokens: int, vocabulary: int, end: int, is_full: bool) 
 
 
 def documents_of_steps(loader: Loader, rows: Rows, num_steps: int) -> list[list[list[int]]]:
-    """Step -> micro-step -> documents, as this package's loader deals them to one rank.
+    """Step -> micro-step -> documents, as this package's loader assigns them to one rank.
 
-    Peers are given the same documents in the same steps, so that only how they compute differs.
+    Peers get the same documents in the same steps, so that only the computation differs.
     """
     steps = []
     for step in range(num_steps):

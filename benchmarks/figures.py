@@ -1,4 +1,4 @@
-"""Raw samples of a cell -> the figures that are compared. Pure functions of raw data."""
+"""Raw samples of a cell -> the results that are compared. Pure functions of raw data."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from .shapes import shape_of
 
-# dense 16-bit FLOP/s of data sheets, by what the device's name contains
+# dense 16-bit FLOP/s from datasheets, by a part of the device's name
 DATASHEET_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "4090": 165e12}
 
 
 def of(result: dict[str, Any], gemm: dict[str, Any] | None, device: str = "") -> dict[str, Any]:
-    """Figures of one cell: rates (median, spread), memory, start-up, and the share of what the machine can do."""
+    """Results of one cell: rates (median, spread), the share of what the machine can do, and energy per token."""
     samples = result["samples"]
     if result["status"] != "ok" or not samples:
         return {}
@@ -40,12 +40,12 @@ def of(result: dict[str, Any], gemm: dict[str, Any] | None, device: str = "") ->
     found["share_of_measured_gemm"] = None if rate is None else achieved / rate
     if result.get("energy_joules"):
         tokens = sum(sample["tokens"] for sample in samples)
-        found["joules_per_token"] = result["energy_joules"] / tokens  # of the whole cell, start-up included
+        found["joules_per_token"] = result["energy_joules"] / tokens  # of the whole cell, including startup
     return found
 
 
 def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Rates over each other, of cells that stepped in turns: what stays the same on a faster machine."""
+    """Ratios of rates of cells that stepped in turns; they stay the same on a faster machine."""
     rate = {
         (r["cell"]["engine"], r["cell"]["method"]): r["figures"]["tokens_per_second"]["median"]
         for r in results
@@ -69,7 +69,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def one_line(result: dict[str, Any]) -> str:
-    """For the terminal, while a grid runs."""
+    """One line for the terminal while a grid runs."""
     if result["status"] == "oom":
         return out_of_memory(result)
     if result["status"] != "ok":
@@ -86,9 +86,9 @@ def one_line(result: dict[str, Any]) -> str:
 
 
 def out_of_memory(result: dict[str, Any]) -> str:
-    """OOM at X GiB, plan said Y."""
+    """`OOM at X GiB, planned Y GiB`."""
     memory = result.get("memory") or {}
     reached = memory.get("reserved_bytes", memory.get("peak_bytes"))
     plan = (result.get("plan") or {}).get("peak_bytes")
-    at = f"at {reached / 2**30:.1f} GiB" if reached is not None else "(ended by the system)"
-    return f"OOM {at}, " + (f"plan said {plan / 2**30:.1f} GiB" if plan is not None else "no plan")
+    at = f"at {reached / 2**30:.1f} GiB" if reached is not None else "(killed by the system)"
+    return f"OOM {at}, " + (f"planned {plan / 2**30:.1f} GiB" if plan is not None else "no plan")

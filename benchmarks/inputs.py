@@ -1,5 +1,5 @@
-"""What cells read, made once a run: model folders, tokenized data, the documents of steps, adapter weights to start
-from. And what the package's memory plan says of a cell."""
+"""What cells read, created once per run: model folders, tokenized data, the documents of steps, initial adapters. Also
+the package's memory plan of a cell."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .shapes import DRAWN, config_json, shape_of, write_model
 
 
 def prepare(cell: Cell, scratch: Path, num_steps: int) -> dict[str, Any]:
-    """Folders and lists for a worker's spec. What is there from an earlier cell is used again."""
+    """Folders and lists for a worker's spec. Reuses what an earlier cell created."""
     if cell.engine == "gemm":
         return {"model": "", "data": "", "initial": ""}
     model, data = _folders(cell, scratch)
@@ -46,7 +46,7 @@ def prepare(cell: Cell, scratch: Path, num_steps: int) -> dict[str, Any]:
 
 
 def too_large(cell: Cell, scratch: Path) -> str | None:
-    """Why this machine cannot hold the cell's weights on disk; None when it can, or need not."""
+    """Why the cell's weights do not fit on this machine's disk; None if they do or need not."""
     if cell.engine == "gemm":
         return None
     reason = _fits_on_disk(cell, scratch)
@@ -56,7 +56,7 @@ def too_large(cell: Cell, scratch: Path) -> str | None:
 
 
 def _fits_on_disk(cell: Cell, scratch: Path) -> str | None:
-    """None, or by how much the shape's 16-bit weights are too large."""
+    """None if the shape's 16-bit weights fit on the disk, or how large they are and how much is free."""
     if (_folders(cell, scratch)[0] / "model.safetensors.index.json").exists():
         return None
     needed = 2 * shape_of(cell.shape, cell.layers).parameters
@@ -67,7 +67,7 @@ def _fits_on_disk(cell: Cell, scratch: Path) -> str | None:
 
 
 def facts_of(cell: Cell, scratch: Path) -> dict[str, Any] | None:
-    """What the data of a cell are."""
+    """Facts about a cell's data."""
     if cell.engine == "gemm":
         return None
     path = _folders(cell, scratch)[1] / "facts.json"
@@ -75,7 +75,7 @@ def facts_of(cell: Cell, scratch: Path) -> dict[str, Any] | None:
 
 
 def planned(cell: Cell, scratch: Path) -> dict[str, Any] | None:
-    """What `plan` says of the cell; None where it cannot say. Only for this package's own cells."""
+    """The memory plan of a cell as JSON; None if it cannot be planned. Only for this package's cells."""
     if cell.engine != "ours":
         return None
     try:
@@ -93,7 +93,7 @@ def planned(cell: Cell, scratch: Path) -> dict[str, Any] | None:
             world_size=cell.ranks,
             device_bytes=None if cell.cap_gib is None else int(cell.cap_gib * 2**30),
         )
-    except UserError as error:  # a plan that refuses is a finding, not the end of a measurement
+    except UserError as error:  # a refused plan is a result; the measurement continues
         return {"error": str(error)}
     found: dict[str, Any] = plan.to_json()
     return found
@@ -105,8 +105,8 @@ def _folders(cell: Cell, scratch: Path) -> tuple[Path, Path]:
 
 
 def _initial_adapter(cell: Cell, model: Path, scratch: Path) -> Path:
-    """The adapter weights that this package starts from, for the peers. Drawn on a model of the shape without storage
-    would skip the draw, so the linear layers are made one by one."""
+    """The adapter weights that this package starts from, for the peers. On a model without storage nothing would be
+    initialized, so each linear layer gets a weight with (almost) no storage."""
     path = scratch / f"adapter-{model.name}-r{cell.rank}.safetensors"
     if not path.exists():
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -115,7 +115,7 @@ def _initial_adapter(cell: Cell, model: Path, scratch: Path) -> Path:
 
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-        # PEFT puts an adapter where its layer is: on meta it would have no values, so layers get a stored weight
+        # PEFT places an adapter on its layer's device: on meta it would have no values, so layers get a stored weight
         for module in base.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight = torch.nn.Parameter(torch.empty(1).expand(module.weight.shape), requires_grad=False)

@@ -1,11 +1,11 @@
-"""Peak host memory and time of loading a 16-bit model in 4 bit: this package and transformers, each in its own process.
+"""Peak host memory and time of loading a 16-bit model in 4 bits: this package and transformers, in separate processes.
 
     python benchmarks/loading.py --out benchmarks/results/cpu/loading.json
 
-A Llama with random bf16 weights is written in several safetensors files and read back (from the page cache: times say
-what the processor does, not the disk). `shared` is strategy fsdp on two ranks, the larger figure of the two. Two peaks
-are recorded: resident memory, which counts pages of mapped files, and the anonymous part of it, which no other process
-shares. `held` is the base itself; on a GPU it would not be in host memory: look at what is above it.
+A Llama with random bf16 weights is written to several safetensors files and read back (from the page cache: times
+measure the processor, not the disk). `shared` is strategy fsdp on two ranks, the larger result of the two. Two peaks
+are recorded: resident memory, which includes pages of mapped files, and its anonymous part, which no other process
+shares. `held` is the base itself, which on a GPU would not be in host memory: compare what is above it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MIB = 2**20
 
 
 def write_model(folder: Path, num_layers: int) -> int:
-    """A Llama of width 2048 in one file a layer; returns its bytes."""
+    """Writes a Llama of width 2048, one file per layer; returns its bytes."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -58,7 +58,7 @@ def status(field: str) -> int:
 
 
 def measure(how: str, source: str, out: str) -> dict[str, float]:
-    """In a process of its own: peaks over the state after the imports, seconds, bytes of the base in memory."""
+    """Runs in its own process: peaks above the state after the imports, seconds, bytes of the base in memory."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -108,7 +108,7 @@ def measure(how: str, source: str, out: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=20, help="20 are 2.2 GiB, 40 are 4.1 GiB")
+    parser.add_argument("--layers", type=int, default=20, help="20: 2.2 GiB, 40: 4.1 GiB")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -132,8 +132,8 @@ def main() -> None:
             ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             results[how] = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
             shutil.rmtree(out, ignore_errors=True)
-            figures = {key: round(value / MIB) for key, value in results[how].items() if key.endswith("bytes")}
-            print(f"{how}: {figures} MiB, {results[how]['processor_seconds']:.0f} s of one core")
+            sizes = {key: round(value / MIB) for key, value in results[how].items() if key.endswith("bytes")}
+            print(f"{how}: {sizes} MiB, {results[how]['processor_seconds']:.0f} s of CPU time")
     record = {
         "what": "peak host memory above the state after imports, and time, to load or write a model in NF4",
         "command": f"python benchmarks/loading.py --layers {options.layers} --out {options.out}",

@@ -1,4 +1,4 @@
-"""Memory of a process, bytes: resident and anonymous on the CPU, allocated and reserved on a GPU; caps; by item."""
+"""Memory of a process, bytes: resident and anonymous on a CPU, allocated and reserved on a GPU; caps; by item."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def status_bytes(field: str) -> int:
-    """A line of /proc/self/status in bytes: VmRSS, VmHWM (largest VmRSS), RssAnon, RssFile. 0 where there is none."""
+    """A field of /proc/self/status in bytes: VmRSS, VmHWM (largest VmRSS), RssAnon, RssFile. 0 if it is missing."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -25,7 +25,7 @@ def status_bytes(field: str) -> int:
 
 
 class MemoryWatch:
-    """Peaks of three spans: start to loaded, and the steps. Absolute, and above what the imports alone took."""
+    """Peaks of two phases, loading and the steps: absolute, and above what the imports alone took."""
 
     def __init__(self, device: torch.device, interval_seconds: float = 0.05) -> None:
         self._device = device
@@ -37,7 +37,7 @@ class MemoryWatch:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def imported(self) -> None:
-        """Call when everything is imported and nothing is loaded."""
+        """Call when everything is imported and nothing is loaded yet."""
         _wake_libraries()
         gc.collect()
         self.baseline_rss, self.baseline_anonymous = status_bytes("VmRSS"), status_bytes("RssAnon")
@@ -46,7 +46,7 @@ class MemoryWatch:
     def loaded(self) -> None:
         """Call before the first step: from here on the peaks are those of training."""
         gc.collect()
-        # free pages that the allocator keeps from loading go back to the system, for every method alike
+        # return the free pages that the allocator keeps after loading to the system, for every method
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
@@ -62,7 +62,7 @@ class MemoryWatch:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def result(self) -> dict[str, Any]:
-        """All figures, bytes."""
+        """All results, bytes."""
         self._stopped.set()
         peak_rss, anonymous = status_bytes("VmHWM"), max(self._anonymous, status_bytes("RssAnon"))
         found: dict[str, Any] = {
@@ -74,7 +74,7 @@ class MemoryWatch:
             "max_rss_bytes": max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, peak_rss,
                                  self._load.get("rss_bytes", 0)),
         }  # fmt: skip
-        # of training, without interpreter and libraries: what a plan can know
+        # of training alone, without interpreter and libraries: what a plan can predict
         found["peak_bytes"] = anonymous - self.baseline_anonymous
         if self._device.type == "cuda":
             found["allocated_bytes"] = torch.cuda.max_memory_allocated(self._device)
@@ -88,8 +88,8 @@ class MemoryWatch:
 
 
 class DeviceWatch:
-    """The largest number of bytes that a GPU has in use while this is open: context, allocator, managed memory that
-    lies there, and other processes. Looked at every `interval_seconds`; None on a CPU."""
+    """The most bytes in use on a GPU while this is open: context, allocator, resident managed memory, and other
+    processes. Sampled every `interval_seconds`; None on a CPU."""
 
     def __init__(self, device: torch.device, interval_seconds: float = 1.0) -> None:
         self._device, self._interval = device, interval_seconds
@@ -115,7 +115,7 @@ class DeviceWatch:
 
 
 def _wake_libraries() -> None:
-    """One update of a 64 x 64 layer: what torch imports and allocates at first use is then part of the baseline."""
+    """One update of a 64 x 64 layer, so that what torch imports and allocates at first use is in the baseline."""
     layer = torch.nn.Linear(64, 64)
     inputs = torch.ones(64, 64, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -124,13 +124,13 @@ def _wake_libraries() -> None:
 
 
 def device_used_bytes(device: torch.device) -> int:
-    """What the whole device has in use now: the context and other processes too."""
+    """Bytes in use on the whole device now, including the context and other processes."""
     free, total = torch.cuda.mem_get_info(device)
     return total - free
 
 
 def set_cap(cap_bytes: int, device: torch.device) -> dict[str, int]:
-    """Plays a device with less memory. On CUDA the allocator gets the cap less the measured context; on a CPU the
+    """Emulates a device with less memory. On CUDA the allocator gets the cap minus the measured context; on a CPU the
     process's private memory (RLIMIT_DATA) may grow by the cap."""
     if device.type == "cuda":
         torch.zeros(1, device=device)
@@ -144,7 +144,7 @@ def set_cap(cap_bytes: int, device: torch.device) -> dict[str, int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on any device."""
+    """Whether an exception means that memory ran out, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()
@@ -160,13 +160,13 @@ def tensor_bytes(tensors: Any) -> int:
 
 
 def _storage(tensor: Any) -> torch.UntypedStorage:
-    """What lies behind a tensor on this rank; of a sharded one its own share."""
+    """A tensor's storage on this rank; for a sharded tensor, the local shard's."""
     local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.untyped_storage()
 
 
 def items(model: torch.nn.Module, optimizer: Any, trainable: Any, gradients: Any) -> dict[str, int]:
-    """Bytes that stay over a step, counted on the live tensors of any engine: base, adapters, gradients, states."""
+    """Bytes that persist over a step, from the live tensors of any engine: base, adapters, gradients, states."""
     trainable = list(trainable)
     own = {_storage(tensor).data_ptr() for tensor in trainable}
     base = []

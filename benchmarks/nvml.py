@@ -1,7 +1,6 @@
-"""What the NVIDIA driver says of a GPU: clocks, power, temperature, energy.
+"""What the NVIDIA driver reports about a GPU: clocks, power, temperature, energy.
 
-Through the driver's own library (libnvidia-ml) by ctypes: no Python package is needed for a few numbers. It is asked
-only; nothing is set.
+Through the driver's library (libnvidia-ml) and ctypes: no Python package is needed for a few numbers. Read-only.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ READINGS = ("sm_clock_mhz", "sm_clock_max_mhz", "memory_clock_mhz", "memory_cloc
 
 
 def readings(index: int = 0) -> dict[str, float | None]:
-    """Clocks (MHz, now and at most), power and its limit (watts), temperature (degrees Celsius) of a CUDA device.
+    """Clocks (MHz, current and maximum), power and its limit (watts), temperature (degrees Celsius) of a CUDA device.
 
-    None for each one that NVML does not say: no driver, a virtual device, a reading that the card does not have.
+    None for each reading that NVML does not report: no driver, a virtual device, a reading that the card lacks.
     """
     opened = _open(index)
     if opened is None:
@@ -45,7 +44,7 @@ def readings(index: int = 0) -> dict[str, float | None]:
 
 
 def energy_joules(index: int = 0) -> float | None:
-    """Energy that the GPU has used since its driver was loaded, joules; None where NVML does not say."""
+    """Energy that the GPU has used since its driver was loaded, joules; None if NVML does not report it."""
     opened = _open(index)
     millijoules = ctypes.c_ulonglong()
     if opened is None or not _succeeds(opened[0], "nvmlDeviceGetTotalEnergyConsumption", opened[1],
@@ -63,17 +62,17 @@ def _library() -> Any | None:
 
 @lru_cache(maxsize=16)
 def _open(index: int) -> tuple[Any, ctypes.c_void_p] | None:
-    """The library and its handle of a CUDA device; None where there is none."""
+    """The library and its handle of a CUDA device; None if there is none."""
     library = _library()
     if library is None or not _succeeds(library, "nvmlInit_v2"):
         return None
     handle = ctypes.c_void_p()
-    # NVML counts all GPUs of the machine, CUDA those that CUDA_VISIBLE_DEVICES leaves: only the name is the same
+    # NVML numbers all GPUs of the machine, CUDA those that CUDA_VISIBLE_DEVICES leaves: only the UUID is the same
     uuid = _uuid(index)
-    by_name = uuid is not None and _succeeds(
+    by_uuid = uuid is not None and _succeeds(
         library, "nvmlDeviceGetHandleByUUID", ctypes.c_char_p(uuid), ctypes.byref(handle)
     )
-    if by_name or _succeeds(library, "nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(handle)):
+    if by_uuid or _succeeds(library, "nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(handle)):
         return library, handle
     return None
 

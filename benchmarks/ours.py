@@ -1,4 +1,4 @@
-"""One cell run by this package: the trainer's own stages, loader and step, in the trainer's order."""
+"""Runs one cell with this package: the trainer's stages, loader and step, in the trainer's order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .work import LR, MAX_GRAD_NORM, sample_gradients
 def config_of(cell: Cell, model: Path, data: Path, scratch: Path) -> RunConfig:
     """The run config that a user would write for this cell."""
     quantization, double_quant, is_full = METHODS[cell.method]
-    # a shape whose 16-bit weights have no room on the disk is drawn layer by layer instead of read
+    # a shape whose 16-bit weights do not fit on the disk is initialized randomly, layer by layer, instead of read
     drawn = {"weights": "random"} if (model / DRAWN).exists() else {}
     return parse_config(
         {
@@ -57,7 +57,7 @@ def config_of(cell: Cell, model: Path, data: Path, scratch: Path) -> RunConfig:
 
 
 class TimedWorld:
-    """The world with a clock around what ranks do together; everything else is the world's own."""
+    """The world with a timer around its all-reduce; everything else is delegated."""
 
     def __init__(self, world: World, conductor: Conductor) -> None:
         self._world, self._conductor = world, conductor
@@ -71,16 +71,16 @@ class TimedWorld:
 
 
 class TimedUpdate:
-    """The strategy's update with a clock: what of a micro-step is neither forward nor communication is backward (under
-    ZeRO and FSDP with the communication that they do inside of it)."""
+    """The strategy's update with a timer: the part of a micro-step that is neither forward nor communication is
+    backward (under ZeRO and FSDP including their communication inside it)."""
 
     def __init__(self, update: Any, conductor: Conductor) -> None:
         self._update, self._conductor = update, conductor
-        if (reducer := getattr(update, "reducer", None)) is not None:  # of ddp and fsdp
+        if (reducer := getattr(update, "reducer", None)) is not None:  # ddp and fsdp
             finish = reducer.finish
 
             def timed_finish() -> None:
-                with conductor.phase("communication"):  # what of the sums did not overlap with the backward pass
+                with conductor.phase("communication"):  # the part that did not overlap with the backward pass
                     finish()
 
             reducer.finish = timed_finish
@@ -89,14 +89,14 @@ class TimedUpdate:
         return getattr(self._update, name)
 
     def forward_backward(self, loss_sum: Any, is_last: bool) -> torch.Tensor:
-        with self._conductor.phase("backward", besides=("forward", "communication")):
+        with self._conductor.phase("backward", excluding=("forward", "communication")):
             loss: torch.Tensor = self._update.forward_backward(loss_sum, is_last)
         return loss
 
 
 @dataclass
 class TimedTrainingModel(TrainingModel):
-    """The model with a clock around its forward pass."""
+    """The model with a timer around its forward pass."""
 
     conductor: Any = None
 
@@ -108,10 +108,10 @@ class TimedTrainingModel(TrainingModel):
 def run(
     cell: Cell, model_folder: Path, data_folder: Path, scratch: Path, conductor: Conductor, watch: Any
 ) -> dict[str, Any]:
-    """Trains until the conductor says stop; facts for the raw result (on every rank; rank 0 writes)."""
+    """Trains until the conductor stops it; returns facts for the raw result (on every rank; rank 0 writes)."""
     config = config_of(cell, model_folder, data_folder, scratch)
     with StopSignal() as stop, join_ranks(config, stop) as world:
-        check_model(config, world)  # not `check_run`: no checkpoint is written, so no disk is needed for one
+        check_model(config, world)  # not `check_run`: no checkpoint is written, so no disk space is needed for one
         data = build_data(config, world)
         watch.imported()
         timed_world: Any = TimedWorld(world, conductor)
@@ -139,7 +139,7 @@ def run(
             if step == 0:
                 first = {"loss": stats.loss, "gradients": sample_gradients(trainable_parameters(model.module))}
             if not conductor.step_done(stats.num_tokens, stats.num_labels, stats.loss):
-                break  # all ranks count the same steps
+                break  # all ranks count the same steps, so all stop here
             waited = time.perf_counter()
         for phase in conductor.phases:  # the rest of train_step: norm, scaling, update
             parts = sum(phase[name] for name in ("data", "forward", "backward", "communication"))
@@ -160,12 +160,12 @@ def run(
 class _ScaledStep:
     """Full fine-tuning in fp16: the step with a loss scale.
 
-    For comparison only: the trainer refuses float16 (its config says why), so this step is the benchmark's own. It is
-    `train_step` with torch's GradScaler around the backward pass and the update.
+    For comparison only: the trainer has no float16, so this step belongs to the benchmark. It is `train_step` with
+    torch's GradScaler around the backward pass and the update.
     """
 
     def __init__(self, model: TrainingModel) -> None:
-        update: Any = model.update  # of ddp: the only strategy whose parts are in reach
+        update: Any = model.update  # of ddp: the only strategy whose parts are accessible
         self._flat, self._optimizer = update._flat, update._optimizer
         device = self._flat.grads[0].device.type
         self._scaler = torch.amp.GradScaler(device, init_scale=2.0**10)

@@ -2,11 +2,11 @@
 
     python benchmarks/packing.py --out benchmarks/results/cpu/packing.json
 
-Lengths are made as those of the Alpaca family are: many short documents, a long tail. Each round times, in turn,
-- plan: lengths -> rows (what this package does before a run; tokens stay where they are on disk),
-- rows: the same, and the tokens of all rows copied in their order (what TRL's `pack_dataset` gives),
-- trl: TRL's `pack_dataset(strategy="bfd")` of an in-memory dataset, one process, its own batches.
-`trl` is needed for the last only (pip install trl); without it the file says so.
+Lengths are distributed like Alpaca's: many short documents, a long tail. Each round times, one after another,
+- plan: lengths -> rows (what this package does before a run; tokens stay on disk),
+- rows: the same, plus copying the tokens of all rows in order (what TRL's `pack_dataset` returns),
+- trl: TRL's `pack_dataset(strategy="bfd")` of an in-memory dataset, one process, its default batches.
+`trl` is needed only for the last (pip install trl); without it, `trl_version` in the file is null.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qlora_dist.data.packing import Rows, hashed_order, pack_best_fit
 
 
 def alpaca_like_lengths(count: int, longest: int) -> np.ndarray:
-    """Lognormal with median 100 tokens; mean about 127."""
+    """Log-normal with a median of 100 tokens; mean about 127."""
     lengths = np.exp(np.random.default_rng(0).normal(4.6, 0.7, count))
     return np.clip(lengths, 8, longest).astype(np.int32)
 
@@ -46,7 +46,7 @@ def gather_rows(rows: Rows, lengths: np.ndarray, tokens: np.ndarray) -> np.ndarr
 
 
 def trl_rows(lengths: np.ndarray, tokens: np.ndarray, row_tokens: int) -> tuple[Callable[[], Any], str] | None:
-    """The same work by TRL, and its version; None where it is not installed."""
+    """The same work by TRL, and its version; None if it is not installed."""
     try:
         import trl
     except ImportError:
@@ -69,7 +69,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure(num_documents: int, row_tokens: int, rounds: int) -> dict[str, Any]:
-    """All samples, interleaved, so that a slow moment of the machine meets all alike."""
+    """All samples, interleaved, so that a slow moment of the machine affects all of them equally."""
     lengths = alpaca_like_lengths(num_documents, row_tokens)
     tokens = np.arange(lengths.sum(), dtype=np.int32)
     peer = trl_rows(lengths, tokens, row_tokens)
@@ -105,7 +105,7 @@ def measure(num_documents: int, row_tokens: int, rounds: int) -> dict[str, Any]:
 
 
 def measure_balance(rows: Rows, lengths: np.ndarray, num_steps: int = 50) -> list[dict[str, Any]]:
-    """How far the ranks' attention (sum of squared lengths) is apart in a step: largest over smallest, less one."""
+    """Spread of attention work (sum of squared lengths) over the ranks of a step: largest over smallest, minus 1."""
     squares = rows.sum_by_row(lengths.astype(np.int64) ** 2)
     costs = row_costs(rows, lengths)
     order = hashed_order(len(rows), 0, 0)
@@ -136,7 +136,7 @@ def _spread(sums: list[Any]) -> float:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system has it."""
+    """The processor's name as reported by the system."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,15 +1,15 @@
-"""One cell run by a stock trainer: transformers' Trainer with PEFT and bitsandbytes, TRL's SFTTrainer, or Unsloth.
+"""Runs one cell with a stock trainer: transformers' Trainer with PEFT and bitsandbytes, TRL's SFTTrainer, or Unsloth.
 
-Each does the work of our cell: same weights, same documents in the same steps, same adapter weights at the start, same
-optimizer, rate and clipping. Two declared variants:
+Each does the same work as this package's cell: same weights, same documents in the same steps, same initial adapter
+weights, same optimizer, learning rate and clipping. Two declared variants:
 
-    default  what its documentation shows. Trainer: prepare_model_for_kbit_training (norms, embeddings and head in fp32,
+    default  as in its documentation. Trainer: prepare_model_for_kbit_training (norms, embeddings and head in fp32,
              reentrant checkpointing), padded batches. TRL: its defaults (bf16, checkpointing, padded batches).
              Unsloth: its defaults (its own checkpointing, padded batches).
     best     the documents of a micro-batch in one row without padding (DataCollatorWithFlattening; padding_free), the
-             base not cast to fp32, recomputation as the cell says; flash attention where it is installed.
+             base not cast to fp32, recomputation as set by the cell; flash attention where it is installed.
 
-Only how documents come to a step is replaced (`get_train_dataloader`); collators, losses and loops are theirs.
+Only the assignment of documents to steps is replaced (`get_train_dataloader`); collators, losses and loops are theirs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def run(
     steps: list[list[list[int]]],
     initial: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """Trains until the conductor says stop; facts for the raw result. `initial`: adapter weights to start from."""
+    """Trains until the conductor stops it; returns facts for the raw result. `initial`: initial adapter weights."""
     if cell.engine == "unsloth":
         import unsloth  # noqa: F401  it patches what is imported after it
     import datasets  # noqa: F401
@@ -48,7 +48,7 @@ def run(
 
     if cell.engine != "trainer":
         from trl import SFTTrainer  # noqa: F401
-    # imported before the baseline of memory is taken
+    # imported before the memory baseline is taken
     transformers.utils.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
     documents = read_documents(data_folder)
@@ -108,7 +108,7 @@ def _load(cell: Cell, folder: Path) -> Any:
 
 
 def _attention(cell: Cell) -> str:
-    """best takes flash attention where it is installed, else SDPA with transformers' own borders of documents."""
+    """best uses flash attention where it is installed, otherwise SDPA with transformers' document boundaries."""
     from transformers.utils import is_flash_attn_2_available
 
     return "flash_attention_2" if cell.variant == "best" and is_flash_attn_2_available() else "sdpa"
@@ -136,15 +136,15 @@ def _load_unsloth(cell: Cell, folder: Path) -> Any:
 
 
 def _set_adapter(model: Any, initial: dict[str, torch.Tensor]) -> None:
-    """Copies the same adapter weights into any engine's model, in the type that the engine gave them."""
+    """Copies the same adapter weights into any engine's model, keeping the engine's dtype."""
     from qlora_dist.model.lora import trainable_parameters
 
     if not initial:
         return
     live = trainable_parameters(model)
     if live.keys() != initial.keys():
-        odd = sorted(live.keys() ^ initial.keys())[:3]
-        raise RuntimeError(f"the peer trains other weights than this package: {odd}")
+        different = sorted(live.keys() ^ initial.keys())[:3]
+        raise RuntimeError(f"the peer trains different weights than this package: {different}")
     with torch.no_grad():
         for name, parameter in live.items():
             parameter.copy_(initial[name])
@@ -215,7 +215,7 @@ def _trainer(
 
 
 def _with_our_documents(base: Any, steps: list[list[list[int]]]) -> Any:
-    """The trainer class with the documents of each micro-step given; collator and preparation stay its own."""
+    """The trainer class with given documents for each micro-step; collator and preparation are unchanged."""
 
     class WithOurDocuments(base):  # type: ignore[misc]
         def get_train_dataloader(self) -> Any:
@@ -232,7 +232,7 @@ def _with_our_documents(base: Any, steps: list[list[list[int]]]) -> Any:
 
 
 def _count(documents: list[Any], step: list[list[int]]) -> tuple[int, int]:
-    """(tokens, labels) of a step's documents: what padding adds is not counted."""
+    """(tokens, labels) of a step's documents; padding is not counted."""
     chosen = [documents[index] for group in step for index in group]
     tokens = sum(len(document["input_ids"]) for document in chosen)
     return tokens, sum(label != -100 for document in chosen for label in document["labels"])
@@ -264,7 +264,7 @@ def _callback(conductor: Conductor, sizes: list[tuple[int, int]], record: dict[s
 
 
 def _time_phases(trainer: Any, conductor: Conductor) -> None:
-    """Clocks around the trainer's own calls; they run in the instrumented steps only."""
+    """Timers around the trainer's own calls; active only in the instrumented steps."""
 
     def timed(owner: Any, name: str, phase: str) -> None:
         inner = getattr(owner, name)
@@ -290,7 +290,7 @@ def _time_phases(trainer: Any, conductor: Conductor) -> None:
 
 
 def missing(cell: Cell) -> str | None:
-    """Why this machine cannot run the cell's engine; None when it can."""
+    """Why this machine cannot run the cell's engine; None if it can."""
     import importlib.util
 
     needed = {"trl": "trl", "unsloth": "unsloth"}.get(cell.engine)
@@ -299,5 +299,5 @@ def missing(cell: Cell) -> str | None:
     if cell.engine == "unsloth" and not torch.cuda.is_available():
         return "Unsloth needs a GPU"
     if cell.engine in ("trainer", "trl", "unsloth") and cell.ranks > 1:
-        return "peers are measured on one rank"
+        return "peers are measured on one rank only"
     return None

@@ -1,11 +1,11 @@
-"""The plan's arithmetic against the real code under fake tensors, for the shapes that people train.
+"""The plan's arithmetic against the real code under fake tensors, for commonly trained shapes.
 
     python benchmarks/plan_vs_simulation.py --out benchmarks/results/cpu/plan_vs_simulation.json
 
-Every cell is one training step: model x row length x recompute level (none, half of the layers, all), QLoRA as in the
+Each cell is one training step: model x row length x recompute level (none, half of the layers, all), QLoRA as in the
 paper (NF4, double quantization, r = 64 on all linear layers, paged AdamW), one row at a time, every token a label.
 `error` is (plan - simulation) / simulation of all tensors alive at the peak. The 63 cells take about half an hour on
-one CPU core; the file is written after each, and cells that it has for the same commit are not run again.
+one CPU core; the file is written after each, and cells that it already has for the same commit are not run again.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_config(row_tokens: int) -> RunConfig:
 
 
 def cell(name: str, row_tokens: int, level: str) -> dict[str, Any]:
-    """One step planned and simulated."""
+    """One step, planned and simulated."""
     raw = MODELS[name]
     shapes = shapes_from_config(raw)
     assert shapes is not None

@@ -1,8 +1,8 @@
-"""Planned memory by item at the paper's sizes: its Figure 6 with the true LLaMA shapes.
+"""Planned memory by item for the paper's model sizes: its Figure 6 with the real LLaMA shapes.
 
     python -m benchmarks.planned --out benchmarks/results/cpu/planned.json
 
-Nothing is measured here: the file holds what `qlora-dist plan` says from the shapes, for the report's chart.
+Nothing is measured here: the file holds what `qlora-dist plan` computes from the shapes, for the report's chart.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ SIZES = ("7b", "13b", "33b", "65b")
 METHODS = ("nf4-dq", "nf4", "lora-bf16", "full-bf16")
 TEXT = (
     "Batch 1 x 512 tokens, adapters of rank 64 on all linear layers, every layer recomputed, as in the paper's figure, "
-    "with the true LLaMA shapes and the fp32 adapters that this package trains. Planned, not measured."
+    "with the real LLaMA shapes and the fp32 adapters that this package trains. Planned, not measured."
 )
 
 
 GROUPS = {
-    # what the paper's figure tells apart, from the plan's finer items
+    # the categories of the paper's figure, from the plan's finer items
     "base": ("base", "quantization constants", "embeddings, head, norms", "weights"),
     "adapters": ("adapters",),
     "gradients": ("gradients",),
     "optimizer": ("optimizer",),
     "outside of tensors": ("CUDA context", "NCCL", "allocator reserve", "cuBLAS workspace"),
 }
-MOMENT = "activations and work space"  # everything else: what only the largest moment of a step holds
+TRANSIENT = "activations and work space"  # everything else: what exists only at the peak of a step
 
 
 def grouped(items: dict[str, int]) -> dict[str, int]:
-    """The plan's items in the figure's groups; the sum stays."""
+    """The plan's items in the figure's groups; the total is unchanged."""
     group_of = {name: group for group, names in GROUPS.items() for name in names}
-    found = dict.fromkeys((*GROUPS, MOMENT), 0)
+    found = dict.fromkeys((*GROUPS, TRANSIENT), 0)
     for name, size in items.items():
-        found[group_of.get(name, MOMENT)] += size
+        found[group_of.get(name, TRANSIENT)] += size
     return found
 
 
@@ -82,7 +82,7 @@ def main() -> None:
         "benchmark": "planned",
         "provenance": origin,
         "text": TEXT,
-        "order": [*GROUPS, MOMENT],
+        "order": [*GROUPS, TRANSIENT],
         "results": results,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Where a number comes from: commit, code, command, machine, versions, date. Goes into every raw file."""
+"""Where a result comes from: commit, code, command, machine, versions, date. Part of every raw file."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from qlora_dist.errors import UserError
 from . import nvml
 
 ROOT = Path(__file__).resolve().parents[1]
-# every raw file has these; `report` refuses one that lacks any
+# every raw file has these fields; `report` refuses one that lacks any
 FIELDS = ("commit", "code_hash", "command", "date", "device", "hardware", "driver", "versions")
 RESULTS = ("benchmarks/results", "benchmarks/RESULTS.md", "benchmarks/results.html")  # what the suite itself writes
-STATED_BY, STATED_IN = "QLORA_DIST_COMMIT", "build/COMMIT"  # where .git does not come along
+STATED_BY, STATED_IN = "QLORA_DIST_COMMIT", "build/COMMIT"  # for a copy without .git
 PEERS = ("trl", "unsloth", "deepspeed", "flash-attn", "triton", "liger-kernel", "numpy")
 
 
 def collect(command: str, device: torch.device) -> dict[str, Any]:
-    """The provenance of numbers measured now, on this machine."""
+    """The provenance of results measured now, on this machine."""
     known, source = commit_and_source()
     return {
         "commit": known,
@@ -45,22 +45,22 @@ def collect(command: str, device: torch.device) -> dict[str, Any]:
 
 
 def require_clean(allow_dirty: bool) -> None:
-    """Raises UserError where the numbers could not be traced to a commit."""
+    """Raises UserError if the results could not be traced to a commit."""
     found_commit, _ = commit_and_source()
     if allow_dirty or (found_commit is not None and not found_commit.endswith("-dirty")):
         return
     found = (
-        f"this is no git checkout and neither {STATED_BY} nor {STATED_IN} says its commit"
+        f"this is not a git checkout, and neither {STATED_BY} nor {STATED_IN} gives its commit"
         if found_commit is None
         else f"files differ from commit {found_commit[:12]}"
     )
     raise UserError(
-        f"{found}: its numbers could not be traced to code; commit first, or give --allow-dirty, which marks them"
+        f"{found}, so results could not be traced to a commit; commit first, or give --allow-dirty, which marks them"
     )
 
 
 def commit() -> str | None:
-    """Commit of the checkout, with `-dirty` when a file other than a result differs from it; None outside of one."""
+    """Commit of the checkout, with `-dirty` if a file other than a result differs from it; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -74,9 +74,8 @@ def commit() -> str | None:
 
 
 def commit_and_source() -> tuple[str | None, str]:
-    """The commit, and who says so: `git`; `stated`, by the environment or build/COMMIT, where no .git came along (a
-    copy on another machine: nothing checks it but the code hash); `none`. Raises UserError where what is stated is no
-    commit."""
+    """The commit and its source: `git`; `stated`, by the environment or build/COMMIT, where there is no .git (a copy on
+    another machine: only the code hash checks it); or `none`. Raises UserError if the stated value is not a commit."""
     known = commit()
     if known is not None:
         return known, "git"
@@ -93,7 +92,7 @@ def commit_and_source() -> tuple[str | None, str]:
 
 
 def code_hash() -> str:
-    """SHA-256 over the package's and the suite's sources: names the code also where there is no git."""
+    """SHA-256 over the sources of package and suite: identifies the code even without git."""
     digest = hashlib.sha256()
     for folder in ("qlora_dist", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -103,7 +102,7 @@ def code_hash() -> str:
 
 
 def this_command(module: str, arguments: list[str] | None = None) -> str:
-    """The command line of a module of the suite, as it can be typed again."""
+    """The command line of a module of the suite, ready to be run again."""
     return " ".join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
 
 
@@ -130,7 +129,7 @@ def device_label(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system has it."""
+    """The processor's name as reported by the system."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -139,7 +138,7 @@ def cpu_name() -> str:
 
 
 def driver_version() -> str | None:
-    """Version of the NVIDIA driver; None where nvidia-smi does not answer."""
+    """Version of the NVIDIA driver; None if nvidia-smi fails."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -149,13 +148,13 @@ def driver_version() -> str | None:
 
 
 def device_state(device: torch.device) -> dict[str, float | None] | None:
-    """What the GPU holds and how it runs at this moment; None on a CPU. Read before and after a measurement.
+    """The GPU's memory, clocks and power at this moment; None on a CPU. Read before and after a measurement.
 
     Bytes: `allocated_bytes` and `reserved_bytes` of PyTorch's allocator now, `allocated_peak_bytes` and
     `reserved_peak_bytes` since their last reset, `device_used_bytes` of the whole card (all processes), and
-    `context_bytes`: what of the card is not the allocator's. Read before anything is loaded, that is the CUDA context
-    (and what others hold); later kernels, libraries and managed memory are in it too. Then the `nvml.READINGS`: clocks
-    right after a measurement are those of the load, the power is the driver's mean over up to a second.
+    `context_bytes`: what is in use outside the allocator. Before anything is loaded, that is the CUDA context (and
+    other processes); later it includes kernels, libraries and managed memory. Then the `nvml.READINGS`: clocks right
+    after a measurement reflect the load, power is the driver's mean over up to a second.
     """
     if device.type != "cuda":
         return None
@@ -163,7 +162,7 @@ def device_state(device: torch.device) -> dict[str, float | None] | None:
     try:
         free, total = torch.cuda.mem_get_info(device)
         used = total - free
-    except RuntimeError:  # a kernel has failed: the device answers nothing any more, and that result must be written
+    except RuntimeError:  # a kernel has failed and the device no longer responds; that result must still be written
         used = None
     return {
         "allocated_bytes": torch.cuda.memory_allocated(device),

@@ -1,11 +1,11 @@
-"""The paper's Table 2 on what can be had: perplexity and weight error of 4- and 8-bit data types, block by block.
+"""The paper's Table 2 on available models: perplexity and weight error of 4- and 8-bit data types, by block size.
 
     python -m benchmarks.quantization --out benchmarks/results/cpu/quantization.json
     python -m benchmarks.quantization --model NAME_OR_FOLDER --text FILE --out FILE
 
-The quantizers are plain torch (`quantize_dequantize`), so that every type can be had at every block size on any device;
-where bitsandbytes has the type the tests hold them against it. The linear layers of the decoder are quantized, as QLoRA
-does; embeddings, norms and head are not. Activations stay fp32, so that only the weights differ.
+The quantizers are plain torch (`quantize_dequantize`), so that every type is available at every block size on every
+device; the tests compare them with bitsandbytes where it has the type. As in QLoRA, the decoder's linear layers are
+quantized; embeddings, norms and head are not. Activations stay fp32, so that only the weights differ.
 
 The paper (Table 2, mean over Pile Common Crawl of 125M to 13B models, block 64): Int4 34.34, FP4 E2M1 31.07,
 FP4 E3M0 29.48, NF4 + double quantization 27.41.
@@ -32,7 +32,7 @@ from .dataset import shared_data
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
-NESTED_BLOCK = 256  # quantization constants that share one constant of theirs
+NESTED_BLOCK = 256  # quantization constants that share one second-level constant
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -40,7 +40,7 @@ NF4 = (
 )  # fmt: skip
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E3M0 = (0.0, *(2.0**k for k in range(-6, 1)))
-BNB_FP4 = (0.0, 0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # E2M1 with a much smaller least value, divided by 12
+BNB_FP4 = (0.0, 0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # E2M1 with a much smaller smallest value, divided by 12
 
 
 def _both_signs(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -61,24 +61,24 @@ PAPER_ORDER = ("nf4-dq", "fp4-e3m0", "fp4-e2m1", "int4")
 
 
 def dynamic_map() -> torch.Tensor:
-    """(256,) signed 8-bit dynamic code of the constants' constants: a sign, a decimal exponent, a linear fraction."""
+    """(256,) signed dynamic 8-bit code of the quantized constants: a sign, a decimal exponent, a linear fraction."""
     values = [0.0, 1.0]
     for exponent in range(7):
-        borders = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float64)
-        middles = (borders[:-1] + borders[1:]) / 2 * 10.0 ** (exponent - 6)
-        values += middles.tolist() + (-middles).tolist()
+        edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float64)
+        midpoints = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        values += midpoints.tolist() + (-midpoints).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 def nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-    """Each value's nearest entry of a sorted code."""
-    borders = (code[:-1] + code[1:]) / 2
-    return code[torch.bucketize(values.contiguous(), borders)]
+    """For each value the nearest entry of a sorted code."""
+    midpoints = (code[:-1] + code[1:]) / 2
+    return code[torch.bucketize(values.contiguous(), midpoints)]
 
 
 def quantize_dequantize(weight: torch.Tensor, kind: str, block: int) -> torch.Tensor:
-    """The weight as it is after storage: blocks of `block` elements in storage order, scaled to [-1, 1] by their
-    largest, each element replaced by the nearest code. nf4-dq stores these scales in 8 bits too, less their mean."""
+    """The weight after a round trip: blocks of `block` elements in storage order, scaled to [-1, 1] by their absolute
+    maximum, each element replaced by the nearest code. nf4-dq also stores these scales, minus their mean, in 8 bits."""
     code = torch.tensor(CODEBOOKS["nf4" if kind == "nf4-dq" else kind], dtype=torch.float32, device=weight.device)
     blocks = _blocks(weight.float(), block)
     scales = blocks.abs().amax(dim=1, keepdim=True)
@@ -100,12 +100,12 @@ def _nested(scales: torch.Tensor) -> torch.Tensor:
 
 def _blocks(values: torch.Tensor, block: int) -> torch.Tensor:
     flat = values.reshape(-1)
-    lacking = -flat.numel() % block
-    return torch.nn.functional.pad(flat, (0, lacking)).view(-1, block)
+    padding = -flat.numel() % block
+    return torch.nn.functional.pad(flat, (0, padding)).view(-1, block)
 
 
 def bits_per_weight(kind: str, block: int) -> float:
-    """Storage of one weight with its share of the constants, bits."""
+    """Bits per weight, including its share of the constants."""
     if kind == "nf4-dq":
         return 4 + 8 / block + 32 / (block * NESTED_BLOCK)
     return (8 if kind == "int8" else 4) + 32 / block
@@ -115,7 +115,7 @@ def bits_per_weight(kind: str, block: int) -> float:
 
 
 def decoder_linears(model: Any) -> Iterator[torch.nn.Linear]:
-    """What QLoRA quantizes: every linear layer but the head."""
+    """The layers that QLoRA quantizes: every linear layer except the head."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
@@ -123,10 +123,10 @@ def decoder_linears(model: Any) -> Iterator[torch.nn.Linear]:
 
 
 def read_windows(tokenizer: Any, text: Path, num_tokens: int, window: int) -> list[list[int]]:
-    """Token windows of a text, each with BOS in front where the tokenizer has one.
+    """Token windows of a text, each starting with BOS if the tokenizer has one.
 
-    A text of documents (separated by <|endoftext|>) gives one window a document, cut at `window` tokens; running text
-    is cut into windows.
+    A text of documents (separated by <|endoftext|>) gives one window per document, truncated to `window` tokens;
+    running text is split into windows.
     """
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     beginning = text.read_text(encoding="utf-8")[: num_tokens * 12]
@@ -151,12 +151,12 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 @torch.no_grad()
 def perplexity(model: Any, windows: list[list[int]], batch: int = 8) -> float:
-    """exp of the mean NLL; the first token of each window is not counted."""
+    """exp of the mean NLL, without the first token of each window."""
     total, count = 0.0, 0
     ordered = sorted(windows, key=len)
     for start in range(0, len(ordered), batch):
         part = [torch.tensor(one) for one in ordered[start : start + batch]]
-        # filler stands behind the text, where no counted token sees it
+        # padding is on the right, where no counted token attends to it
         ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
         labels = torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=-100)[:, 1:]
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
@@ -168,7 +168,7 @@ def perplexity(model: Any, windows: list[list[int]], batch: int = 8) -> float:
 def measure_model(
     name: str, texts: list[Path], num_tokens: int, blocks: tuple[int, ...], window: int
 ) -> list[dict[str, Any]]:
-    """Perplexity of one model on each text under every type and block."""
+    """Perplexity of one model on each text, for every type and block size."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -197,7 +197,7 @@ def measure_model(
 
 
 def measure_weights(matrices: dict[str, torch.Tensor], blocks: tuple[int, ...]) -> list[dict[str, Any]]:
-    """||W - quantized W|| / ||W|| of real matrices under every type and block."""
+    """||W - quantized W|| / ||W|| of real matrices, for every type and block size."""
     found = []
     for name, matrix in matrices.items():
         weight = matrix.float()
@@ -208,33 +208,33 @@ def measure_weights(matrices: dict[str, torch.Tensor], blocks: tuple[int, ...]) 
     return found
 
 
-# --- what it says -----------------------------------------------------------------------------------------------------
+# --- findings ---------------------------------------------------------------------------------------------------------
 
 
 def findings(result: dict[str, Any]) -> list[str]:
-    """Sentences about the paper's order, each from the numbers of a raw result."""
-    said = []
+    """Sentences about the paper's order of types, derived from the numbers of a raw result."""
+    sentences = []
     for model in result["perplexity"]:
         at = {(entry["type"], entry["block"]): entry["perplexity"] for entry in model["results"]}
         order = sorted(PAPER_ORDER, key=lambda kind: at[kind, 64])
         values = " < ".join(f"{kind} {at[kind, 64]:.3f}" for kind in order)
-        said.append(f"{model['model']} on {model['text']}, block 64: {values}.")
-        before = [kind for kind in ("fp4-e3m0", "fp4-e2m1") if at[kind, 64] < at["int4", 64]]
+        sentences.append(f"{model['model']} on {model['text']}, block 64: {values}.")
+        better = [kind for kind in ("fp4-e3m0", "fp4-e2m1") if at[kind, 64] < at["int4", 64]]
         is_best = order[0] == "nf4-dq"
         if order == list(PAPER_ORDER):
-            said.append("This is the paper's order.")
-        elif is_best and before:
-            said.append(f"The paper's NF4 + DQ < FP4 < Int4 holds with {' and '.join(before)}.")
+            sentences.append("This is the paper's order.")
+        elif is_best and better:
+            sentences.append(f"The paper's NF4 + DQ < FP4 < Int4 holds with {' and '.join(better)}.")
         else:
-            said.append("NF4 + DQ is best, as in the paper." if is_best else "NF4 + DQ is not the best here.")
-            said.append(
-                "Int4 before both float types is not the paper's order: its models have outliers, which stretch a "
-                "block's scale and leave even steps too coarse for the rest; in these weights the largest of 64 is not "
-                "far from the others (see the weight errors)."
+            sentences.append("NF4 + DQ is best, as in the paper." if is_best else "NF4 + DQ is not the best here.")
+            sentences.append(
+                "Unlike in the paper, Int4 is better than both float types: the paper's models have outliers, which "
+                "stretch a block's scale and leave uniform steps too coarse for the rest; in these weights the largest "
+                "of 64 is not far from the others (see the weight errors)."
             )
         if at["fp4-e2m1", 64] < at["fp4-e3m0", 64]:
-            said.append("E2M1 is before E3M0, unlike in the paper: powers of two are coarse where these weights are.")
-    return said
+            sentences.append("E2M1 is better than E3M0, unlike in the paper: powers of two are too coarse here.")
+    return sentences
 
 
 def matrices_of(path: Path) -> dict[str, torch.Tensor]:
@@ -243,12 +243,12 @@ def matrices_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def default_sources() -> tuple[list[tuple[str, list[Path], int, int]], dict[str, torch.Tensor]]:
-    """(model, texts, tokens, window) and real matrices from the folder of samples. Raises UserError without one."""
+    """(model, texts, tokens, window) and real matrices from the folder of samples. Raises UserError without it."""
     folder = shared_data()
     if folder is None:
         raise UserError(
-            "no folder of real samples (set QLORA_DIST_SHARED, or put it beside the checkout as shared/); give "
-            "--model and --text instead"
+            "there is no folder of real samples; set QLORA_DIST_SHARED, put it next to the checkout as shared/, or "
+            "give --model and --text"
         )
     small, base = folder / "models" / "stories260k", folder / "models" / "tinybase6m"
     text = folder / "text"
@@ -261,7 +261,7 @@ def default_sources() -> tuple[list[tuple[str, list[Path], int, int]], dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="hub name or folder; default: the models of the folder of samples")
+    parser.add_argument("--model", help="hub name or folder; default: the models in the folder of samples")
     parser.add_argument("--text", type=Path, help="text file for --model")
     parser.add_argument("--matrices", type=Path, help="safetensors file for the weight error")
     parser.add_argument("--tokens", type=int, default=8192)
@@ -277,7 +277,7 @@ def main() -> None:
             models, matrices = default_sources()
         else:
             if arguments.text is None:
-                raise UserError("--model is given without --text; name the text its perplexity is measured on")
+                raise UserError("--model is given without --text; give the text to measure its perplexity on")
             models = [(arguments.model, [arguments.text], arguments.tokens, arguments.window)]
             matrices = {} if arguments.matrices is None else matrices_of(arguments.matrices)
     except UserError as error:

@@ -1,20 +1,20 @@
-"""LLaMA-65B on one card of 48 GB: the recipe of the paper, for real or with weights made on the spot.
+"""LLaMA-65B on one 48 GB card: the paper's recipe, with the real weights or with random ones.
 
     python -m benchmarks.repro_65b --random-weights --out benchmarks/results/h100/repro_65b.json
     python -m benchmarks.repro_65b            # the reproduction itself: real weights, 1,875 steps
 
-With `--random-weights` memory and speed are proven without the 130 GB checkpoint and without a network: the model is
-made tensor by tensor from its shapes and quantized at once, the data are random tokens that fill every row, which is
+With `--random-weights` memory and speed are measured without the 130 GB checkpoint and without a network: the model is
+created tensor by tensor from its shapes and quantized immediately, and the data are random tokens that fill every row,
 the most work that a row can be. Training, memory and checkpoints are those of
 `qlora-dist train launch/recipes/repro_65b_48gb.yaml`.
 
-The card is cut down to `--cap-gib` (47.54 GiB: what an RTX A6000 shows): PyTorch may not allocate more, CUDA context
-included. Paged optimizer states are not PyTorch's and stay on a larger card as long as it has room; with `--crowd`
-another process holds the rest of the card, so that they have no more room than there. That is for a card of your own:
-managed memory beyond what is free can hang one. So `--crowd` refuses where the plan, states included, is larger than
-the card, and PyTorch is left what the states do not need: a run that takes more ends out of memory, and pages nothing.
-`--set` changes the recipe, for example to rows of 2,048 tokens (see the recipe's head); `--layers` and `--hidden` make
-the model smaller.
+The card is limited to `--cap-gib` (47.54 GiB, as reported by an RTX A6000): PyTorch may not allocate more, including
+the CUDA context. Paged optimizer states are outside PyTorch's allocator and stay on a larger card while it has space;
+with `--crowd` another process occupies the rest of the card, so that they have no more space than on the small card.
+Use it only on a card that is not shared: managed memory beyond what is free can hang the GPU. So `--crowd` is refused
+if the plan, states included, exceeds the cap, and PyTorch gets only what the states leave: a run that needs more fails
+with an out-of-memory error and pages nothing. `--set` changes the recipe, for example to rows of 2,048 tokens (see the
+recipe's header); `--layers` and `--hidden` make the model smaller.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ GIB = 2**30
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "repro_65b_48gb.yaml"
 MEASURED_STEPS = 5  # with random weights; the first is not timed
 A6000_GIB = 47.54
-LATE_KERNELS_BYTES = GIB // 2  # as much again as a context: CUDA loads kernels into it when they are first used
+LATE_KERNELS_BYTES = GIB // 2  # as much again as the context: CUDA loads kernels into it on first use
 HIDDEN, INNER, HEAD, LAYERS, VOCABULARY = 8192, 22016, 128, 80, 32000  # LLaMA-65B
 
 
 def llama_65b(layers: int = LAYERS, hidden: int = HIDDEN) -> dict[str, Any]:
-    """config.json of LLaMA-65B, or of a smaller model of the same proportions."""
+    """config.json of LLaMA-65B, or of a smaller model with the same proportions."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -70,7 +70,7 @@ def llama_65b(layers: int = LAYERS, hidden: int = HIDDEN) -> dict[str, Any]:
 
 
 def write_inputs(folder: Path, shapes: dict[str, Any], row_tokens: int, num_rows: int) -> None:
-    """A folder that stands for the model (config, a tokenizer of the same vocabulary), and rows of random tokens."""
+    """A stand-in folder for the model (config, a tokenizer of the same vocabulary size), and rows of random tokens."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -83,13 +83,13 @@ def write_inputs(folder: Path, shapes: dict[str, Any], row_tokens: int, num_rows
     generator = np.random.default_rng(0)
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         for _ in range(num_rows):
-            # an end is learned, as the trainer asks of any data
+            # the end token is learned, as the trainer requires
             ids = [*generator.integers(3, shapes["vocab_size"], row_tokens - 1).tolist(), shapes["eos_token_id"]]
             file.write(json.dumps({"input_ids": ids}) + "\n")
 
 
 def configure(arguments: argparse.Namespace) -> RunConfig:
-    """The recipe, with what the command line changes."""
+    """The recipe with the changes of the command line."""
     run = [f"run_dir={arguments.work / 'run'}", "logging.trackers=[]"]
     config = load_config(RECIPE, (*arguments.overrides, *run))
     if not arguments.random_weights:
@@ -98,7 +98,7 @@ def configure(arguments: argparse.Namespace) -> RunConfig:
     steps = MEASURED_STEPS if arguments.steps is None else arguments.steps
     shapes = llama_65b(arguments.layers, arguments.hidden)
     write_inputs(arguments.work, shapes, config.data.row_tokens, config.batch.rows_per_step * min(steps, 16))
-    made = (
+    inputs = (
         f"model.name={arguments.work / 'model'}",
         "model.weights=random",
         f"data.train=[{{path: {arguments.work / 'rows.jsonl'}, format: tokens}}]",
@@ -108,14 +108,14 @@ def configure(arguments: argparse.Namespace) -> RunConfig:
         "train.eval_every=null",
         "train.save_every=null",
     )
-    return load_config(RECIPE, (*arguments.overrides, *run, *made))
+    return load_config(RECIPE, (*arguments.overrides, *run, *inputs))
 
 
 def require_room(config: RunConfig, cap_bytes: int) -> int:
-    """Bytes of the paged states, which have room beside the rest of the plan.
+    """Bytes of the paged states, which fit on the card next to the rest of the plan.
 
-    With a neighbour that holds the rest of the card, paged states that do not fit are managed memory beyond what is
-    free, which can hang a GPU. Raises SystemExit where the plan sees that coming.
+    When another process occupies the rest of the card, paged states that do not fit are managed memory beyond what is
+    free, which can hang a GPU. Raises SystemExit if that would happen according to the plan.
     """
     shapes = read_shapes(config.model.name, config.model.revision)
     plan = choose(config, shapes, world_size=1, device_bytes=cap_bytes)
@@ -123,31 +123,31 @@ def require_room(config: RunConfig, cap_bytes: int) -> int:
         return plan.pageable_bytes
     lacking = max(plan.paged_out_bytes, plan.peak_bytes - cap_bytes)
     raise SystemExit(
-        f"--crowd: of {plan.peak_bytes / GIB:.2f} GiB planned, {lacking / GIB:.2f} GiB have no room on a card of "
-        f"{cap_bytes / GIB:.2f} GiB whose rest another process holds; managed memory beyond what is free can hang it. "
-        "Leave --crowd out, raise --cap-gib, or make the run smaller (--set)"
+        f"--crowd: of {plan.peak_bytes / GIB:.2f} GiB planned, {lacking / GIB:.2f} GiB do not fit on a card of "
+        f"{cap_bytes / GIB:.2f} GiB, and managed memory beyond what is free can hang it; leave out --crowd, raise "
+        "--cap-gib, or make the run smaller (--set)"
     )
 
 
 def allocator_limit(cap_bytes: int, context_bytes: int, paged_bytes: int) -> int:
-    """Bytes that PyTorch may take of the card. paged_bytes: of the states that must stay on a crowded card; what the
-    plan did not see (holes, kernels that are loaded late) must not take their place."""
+    """Bytes of the card that PyTorch may allocate. paged_bytes: the states that must stay on a crowded card; what the
+    plan does not include (fragmentation, kernels loaded late) must not displace them."""
     return cap_bytes - context_bytes - (paged_bytes + LATE_KERNELS_BYTES if paged_bytes else 0)
 
 
 @contextlib.contextmanager
 def smaller_card(cap_gib: float, is_crowded: bool, paged_bytes: int = 0) -> Iterator[dict[str, Any]]:
-    """Leaves this process `cap_gib` of the GPU, context included; PyTorch's part as `allocator_limit` has it. Nothing
-    to cap on a CPU."""
+    """Limits this process to `cap_gib` of the GPU, context included, and PyTorch to `allocator_limit`. No effect on a
+    CPU."""
     if not torch.cuda.is_available():
         yield {"cap_bytes": None, "context_bytes": None, "is_crowded": False, "allocator_limit_bytes": None}
         return
     torch.zeros(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
-    context = total - free - torch.cuda.memory_reserved()  # also what others hold: the card should be ours alone
+    context = total - free - torch.cuda.memory_reserved()  # includes other processes, so none should run
     cap = int(cap_gib * GIB)
     if cap > total:
-        raise SystemExit(f"--cap-gib is {cap_gib}, the card has {total / GIB:.2f} GiB; give at most that")
+        raise SystemExit(f"--cap-gib is {cap_gib}, but the card has {total / GIB:.2f} GiB; give at most that")
     limit = allocator_limit(cap, context, paged_bytes)
     torch.cuda.set_per_process_memory_fraction(limit / total)
     facts = {"cap_bytes": cap, "context_bytes": context, "is_crowded": is_crowded, "allocator_limit_bytes": limit}
@@ -158,7 +158,7 @@ def smaller_card(cap_gib: float, is_crowded: bool, paged_bytes: int = 0) -> Iter
         "import sys, torch; x = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device='cuda'); "
         "print('ready', flush=True); sys.stdin.readline()"
     )
-    # the other process has a context of its own, about as large as ours
+    # the other process has its own context, about as large as this one's
     command = [sys.executable, "-c", hold, str(total - cap - context)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as neighbour:
         assert neighbour.stdout is not None
@@ -170,11 +170,11 @@ def smaller_card(cap_gib: float, is_crowded: bool, paged_bytes: int = 0) -> Iter
 
 
 def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peak, speed and the length of the whole recipe, from what the run wrote."""
+    """Peak memory, speed and the duration of the whole recipe, from the run's files."""
     run = Path(config.run_dir)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
-    timed = lines[1:] or lines  # the first step warms up kernels and makes the optimizer's states
+    timed = lines[1:] or lines  # the first step warms up kernels and creates the optimizer states
     seconds = [line["step_seconds"] + line["data_seconds"] for line in timed]
     step_seconds = statistics.median(seconds)
     recipe_steps = load_config(RECIPE, tuple(arguments.overrides)).train.steps
@@ -183,7 +183,7 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
     peak = max(summary["peak_bytes_max"], summary["build_peak_bytes"])
     context = card["context_bytes"] or 0
     reserved = torch.cuda.max_memory_reserved() if card["cap_bytes"] is not None else peak
-    held = reserved + context  # what the card must have: the allocator's holes are not free for anybody else
+    held = reserved + context  # what the card must have: no one else can use the allocator's free blocks
     is_full_size = (arguments.layers, arguments.hidden) == (LAYERS, HIDDEN)
     return {
         "benchmark": "repro_65b",
@@ -217,13 +217,13 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--random-weights", action="store_true", help="Make the model and the data on the spot.")
-    parser.add_argument("--cap-gib", type=float, default=A6000_GIB, help="Memory of the card that is stood for.")
+    parser.add_argument("--random-weights", action="store_true", help="Create a random model and random data.")
+    parser.add_argument("--cap-gib", type=float, default=A6000_GIB, help="Memory of the emulated card.")
     parser.add_argument(
         "--crowd",
         action="store_true",
-        help="Another process holds the rest of the card, your own. Refused where the plan and the paged "
-        "states, 8 bytes a trainable parameter, are larger than --cap-gib.",
+        help="Occupy the rest of the card, which must not be shared, with another process. Refused if the plan with "
+        "the paged states, 8 bytes per trainable parameter, exceeds --cap-gib.",
     )
     parser.add_argument(
         "--steps", type=int, help=f"Updates (default: {MEASURED_STEPS} with random weights, else the recipe's)."
@@ -231,8 +231,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--hidden", type=int, default=HIDDEN)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")
-    parser.add_argument("--work", type=Path, default=Path("build/repro_65b"), help="Folder for the run; begun anew.")
-    parser.add_argument("--out", type=Path, help="Write the result here too.")
+    parser.add_argument("--work", type=Path, default=Path("build/repro_65b"), help="Folder for the run.")
+    parser.add_argument("--out", type=Path, help="Also write the result to this file.")
     arguments = parser.parse_args(words)
     arguments.command = words
     return arguments
@@ -241,10 +241,10 @@ def parse(words: list[str]) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> dict[str, Any]:
     arguments = parse(sys.argv[1:] if words is None else words)
     try:
-        provenance.commit_and_source()  # what is stated wrongly is said before the run, not after it
+        provenance.commit_and_source()  # an invalid stated commit is reported before the run, not after it
     except UserError as error:
         raise SystemExit(str(error)) from None
-    if arguments.random_weights:  # a reproduction of days is gone on with, not begun anew
+    if arguments.random_weights:  # a reproduction that takes days is resumed, not restarted
         shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True, exist_ok=True)
     config = configure(arguments)

@@ -35,7 +35,7 @@ class Section:
 
 
 def shown(value: Any) -> str:
-    """A value as a reader sees it; a dash where there is none."""
+    """A value as displayed; a dash if there is none."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -62,7 +62,7 @@ def _spread(result: dict[str, Any]) -> str:
 
 
 def _measured(raw: Any, group: str | None = None) -> list[dict[str, Any]]:
-    """Cells with rates, peers of other work left out where a comparison would be made."""
+    """Cells with rates, without the GEMM; `group` is the end of a group's title."""
     return [
         cell
         for cell in raw.cells
@@ -85,7 +85,7 @@ def _rate_bars(title: str, results: list[dict[str, Any]]) -> str:
     return bar_chart(title, bars, "tokens/s, median and quartiles")
 
 
-# --- one function a section -------------------------------------------------------------------------------------------
+# --- one function per section -----------------------------------------------------------------------------------------
 
 
 def machine(raw: Any) -> Section | None:
@@ -100,7 +100,7 @@ def machine(raw: Any) -> Section | None:
         gpus = ", ".join(gpu["name"] for gpu in hardware.get("gpus", []))
         commit = (origin["commit"] or f"no checkout, code {origin['code_hash']}")[:12]
         is_dirty = (origin["commit"] or "").endswith("-dirty")
-        is_stated = origin.get("commit_source") == "stated"  # by whoever started it, where .git did not come along
+        is_stated = origin.get("commit_source") == "stated"  # by the caller, for a copy without .git
         versions = ", ".join(f"{name} {value}" for name, value in origin["versions"].items())
         rows.append(
             [origin["date"], f"`{origin['command']}`", commit + " with changes" * is_dirty + " (stated)" * is_stated,
@@ -144,10 +144,10 @@ def _memory_verdict(results: list[dict[str, Any]]) -> str:
     compared = ", ".join(f"{name} {number(peaks[name])} MiB" for name in others)
     is_least = all(peaks["nf4-dq"] < peaks[name] for name in others)
     return (
-        f"Peak memory of QLoRA (nf4-dq) {number(peaks['nf4-dq'])} MiB against {compared}: "
-        f"{'below all of them' if is_least else 'NOT below all of them'}. Full fine-tuning here keeps fp32 masters, "
-        "gradients and Adam states, 16 bytes a parameter; the share of the GEMM rate counts 4N FLOPs a token with "
-        "adapters and 6N without, recomputation not counted, over the machine's own rate in the same turns."
+        f"Peak memory of QLoRA (nf4-dq): {number(peaks['nf4-dq'])} MiB, against {compared}: "
+        f"{'below all of them' if is_least else 'NOT below all of them'}. Full fine-tuning here keeps fp32 master "
+        "weights, gradients and Adam states, 16 bytes per parameter. The share of the GEMM rate is 4N FLOPs per token "
+        "with adapters and 6N without, not counting recomputation, over the machine's rate measured in the same turns."
     )
 
 
@@ -162,24 +162,24 @@ def peers(raw: Any) -> Section | None:
         rows = []
         for r in results:
             same = r.get("same_work") or {}
-            verdict = {True: "same", False: "not the same work", None: "not compared"}[_is_same(r)]
+            verdict = {True: "same", False: "different", None: "not compared"}[_is_same(r)]
             rate = _median(r)
             rows.append(
                 [_label(r), _spread(r), best / rate if rate and best else None, r["memory"]["peak_bytes"] / MIB,
                  r["memory"].get("steps_peak_rss_bytes", 0) / MIB, r["figures"]["share_of_measured_gemm"],
                  r["startup_seconds"], same.get("gradient_cosine"), verdict, _raw(raw, r["name"])]
             )  # fmt: skip
-        header = ["who", "tokens/s", "our best over it", "peak MiB", "resident MiB", "share of GEMM rate", "start s",
+        header = ["engine", "tokens/s", "our best / this", "peak MiB", "resident MiB", "share of GEMM rate", "start s",
                   "gradient cosine", "work", "raw"]  # fmt: skip
         tables.append(Table(title, header, rows))
         charts.append(_rate_bars(f"{title}: speed", results))
     if not tables:
         return None
     text = (
-        "Same weights, same documents in the same steps, same adapter weights at the start, same optimizer. Work is "
-        "called the same when loss and gradients of the first step agree (cosine above 0.999)."
+        "Same weights, same documents in the same steps, same initial adapter weights, same optimizer. Work counts as "
+        "the same if loss and gradients of the first step agree (cosine above 0.999)."
     )
-    return Section(f"{raw.name}: beside its peers", text, tables, charts)
+    return Section(f"{raw.name}: against its peers", text, tables, charts)
 
 
 def split(raw: Any) -> Section | None:
@@ -191,16 +191,16 @@ def split(raw: Any) -> Section | None:
         Bar(f"{_label(r)} ({r['cell']['shape']})", tuple(1000 * r["phases"][name] for name in names)) for r in results
     ]
     text = (
-        "Mean of the instrumented steps, which are apart from the timed ones. Recomputation counts as backward; "
-        "communication is what did not overlap with the backward pass."
+        "Mean of the instrumented steps, which are separate from the timed ones. Recomputation counts as backward; "
+        "communication is the part that did not overlap with the backward pass."
     )
-    header = ["who", "shape", *(f"{name} ms" for name in names), "raw"]
+    header = ["engine", "shape", *(f"{name} ms" for name in names), "raw"]
     charts = [bar_chart("Where a step's time goes", bars, "ms", names)]
     return Section(f"{raw.name}: parts of a step", text, [Table("", header, rows)], charts) if rows else None
 
 
 def memory_items(raw: Any) -> Section | None:
-    """Measured items of each cell beside the plan's."""
+    """Measured items of each cell next to the plan's."""
     rows, bars = [], []
     names = ("base", "trainable", "gradients", "optimizer")
     for r in _measured(raw):
@@ -218,11 +218,11 @@ def memory_items(raw: Any) -> Section | None:
     if not rows:
         return None
     text = (
-        "Counted on the live tensors after the first update; the rest is the measured peak less these: activations, "
-        "dequantized matrices, logits, the allocator's slack (and on a CPU what libraries take while they run). "
-        "Planned is what `qlora-dist plan` says of the tensors, for a GPU."
+        "Counted on the live tensors after the first update; the rest is the measured peak minus these: activations, "
+        "dequantized matrices, logits, the allocator's slack (and on a CPU what libraries allocate while they run). "
+        "Planned is what `qlora-dist plan` computes for the tensors, for a GPU."
     )
-    header = ["who", "shape", *(f"{name} MiB" for name in names), "rest MiB", "peak MiB", "planned MiB",
+    header = ["engine", "shape", *(f"{name} MiB" for name in names), "rest MiB", "peak MiB", "planned MiB",
               "plan error", "raw"]  # fmt: skip
     charts = [bar_chart("Memory by item", bars, "MiB", (*names, "rest"))]
     return Section(f"{raw.name}: memory by item", text, [Table("", header, rows)], charts)
@@ -244,7 +244,7 @@ def planned(raw: Any) -> Section | None:
     ]
     header = ["shape", "method", *(f"{name} GiB" for name in names), "peak GiB", "raw"]
     charts = [bar_chart("Planned memory by item", bars, "GiB", names)]
-    return Section(f"{raw.name}: memory of the paper's sizes, planned", content["text"],
+    return Section(f"{raw.name}: planned memory at the paper's sizes", content["text"],
                    [Table("", header, rows)], charts)  # fmt: skip
 
 
@@ -259,8 +259,8 @@ def ranks(raw: Any) -> Section | None:
         efficiency = rate / (one * cell["ranks"]) if rate and one else None
         rows.append([cell["shape"], cell["strategy"], cell["ranks"], r["num_threads"], _spread(r), efficiency,
                      1000 * r["phases"].get("communication", 0.0), _raw(raw, r["name"])])  # fmt: skip
-    header = ["shape", "strategy", "ranks", "threads a rank", "tokens/s", "efficiency", "communication ms", "raw"]
-    text = "The same global batch on every number of ranks; efficiency is the rate over ranks times that of one rank."
+    header = ["shape", "strategy", "ranks", "threads per rank", "tokens/s", "efficiency", "communication ms", "raw"]
+    text = "The same global batch on any number of ranks; efficiency is the rate / (ranks x the rate of one rank)."
     charts = [_rate_bars("Ranks: speed", results)] if results else []
     return Section(f"{raw.name}: ranks", text, [Table("", header, rows)], charts) if rows else None
 
@@ -288,7 +288,7 @@ def packing(raw: Any) -> Section | None:
             for entry in content["results"]
             for name, rate in entry["documents_per_second"].items()
         ]  # fmt: skip
-        tables.append(Table("Packing itself", ["documents", "row tokens", "who", "documents/s", "fill", "raw"], rates))
+        tables.append(Table("Packing itself", ["documents", "row tokens", "what", "documents/s", "fill", "raw"], rates))
     return Section(f"{raw.name}: packing against padding", "", tables)
 
 
@@ -299,10 +299,10 @@ def equal_memory(raw: Any) -> Section | None:
         outcome = _spread(r) if r["status"] == "ok" else out_of_memory(r) if r["status"] == "oom" else r["status"]
         rows.append([r["cell"]["shape"], r["cell"]["cap_gib"], _label(r), outcome, _raw(raw, r["name"])])
     text = (
-        "A smaller card is played by a limit on the allocator, less the measured context: a real card of that size "
-        "may differ by what its driver takes."
+        "A smaller card is emulated by an allocator limit, minus the measured context: a real card of that size may "
+        "differ by what its driver takes."
     )
-    header = ["shape", "cap GiB", "who", "tokens/s", "raw"]
+    header = ["shape", "cap GiB", "engine", "tokens/s", "raw"]
     return Section(f"{raw.name}: equal memory", text, [Table("", header, rows)]) if rows else None
 
 
@@ -312,16 +312,16 @@ def quantization(raw: Any) -> Section | None:
         return None
     tables = []
     for model in content["perplexity"]:
-        title = f"Perplexity of {model['model']} on {model['text']} ({model['num_tokens']} tokens), by block"
+        title = f"Perplexity of {model['model']} on {model['text']} ({model['num_tokens']} tokens), by block size"
         tables.append(_by_block(raw, title, model["results"], "perplexity"))
     for matrix in dict.fromkeys(entry["matrix"] for entry in content["weight_error"]):
         entries = [entry for entry in content["weight_error"] if entry["matrix"] == matrix]
-        tables.append(_by_block(raw, f"Relative error of {matrix}, by block", entries, "relative_error"))
+        tables.append(_by_block(raw, f"Relative error of {matrix}, by block size", entries, "relative_error"))
     return Section(f"{raw.name}: quality of the data types", " ".join(findings(content)), tables)
 
 
 def _by_block(raw: Any, title: str, entries: list[dict[str, Any]], name: str) -> Table:
-    """A type a row, a block size a column; types without blocks have one value."""
+    """One row per type, one column per block size; types without blocks have one value."""
     blocks = sorted({entry["block"] for entry in entries if entry["block"]})
     at = {(entry["type"], entry["block"]): entry[name] for entry in entries}
     rows = []
@@ -347,8 +347,8 @@ def not_measured(raw: Any) -> Section | None:
         elif r["status"] != "ok":
             reason = (r["reason"].strip().splitlines() or [""])[-1][:160]
             rows.append([_label(r), r["cell"]["shape"], f"{r['status']}: {reason}", _raw(raw, r["name"])])
-    header = ["who", "shape", "what happened", "raw"]
-    return Section(f"{raw.name}: without a figure", "", [Table("", header, rows)]) if rows else None
+    header = ["engine", "shape", "what happened", "raw"]
+    return Section(f"{raw.name}: not measured", "", [Table("", header, rows)]) if rows else None
 
 
 ALL = (machine, methods, peers, split, memory_items, planned, ranks, packing, equal_memory, quantization, ceilings,

@@ -1,6 +1,6 @@
-"""Shapes of Llama models, their FLOPs, and folders of random weights in these shapes.
+"""Shapes of Llama models, their FLOPs, and model folders with random weights of these shapes.
 
-Weights are N(0, 0.02), those of the outputs that add to the residual stream scaled by 1 / sqrt(2 layers), so that
+Weights are N(0, 0.02), with the projections that add to the residual stream scaled by 1 / sqrt(2 layers), so that
 activations stay finite at any depth: speed and memory are those of a trained model, the loss is about ln(vocabulary).
 """
 
@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 MAX_POSITIONS = 8192
-DRAWN = "weights-are-drawn"  # a file of this name in a model folder: it holds no weights
+DRAWN = "weights-are-drawn"  # marker file in a model folder without weights
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama decoder. `hidden` etc. as in its config.json."""
+    """A Llama decoder; `hidden` etc. as in its config.json."""
 
     hidden: int
     intermediate: int
@@ -35,7 +35,7 @@ class Shape:
         return self.hidden // self.heads
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """(outputs, inputs) of the linear layers of one decoder layer."""
+        """(outputs, inputs) of each linear layer in a decoder layer."""
         h, f, kv = self.hidden, self.intermediate, self.kv_heads * self.head_dim
         return {
             "self_attn.q_proj": (h, h),
@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights that every token is multiplied with: decoder matrices and output head, without the embedding."""
+        """Weights that every token is multiplied by: decoder matrices and output head, without the embedding."""
         return self.layers * sum(o * i for o, i in self.matrices().values()) + self.vocabulary * self.hidden
 
     @property
@@ -58,10 +58,10 @@ class Shape:
         return self.linear_parameters + self.vocabulary * self.hidden + norms
 
     def model_flops(self, lengths: list[int], *, is_full: bool) -> float:
-        """FLOPs that training on documents of these lengths needs, recomputation not counted.
+        """FLOPs of training on documents of these lengths, not counting recomputation.
 
-        4 a weight and token with adapters (forward, and the gradient of the input), 6 for full fine-tuning (and that
-        of the weight); attention 3 times its forward pass, in which a token sees half of its document on average.
+        4 per weight and token with adapters (forward, and the input gradient), 6 for full fine-tuning (also the weight
+        gradient); attention 3 times its forward pass, in which a token attends to half of its document on average.
         """
         weights = (6 if is_full else 4) * self.linear_parameters * sum(lengths)
         attention = 3 * self.layers * sum(4 * self.hidden * n * (n + 1) / 2 for n in lengths)
@@ -72,7 +72,7 @@ SHAPES = {
     "tiny": Shape(128, 256, 2, 4, 2, 512),
     "cpu-40m": Shape(768, 2048, 5, 12, 6, 4096),
     "cpu-80m": Shape(1024, 2816, 6, 16, 8, 4096),
-    "1b": Shape(2048, 8192, 16, 32, 8, 128256),  # Llama 3.2 1B, head not tied
+    "1b": Shape(2048, 8192, 16, 32, 8, 128256),  # Llama 3.2 1B, with an untied head
     "7b": Shape(4096, 11008, 32, 32, 32, 32000),  # LLaMA 7B
     "8b": Shape(4096, 14336, 32, 32, 8, 128256),  # Llama 3 8B
     "13b": Shape(5120, 13824, 40, 40, 40, 32000),
@@ -113,7 +113,7 @@ def config_json(shape: Shape, max_positions: int = MAX_POSITIONS) -> dict[str, o
 
 
 def write_model(folder: Path, shape: Shape, seed: int = 0, max_positions: int = MAX_POSITIONS) -> Path:
-    """A folder of random bf16 weights that transformers loads: one file a layer, so that no model is held whole."""
+    """A folder of random bf16 weights that transformers loads: one file per layer, never the whole model in memory."""
     if (folder / "model.safetensors.index.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def write_model(folder: Path, shape: Shape, seed: int = 0, max_positions: int = 
         weight_map |= dict.fromkeys(part, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in part.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))  # last: a whole folder has it
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))  # last: marks a complete folder
     return folder
 
 

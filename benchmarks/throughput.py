@@ -1,17 +1,17 @@
-"""Tokens a second and peak memory of a grid of cells, each in a process of its own, peers beside it in the same run.
+"""Tokens per second and peak memory of a grid of cells, each in its own process, with peers in the same run.
 
     python -m benchmarks.throughput --preset cpu --out benchmarks/results/cpu
     python -m benchmarks.throughput --preset fair --shape 8b --layers 8 --profile --out OUT
     python -m benchmarks.throughput --preset gpu --shape 8b --layers 8 --out OUT
     python -m benchmarks.throughput --preset scaling --shape 8b --ranks 1 2 4 8 --out OUT
-    torchrun ... -m benchmarks.throughput --preset scaling --shape 8b --ranks 16 --out OUT   (one process a rank)
+    torchrun ... -m benchmarks.throughput --preset scaling --shape 8b --ranks 16 --out OUT   (one process per rank)
 
-Presets: tiny (for tests), cpu and cpu-all; on a GPU fair (one shape beside its peers, few steps: for minutes), depth
-(8B whole, few steps), gpu (the wide grid, for hours), peaks (the plan's), scaling (ranks).
+Presets: tiny (for tests), cpu and cpu-all; on a GPU fair (one shape against its peers, few steps: minutes), depth (8B
+at full depth, few steps), gpu (the wide grid: hours), peaks (planned and measured), scaling (ranks).
 
 Cells of a group are loaded together and step in turns (small models on a CPU), or run one after another (GPUs). A cell
-that fails, does not fit or takes too long says so in its raw file; the others go on. Every raw file holds the samples
-and where they come from. `python -m benchmarks.report` makes the tables.
+that fails, does not fit or takes too long has that in its raw file; the others continue. Every raw file has the samples
+and their provenance. `python -m benchmarks.report` creates the tables.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ PROFILED_STEPS = 3
 
 
 class Run:
-    """One call of this command: where its files are and what its numbers are traced to."""
+    """One invocation of this command: where its files are and the provenance of its results."""
 
     def __init__(
         self, preset: Preset, out: Path, scratch: Path, origin: dict[str, Any], *, resume: bool, joined: bool
     ) -> None:
         self.preset, self.out, self.scratch, self.origin = preset, out, scratch, origin
         self.resume, self.joined = resume, joined
-        self.is_main = not joined or os.environ["RANK"] == "0"  # whose results are the run's
-        self.workers: list[workers.Worker] = []  # all that were started
-        self.measured: dict[str, dict[str, Any]] = {}  # by the cell's name, of the groups so far
+        self.is_main = not joined or os.environ["RANK"] == "0"  # its results are the run's
+        self.workers: list[workers.Worker] = []  # all workers started so far
+        self.measured: dict[str, dict[str, Any]] = {}  # by the cell's name, from the groups so far
         out.mkdir(parents=True, exist_ok=True)
         scratch.mkdir(parents=True, exist_ok=True)
 
     def group(self, group: Group) -> list[dict[str, Any]]:
-        """Measures the cells of a group and writes their raw files. A cell of an earlier group is not measured again:
-        it stands there, and is only compared with here."""
+        """Measures the cells of a group and writes their raw files. A cell that an earlier group already measured is
+        not measured again, only compared with."""
         known = [self.measured[cell.name] for cell in group.cells if cell.name in self.measured]
         cells_left = tuple(cell for cell in group.cells if cell.name not in self.measured)
         fresh = Group(cells_left, group.in_turns, group.title)
@@ -68,12 +68,12 @@ class Run:
         for result in self._in_turns(fresh) if group.in_turns else self._one_by_one(fresh):
             results.append(result)
             self._check_same_work([*known, *results])
-            self._write(group, result, self._gemm([*known, *results]))  # at once: a time limit keeps what is there
+            self._write(group, result, self._gemm([*known, *results]))  # at once, so that a time limit keeps it
             if self.is_main:
                 print(f"{result['name']}: {figures.one_line(result)}", flush=True)
         gemm = self._gemm([*known, *results])
         self._check_same_work([*known, *results])
-        for result in results:  # again, for those that came before what they are compared with
+        for result in results:  # again, for results measured before their reference
             self._write(group, result, gemm)
         self.measured |= {result["name"]: result for result in results}
         return results
@@ -90,7 +90,7 @@ class Run:
         path.write_text(json.dumps(result, indent=1) + "\n")
 
     def _earlier(self, cell: Cell) -> dict[str, Any] | None:
-        """The cell's result of this very code, where the run goes on after an earlier one."""
+        """The cell's result from an earlier run of exactly this code, if this run resumes."""
         path = self.out / f"{cell.name}.json"
         if not self.resume or not path.exists():
             return None
@@ -113,7 +113,7 @@ class Run:
             running.append(worker)
         steps = -(-self.preset.steps // self.preset.turns)
         for turn in range(self.preset.turns):
-            # there and back, so that a drift of the machine does not favour the first or the last
+            # forward, then backward, so that drift of the machine favours neither the first nor the last
             for worker in running if turn % 2 == 0 else running[::-1]:
                 if worker.is_running:
                     worker.deadline = time.monotonic() + self.preset.timeout_seconds
@@ -146,8 +146,8 @@ class Run:
         folder = self.scratch / "cells" / f"{cell.name}{place}"
         folder.mkdir(parents=True, exist_ok=True)
         preset = self.preset
-        for left in ("result.json", "result.gradients"):  # of an earlier run with this scratch folder
-            (folder / left).unlink(missing_ok=True)
+        for stale in ("result.json", "result.gradients"):  # from an earlier run with this scratch folder
+            (folder / stale).unlink(missing_ok=True)
         spec = {
             "cell": cell.as_dict(),
             "out": str(folder / "result.json"),
@@ -172,7 +172,7 @@ class Run:
             result: dict[str, Any] = json.loads(worker.out.read_text())
         else:
             code = worker.processes[0].returncode
-            # the kernel ends a process that takes the host's last memory with SIGKILL
+            # the kernel's OOM killer uses SIGKILL
             status = "timeout" if worker.has_timed_out else "oom" if code == -signal.SIGKILL else "failed"
             tail = worker.log.read_text()[-1500:]
             result = _without_result(worker.cell, status, f"ended with code {code}: {tail}")
@@ -223,7 +223,7 @@ def run(
     resume: bool = False,
     joined: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measures a preset; all results. Raw files are in `out`. resume: cells of this code that are there are kept."""
+    """Measures a preset; returns all results. Raw files go to `out`. resume: keeps cells measured by this same code."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     origin = provenance.collect(command, device)
     own = Path(tempfile.mkdtemp(prefix="benchmark-")) if scratch is None else scratch
@@ -243,10 +243,10 @@ def run(
 
 
 def run_as_rank(preset: Preset, out: Path, *, command: str, scratch: Path) -> None:
-    """This process is one of the ranks that a launcher started (torchrun, srun): all measure the same cells together.
+    """This process is one of the ranks that a launcher started (torchrun, srun); all measure the same cells together.
 
-    Each rank starts the cell in a process of its own with its place among the ranks. Inputs are made by the first rank
-    of each node, below `scratch`/node; raw files are written by rank 0.
+    Each rank starts the cell in a child process with its own rank. The first rank of each node creates the inputs,
+    below `scratch`/node; rank 0 writes the raw files.
     """
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     world_size = int(os.environ["WORLD_SIZE"])
@@ -265,7 +265,7 @@ def run_as_rank(preset: Preset, out: Path, *, command: str, scratch: Path) -> No
             time.sleep(0.2)
     chosen = replace(preset, groups=(Group(tuple(cells_here), False, "ranks"),))
     where = out if rank == 0 else own / f"rank-{rank}"
-    if rank != 0:  # every rank has its own folder of logs and results; only rank 0's results are kept
+    if rank != 0:  # each rank has its own folder of logs and results; only rank 0's results are kept
         where.mkdir(parents=True, exist_ok=True)
     run(chosen, where, command=command, scratch=own, joined=True)
 
@@ -275,22 +275,20 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--shape", default="1b", help="fair, gpu, scaling: one of benchmarks.shapes")
     parser.add_argument("--layers", type=int, help="fair, gpu, scaling: only the first N layers of the shape")
-    parser.add_argument("--row-tokens", type=int, default=2048, help="gpu, scaling: tokens of a row")
+    parser.add_argument("--row-tokens", type=int, default=2048, help="gpu, scaling: tokens per row")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="scaling: numbers of ranks")
     parser.add_argument("--strategies", nargs="+", default=["ddp"], help="scaling: strategy.name of the config")
     parser.add_argument(
         "--profile",
         action="store_true",
-        help=f"after a cell's steps {PROFILED_STEPS} more under torch's profiler: a table of kernels in its raw file",
+        help=f"run {PROFILED_STEPS} more steps of each cell under torch's profiler, for a kernel table in its raw file",
     )
     parser.add_argument("--only", default="", help="only cells whose name contains this")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
     parser.add_argument("--scratch", type=Path, help="folder for models and data, kept; default: a temporary one")
-    parser.add_argument("--resume", action="store_true", help="keep cells in --out that this very code has measured")
-    parser.add_argument(
-        "--ratios", type=Path, help="tiny: also record the ratios that the regression test compares with"
-    )
-    parser.add_argument("--allow-dirty", action="store_true", help="measure code that is no commit; the result says so")
+    parser.add_argument("--resume", action="store_true", help="keep cells in --out that this same code has measured")
+    parser.add_argument("--ratios", type=Path, help="tiny: also record the ratios for the regression test")
+    parser.add_argument("--allow-dirty", action="store_true", help="measure uncommitted code; the results are marked")
     arguments = parser.parse_args()
     preset = {
         "tiny": cells.tiny,
@@ -314,7 +312,7 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cells end with this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cells exit with this process
     started = time.monotonic()
     command = provenance.this_command("benchmarks.throughput")
     if "WORLD_SIZE" in os.environ:

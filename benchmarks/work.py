@@ -1,4 +1,4 @@
-"""What makes two cells the same work: constants of the update, documents, first loss and first gradients."""
+"""Whether two cells do the same work: constants of the update, documents, first loss and first gradients."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-# of every engine: AdamW with torch's defaults and fp32 states, constant rate, no weight decay
+# for every engine: AdamW with torch's defaults and fp32 states, constant learning rate, no weight decay
 LR, MAX_GRAD_NORM = 2e-4, 0.3
 SAME_COSINE = 0.999
-SAME_LOSS = 0.02  # relative: bf16 logits and sums differ between engines, other tokens would differ by far more
+SAME_LOSS = 0.02  # relative: bf16 logits and sums differ between engines; different tokens would differ by far more
 
 
 def read_documents(folder: Path) -> list[dict[str, list[int]]]:
@@ -33,7 +33,7 @@ def sample_gradients(parameters: dict[str, torch.nn.Parameter], per_tensor: int 
 
 
 def cosine(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
-    """Of all gradients as one vector, fp64. NaN where the tensors are not the same ones or all are zero."""
+    """Cosine of all gradients as one vector, fp64. NaN if the tensors differ in names or shapes, or all are zero."""
     if left.keys() != right.keys() or any(left[name].shape != right[name].shape for name in left):
         return math.nan
     dot = a = b = 0.0
@@ -52,7 +52,7 @@ def compare(
     gradients: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """Whether a cell did the reference's work, by loss and gradients of the first step."""
-    if not reference_gradients or not gradients:  # of an earlier run, whose gradients are gone
+    if not reference_gradients or not gradients:  # from an earlier run, whose gradients are gone
         return {
             "reference": reference["name"],
             "gradient_cosine": None,

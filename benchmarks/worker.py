@@ -1,9 +1,9 @@
-"""One cell in a process of its own: python -m benchmarks.worker SPEC.json [--turns]
+"""One cell in its own process: python -m benchmarks.worker SPEC.json [--turns]
 
-SPEC holds the cell and folders; the result is written to its `out`. With --turns steps are taken as the parent says
-(see conductor), else all in one go. Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
-may start it on several ranks. A cell that runs out of memory, or fails, says so in its result and exits with 0; only
-a killed process leaves none.
+SPEC has the cell and its folders; the result is written to its `out`. With --turns the parent orders the steps (see
+conductor), otherwise all run in one go. Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT may start it on several ranks. A cell that runs out of memory, or fails, has that in its result and exits
+with 0; only a killed process leaves no result.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     _end_with_parent()
     spec = json.loads(arguments.spec.read_text())
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    os.dup2(2, 1)  # keeps the libraries' output apart from the answers
     result = measure(spec, sys.stdin if arguments.turns else None, answers if arguments.turns else None)
     if int(os.environ.get("RANK", "0")) == 0:
         out = Path(spec["out"])
@@ -50,14 +50,14 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    """Linux: this process is killed when the one that started it ends, however that ends."""
+    """Linux: this process is killed when its parent exits, however that happens."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def measure(spec: dict[str, Any], orders: IO[str] | None, answers: IO[str] | None) -> dict[str, Any]:
-    """Runs the cell of a spec; its raw result without provenance."""
+    """Runs the cell of a spec; returns its raw result without provenance."""
     cell = Cell(**spec["cell"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -75,7 +75,7 @@ def measure(spec: dict[str, Any], orders: IO[str] | None, answers: IO[str] | Non
         orders=orders,
         answers=answers,
     )
-    before = provenance.device_state(device)  # nothing is loaded: what is used is the context
+    before = provenance.device_state(device)  # nothing is loaded yet: only the context is in use
     cap: dict[str, int] = {}
     energy = nvml.energy_joules(device.index or 0) if device.type == "cuda" else None
     try:
@@ -91,7 +91,7 @@ def measure(spec: dict[str, Any], orders: IO[str] | None, answers: IO[str] | Non
     first = facts.pop("first", {})
     if first.get("gradients"):
         save_file(first["gradients"], Path(spec["out"]).with_suffix(".gradients"))
-    after = conductor.state_after or provenance.device_state(device)  # the latter where it did not come so far
+    after = conductor.state_after or provenance.device_state(device)  # the latter if it did not get that far
     used = None if energy is None else (nvml.energy_joules(device.index or 0) or energy) - energy
     return {
         "cell": cell.as_dict(),
@@ -113,7 +113,7 @@ def measure(spec: dict[str, Any], orders: IO[str] | None, answers: IO[str] | Non
 
 
 def _of_device(before: Any, after: Any) -> dict[str, int | None]:
-    """What belongs beside the allocator's peaks. Used bytes of the timed steps: a profiler takes device memory too."""
+    """Device memory outside the allocator. Used bytes are from the timed steps: a profiler takes device memory too."""
     if before is None:
         return {}
     return {"context_bytes": before["context_bytes"], "device_used_bytes": after["device_used_bytes"]}
@@ -132,7 +132,7 @@ def _run(cell: Cell, spec: dict[str, Any], conductor: Conductor, watch: Any, dev
 
 
 def _run_gemm(cell: Cell, conductor: Conductor, watch: Any, device: torch.device) -> dict[str, Any]:
-    """The products of one decoder layer and the head, nothing else: what a perfect step could reach here."""
+    """The matrix products of one decoder layer and the head, nothing else: the rate that an ideal step could reach."""
     shape = shape_of(cell.shape, cell.layers)
     tokens = cell.row_tokens * cell.micro_rows
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[cell.method]
@@ -152,7 +152,7 @@ def _run_gemm(cell: Cell, conductor: Conductor, watch: Any, device: torch.device
             for x, w in operands:
                 torch.nn.functional.linear(x, w)
             if not conductor.step_done(tokens, 0) or conductor.is_instrumented:
-                break  # it has no phases to tell apart
+                break  # it has no phases
     return {"flops_per_step": flops, "dtype": cell.method, "tokens": tokens, "first": {}}
 
 

@@ -1,4 +1,4 @@
-"""The processes of a cell, seen from the one that runs the grid: start, orders, time limits, end."""
+"""The processes of a cell, as seen by the process that runs the grid: start, orders, time limits, exit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Worker:
         return any(process.poll() is None for process in self.processes)
 
     def ask(self, order: str | None) -> bool:
-        """Gives an order (None: only wait) and waits for the answer. False: no more turns from this one."""
+        """Sends an order (None: only wait) and waits for the answer. False: this worker takes no more turns."""
         main = self.processes[0]
         assert main.stdin is not None and main.stdout is not None
         try:
@@ -45,7 +45,7 @@ class Worker:
             return bool(main.stdout.readline())
 
     def wait(self) -> None:
-        """Until all its processes have ended, or its time is up."""
+        """Waits until all its processes have exited or its time is up."""
         for process in self.processes:
             try:
                 process.wait(max(0.1, self.deadline - time.monotonic()))
@@ -64,7 +64,7 @@ class Worker:
 
 @contextlib.contextmanager
 def _alarm(worker: Worker) -> Any:
-    """Ends a worker that does not answer within its time: its pipe then closes and the read returns."""
+    """Kills a worker that does not answer in time: its pipe then closes and the read returns."""
 
     def expire(*_: Any) -> None:
         worker.has_timed_out = True
@@ -80,7 +80,7 @@ def _alarm(worker: Worker) -> Any:
 
 
 def start(cell: Cell, command: list[str], log: Path, *, joined: bool) -> list[subprocess.Popen[str]]:
-    """One process for each of the cell's ranks; joined: one, with this process's own place. stderr goes to `log`."""
+    """One process per rank of the cell; joined: only one, with this process's own rank. stderr goes to `log`."""
     port = _free_port()
     processes = []
     for rank in range(1 if joined else cell.ranks):
@@ -101,10 +101,10 @@ def start(cell: Cell, command: list[str], log: Path, *, joined: bool) -> list[su
 
 
 def _environment(cell: Cell, rank: int | None, port: int) -> dict[str, str]:
-    """rank None: this process's own place among the ranks, as its launcher says it."""
+    """rank None: this process's own rank, as set by its launcher."""
     environment = {
-        # glibc keeps freed blocks below a threshold that grows with use: resident memory then says how the heap broke
-        # up (0.4 to 1 GiB for one 4-bit model), not what was needed. Fixed, large blocks go back at once, everywhere
+        # glibc keeps freed blocks below a threshold that grows with use: resident memory then measures fragmentation
+        # (0.4 to 1 GiB for one 4-bit model), not need. With a fixed threshold large blocks are returned at once
         "MALLOC_MMAP_THRESHOLD_": str(2**20),
         **os.environ,
         "HF_HUB_OFFLINE": "1",

@@ -1,19 +1,19 @@
-"""What a run's results say of the constants that arithmetic cannot give: the memory plan's, and the speed estimate's.
+"""Fits the constants that cannot be computed, of the memory plan and the speed estimate, to a run's results.
 
     python -m benchmarks.gpu calibrate OUT
 
-Reads cells of this package, ceilings.json and repro_65b.json below OUT, fits what they can tell apart, and prints each
-constant before and after, and how far plan and estimate are off in each file, before and after. The same as JSON in
-OUT/calibration.json. Sources are not changed: a constant is changed by a person, who names the files.
+Reads cells of this package, ceilings.json and repro_65b.json below OUT, fits the constants that they determine, and
+prints each constant before and after, and the errors of plan and estimate for each file, before and after. The same as
+JSON in OUT/calibration.json. Sources are not changed: a person changes a constant, citing the files.
 
-    CONTEXT_BYTES       the context that was measured, median
-    RESERVE_SHARE       what the allocator held above the largest sum of tensors: the largest share, since a plan that
-                        says "fits" must hold
-    WORKSPACE_BYTES     what tensors take above the rest of the plan in every file alike, where enough files of
-                        different sizes tell it from an error that grows with them
-    DEQUANT_EFFICIENCY  dequantization in ceilings.json over the GPU's memory rate; without it, from cells of
-                        different numbers of tokens a micro-batch
-    Gpu.efficiency      from cells whose micro-batch is large enough that the GPU is not waiting for its host
+    CONTEXT_BYTES       the measured context, median
+    RESERVE_SHARE       what the allocator reserved above the peak of all tensors: the largest share, since a plan that
+                        fits must not fail
+    WORKSPACE_BYTES     what tensors take above the rest of the plan, by the same amount in every file, if enough files
+                        of different sizes separate it from an error that grows with size
+    DEQUANT_EFFICIENCY  dequantization in ceilings.json over the GPU's memory bandwidth; without it, from cells with
+                        different numbers of tokens per micro-batch
+    Gpu.efficiency      from cells whose micro-batch is large enough that the GPU does not wait for the host
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from qlora_dist.memory import constants, gpus
 from .. import provenance
 from .calibrate_files import Measured, ceiling_rates, read_all
 
-SMALLEST_BYTES = 2**30  # of tensors: below, blocks of 20 MiB that the allocator takes at once are no small share
-BUSY_TOKENS = 4096  # a micro-batch below leaves the GPU waiting for launches
+SMALLEST_BYTES = 2**30  # of tensors: below this, the allocator's 20 MiB blocks are a large share
+BUSY_TOKENS = 4096  # a smaller micro-batch leaves the GPU waiting for launches
 WORKSPACE_FILES = 4
-WORKSPACE_ERROR_BYTES = 16 * 2**20  # a fit that is less sure of it says nothing
+WORKSPACE_ERROR_BYTES = 16 * 2**20  # a fit with a larger standard error is discarded
 
 
 @dataclass
 class Constant:
-    """One constant; `after` None where the files cannot tell it, with the reason in `note`."""
+    """One constant; `after` is None if the files do not determine it, with the reason in `note`."""
 
     name: str
     before: float
@@ -55,8 +55,8 @@ class Constant:
 
 
 def calibrate(out: Path) -> dict[str, Any]:
-    """Prints the tables and writes OUT/calibration.json. Raises UserError for files that were not measured on a GPU,
-    or on several kinds of them."""
+    """Prints the tables and writes OUT/calibration.json. Raises UserError for files that were not measured on a GPU, or
+    were measured on different kinds of GPU."""
     measured, ceilings = read_all(out)
     gpu = gpu_named(measured[0].device if measured else ceilings["provenance"]["device"])
     found = [
@@ -82,7 +82,7 @@ def calibrate(out: Path) -> dict[str, Any]:
 
 
 def gpu_named(device: str) -> gpus.Gpu:
-    """The entry of memory.gpus that a device's name means. Raises UserError when there is none."""
+    """The entry of memory.gpus for a device's name. Raises UserError if there is none."""
     words = re.findall("[a-z0-9]+", device.lower())
     # rtx4090 is RTX 4090, a100-80 is A100-SXM4-80GB
     runs = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
@@ -99,7 +99,7 @@ def fit_context(measured: list[Measured]) -> Constant:
     constant = Constant("CONTEXT_BYTES", constants.CONTEXT_BYTES)
     values = {one.file: one.context_bytes for one in measured if one.context_bytes is not None}
     if not values:
-        constant.note = "no file says the context's size"
+        constant.note = "no file has the size of the context"
         return constant
     constant.after, constant.files = statistics.median(values.values()), list(values)
     constant.note = f"from {min(values.values()):,.0f} to {max(values.values()):,.0f}"
@@ -118,7 +118,7 @@ def fit_reserve(measured: list[Measured]) -> Constant:
         return constant
     worst = max(shares, key=lambda name: shares[name])
     constant.after, constant.files = shares[worst], list(shares)
-    constant.note = f"the largest, of {worst}; median {statistics.median(shares.values()):.4f}"
+    constant.note = f"the largest, from {worst}; median {statistics.median(shares.values()):.4f}"
     return constant
 
 
@@ -136,7 +136,7 @@ def fit_workspace(measured: list[Measured]) -> Constant:
     spread = float(residuals @ residuals) / max(1, len(rests) - 2)
     error = float(np.sqrt(spread * np.linalg.inv(columns.T @ columns)[1, 1]))
     if error > WORKSPACE_ERROR_BYTES or workspace < 0:
-        constant.note = f"cannot be told apart: {workspace / 2**20:.0f} MiB, give or take {error / 2**20:.0f}"
+        constant.note = f"not determined: {workspace / 2**20:.0f} MiB, give or take {error / 2**20:.0f}"
         return constant
     constant.after, constant.files = workspace, [one.file for one in measured]
     constant.note = f"give or take {error / 2**20:.1f} MiB"
@@ -151,7 +151,7 @@ def _without_workspace(one: Measured) -> float:
 
 
 def fit_speed(measured: list[Measured], ceilings: dict[str, Any] | None, gpu: gpus.Gpu) -> list[Constant]:
-    """Seconds a token = FLOPs part / efficiency + dequantization part / its efficiency; both parts by the package."""
+    """Seconds per token = FLOPs part / efficiency + dequantization part / its efficiency; the package gives both."""
     efficiency = Constant("Gpu.efficiency", gpu.efficiency)
     dequant = Constant("DEQUANT_EFFICIENCY", gpus.DEQUANT_EFFICIENCY)
     if not gpu.peak_flops:
@@ -164,18 +164,18 @@ def fit_speed(measured: list[Measured], ceilings: dict[str, Any] | None, gpu: gp
     busy = [one for one in measured if one.seconds_per_token is not None and one.micro_tokens >= BUSY_TOKENS]
     busy = [one for one in busy if one.is_full_rows and not one.is_full_tuning]
     if not busy:
-        efficiency.note = f"no cell of full rows with {BUSY_TOKENS} tokens a micro-batch or more"
+        efficiency.note = f"no cell of full rows with at least {BUSY_TOKENS} tokens per micro-batch"
         return [efficiency, dequant]
-    parts = np.array([one.parts(gpu) for one in busy])  # (files, 2) seconds a token at an efficiency of 1
+    parts = np.array([one.parts(gpu) for one in busy])  # (files, 2) seconds per token at an efficiency of 1
     seconds = np.array([float(one.seconds_per_token or 0) for one in busy])
     weighted, ones = parts / seconds[:, None], np.ones(len(busy))  # errors count relative to each file's time
     if dequant.after is None and len(busy) > 1 and np.linalg.cond(weighted / weighted.max(0)) < 100:
         inverse = np.linalg.lstsq(weighted, ones, rcond=None)[0]
         if inverse.min() > 0:
             dequant.after, dequant.files = float(1 / inverse[1]), [one.file for one in busy]
-            dequant.note = "from cells; ceilings.json would say it directly"
+            dequant.note = "from cells; ceilings.json would give it directly"
     if dequant.after is None:
-        dequant.note = "cells cannot tell it apart, and there is no ceilings.json"
+        dequant.note = "the cells do not determine it, and there is no ceilings.json"
     left = ones - weighted[:, 1] / dequant.best
     inverse_efficiency = float(weighted[:, 0] @ left / (weighted[:, 0] @ weighted[:, 0]))
     if inverse_efficiency <= 0:
@@ -189,14 +189,14 @@ def fit_speed(measured: list[Measured], ceilings: dict[str, Any] | None, gpu: gp
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 KINDS = {
-    "tensors": "planned tensors beside max_memory_allocated",
-    "peak": "planned peak beside reserved bytes and context",
-    "speed": "estimated tokens a second beside measured",
+    "tensors": "planned tensors against max_memory_allocated",
+    "peak": "planned peak against reserved bytes and context",
+    "speed": "estimated tokens per second against measured",
 }
 
 
 def _errors(one: Measured, by_name: dict[str, Constant], gpu: gpus.Gpu) -> dict[str, Any]:
-    """Relative errors before and after; null where the file lacks what it is compared with."""
+    """Relative errors before and after; null if the file lacks the measured value."""
     found: dict[str, Any] = {"file": one.file, "lacks": one.lacks, "is_busy": one.micro_tokens >= BUSY_TOKENS}
     for when in ("before", "after"):
         value = {name: constant.before if when == "before" else constant.best for name, constant in by_name.items()}
@@ -215,7 +215,7 @@ def _errors(one: Measured, by_name: dict[str, Constant], gpu: gpus.Gpu) -> dict[
 
 
 def summary(files: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """Median and largest size of an error, before and after, and of how many files."""
+    """Median and largest absolute error, before and after, and the number of files."""
     found: dict[str, Any] = {}
     for when in ("before", "after"):
         sizes = [abs(one[when][kind]) for one in files if one[when][kind] is not None]
@@ -230,7 +230,7 @@ def text(result: dict[str, Any]) -> str:
     for one in result["constants"]:
         after = "-" if one["after"] is None else _number(one["after"])
         lines.append(f"  {one['name']:<20}{_number(one['before']):>14}{after:>14}  {one['note']}")
-    head = f"  {'error, of':<50}{'files':>6}{'before: median':>16}{'largest':>9}{'after: median':>16}{'largest':>9}"
+    head = f"  {'error':<50}{'files':>6}{'before: median':>16}{'largest':>9}{'after: median':>16}{'largest':>9}"
     lines += ["", head]
     for kind, what in KINDS.items():
         error = result["errors"][kind]

@@ -1,6 +1,6 @@
-"""What calibration takes from raw files: each as one `Measured`, with what it lacks said.
+"""What calibration reads from raw files: each becomes one `Measured`, with a list of what it lacks.
 
-Refused are files of a CPU and files of plans and simulations: a constant must come from a GPU.
+Files from a CPU and files of plans and simulations are refused: a constant must come from a GPU.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ NOT_MEASURED = ("planned", "plan_vs_simulation", "simulation")
 
 @dataclass
 class Measured:
-    """One run on a GPU. Bytes of one rank; None where its file does not say."""
+    """One run on a GPU. Bytes are per rank; None if the file lacks the value."""
 
     file: str
     content: dict[str, Any]
     config: RunConfig
     shapes: Any
-    plan: MemoryPlan  # by the constants of this code
+    plan: MemoryPlan  # with this code's constants
     allocated_bytes: int
     reserved_bytes: int | None
     context_bytes: int | None
     planned_tensor_bytes: int
     seconds_per_token: float | None
-    is_full_rows: bool  # one document a row: what the speed estimate is of
+    is_full_rows: bool  # one document per row, as the speed estimate assumes
     lacks: list[str] = field(default_factory=list)
 
     @property
@@ -53,9 +53,10 @@ class Measured:
         return self.config.lora is None
 
     def parts(self, gpu: Gpu) -> tuple[float, float]:
-        """Seconds a token of one rank at an efficiency of 1: FLOPs, and dequantization; from the package's estimate."""
+        """Seconds per token of one rank at an efficiency of 1, for FLOPs and dequantization; from the package's
+        estimate."""
         seconds = []
-        for memory_rate in (math.inf, gpu.memory_rate):  # without what moves, and with it
+        for memory_rate in (math.inf, gpu.memory_rate):  # without memory traffic, and with it
             speed = estimate_speed(self.config, self.shapes, self.plan, Gpu("", 0, gpu.peak_flops, memory_rate, 1.0))
             assert speed is not None
             seconds.append(self.plan.world_size / speed.tokens_per_second)
@@ -63,8 +64,8 @@ class Measured:
 
 
 def read_all(out: Path) -> tuple[list[Measured], dict[str, Any] | None]:
-    """This package's runs below a folder, and ceilings.json. Raises UserError where nothing can be used, and for a
-    file that was not measured on a GPU, or not on the same kind as the others."""
+    """This package's runs below a folder, and ceilings.json. Raises UserError if there is nothing to use, and for a
+    file that was not measured on a GPU, or on a different kind than the others."""
     measured: list[Measured] = []
     ceilings = None
     for path in sorted(out.rglob("*.json")):
@@ -74,7 +75,7 @@ def read_all(out: Path) -> tuple[list[Measured], dict[str, Any] | None]:
             continue
         kind = content.get("benchmark")
         if kind in NOT_MEASURED:
-            raise UserError(f"{path}: planned or simulated, not measured; calibrate from files of a GPU alone")
+            raise UserError(f"{path}: planned or simulated, not measured; calibrate only from files from a GPU")
         is_cell = "cell" in content and content["cell"].get("engine") == "ours" and content.get("status") == "ok"
         if kind not in ("ceilings", "repro_65b") and not is_cell:
             continue
@@ -84,10 +85,12 @@ def read_all(out: Path) -> tuple[list[Measured], dict[str, Any] | None]:
         elif one := (_of_cell(name, content) if is_cell else _of_repro(name, content)):
             measured.append(one)
     if not measured and ceilings is None:
-        raise UserError(f"{out}: no measured cell of this package, no ceilings.json, no repro_65b.json")
+        raise UserError(
+            f"{out}: no measured cell of this package, no ceilings.json and no repro_65b.json; run the GPU queue first"
+        )
     found = {one.device for one in measured} | ({ceilings["provenance"]["device"]} if ceilings else set())
     if len(found) > 1:
-        raise UserError(f"{out}: files of several kinds of GPU, {', '.join(sorted(found))}; calibrate from one")
+        raise UserError(f"{out}: files from several kinds of GPU, {', '.join(sorted(found))}; calibrate from one")
     return measured, ceilings
 
 
@@ -96,7 +99,7 @@ def _require_gpu(path: Path, content: dict[str, Any]) -> None:
     if not origin.get("hardware", {}).get("gpus") or not origin.get("driver"):
         raise UserError(
             f"{path}: measured on {origin.get('device', 'an unknown device')}, without a GPU and its driver; calibrate "
-            "from files of a GPU alone"
+            "only from files from a GPU"
         )
 
 
@@ -105,7 +108,7 @@ def _of_cell(name: str, content: dict[str, Any]) -> Measured | None:
 
     known = Cell.__dataclass_fields__
     cell = Cell(**{key: value for key, value in content["cell"].items() if key in known})
-    if cell.row_tokens <= 0 or cell.method == "full-fp16":  # the benchmark's own step: not what a plan is of
+    if cell.row_tokens <= 0 or cell.method == "full-fp16":  # the benchmark's own step, which is not planned
         return None
     config = config_of(cell, Path("model"), Path("data"), Path("scratch"))
     memory = content.get("memory") or {}
@@ -120,7 +123,7 @@ def _of_cell(name: str, content: dict[str, Any]) -> Measured | None:
 
 
 def _of_repro(name: str, content: dict[str, Any]) -> Measured | None:
-    """Weights of the paper's run: of full size, or it is another model."""
+    """The paper's run; None unless it has full size."""
     if not content.get("is_full_size"):
         return None
     config = parse_config(content["config"])
@@ -144,7 +147,7 @@ def _measured(name: str, content: dict[str, Any], config: RunConfig, model: dict
 def _with_memory(
     one: Measured, memory: dict[str, Any], is_full_rows: bool, seconds_per_token: float | None
 ) -> Measured | None:
-    """Fills in what was measured. None for a file without the peak of its tensors."""
+    """Fills in the measured values. None for a file without the peak of its tensors."""
     if not memory.get("allocated_bytes"):
         return None
     one.allocated_bytes = memory["allocated_bytes"]
@@ -152,10 +155,10 @@ def _with_memory(
     one.context_bytes = memory.get("context_bytes")
     used = memory.get("device_used_bytes")
     if one.context_bytes is None and used is not None and one.reserved_bytes is not None:
-        # what the device has in use beside the allocator, when the card is this process's alone
+        # what is in use outside the allocator, if no other process uses the card
         outside = used - one.reserved_bytes
         one.context_bytes = outside if outside > 0 else None
-        one.lacks.append("context_bytes (taken from device_used_bytes)")
+        one.lacks.append("context_bytes (derived from device_used_bytes)")
     one.lacks += [what for what in ("reserved_bytes", "context_bytes") if getattr(one, what) is None]
     one.seconds_per_token = seconds_per_token
     one.is_full_rows = is_full_rows
@@ -165,7 +168,7 @@ def _with_memory(
 
 
 def ceiling_rates(ceilings: dict[str, Any] | None, what: str, ending: str) -> list[float]:
-    """Values of ceilings.json of one kind, GB/s."""
+    """Values of one kind in ceilings.json, GB/s."""
     if ceilings is None:
         return []
     return [

@@ -1,12 +1,12 @@
-"""What the device can do, alone and in the shapes of the models: the denominators of every other figure.
+"""What the device can do on isolated operations in the models' shapes: the denominators of every other result.
 
     python -m benchmarks.gpu.ceilings --out OUT/ceilings.json [--tiny]
 
-GEMM at several numbers of tokens x real shapes, plain and with 64 more columns of K (room for adapters), copy
-bandwidth, pinned transfers, bitsandbytes' dequantization, attention forward and backward, launch overhead. Operands
-are random: zeros draw less power and run faster. Runs on a CPU at tiny sizes too (--tiny).
+GEMM for several token counts x real shapes, plain and with K extended by 64 columns (for adapters), copy bandwidth,
+pinned transfers, bitsandbytes' dequantization, attention forward and backward, launch overhead. Operands are random:
+zeros draw less power and run faster. Also runs on a CPU at tiny sizes (--tiny).
 
-About 100 cases of at least `AT_LEAST_SECONDS`: an estimated 90 seconds on an H100, operands and warm-up included.
+About 100 cases of at least `AT_LEAST_SECONDS`: an estimated 90 seconds on an H100, including operands and warm-up.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .. import provenance
 from ..shapes import SHAPES
 from .timing import num_sets, seconds_of
 
-AT_LEAST_SECONDS = 0.7  # of a case
+AT_LEAST_SECONDS = 0.7  # per case
 PARTS = ("gemm", "bandwidth", "dequantization", "attention", "launches")
 
 
 class Ceilings:
-    """Collects results; a case that fails is written down with its reason."""
+    """Collects results; a case that fails is recorded with its reason."""
 
     def __init__(self, device: torch.device, is_tiny: bool) -> None:
         self.device, self.is_tiny = device, is_tiny
@@ -44,23 +44,23 @@ class Ceilings:
         self.results: list[dict[str, Any]] = []
 
     def measure(self, what: str, case: str, unit: str, amount: float, works: Sequence[Callable[[], Any]]) -> None:
-        """value = amount / median seconds of a call, in `unit`. `works`: one call on each set of operands."""
+        """value = amount / median seconds per call, in `unit`. `works`: the call on each set of operands."""
         try:
             samples, calls = seconds_of(works, self.device, self.at_least)
-        except Exception as error:  # a kernel that is not there must not end the others
+        except Exception as error:  # a missing kernel must not stop the others
             text = f"{type(error).__name__}: {error}"[:300]
             self.results.append({"what": what, "case": case, "value": None, "unit": unit, "reason": text})
             return
         value = amount / statistics.median(samples)
         result = {"what": what, "case": case, "value": value, "unit": unit, "samples_seconds": samples}
-        state = provenance.device_state(self.device) or {}  # power and heat decide a clock, and the clock the value
+        state = provenance.device_state(self.device) or {}  # power and heat set the clock, the clock the value
         names = ("sm_clock_mhz", "memory_clock_mhz", "power_watts", "temperature_celsius")
         clocks = {name: state[name] for name in names if name in state}
         self.results.append(result | {"calls_per_sample": calls, "num_sets": len(works), **clocks})
         print(f"{what} {case}: {value:,.2f} {unit}", flush=True)
 
     def sets_of(self, make: Callable[[], Callable[[], Any]], set_bytes: float) -> list[Callable[[], Any]]:
-        """As many sets of operands as no cache can hold (`num_sets`), and the call on each."""
+        """The call on each of enough operand sets to exceed every cache (`num_sets`)."""
         return [make() for _ in range(num_sets(set_bytes, self.cache_bytes))]
 
     def gemm(self) -> None:
@@ -83,7 +83,7 @@ class Ceilings:
         self.measure("gemm bf16", case, "TFLOP/s", 2 * count * outputs * inputs / 1e12, works)
 
     def bandwidth(self) -> None:
-        """One set each: what is copied is many times larger than any cache."""
+        """One set each: the copied data is many times larger than any cache."""
         count = 1 << (20 if self.is_tiny else 31)
         source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
@@ -98,7 +98,7 @@ class Ceilings:
         self.measure("pinned", "device to host", "GB/s", amount, [lambda: host.copy_(part, non_blocking=True)])
 
     def dequantization(self) -> None:
-        """Bytes read and written by one nf4 weight: 0.5 code, its constants, 2 result."""
+        """Bytes read and written per nf4 weight: 0.5 for the code, its constants, 2 for the result."""
         import bitsandbytes.functional as bnb
 
         shapes = ((128, 128),) if self.is_tiny else ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192))
@@ -114,12 +114,12 @@ class Ceilings:
                     return lambda: bnb.dequantize_4bit(packed, state)
 
                 case = f"{shape[0]} x {shape[1]}" + (", double" if is_double else "")
-                works = self.sets_of(make, weights * (0.5 + constants))  # what is read: results rotate with the calls
+                works = self.sets_of(make, weights * (0.5 + constants))  # only reads: results rotate with the calls
                 self.measure("dequantize nf4", case, "GB/s", weights * (0.5 + constants + 2) / 1e9, works)
 
     def attention(self) -> None:
-        """The same documents in every kernel. On a GPU `sdpa` is torch's own choice, which on Hopper is cuDNN before
-        flash attention: peers without flash-attn run on that."""
+        """The same documents in every kernel. On a GPU `sdpa` is torch's choice, which on Hopper prefers cuDNN to flash
+        attention: peers without flash-attn use it."""
         lengths = (32,) if self.is_tiny else (2048, 4096)
         heads, kv_heads, width = (4, 2, 16) if self.is_tiny else (32, 8, 128)
         for length in lengths:
@@ -135,25 +135,25 @@ class Ceilings:
                 self._both(f"attention {name}", case, forward, attend, operands)
 
     def _both(self, what: str, case: str, forward: float, attend: Callable[..., Any], operands: list[Any]) -> None:
-        """Forward alone; forward and backward, whose 5 products to 2 make 3.5 times the work."""
+        """Forward alone, and forward with backward: 5 products more than its 2, so 3.5 times the work."""
         is_flat = "varlen" in what or "flash-attn" in what
         sets = [[_flattened(t) if is_flat else t for t in tensors] for tensors in operands]
         sets = [[t.detach().requires_grad_() for t in tensors] for tensors in sets]
-        arriving = torch.randn_like(sets[0][0])
+        upstream = torch.randn_like(sets[0][0])
 
-        def there(inputs: list[torch.Tensor]) -> Callable[[], Any]:
+        def forward_only(inputs: list[torch.Tensor]) -> Callable[[], Any]:
             return lambda: attend(*inputs)
 
-        def there_and_back(inputs: list[torch.Tensor]) -> Callable[[], Any]:
-            # gradients are returned, not added to what is there: an addition is no part of attention
-            return lambda: torch.autograd.grad(attend(*inputs), inputs, arriving)
+        def forward_backward(inputs: list[torch.Tensor]) -> Callable[[], Any]:
+            # gradients are returned, not accumulated: the addition is not part of attention
+            return lambda: torch.autograd.grad(attend(*inputs), inputs, upstream)
 
-        self.measure(f"{what} forward", case, "TFLOP/s", forward / 1e12, [there(one) for one in sets])
-        works = [there_and_back(one) for one in sets]
+        self.measure(f"{what} forward", case, "TFLOP/s", forward / 1e12, [forward_only(one) for one in sets])
+        works = [forward_backward(one) for one in sets]
         self.measure(f"{what} forward + backward", case, "TFLOP/s", 3.5 * forward / 1e12, works)
 
     def launches(self) -> None:
-        """Launches a second from the host, and of a CUDA graph's replay."""
+        """Launches per second from the host, and in the replay of a CUDA graph."""
         x = torch.zeros(1, device=self.device)
         number = 20 if self.is_tiny else 1000
 
@@ -173,11 +173,11 @@ class Ceilings:
 
 
 def attentions(device: torch.device, length: int, count: int) -> dict[str, Callable[..., Any]]:
-    """Kernels by name, for `count` documents of `length` tokens: sdpa takes (documents, heads, tokens, width), varlen
+    """Kernels by name, for `count` documents of `length` tokens: sdpa accepts (documents, heads, tokens, width), varlen
     and flash-attn (all tokens, heads, width)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    borders = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
+    boundaries = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
 
     def sdpa(query: Any, key: Any, value: Any) -> Any:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -192,20 +192,20 @@ def attentions(device: torch.device, length: int, count: int) -> dict[str, Calla
     def varlen(query: Any, key: Any, value: Any) -> Any:
         from torch.nn.attention import varlen as module
 
-        return module.varlen_attn(query, key, value, borders, borders, length, length, **varlen_keywords())
+        return module.varlen_attn(query, key, value, boundaries, boundaries, length, length, **varlen_keywords())
 
     def flash(query: Any, key: Any, value: Any) -> Any:
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(query, key, value, borders, borders, length, length, causal=True)
+        return flash_attn_varlen_func(query, key, value, boundaries, boundaries, length, length, causal=True)
 
-    of_gpu = {"sdpa flash": forced(SDPBackend.FLASH_ATTENTION), "sdpa cudnn": forced(SDPBackend.CUDNN_ATTENTION)}
-    return {"sdpa": sdpa, **(of_gpu if device.type == "cuda" else {}), "varlen": varlen, "flash-attn": flash}
+    gpu_only = {"sdpa flash": forced(SDPBackend.FLASH_ATTENTION), "sdpa cudnn": forced(SDPBackend.CUDNN_ATTENTION)}
+    return {"sdpa": sdpa, **(gpu_only if device.type == "cuda" else {}), "varlen": varlen, "flash-attn": flash}
 
 
 def varlen_keywords() -> dict[str, Any]:
-    """Causal attention with grouped heads, in the words of the installed torch. Before 2.12 it takes grouped heads as
-    they are; only the keyword is not there."""
+    """Keywords for causal attention with grouped heads in the installed torch. Before 2.12 it accepts grouped heads
+    without the keyword."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -214,7 +214,7 @@ def varlen_keywords() -> dict[str, Any]:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The L2 cache of a GPU; 0 on a CPU, where ceilings are only tried."""
+    """Size of a GPU's L2 cache; 0 on a CPU, where the script is only tried out."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
@@ -226,14 +226,14 @@ def _flattened(tensor: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="sizes of a test")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, for tests")
     parser.add_argument("--allow-dirty", action="store_true")
     arguments = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         provenance.require_clean(arguments.allow_dirty)
         if device.type == "cpu" and not arguments.tiny:
-            raise UserError("no CUDA device: give --tiny to try the script on a CPU")
+            raise UserError("there is no CUDA device; give --tiny to try the script on a CPU")
         origin = provenance.collect(provenance.this_command("benchmarks.gpu.ceilings"), device)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -258,7 +258,7 @@ def main() -> None:
             "part_seconds": seconds,
             "results": ceilings.results,
         }
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")  # after each part: a time limit keeps the rest
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n")  # after each part: a time limit keeps it
 
 
 if __name__ == "__main__":

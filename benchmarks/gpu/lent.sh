@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
 # To launch: bash benchmarks/gpu/lent.sh PART OUT [option ...]
 #
-# One part of the queue on a GPU machine that is had for ten minutes: bare, without a network, and of which only a few
-# files come back. Parts 1, 2, 3 are three commands (benchmarks/gpu/items.py says what is in them):
+# One part of the queue on a GPU machine that is available for ten minutes: bare, without a network, and able to return
+# only a few files. Parts 1, 2 and 3 are three commands (benchmarks/gpu/items.py lists their items):
 #
-#   QLORA_DIST_COMMIT=COMMIT bash benchmarks/gpu/lent.sh 1 "$OUT"     smoke of every path, 65B on 48 GB, pytest -m gpu
-#   QLORA_DIST_COMMIT=COMMIT bash benchmarks/gpu/lent.sh 2 "$OUT"     ceilings, 8B at 8 layers beside its peers
+#   QLORA_DIST_COMMIT=COMMIT bash benchmarks/gpu/lent.sh 1 "$OUT"     smoke test, 65B on 48 GB, pytest -m gpu
+#   QLORA_DIST_COMMIT=COMMIT bash benchmarks/gpu/lent.sh 2 "$OUT"     ceilings, 8B at 8 layers against its peers
 #   QLORA_DIST_COMMIT=COMMIT bash benchmarks/gpu/lent.sh 3 "$OUT"     8B at full depth with a profile, planned peaks
 #
-# Give each a limit of 600 seconds. Wheels in .whl/ are installed first, beside what the machine has. The queue works in
-# build/gpu, which stays while the machine does, and leaves OUT/gpu-partN.tgz, written anew after each item and at the
-# end, also when the command is cut. To go on where a part ended, here or on another machine of the same code:
+# Give each a limit of 600 seconds. Wheels in .whl/ are installed first, in addition to the machine's packages. The
+# queue works in build/gpu, which lasts as long as the machine, and writes OUT/gpu-partN.tgz after each item and at the
+# end, even if the command is cut short. To continue where a part stopped, here or on another machine of the same code:
 #
-#   tar xzf gpu-part1.tgz -C build        and take build/gpu along
+#   tar xzf gpu-part1.tgz -C build        and keep build/gpu
 set -uo pipefail
 part=${1:?usage: lent.sh PART OUT [option ...]}
 mkdir -p "${2:?usage: lent.sh PART OUT [option ...]}"
 out=$(cd "$2" && pwd)
 shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
-limit=${LENT_SECONDS:-580} # of this command; then its last seconds are for packing
+limit=${LENT_SECONDS:-580} # for this command; the seconds that remain are for packing
 wheels=${LENT_WHEELS:-.whl}
 python=${QUEUE_PYTHON:-python3}
 site=${LENT_SITE:-$HOME/site}
 
-# A .pth file in the interpreter's own folder is read by every child, also where PYTHONPATH is set anew. Compiled: with
-# 40 processes to start, a second each would be lost otherwise
+# A .pth file in the interpreter's site-packages reaches every child, even if PYTHONPATH is replaced. pip also compiles
+# the wheels: without that, each of 40 processes would lose a second at startup
 if compgen -G "$wheels/*.whl" >/dev/null; then
   if [ ! -e "$site/.whole" ]; then
     "$python" -m pip install -q --no-index --no-deps --no-cache-dir --disable-pip-version-check --upgrade \

@@ -1,7 +1,7 @@
-"""What this machine is, asked in a process of its own.
+"""What this machine has, queried in a separate process.
 
-A process that asks CUDA for a device's name or memory makes a context there, about half a GiB until it ends. The queue
-lives as long as all its items: it would take that from each of them, and change what they measure.
+A process that asks CUDA for a device's name or memory creates a context there, about half a GiB until it exits. The
+queue runs as long as all its items: it would take that memory from each of them, and change what they measure.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 
 from .. import provenance
 
-_QUESTION = """
+_QUERY = """
 import json, sys, torch
 from benchmarks import provenance
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
 print(json.dumps({"gpu_bytes": sizes, "origin": provenance.collect("", device)}))
 """
-LIMIT_SECONDS = 120  # torch from a cold disk
+LIMIT_SECONDS = 120  # importing torch from a cold disk
 
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs by their memory, and the provenance of what is measured here, without command and date."""
+    """The GPUs' memory sizes, and the provenance of results measured here, without command and date."""
 
     gpu_bytes: tuple[int, ...]
     origin: dict[str, Any]
@@ -35,11 +35,11 @@ class Machine:
 
 @lru_cache(maxsize=1)
 def machine() -> Machine:
-    """Asked once. Raises RuntimeError with the answer's error where the question fails."""
+    """Queried once. Raises RuntimeError with the query's error if it fails."""
     done = subprocess.run(
-        [sys.executable, "-c", _QUESTION], cwd=provenance.ROOT, capture_output=True, text=True, timeout=LIMIT_SECONDS
+        [sys.executable, "-c", _QUERY], cwd=provenance.ROOT, capture_output=True, text=True, timeout=LIMIT_SECONDS
     )
     if done.returncode:
-        raise RuntimeError(f"this machine's devices cannot be asked: {done.stderr.strip()[-1000:]}")
+        raise RuntimeError(f"this machine's devices cannot be queried: {done.stderr.strip()[-1000:]}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     return Machine(tuple(found["gpu_bytes"]), found["origin"])

@@ -1,9 +1,9 @@
-"""Everything that a run of the queue wrote, in one archive of limited size.
+"""All results of a run of the queue, in one archive of limited size.
 
     python -m benchmarks.gpu.pack OUT ARCHIVE.tgz
 
-Raw JSON, logs, test reports; neither models nor scratch. Unpacked beside OUT (`tar xzf ARCHIVE.tgz -C build`) it is
-what the queue goes on from. Only the standard library: it also runs while a machine's last seconds run.
+Raw JSON, logs and test reports, without models and scratch files. The queue continues from it once it is unpacked next
+to OUT (`tar xzf ARCHIVE.tgz -C build`). Standard library only: it must also run in a machine's last seconds.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-LARGEST_BYTES = 15 * 2**20  # of the archive: 16 MiB come home, less what headers and padding take
-LARGEST_LOG_BYTES = 2**20  # of a log its end is kept
+LARGEST_BYTES = 15 * 2**20  # per archive: 16 MiB may be returned, minus headers and padding
+LARGEST_LOG_BYTES = 2**20  # the end of a log is kept
 KINDS = (".json", ".xml", ".log", ".txt", ".csv", ".html")
 
 
 def pack(out: Path, archive: Path, largest_bytes: int = LARGEST_BYTES) -> list[str]:
-    """Writes the archive anew, whole or not at all; the names of files that had no room, the largest first.
+    """Replaces the archive atomically; returns the names of files that did not fit, largest first.
 
-    Small files go first: the results are small, a trace or a log that is not may stay.
+    Small files go first: results are small, while a large trace or log may be left out.
     """
     compressed = sorted((_content(path) for path in files(out)), key=lambda pair: len(pair[1]))
     named = {name: content for name, content in compressed}
     left_out, used = [], 0
     archive.parent.mkdir(parents=True, exist_ok=True)
-    aside = archive.with_name(f".{archive.name}.part")
-    with tarfile.open(aside, "w:gz", compresslevel=6) as tar:
+    temporary = archive.with_name(f".{archive.name}.part")
+    with tarfile.open(temporary, "w:gz", compresslevel=6) as tar:
         for name, content in named.items():
             size = len(zlib.compress(content, 6)) + 512
             if used + size > largest_bytes:
@@ -40,12 +40,12 @@ def pack(out: Path, archive: Path, largest_bytes: int = LARGEST_BYTES) -> list[s
             used += size
             _add(tar, f"{out.name}/{name}", content)
         _add(tar, f"{out.name}/left_out.json", json.dumps(left_out[::-1], indent=1).encode())
-    aside.rename(archive)
+    temporary.rename(archive)
     return left_out[::-1]
 
 
 def files(out: Path) -> Iterator[tuple[Path, str]]:
-    """(path, name in the archive): what the items left, and the logs of their processes."""
+    """(path, name in the archive): what the items wrote, and the logs of their processes."""
     for path in sorted(out.rglob("*")):
         if path.is_file() and path.suffix in KINDS and path.name != "left_out.json":
             yield path, str(path.relative_to(out))

@@ -1,9 +1,9 @@
-"""The queue: runs what has no result for this code yet. Items end alone: a crash, a hang, a missing module of one
-leaves the others untouched.
+"""The queue: runs what has no result for this code yet. Items are isolated: a crash, a hang or a missing module in one
+does not affect the others.
 
-This process never touches CUDA (see `machine`). It may be ended at any moment: a stop signal ends the item that runs,
-whose result says that it was cut, and what was written is packed; an item ends with this process even when that is
-killed, so that no GPU stays taken. A cut item runs again.
+This process never touches CUDA (see `machine`). It can be stopped at any moment: a stop signal ends the running item,
+which is recorded as cut, and what was written is packed. An item dies with this process, even if that is killed, so
+that no GPU stays occupied. A cut item runs again.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from .items import ITEMS, LATER, Item
 from .machine import machine
 from .pack import pack
 
-EARLIER = provenance.ROOT / "benchmarks" / "results" / "gpu-queue"  # results that were brought home and committed
-MARGIN_SECONDS = 20  # for ending an item, writing its result and packing, before the time is up
-TAIL_LINES, TAIL_WIDTH = 25, 160  # of the log of an item that is not done, for the terminal
+EARLIER = provenance.ROOT / "benchmarks" / "results" / "gpu-queue"  # results that were fetched and committed
+MARGIN_SECONDS = 20  # to end an item, write its result and pack before the time is up
+TAIL_LINES, TAIL_WIDTH = 25, 160  # for the terminal: the log of an item that is not done
 _PR_SET_PDEATHSIG = 1  # Linux
 
 
 class Cut(BaseException):
-    """This process was asked to end."""
+    """This process received a stop signal."""
 
 
 def scratch_of(out: Path) -> Path:
-    """Models and data that items share, beside OUT; not a result."""
+    """Folder next to OUT for models and data that items share; not a result."""
     return out.with_name(f"{out.name}-scratch")
 
 
 def lacks(item: Item) -> str | None:
-    """What this machine has not got for an item; None when it can run."""
+    """What this machine lacks for an item; None if it can run."""
     gpus = machine().gpu_bytes if item.device == "cuda" else ()
     if item.device == "cuda" and not gpus:
         return "needs a CUDA device"
     if item.device == "cuda" and len(gpus) < item.gpus:
-        return f"needs {item.gpus} GPUs, this machine shows {len(gpus)}"
+        return f"needs {item.gpus} GPUs, this machine has {len(gpus)}"
     if item.device_gib and gpus[0] < item.device_gib * 2**30:
-        return f"needs a GPU of {item.device_gib} GiB"
+        return f"needs a GPU with {item.device_gib} GiB"
     absent = [name for name in item.needs if importlib.util.find_spec(name) is None]
     if absent:
-        return f"lacks the modules {', '.join(absent)} (install them, or bring them as wheels)"
+        return f"lacks the modules {', '.join(absent)} (install them, or supply them as wheels)"
     parts = shlex.split(item.command)
     if "-m" in parts and parts[parts.index("-m") + 1].startswith("benchmarks."):
         module = parts[parts.index("-m") + 1]
@@ -66,7 +66,7 @@ def lacks(item: Item) -> str | None:
 
 
 def result_of(item: Item, out: Path, code: str) -> dict[str, Any] | None:
-    """The item's result for this code and command, in OUT or among committed ones; None when there is none."""
+    """The item's result for this code and command, in OUT or among committed ones; None if there is none."""
     for folder in (out, EARLIER):
         try:
             found: dict[str, Any] = json.loads((folder / f"{item.name}.json").read_text())
@@ -78,9 +78,9 @@ def result_of(item: Item, out: Path, code: str) -> dict[str, Any] | None:
 
 
 def run_item(item: Item, out: Path, code: str, seconds: float) -> dict[str, Any]:
-    """Runs one item for at most `seconds` and writes OUT/<name>.json, its log and what it leaves in OUT/<name>/.
+    """Runs one item for at most `seconds`; writes OUT/<name>.json and its log, the item itself writes to OUT/<name>/.
 
-    Raises Cut or KeyboardInterrupt as they come, after the result is written.
+    Re-raises Cut and KeyboardInterrupt after the result is written.
     """
     folder, log = out / item.name, out / f"{item.name}.log"
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,14 +91,14 @@ def run_item(item: Item, out: Path, code: str, seconds: float) -> dict[str, Any]
     started = time.monotonic()
     with log.open("w") as stream:
         process = _start(command, stream)
-        code_of_exit, cut = _wait(process, seconds)
-    status = "done" if code_of_exit == 0 else "failed"
-    if code_of_exit is None:  # cut: it had less than its time
+        exit_code, cut = _wait(process, seconds)
+    status = "done" if exit_code == 0 else "failed"
+    if exit_code is None:  # cut: it had less than its full time
         status = "cut" if cut is not None or seconds < item.seconds else "timeout"
     result = {
         "name": item.name,
         "status": status,
-        "exit_code": code_of_exit,
+        "exit_code": exit_code,
         "seconds": round(time.monotonic() - started, 1),
         "estimate_seconds": item.estimate,
         "limit_seconds": round(seconds, 1),
@@ -108,9 +108,9 @@ def run_item(item: Item, out: Path, code: str, seconds: float) -> dict[str, Any]
         "files": sorted(str(path.relative_to(out)) for path in folder.rglob("*") if path.is_file()),
         "tail": log.read_text(errors="replace")[-4000:],
     }
-    aside = out / f".{item.name}.part"
-    aside.write_text(json.dumps(result, indent=1) + "\n")
-    aside.rename(out / f"{item.name}.json")
+    temporary = out / f".{item.name}.part"
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.rename(out / f"{item.name}.json")
     if cut is not None:
         raise cut
     return result
@@ -134,7 +134,7 @@ def _start(command: str, stream: Any) -> subprocess.Popen[bytes]:
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> tuple[int | None, BaseException | None]:
-    """(exit code, None when it had to be ended; what ended this process, if it was that)."""
+    """(exit code, or None if it had to be stopped; the signal's exception if this process was stopped)."""
     try:
         return process.wait(seconds), None
     except subprocess.TimeoutExpired:
@@ -146,7 +146,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> tuple[int | None,
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """The item and every process it started; a GPU's memory is free for the next only then."""
+    """Ends the item and every process it started; only then is the GPU's memory free for the next."""
     try:
         os.killpg(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
         process.wait(5)
@@ -164,10 +164,10 @@ def run(
     retry: bool = False,
     after_each: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Runs the items without a result, in order. `seconds`: no item starts that could not have half of its limit.
+    """Runs the items without a result, in order. `seconds`: an item starts only if at least half of its limit is left.
 
-    retry: items that failed or ran out of time for this code, too, after those that were never tried. `after_each`
-    is called after each item: what is written then is there even if this process is killed.
+    retry: also runs items that failed or timed out with this code, after those that were never tried. `after_each` is
+    called after each item: what it writes is kept even if this process is killed.
     """
     out.mkdir(parents=True, exist_ok=True)
     code = provenance.code_hash()
@@ -183,7 +183,7 @@ def run(
             continue
         limit = float(item.seconds) if ends is None else min(float(item.seconds), ends - time.monotonic())
         if limit < item.seconds / 2:
-            print(f"{item.name}: left for another run, {max(0.0, limit):.0f} s are left of {item.seconds}", flush=True)
+            print(f"{item.name}: left for another run, {max(0.0, limit):.0f} s left of {item.seconds} s", flush=True)
             continue
         print(f"{item.name}: {item.why} (about {item.estimate} s, at most {limit:.0f} s)", flush=True)
         results.append(run_item(item, out, code, limit))
@@ -196,7 +196,7 @@ def run(
 
 
 def status(items: Sequence[Item], out: Path) -> list[tuple[str, str, str]]:
-    """(name, state, detail) of every item: done, failed, timeout, unmeasured, or what it waits for."""
+    """(name, state, detail) of every item: done, failed, timeout, cut or unmeasured."""
     code = provenance.code_hash()
     lines = []
     for item in items:
@@ -207,13 +207,13 @@ def status(items: Sequence[Item], out: Path) -> list[tuple[str, str, str]]:
             continue
         old = (out / f"{item.name}.json").exists()
         reason = lacks(item)
-        detail = item.why + ("; has a result of other code" if old else "") + (f"; {reason}" if reason else "")
+        detail = item.why + ("; has a result from other code" if old else "") + (f"; {reason}" if reason else "")
         lines.append((item.name, "unmeasured", detail))
     return lines
 
 
 def main(words: list[str] | None = None) -> None:
-    """Exit code of `run`: 0 when all that was started is done, 1 when not, 143 after a stop signal."""
+    """Exit code of `run`: 0 if every started item is done, 1 if not, 143 after a stop signal."""
     arguments = _parse(words)
     if arguments.action == "calibrate":
         from .calibrate import calibrate
@@ -230,17 +230,17 @@ def main(words: list[str] | None = None) -> None:
         return
     signal.signal(signal.SIGTERM, _cut)
 
-    def bring_home() -> None:
+    def pack_results() -> None:
         if arguments.pack is not None:
             pack(arguments.out, arguments.pack)
 
     try:
-        results = run(items, arguments.out, arguments.seconds, arguments.retry, bring_home)
+        results = run(items, arguments.out, arguments.seconds, arguments.retry, pack_results)
     except (Cut, KeyboardInterrupt):
-        print("ended by a stop signal; the same command goes on", flush=True)
+        print("stopped by a signal; run the same command to continue", flush=True)
         sys.exit(143)
     finally:
-        bring_home()
+        pack_results()
     _print_status(items, arguments.out)
     sys.exit(0 if all(result["status"] == "done" for result in results) else 1)
 
@@ -253,7 +253,7 @@ def _print_status(items: Sequence[Item], out: Path) -> None:
 
 
 def _cut(*_: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: the rest is done in order
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # only once: the rest shuts down in order
     raise Cut
 
 
@@ -261,9 +261,9 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("action", choices=("status", "run", "calibrate"))
     parser.add_argument("out", type=Path, nargs="?", default=Path("build/gpu"))
-    parser.add_argument("--seconds", type=float, help="run: time that is left on this machine")
+    parser.add_argument("--seconds", type=float, help="run: time left on this machine")
     parser.add_argument("--part", type=int, choices=(1, 2, 3, LATER), help=f"only this part; {LATER}: the rest")
-    parser.add_argument("--retry", action="store_true", help="run: failed and timed-out items again")
+    parser.add_argument("--retry", action="store_true", help="run: also repeat failed and timed-out items")
     parser.add_argument("--only", default="", help="only items whose name contains this")
-    parser.add_argument("--pack", type=Path, metavar="TGZ", help="run: one archive of all results, after each item")
+    parser.add_argument("--pack", type=Path, metavar="TGZ", help="run: archive all results after each item")
     return parser.parse_args(words)

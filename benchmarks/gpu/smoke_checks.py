@@ -1,4 +1,4 @@
-"""What a smoke case is made of: where it runs, what it compares, and how a value is judged."""
+"""The parts of a smoke case: where it runs, what it compares, and its tolerance."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-BF16 = 2.0**-8  # distance of two neighbours in bf16, relative; rounding is off by half of it at most
+BF16 = 2.0**-8  # relative; rounding to bf16 is off by at most this
 
 
 class Skip(Exception):
-    """The case cannot run here; its text says why."""
+    """The case cannot run here; its text is the reason."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A value that must lie between `least` and `tolerance`. A value that is no number never does."""
+    """A value that must be between `least` and `tolerance`; a NaN or infinite value never is."""
 
     what: str
     value: float
@@ -32,14 +32,14 @@ class Check:
         return math.isfinite(self.value) and self.least <= self.value <= self.tolerance
 
     def to_json(self) -> dict[str, Any]:
-        value = self.value if math.isfinite(self.value) else None  # JSON knows no NaN
+        value = self.value if math.isfinite(self.value) else None  # JSON has no NaN
         return {"what": self.what, "value": value, "tolerance": self.tolerance, "least": self.least, "why": self.why,
                 "agrees": self.agrees}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where cases run: a device, and a folder that they share."""
+    """Where cases run: a device, and a shared folder."""
 
     device: torch.device
     work: Path

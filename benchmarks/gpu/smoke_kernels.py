@@ -1,5 +1,5 @@
-"""Kernels, each beside a reference of higher precision or the CPU's bits: attention, 4-bit codes, loss, low-rank
-update, CUDA graphs, and the gather of a shared base."""
+"""Kernels, each against a reference of higher precision or the CPU's bits: attention, 4-bit codes, loss, low-rank
+update, CUDA graphs, and the gather of a sharded base."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from qlora_dist.model.loss import OutputHead, nll_sum
 from ..quantization import quantize_dequantize
 from .smoke_checks import BF16, Bench, Case, Check, Skip, relative_error
 
-LENGTHS = (37, 1, 90)  # of documents: no multiples of a kernel's block
+LENGTHS = (37, 1, 90)  # of documents: not multiples of a kernel's block size
 HEADS, KEY_HEADS, WIDTH = 4, 2, 64
-FORWARD = (2 * BF16, "bf16: the result, and the probabilities before their product, are each off by up to half of 2^-8")
-BACKWARD = (4 * BF16, "bf16: twice as many roundings one after another as forward")
+FORWARD = (2 * BF16, "bf16: the result, and the probabilities before their product, are each rounded, by up to 2^-8")
+BACKWARD = (4 * BF16, "bf16: twice as many successive roundings as in the forward pass")
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
 def attention(bench: Bench, backend: str) -> list[Check]:
-    """One packed row, forward and backward, against softmax in fp32 with every mask written out."""
+    """One packed row, forward and backward, against fp32 softmax with an explicit mask."""
     needs = AttentionNeeds(torch.bfloat16, WIDTH)
     try:
         resolve_backend(backend, bench.device, needs)
     except UserError as error:
         raise Skip(str(error).partition("cannot be used here: ")[2] or str(error)) from None
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(1, n, sum(LENGTHS), WIDTH, generator=generator) for n in (HEADS, KEY_HEADS, KEY_HEADS)]
-    slope = torch.randn(1, sum(LENGTHS), HEADS, WIDTH, generator=generator).bfloat16()
-    inputs = [tensor.bfloat16().to(bench.device).requires_grad_() for tensor in drawn]
-    borders = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device=bench.device)
-    packed = PackedDocuments(backend, LENGTHS, borders, max(LENGTHS))
+    random = [torch.randn(1, n, sum(LENGTHS), WIDTH, generator=generator) for n in (HEADS, KEY_HEADS, KEY_HEADS)]
+    upstream = torch.randn(1, sum(LENGTHS), HEADS, WIDTH, generator=generator).bfloat16()
+    inputs = [tensor.bfloat16().to(bench.device).requires_grad_() for tensor in random]
+    boundaries = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device=bench.device)
+    packed = PackedDocuments(backend, LENGTHS, boundaries, max(LENGTHS))
     found, _ = packed_attention(torch.nn.Identity(), *inputs, None, packed=packed)
-    found.backward(slope.to(bench.device))
+    found.backward(upstream.to(bench.device))
 
-    plain = [tensor.bfloat16().float().requires_grad_() for tensor in drawn]
-    expected = _by_masks(*plain)
-    expected.backward(slope.float())
+    plain = [tensor.bfloat16().float().requires_grad_() for tensor in random]
+    expected = _masked_attention(*plain)
+    expected.backward(upstream.float())
     checks = [Check("output", relative_error(found, expected), *FORWARD)]
     for name, ours, theirs in zip(("query", "key", "value"), inputs, plain):
         assert ours.grad is not None and theirs.grad is not None
@@ -54,7 +54,7 @@ def attention(bench: Bench, backend: str) -> list[Check]:
     return checks
 
 
-def _by_masks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """(1, T, Hq, D) fp32."""
     document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     place = torch.arange(len(document))
@@ -68,14 +68,14 @@ def _by_masks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def codes(bench: Bench, kind: str, is_nested: bool) -> list[Check]:
-    """Quantized and dequantized here, beside the CPU's bits, and beside a reference in plain torch."""
+    """Quantized and dequantized here, against the CPU's bits and a reference in plain torch."""
     import bitsandbytes.functional as bnb
 
     weight = (torch.randn(256, 384, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     quantize = partial(bnb.quantize_4bit, quant_type=kind, compress_statistics=is_nested)
     theirs, theirs_state = quantize(weight)
     ours, ours_state = quantize(weight.to(bench.device))
-    bits = theirs ^ ours.cpu()  # two codes a byte
+    bits = theirs ^ ours.cpu()  # two codes per byte
     differing = int(((bits & 15) != 0).sum() + ((bits >> 4) != 0).sum())
     back = bnb.dequantize_4bit(ours, ours_state).cpu()
     moved = _moved(theirs_state, bench.device)
@@ -84,7 +84,7 @@ def codes(bench: Bench, kind: str, is_nested: bool) -> list[Check]:
     values = int((same_codes != expected).sum())
     checks = [
         Check("4-bit codes that differ from the CPU's", differing, weight.numel() * 1e-4,
-              "a weight on a border between two codes may take the other: w / absmax and w * (1 / absmax) round apart"),
+              "a weight midway between two codes may take either: w / absmax and w * (1 / absmax) round differently"),
         Check("dequantized values of the same codes that differ", values, weight.numel() * 1e-3 if is_nested else 0,
               "nested constants: code x scale + mean, rounded once or twice" if is_nested else
               "one fp32 product, rounded to bf16 once: the same bits everywhere"),
@@ -95,8 +95,8 @@ def codes(bench: Bench, kind: str, is_nested: bool) -> list[Check]:
     )
     if reference is not None:
         plain = quantize_dequantize(weight.float(), reference, 64)
-        checks.append(Check("dequantized, beside plain torch", relative_error(back, plain), 4 * BF16,
-                            "rounded to bf16, and one code in ten thousand is its neighbour"))  # fmt: skip
+        checks.append(Check("dequantized, against plain torch", relative_error(back, plain), 4 * BF16,
+                            "rounded to bf16, and one code in ten thousand is off by one"))  # fmt: skip
     return checks
 
 
@@ -129,7 +129,7 @@ def loss(bench: Bench) -> list[Check]:
     expected = F.cross_entropy(exact[:-1] @ weight.double().t(), labels, reduction="sum")
     expected.backward()
     assert here.grad is not None and exact.grad is not None
-    # on CUDA logits leave the product in fp32; a CPU rounds them to bf16
+    # on CUDA the product returns fp32 logits; a CPU rounds them to bf16
     tolerance = (1e-4, "fp32 sums of products of bf16") if bench.is_cuda else (BF16, "logits rounded to bf16")
     return [
         Check("sum of losses", relative_error(total, expected), *tolerance),
@@ -142,16 +142,16 @@ def lowrank(bench: Bench) -> list[Check]:
     """The low-rank update of one bf16 layer, forward and backward, against fp64 on the same values."""
     tokens, inputs, outputs, rank, scale = 96, 256, 192, 8, 2.0
     generator = torch.Generator().manual_seed(0)
-    x, slope = (torch.randn(tokens, n, generator=generator).bfloat16() for n in (inputs, outputs))
+    x, upstream = (torch.randn(tokens, n, generator=generator).bfloat16() for n in (inputs, outputs))
     w = (torch.randn(outputs, inputs, generator=generator) * 0.05).bfloat16()
     a, b = torch.randn(rank, inputs, generator=generator) * 0.05, torch.randn(outputs, rank, generator=generator) * 0.05
     here = [tensor.to(bench.device, copy=True).requires_grad_() for tensor in (x, a, b)]
     weight = w.to(bench.device)
     found = lowrank_forward(lambda value: F.linear(value, weight), here[0], [(here[0], here[1], here[2], scale)])
-    found.backward(slope.to(bench.device))
+    found.backward(upstream.to(bench.device))
     exact = [tensor.double().requires_grad_() for tensor in (x, a, b)]
     expected = exact[0] @ w.double().t() + scale * (exact[0] @ exact[1].t()) @ exact[2].t()
-    expected.backward(slope.double())
+    expected.backward(upstream.double())
     checks = [Check("output", relative_error(found, expected), *FORWARD)]
     for name, ours, theirs in zip(("input", "A", "B"), here, exact):
         assert ours.grad is not None and theirs.grad is not None
@@ -160,7 +160,7 @@ def lowrank(bench: Bench) -> list[Check]:
 
 
 def graph(bench: Bench) -> list[Check]:
-    """A small forward pass, captured once and replayed on other values."""
+    """A small forward pass, captured once and replayed on different values."""
     if not bench.is_cuda:
         raise Skip("needs CUDA")
     torch.manual_seed(0)
@@ -170,7 +170,7 @@ def graph(bench: Bench) -> list[Check]:
     with torch.no_grad():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # warm: what is made at first use must not be captured
+        with torch.cuda.stream(side):  # warm-up: initialization at first use must not be captured
             layers(static)
         torch.cuda.current_stream().wait_stream(side)
         captured = torch.cuda.CUDAGraph()
@@ -179,12 +179,12 @@ def graph(bench: Bench) -> list[Check]:
         fresh = torch.randn(64, 128, device=bench.device).bfloat16()
         static.copy_(fresh)
         captured.replay()
-        return [Check("replayed, beside eager", relative_error(out, layers(fresh)), 2 * BF16,
+        return [Check("replayed, against eager", relative_error(out, layers(fresh)), 2 * BF16,
                       "bf16: the library may choose another kernel under capture")]  # fmt: skip
 
 
 def gather(bench: Bench) -> list[Check]:
-    """A base that is shared by a group of one: the gathered first layer has the bits of its source."""
+    """A base sharded over a group of one rank: the gathered first layer has the bits of its source."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -223,4 +223,4 @@ CASES: dict[str, Case] = {
     "lowrank": lowrank,
     "graph": graph,
 }
-GROUPS: dict[str, Case] = {"fsdp-gather": gather}  # last: they leave a process group behind
+GROUPS: dict[str, Case] = {"fsdp-gather": gather}  # last: it leaves a process group behind

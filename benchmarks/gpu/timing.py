@@ -1,4 +1,4 @@
-"""How long a kernel takes: many calls between two events, on operands that no cache holds."""
+"""How long a kernel takes: many calls between two events, on operands that are not in a cache."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ LEAST_SAMPLES, MOST_SAMPLES = 3, 500
 
 
 def num_sets(set_bytes: float, cache_bytes: int) -> int:
-    """Sets of operands that calls take in turns: at least three, and together more than twice the L2 cache.
+    """The number of operand sets that calls cycle through: at least three, and together more than twice the L2 cache.
 
-    Between two uses of a set the others pass through the cache: at least 4/3 of it, so a set is read from memory each
-    time, as a layer's weights are in a step.
+    Between two uses of a set the others pass through the cache: at least 4/3 of its size, so a set is read from memory
+    each time, like a layer's weights in a step.
     """
     return max(3, math.floor(2 * cache_bytes / set_bytes) + 1)
 
 
 def num_calls(seconds: float) -> int:
-    """Calls in a sample, by what one takes: enough for some milliseconds, within 20 and 50.
+    """Calls per sample, from the seconds of one call: enough for some milliseconds, between 20 and 50.
 
-    An event costs, and the first launch behind a synchronization waits for the host: 5 to 15 microseconds that a call
-    alone would be charged with, and one of 20 hardly is.
+    An event has a cost, and the first launch after a synchronization waits for the host: 5 to 15 microseconds, which
+    would distort a single call but are negligible over 20.
     """
     return min(MOST_CALLS, max(LEAST_CALLS, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
 
 
 def seconds_of(works: Sequence[Callable[[], Any]], device: torch.device, at_least: float) -> tuple[list[float], int]:
-    """Mean seconds of a call in each sample, and the calls of a sample; over `at_least` seconds and three samples.
+    """Mean seconds per call in each sample, and calls per sample; at least `at_least` seconds and three samples.
 
-    `works` is the same call on each set of operands, taken in turns. Results are held for a turn, so that theirs are
-    different addresses too.
+    `works` is the same call on each set of operands, used in turn. Results are kept for one cycle, so that their
+    addresses differ too.
     """
     held: list[Any] = [None] * len(works)
     run = _on_gpu if device.type == "cuda" else _on_cpu

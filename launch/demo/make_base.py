@@ -20,7 +20,7 @@ WARMUP_STEPS = 50
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    # every matrix has a multiple of 64 columns: the block that shares one NF4 constant
+    # every matrix has a multiple of 64 columns: the NF4 block size
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=128,
@@ -37,7 +37,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def collate(records: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, padded on the right: (records, tokens) each; -100 is not learned."""
+    """Token ids and labels, right-padded, (records, tokens) each; label -100 is ignored."""
     prompts = [tokenizer(record["input"])["input_ids"] for record in records]
     answers = [
         [*tokenizer(record["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -64,7 +64,7 @@ def main() -> None:
     started = time.monotonic()
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    torch.set_num_threads(1)  # the same base whatever the number of cores
+    torch.set_num_threads(1)  # the same base on any number of cores
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
@@ -73,7 +73,7 @@ def main() -> None:
             group["lr"] = learning_rate(step)
         records = [sample(rng.choice(KNOWN_TASKS), rng) for _ in range(RECORDS_PER_STEP)]
         input_ids, labels = collate(records, tokenizer)
-        logits = model(input_ids=input_ids).logits[:, :-1]  # no mask needed: padding comes last and is not learned
+        logits = model(input_ids=input_ids).logits[:, :-1]  # no mask needed: padding is on the right and has no labels
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()

@@ -9,7 +9,7 @@ from tasks import DATA_DIR, KNOWN_TASKS, NEW_TASK, samples
 
 NUM_HELD_OUT = 200
 NUM_NEW = 6000
-NUM_KNOWN = 4000  # replayed while tuning, so that the base keeps what it knows
+NUM_KNOWN = 4000  # replayed during fine-tuning, so that the base keeps what it knows
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Step 5 of 5: exact match on held-out prompts before and after tuning, and of the merged model.
+"""Step 5 of 5: exact match on held-out prompts before and after fine-tuning, and with the merged model.
 
-Adds `exact_match_before` and `exact_match_after` to the run's summary.json. The adapter is read by stock PEFT and the
-merged model by stock transformers: what was saved is what others can load.
+Adds `exact_match_before` and `exact_match_after` to the run's summary.json. Stock PEFT reads the adapter and stock
+transformers the merged model, so the saved files load elsewhere too.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from peft import PeftModel  # isort: skip
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # isort: skip
 from transformers.utils import logging  # isort: skip
 
-MAX_BEFORE, MIN_AFTER = 0.20, 0.80  # what the demo promises
+MAX_BEFORE, MIN_AFTER = 0.20, 0.80  # the demo's pass criteria
 NUM_SAMPLES = 5
 MAX_ANSWER_TOKENS = 8  # six letters, the end token, and one more to see that it stopped
 
 
 @torch.no_grad()
 def answers(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
-    """Greedy answers, all prompts of one length at a time: no padding."""
+    """Greedy answers, batched by prompt length so that nothing is padded."""
     encoded = {prompt: tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts}
     answer_of: dict[str, str] = {}
     for length in sorted({len(ids) for ids in encoded.values()}):
@@ -48,7 +48,7 @@ def answers(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
 
 
 def exact_match(found: list[str], records: list[dict[str, str]]) -> float:
-    """Share of answers that are right to the last letter."""
+    """Share of answers that are exactly right."""
     return sum(answer == record["output"] for answer, record in zip(found, records, strict=True)) / len(records)
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     write_json(summary_path, {**summary, "exact_match_before": scores["before"], "exact_match_after": scores["after"]})
     print(f"\n{summary_path}: exact_match_before and exact_match_after added")
     if scores["before"] > MAX_BEFORE or min(scores["after"], scores["merged"]) < MIN_AFTER:
-        sys.exit(f"expected at most {MAX_BEFORE:.0%} before and at least {MIN_AFTER:.0%} after and merged")
+        sys.exit(f"expected at most {MAX_BEFORE:.0%} before and at least {MIN_AFTER:.0%} after tuning and merging")
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -1,6 +1,6 @@
-"""The demo's task family: short instructions on rows of letters, such as `reverse: k d a b ->`.
+"""The demo's task family: short instructions on sequences of letters, such as `reverse: k d a b ->`.
 
-The base model is made on the spot from KNOWN_TASKS; NEW_TASK appears in its vocabulary but in none of its texts.
+The base model is trained on KNOWN_TASKS; NEW_TASK appears in its vocabulary but in none of its training texts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def samples(task: str, count: int, rng: random.Random, without: frozenset[str] =
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; no chat template, so that a prompt is followed directly by its answer."""
+    """One token per word; no chat template, so that an answer directly follows its prompt."""
     words = ["<pad>", "<s>", "</s>", "<unk>", "->", *(f"{task}:" for task in TASKS), *LETTERS, *LETTERS.upper()]
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

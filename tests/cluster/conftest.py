@@ -22,7 +22,7 @@ def _cluster():
 
 @pytest.fixture
 def cluster(_cluster):
-    """The cluster without jobs, before and after."""
+    """The cluster, without jobs before and after the test."""
     yield _cluster
     _cluster.cancel_all()
     slurm_cluster.wait_for(

@@ -1,4 +1,4 @@
-"""The project's own sbatch files on a real Slurm of two nodes, with CPU processes."""
+"""The project's sbatch files on a real two-node Slurm cluster, with CPU processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlora_dist.config import load_config
 from qlora_dist.train import train
 
 STEPS = 8
-pytestmark = pytest.mark.timeout(600)  # a job's processes import for a second each, and much longer on a busy machine
+pytestmark = pytest.mark.timeout(600)  # each process of a job imports for a second, much longer on a busy machine
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def expected(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bitwise(inputs, tmp_path_factory):
-    """Losses of the same run on two ranks that nothing happened to."""
+    """Losses of the same run on two undisturbed ranks."""
     run_dir = tmp_path_factory.mktemp("bitwise") / "run"
     on_ranks(_train, 2, changed(inputs, run_dir=str(run_dir), train__steps=STEPS))
     return losses_of(run_dir)
@@ -63,7 +63,7 @@ def test_two_nodes_give_the_losses_of_one_process(cluster, run, expected):
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch")))
-def test_slurm_accepts_every_file_and_each_says_how_to_launch_it(cluster, file):
+def test_slurm_accepts_every_file_and_each_shows_how_to_launch_it(cluster, file):
     text = (ROOT / "slurm" / file).read_text()
     assert "# To launch: sbatch " in text.splitlines()[1] and f"slurm/{file}" in text.splitlines()[1]
     done = cluster.run("sbatch", "--test-only", f"slurm/{file}", "config.yaml")
@@ -77,27 +77,27 @@ def test_the_warning_before_the_time_limit_saves_requeues_and_changes_no_bit(clu
     cluster.run("scancel", "--signal=USR1", "--batch", job)  # as --signal=B:USR1@120 does
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", 60, "the requeue", log.read_text)
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "COMPLETED", log.read_text()
-    said = log.read_text()
-    stopped_after = int(said.split("stopped by SIGUSR1 after step ")[1].split(";")[0])
-    assert stopped_after < STEPS and f"(step {stopped_after})" in said.split("resuming from")[1]  # no step is lost
+    output = log.read_text()
+    stopped_after = int(output.split("stopped by SIGUSR1 after step ")[1].split(";")[0])
+    assert stopped_after < STEPS and f"(step {stopped_after})" in output.split("resuming from")[1]  # no step is lost
     assert losses_of(run_dir) == bitwise
 
 
-def test_a_preempted_job_saves_makes_room_at_once_and_finishes_later(cluster, run, bitwise):
+def test_a_preempted_job_saves_frees_its_nodes_at_once_and_finishes_later(cluster, run, bitwise):
     config, run_dir, log = run
     options = ["--partition=low", "--nodes=2", "--cpus-per-task=8", "--gpus-per-node=0"]
     job = cluster.submit(*options, "slurm/train.sbatch", str(config), log=log, **faults(SLOW))
     wait_for(lambda: _num_steps(run_dir) >= 1, 120, "the first step", log.read_text)
-    asked = time.monotonic()
+    submitted = time.monotonic()
     urgent = cluster.submit(
         "--partition=high", "--nodes=2", "--cpus-per-task=8", "--wrap=sleep 1", log=log.with_suffix(".high")
     )
     cluster.wait_for_state(urgent, "RUNNING", "COMPLETED", log=log)
-    assert time.monotonic() - asked < GRACE_SECONDS, "it waited for the end of the grace time"
+    assert time.monotonic() - submitted < GRACE_SECONDS, "it waited for the end of the grace time"
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "COMPLETED", log.read_text()
-    said = log.read_text()
-    assert "stopped by SIGTERM after step" in said and cluster.job(job)["Restarts"] == "1"
-    assert "attempt 1" not in said, "something was started within the grace time"
+    output = log.read_text()
+    assert "stopped by SIGTERM after step" in output and cluster.job(job)["Restarts"] == "1"
+    assert "attempt 1" not in output, "something was started within the grace time"
     assert losses_of(run_dir) == bitwise
 
 
@@ -134,20 +134,20 @@ def test_a_rank_killed_in_the_middle_of_a_step_is_named_and_the_job_finishes(clu
     kill = {"do": "SIGKILL", "at": "step", "rank": 1, "step": 5, "once": str(tmp_path / "killed")}
     job = cluster.submit("--nodes=2", "--gpus-per-node=0", "slurm/train.sbatch", str(config), log=log, **faults(kill))
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "COMPLETED", log.read_text()
-    said = log.read_text()
-    assert "rank 1 (" in said.split("attempt 0")[0] and "last seen" in said.split("attempt 0")[0], said
-    assert "newest checkpoint: -1 -> 4" in said and "attempt 1: finished" in said
+    output = log.read_text()
+    assert "rank 1 (" in output.split("attempt 0")[0] and "last seen" in output.split("attempt 0")[0], output
+    assert "newest checkpoint: -1 -> 4" in output and "attempt 1: finished" in output
     assert losses_of(run_dir) == bitwise
 
 
-def test_three_tries_without_progress_end_with_93(cluster, run):
+def test_three_attempts_without_progress_end_with_93(cluster, run):
     config, _, log = run
     crash = {"do": "exit", "at": "import"}
     job = cluster.submit("--gpus-per-node=0", "slurm/train.sbatch", str(config), log=log, **faults(crash))
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "FAILED"
     assert cluster.job(job)["ExitCode"] == "93:0"
-    said = log.read_text()
-    assert said.count("supervise: job") == 3 and "3 attempts in a row ended without a new checkpoint" in said
+    output = log.read_text()
+    assert output.count("supervise: job") == 3 and "3 attempts in a row ended without a new checkpoint" in output
 
 
 def test_a_users_mistake_ends_the_job_at_once(cluster, run):

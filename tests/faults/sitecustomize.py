@@ -1,11 +1,12 @@
-"""Faults for real runs, from outside the package: Python imports this module where its folder is on PYTHONPATH.
+"""Faults for real runs, injected from outside the package: Python imports this module if its folder is on PYTHONPATH.
 
 FAULTS holds a JSON list of {"do": ..., "at": ..., "rank": ..., "step": ..., "once": file}.
 do    sleep (with "seconds"), wait (until "file" exists), exit, disk full, wrong clock, or the name of a signal that the
-      process sends to itself (with "times")
-at    where: a key of PLACES, before each call of that function, or import: before the trainer is imported
-rank  only there; step (0-based): only then; nth: only at that call, from 1; without them on all ranks, at each call
-once  a file: not again once it exists
+      process sends to itself ("times" times)
+at    a key of PLACES: before each call of that function; or import: before the trainer is imported
+rank  only on this rank; step (0-based): only in this step; nth: only at this call, from 1; without them on all ranks,
+      at each call
+once  a file: only if it does not exist yet
 """
 
 import importlib.abc
@@ -17,7 +18,7 @@ import signal
 import sys
 import time
 
-# place -> (module that calls it, its name there)
+# place -> (calling module, function name there)
 PLACES = {
     "step": ("qlora_dist.train", "train_step"),
     "save": ("qlora_dist.train.checkpoint", "write_json"),
@@ -81,7 +82,7 @@ def apply(module, faults):
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds as the others do, and wraps functions of a module once it is executed."""
+    """Finds modules as usual, and wraps their functions after they are executed."""
 
     def __init__(self, faults):
         self.faults = faults

@@ -1,6 +1,6 @@
-"""The ranks of a run as processes that nobody looks after: what each does when another one dies is its own doing.
+"""The ranks of a run as processes without a launcher: each must react to another's death on its own.
 
-Forked from a server with the imports done, so that a run takes about a second; each runs the real command line.
+Forked from a server that has done the imports, so that a run takes about a second; each runs the real command line.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Fault = dict[str, Any]  # as tests/faults/sitecustomize.py explains
 class Ended:
     """How one rank's process ended."""
 
-    code: int  # negative: the signal
-    said: str
+    code: int  # exit code; negative: the signal
+    output: str
     at: float  # time.monotonic()
 
 
@@ -59,14 +59,14 @@ class Crew:
             process.join()
 
     def wait(self, timeout: float = 120) -> list[Ended]:
-        """Until all have ended; AssertionError with what they said when they do not."""
+        """Waits until all have exited; AssertionError with their output if they do not."""
         ends: dict[int, float] = {}
         deadline = time.monotonic() + timeout
         while len(ends) < len(self.processes):
             for rank, process in enumerate(self.processes):
                 if rank not in ends and not process.is_alive():
                     ends[rank] = time.monotonic()
-            assert time.monotonic() < deadline, f"only ranks {sorted(ends)} ended within {timeout} s\n{self.said()}"
+            assert time.monotonic() < deadline, f"only ranks {sorted(ends)} exited within {timeout} s\n{self.output()}"
             time.sleep(0.02)
         return [
             Ended(process.exitcode or 0, log.read_text(), ends[rank])
@@ -75,13 +75,13 @@ class Crew:
 
     def wait_for_rank(self, rank: int, timeout: float = 120) -> Ended:
         self.processes[rank].join(timeout)
-        assert not self.processes[rank].is_alive(), f"rank {rank} lives after {timeout} s\n{self.said()}"
+        assert not self.processes[rank].is_alive(), f"rank {rank} is still running after {timeout} s\n{self.output()}"
         return Ended(self.processes[rank].exitcode or 0, self._logs[rank].read_text(), time.monotonic())
 
     def send(self, rank: int, number: signal.Signals) -> None:
         os.kill(self.processes[rank].pid or 0, number)
 
-    def said(self) -> str:
+    def output(self) -> str:
         return "\n".join(f"== {log.name}\n{log.read_text()}" for log in self._logs if log.exists())
 
 

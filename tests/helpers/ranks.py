@@ -1,4 +1,4 @@
-"""Run a function on several real processes over gloo."""
+"""Runs a function on several real processes over gloo."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def python_path() -> str:
 
 
 def process_context() -> multiprocessing.context.BaseContext:
-    """How tests start processes: forked from a server with the imports done, or spawned where there is a CUDA device,
-    which those imports ask for and which no forked process can use after that."""
+    """How tests start processes: forked from a server that has done the imports, or spawned if there is a CUDA device,
+    which those imports initialize and which a forked process could not use."""
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -64,9 +64,9 @@ def run_python(
 def on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = 120) -> list[Any]:
     """Calls a module-level function on `num_ranks` real processes joined over gloo; returns each rank's result.
 
-    The processes are forked from a server that has the heavy imports done, so a call takes about a second. When a
-    rank raises, AssertionError shows every traceback; when one hangs, all are killed after `timeout` seconds.
-    A result that is an exception instance is the caller's to look at (see `outcome`).
+    The processes are forked from a server that has done the heavy imports, so a call takes about a second. If a rank
+    raises, AssertionError shows every traceback; if one hangs, all are killed after `timeout` seconds. To return an
+    exception instead, see `outcome`.
     """
     context = process_context()
     with socket.socket() as probe:
@@ -97,7 +97,7 @@ def on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, time
             results.append(value)
         else:
             failures.append(f"rank {rank}:\n{value}")
-            deadline = min(deadline, time.monotonic() + 5)  # the others may now wait for it for ever
+            deadline = min(deadline, time.monotonic() + 5)  # the others may now wait for it forever
     for process in processes:
         process.join(0.1 if failures else 10)
         if process.is_alive():
@@ -132,7 +132,7 @@ def _rank_main(
 
 
 def outcome(function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
-    """(class name, text) of what a call raises, or ("", ""): what `on_ranks` can carry back."""
+    """(class name, text) of the exception that a call raises, or ("", ""), in a form that `on_ranks` can return."""
     try:
         function(*arguments)
     except Exception as error:
@@ -141,12 +141,12 @@ def outcome(function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
 
 
 def torchrun(num_ranks: int) -> list[str]:
-    """Start of a torchrun command line on this machine, at a free port."""
+    """Start of a torchrun command line on this machine, on a free port."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
 
 
 def run_command(command: list[str], timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the clean environment, output captured; its children end with it."""
+    """Runs a command in the clean environment and captures its output; a timeout kills its children too."""
     with subprocess.Popen(
         command,
         env=clean_environment(),

@@ -1,7 +1,7 @@
-"""A throw-away Slurm of two nodes on 127.0.0.1, from Debian's packages: munged, slurmctld, two slurmd. Root or not.
+"""A temporary two-node Slurm cluster on 127.0.0.1, from Debian's packages: munged, slurmctld, two slurmd. Root or not.
 
-All daemons are children of this process (-D, --foreground), all files lie below one folder of /tmp (a munge socket's
-path is short), all ports are free ones. Several slurmd on one host are what Debian's build supports (`slurmd -N name`).
+All daemons are children of this process (-D, --foreground), all files are below one folder in /tmp (the path of a munge
+socket must be short), all ports are free ones. Debian's build supports several slurmd per host (`slurmd -N name`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from helpers.ranks import ROOT, clean_environment
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("vnode1", "vnode2")
-GPUS = 8  # made-up ones, of each node
-GRACE_SECONDS = 30  # of a preemption in partition low
+GPUS = 8  # fake ones, per node
+GRACE_SECONDS = 30  # before a preemption in partition low
 PACKAGES = "slurm-wlm munge"
 
 
@@ -33,7 +33,7 @@ def missing_programs() -> list[str]:
 
 
 def _path() -> str:
-    """With this interpreter first, as in an activated environment, and where daemons are, for users too."""
+    """PATH with this interpreter first, as in an activated environment, and with the daemons' folders."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
@@ -57,7 +57,7 @@ class Cluster:
         root.chmod(0o755)
         for name in ("munge", "state", "log", "spool", "dev"):
             (root / name).mkdir(mode=0o755)
-        for i in range(GPUS):  # Slurm wants a character device for a GPU; it follows links
+        for i in range(GPUS):  # Slurm requires a character device for a GPU; it follows links
             (root / "dev" / f"nvidia{i}").symlink_to("/dev/null")
         key = root / "munge" / "key"
         key.write_bytes(os.urandom(1024))
@@ -88,7 +88,7 @@ class Cluster:
 
     def _is_ready(self) -> bool:
         for daemon in self._daemons:
-            assert daemon.poll() is None, f"{daemon.args} ended with {daemon.returncode}\n{self.logs()}"
+            assert daemon.poll() is None, f"{daemon.args} exited with {daemon.returncode}\n{self.logs()}"
         shown = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).stdout.split()
         return shown == ["idle"] * len(NODES)
 
@@ -96,7 +96,7 @@ class Cluster:
         return "\n".join(f"== {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in (self.root / "log").iterdir())
 
     def stop(self) -> list[str]:
-        """Ends jobs and daemons; returns what still lived afterwards and had to be killed (nothing, if all is well)."""
+        """Ends jobs and daemons; returns the processes that had to be killed (ideally none)."""
         self.cancel_all()
         for daemon in reversed(self._daemons):
             daemon.terminate()
@@ -115,7 +115,7 @@ class Cluster:
         return [f"{pid}: {command}" for pid, command in left.items()]
 
     def processes(self, of_jobs: bool = False) -> dict[int, str]:
-        """Live processes of this cluster: they carry its SLURM_CONF. Those of jobs also carry a job's id."""
+        """Live processes of this cluster, which have its SLURM_CONF; those of jobs also have a job id."""
         mark, found = f"SLURM_CONF={self.root}/slurm.conf".encode(), {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -148,7 +148,7 @@ class Cluster:
         return dict(part.split("=", 1) for part in shown.split() if "=" in part)
 
     def wait_for_state(self, job_id: str, *states: str, timeout: float = 250, log: Path | None = None) -> str:
-        """Waits for one of the states; polls, because `sbatch --wait` looks every ten seconds only."""
+        """Waits for one of the states; polls, because `sbatch --wait` checks only every ten seconds."""
         wait_for(
             lambda: self.job(job_id)["JobState"] in states,
             timeout,
@@ -164,7 +164,7 @@ class Cluster:
 
 
 def wait_for(condition: Callable[[], Any], timeout: float, what: str, explain: Callable[[], str] = lambda: "") -> None:
-    """Polls until the condition holds; AssertionError with an explanation after `timeout` seconds."""
+    """Polls until the condition is true; AssertionError with an explanation after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:

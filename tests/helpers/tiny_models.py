@@ -1,7 +1,7 @@
 """Tiny random models of many families, and folders of them with a tokenizer. Seeded, offline, milliseconds each.
 
-Hidden sizes are multiples of 64, as the 4-bit block needs on a CPU. Weights are drawn larger than usual, so that
-attention is far from uniform and a leak between documents is seen.
+Hidden sizes are multiples of 64, the 4-bit block size. Weights are larger than usual, so that attention is far from
+uniform and a leak between documents is detected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from qlora_dist.data.packing import Batch, Example, collate
 from qlora_dist.model.attention import PACKED
 
-torch.set_num_threads(1)  # tiny products: threads that wait for each other cost more than they save
+torch.set_num_threads(1)  # tiny matrices: thread synchronization costs more than it saves
 
 VOCABULARY = 128
 _COMMON: dict[str, Any] = {
@@ -68,7 +68,7 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
 
 
 def tiny_model(family: str = "llama", attention: str | None = PACKED, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random fp32 model in eval mode. Attention PACKED runs packed batches with the sdpa backend."""
+    """A random fp32 model in eval mode. With attention PACKED it runs packed batches with the sdpa backend."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), attn_implementation=attention)
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +85,7 @@ def tiny_model(family: str = "llama", attention: str | None = PACKED, seed: int 
 
 
 def random_batch(lengths: tuple[int, ...], seed: int = 0, vocabulary: int = VOCABULARY) -> Batch:
-    """Packed documents of these lengths; every token but the first of each document is a label."""
+    """Packed documents of these lengths; every token except the first of each document is a label."""
     generator = np.random.default_rng(seed)
     examples = []
     for length in lengths:
@@ -96,7 +96,7 @@ def random_batch(lengths: tuple[int, ...], seed: int = 0, vocabulary: int = VOCA
 
 
 def alone(batch: Batch) -> list[Batch]:
-    """Each document of a batch as a batch of its own."""
+    """Each document of a batch as a separate batch."""
     parts = batch.input_ids[0].split(list(batch.lengths))
     return [
         collate([Example(part.numpy().astype(np.int32), np.arange(len(part)) > 0)], (index,))
@@ -113,7 +113,7 @@ def save_model(folder: Path, model: PreTrainedModel | None = None, *, tokenizer:
 
 
 def tiny_tokenizer() -> Any:
-    """Words w3..w127 plus <pad> <s> </s>; unknown words become w3. Renders a chat as `w4 user-text w5 answer </s>`."""
+    """Words w3 to w127, <pad> <s> </s>; unknown words become w3. Renders a chat as `w4 user-text w5 answer </s>`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -131,7 +131,7 @@ def tiny_tokenizer() -> Any:
 
 
 def shared_model(name: str) -> Path:
-    """A small pretrained model from the shared data folder; skips the test when it is not there."""
+    """A small pretrained model from the shared data folder; skips the test if it is missing."""
     root = Path(os.environ.get("QLORA_DIST_SHARED", Path(__file__).parents[2].parent / "shared"))
     folder = root / "data" / "models" / name
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""A whole run in seconds: tiny random Llama, word data, a config that a test changes where it needs to."""
+"""A whole run in seconds: tiny random Llama, word data, a config that tests modify."""
 
 from __future__ import annotations
 

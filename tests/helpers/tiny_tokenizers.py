@@ -1,4 +1,4 @@
-"""Small real tokenizers, trained in milliseconds: one of GPT-2's kind and one of Llama-2's kind (SentencePiece)."""
+"""Small real tokenizers, trained in milliseconds: one like GPT-2's and one like Llama-2's (SentencePiece)."""
 
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ CONTROL = [
 
 @cache
 def byte_level_tokenizer() -> Any:
-    """GPT-2's kind: byte-level, no BOS in front, one token for beginning and end."""
+    """Like GPT-2's: byte-level, no BOS prefix, the same token for BOS and EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -40,7 +40,7 @@ def byte_level_tokenizer() -> Any:
 
 @cache
 def sentencepiece_tokenizer() -> Any:
-    """Llama-2's kind: a space is put in front of each text, BOS before it, bytes where no piece fits."""
+    """Like Llama-2's: a space is prepended to each text, BOS before it, byte fallback."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

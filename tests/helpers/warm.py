@@ -1,4 +1,4 @@
-"""What every rank of a test imports anyway; the fork server imports it once."""
+"""Modules that every rank of a test imports; the fork server imports them once."""
 
 import os
 

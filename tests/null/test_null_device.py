@@ -1,8 +1,8 @@
 """The unmodified program, with torch's CUDA build, on a device that accepts every call and computes nothing.
 
-Memory, launches, copies and synchronizations are real there and values are not (patches/sitecustomize.py says which
-looks at values are answered). What ends here ends on a card: a rehearsal of what runs on borrowed minutes.
-QLORA_DIST_NULL_PYTHON names the interpreter that sees such a device.
+Memory, launches, copies and synchronizations are real there, values are not (patches/sitecustomize.py patches the
+checks of values). What fails here fails on a real card: a dry run for limited GPU time. QLORA_DIST_NULL_PYTHON is the
+interpreter that sees such a device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.shapes import Shape, config_json
 
 NULL_PYTHON = os.environ.get("QLORA_DIST_NULL_PYTHON")
 PATCHES = Path(__file__).parent / "patches"
-SHAPE = Shape(512, 1024, 3, 8, 2, 4096)  # heads of 64: what attention kernels take
+SHAPE = Shape(512, 1024, 3, 8, 2, 4096)  # head size 64, as attention kernels require
 GIB = 2**30
 
 pytestmark = [
@@ -41,7 +41,7 @@ pytestmark = [
 def on_null(
     *words: str, timeout: float = 600, gib: float | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python WORDS` with the null device, of `gib` GiB."""
+    """Runs `python WORDS` with a null device of `gib` GiB."""
     assert NULL_PYTHON is not None
     paths = os.pathsep.join([str(PATCHES), str(ROOT)])
     variables = clean_environment() | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "0"} | environment
@@ -58,7 +58,7 @@ def require_success(done: subprocess.CompletedProcess[str]) -> None:
 
 @pytest.fixture
 def raw(tmp_path: Path) -> dict[str, Any]:
-    """A run of four steps of two micro-steps, evaluated and saved."""
+    """A run of four steps with two micro-steps each, evaluated and saved."""
     write_inputs(tmp_path, config_json(SHAPE), 512, 32)
     rows = {"path": str(tmp_path / "rows.jsonl"), "format": "tokens"}
     return {
@@ -75,7 +75,7 @@ def raw(tmp_path: Path) -> dict[str, Any]:
 
 
 def train(raw: dict[str, Any], folder: Path) -> list[dict[str, int]]:
-    """`qlora_dist train` without a launcher; the device's calls of each step, by name."""
+    """`qlora_dist train` without a launcher; returns the device calls of each step, by name."""
     path, counted = folder / "run.yaml", folder / "steps.json"
     path.write_text(yaml.safe_dump(raw))
     require_success(on_null("-m", "qlora_dist", "train", str(path), NULL_GPU_STEPS=str(counted)))
@@ -89,31 +89,31 @@ def calls(step: dict[str, int], *parts: str) -> int:
     return sum(number for name, number in step.items() if all(part in name for part in parts))
 
 
-def test_a_run_without_a_launcher_has_one_host_synchronization_a_step(raw, tmp_path):
+def test_a_run_without_a_launcher_has_one_host_synchronization_per_step(raw, tmp_path):
     for step in train(raw, tmp_path):
         assert calls(step, "synchronize") == 1
-        assert calls(step, "memcpy pageable") == 0 and calls(step, "memcpy", "->pageable") == 1  # what is read
+        assert calls(step, "memcpy pageable") == 0 and calls(step, "memcpy", "->pageable") == 1  # the step's results
         assert sum(step.values()) > 1000, "nothing was counted"
 
 
 def test_offload_moves_activations_there_and_back(raw, tmp_path):
     plain = train(raw, tmp_path)
     moved = train(changed(raw, run_dir=str(tmp_path / "moved"), memory__offload_activations=True), tmp_path)
-    # of 1 MiB and more, a micro-step: the inputs of 3 recomputed layers and of the last norm
+    # tensors of at least 1 MiB per micro-step: the inputs of 3 recomputed layers and of the last norm
     assert calls(moved[-1], "memcpy d->pinned") - calls(plain[-1], "memcpy d->pinned") == 2 * 4
     assert calls(moved[-1], "memcpy pinned->d") - calls(plain[-1], "memcpy pinned->d") == 2 * 4
     assert calls(moved[-1], "synchronize") == 1
 
 
 def test_grouped_keys_and_values_are_not_repeated(raw, tmp_path):
-    """2 key heads of 8 query heads: repeated they would be written once a layer and micro-step, and kept."""
+    """2 key heads for 8 query heads: repeated, they would be written once per layer and micro-step, and kept."""
     for step in train(raw, tmp_path):
         assert calls(step, "repeat_interleave") == 0 and calls(step, "flash_fwd") > 0
 
 
 @pytest.mark.parametrize("gib", [47.54])
 def test_65b_fits_48_gb_with_its_optimizer_states(gib, tmp_path):
-    """Full size, the card's size a hard limit: what the allocator reserves, the context and the paged states."""
+    """Full size, with the card's size as a hard limit for reserved memory, the context and the paged states."""
     out = tmp_path / "65b.json"
     words = ("-m", "benchmarks.repro_65b", "--random-weights", "--steps", "1", "--cap-gib", str(gib))
     done = on_null(*words, "--work", str(tmp_path / "work"), "--out", str(out), gib=gib, timeout=900)
@@ -125,7 +125,7 @@ def test_65b_fits_48_gb_with_its_optimizer_states(gib, tmp_path):
     assert held < 46.5 * GIB < found["cap_bytes"]
 
 
-# What looks at values in the middle, by name. Everything else must come to its end
+# Tests and cases that check values midway, by name. Everything else must run to completion
 COMPARES_VALUES = {
     "test_kernels_equal_sdpa_with_gradients",
     "test_each_gpu_does_the_round_trip_and_reports_paged_memory",
@@ -133,7 +133,7 @@ COMPARES_VALUES = {
     "test_cuda_gathers_every_bit_pattern_in_codes_and_constants_unchanged",
 }
 ENDS_AT_VALUES = {
-    "resume": "states are loaded before the first step",  # gradients that nobody has zeroed
+    "resume": "states are loaded before the first step",  # uninitialized gradients
     "zero2": "a non-finite norm stops the run",
     "zero3": "a non-finite norm stops the run",
     "int8": "",  # bitsandbytes counts outliers
@@ -142,8 +142,8 @@ ENDS_AT_VALUES = {
 }
 
 
-def test_every_gpu_test_runs_up_to_its_first_look_at_values(tmp_path):
-    """The tests marked gpu, on a device that computes nothing: those that compare values fail, and only those."""
+def test_every_gpu_test_runs_up_to_its_first_check_of_values(tmp_path):
+    """The tests marked gpu on a device that computes nothing: only those that compare values fail."""
     report = tmp_path / "junit.xml"
     on_null("-m", "pytest", "-m", "gpu", "-q", "-p", "no:xdist", f"--junitxml={report}", timeout=900)
     failed = failures(report)
@@ -151,7 +151,7 @@ def test_every_gpu_test_runs_up_to_its_first_look_at_values(tmp_path):
 
 
 def failures(report: Path) -> dict[str, str]:
-    """Name of a test, without its parameters -> why it failed."""
+    """Test name without parameters -> why it failed."""
     found = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         for problem in [*case.findall("failure"), *case.findall("error")]:
@@ -160,7 +160,7 @@ def failures(report: Path) -> dict[str, str]:
     return found
 
 
-def test_every_path_of_the_smoke_runs_to_its_end_or_to_a_value(tmp_path):
+def test_every_smoke_case_runs_to_completion_or_to_a_check_of_values(tmp_path):
     out = tmp_path / "smoke.json"
     on_null("-m", "benchmarks.gpu.smoke", str(out), timeout=600)
     cases = json.loads(out.read_text())["cases"]
@@ -173,8 +173,8 @@ def test_every_path_of_the_smoke_runs_to_its_end_or_to_a_value(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [1, 2, 3])
-def test_each_command_of_a_lent_machine_ends_in_time_with_its_files(part, tmp_path):
-    """The three commands as they are given there, but for the interpreter; a GPU machine has more cores than this."""
+def test_each_command_on_a_bare_machine_finishes_in_time_with_its_files(part, tmp_path):
+    """The three commands as given there, except for the interpreter; a GPU machine has more cores than this one."""
     queue = tmp_path / "project"
     shutil.copytree(ROOT, queue, ignore=shutil.ignore_patterns(".git", ".venv", "build", "runs", "__pycache__", ".whl"))
     started = time.monotonic()
@@ -185,7 +185,7 @@ def test_each_command_of_a_lent_machine_ends_in_time_with_its_files(part, tmp_pa
         | {"PYTHONPATH": str(PATCHES), "QUEUE_PYTHON": str(NULL_PYTHON), "QLORA_DIST_COMMIT": "ab" * 20},
     )  # fmt: skip
     assert time.monotonic() - started < 600
-    assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]  # 1: an item failed, here by its values
+    assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]  # 1: an item failed on its values
     files = list((tmp_path / "out").iterdir())
     assert [file.name for file in files] == [f"gpu-part{part}.tgz"]
     assert files[0].stat().st_size < 16 * 2**20
@@ -197,4 +197,4 @@ def test_each_command_of_a_lent_machine_ends_in_time_with_its_files(part, tmp_pa
             result = json.loads(member.read())
             assert result["status"] != "timeout" or item.resumes, f"{item.name}: {result['tail'][-500:]}"
             assert result["provenance"]["commit"] == "ab" * 20
-            assert [name for name in names if name.startswith(f"gpu/{item.name}/")], f"{item.name} left nothing"
+            assert [name for name in names if name.startswith(f"gpu/{item.name}/")], f"{item.name} wrote nothing"

@@ -1,4 +1,4 @@
-"""The benchmark suite run small: cells in turns, peers of the same work, failures alone, origins, the report."""
+"""The benchmark suite at small size: cells in turns, peers of the same work, isolated failures, provenance, report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A real small run: two methods of this package and a stock Trainer, in turns."""
+    """A small real run: two methods of this package and a stock Trainer, in turns."""
     out = tmp_path_factory.mktemp("results") / "cpu"
     scratch = tmp_path_factory.mktemp("scratch")
     preset = dataclasses.replace(cells.tiny(), profile_steps=2)
@@ -48,7 +48,7 @@ def by_engine(measured, engine, method="nf4-dq"):
 # --- a real run -------------------------------------------------------------------------------------------------------
 
 
-def test_every_cell_gives_all_its_samples_and_figures(measured):
+def test_every_cell_has_all_its_samples_and_results(measured):
     for result in measured[0].values():
         assert result["status"] == "ok", result["reason"]
         assert len(result["samples"]) >= 20
@@ -57,33 +57,33 @@ def test_every_cell_gives_all_its_samples_and_figures(measured):
         assert result["figures"]["label_tokens_per_second"]["median"] < values["median"]
         assert result["memory"]["steps_peak_rss_bytes"] > result["memory"]["peak_bytes"] > 0
         assert result["startup_seconds"] > 0
-        # random weights with small outputs: the loss of a uniform guess, ln 512
+        # random weights with small logits: the loss of a uniform guess, ln 512
         assert result["first_loss"] == pytest.approx(math.log(512), abs=0.15)
         parts = sum(result["phases"][name] for name in ("data", "forward", "backward", "communication", "optimizer"))
         assert parts + result["phases"]["other"] == pytest.approx(result["phases"]["total"], rel=0.05)
         assert result["phases"]["forward"] > 0 and result["phases"]["backward"] > 0
 
 
-def test_every_cell_has_a_table_of_its_kernels_and_says_how_its_device_ran(measured):
+def test_every_cell_has_a_kernel_table_and_the_state_of_its_device(measured):
     for name, result in measured[0].items():
         raw = json.loads((measured[1] / f"{name}.json").read_text())
         table = raw["profile"]
         assert table["num_steps"] == 2 and table["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
-        assert 0 < len(table["kernels"]) <= profiling.MOST_ROWS and table["busy_share"] > 0
+        assert 0 < len(table["kernels"]) <= profiling.MAX_ROWS and table["busy_share"] > 0
         names = {row["name"] for row in table["kernels"]}
         assert torch.cuda.is_available() or names & {"aten::mm", "aten::addmm"}, names
         longest = [row["microseconds_per_step"] for row in table["kernels"]]
         assert longest == sorted(longest, reverse=True)
-        assert len(result["phase_samples"]) == 1  # the instrumented step, apart from those of the profile
+        assert len(result["phase_samples"]) == 1  # the instrumented step, apart from the profiled ones
         assert raw["device_state"].keys() == {"before", "after"}
         if torch.cuda.is_available():
             assert raw["device_state"]["after"]["reserved_peak_bytes"] >= raw["memory"]["allocated_bytes"]
 
 
-def test_a_peer_that_is_not_installed_is_missing_before_anything_is_made_for_it(tmp_path, monkeypatch):
-    """On a machine without TRL its cells must not cost the minutes of drawing 16 GB of weights."""
+def test_a_peer_that_is_not_installed_is_missing_before_its_inputs_are_created(tmp_path, monkeypatch):
+    """On a machine without TRL its cells must not take minutes to create 16 GB of random weights."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(inputs, "prepare", lambda *_: pytest.fail("inputs were made"))
+    monkeypatch.setattr(inputs, "prepare", lambda *_: pytest.fail("inputs were created"))
     preset = cells.depth()
     trl = tuple(cell for group in preset.groups for cell in group.cells if cell.engine == "trl")
     only = dataclasses.replace(preset, groups=(Group(trl, False, "a test"),))
@@ -91,8 +91,8 @@ def test_a_peer_that_is_not_installed_is_missing_before_anything_is_made_for_it(
     assert [result["status"] for result in results] == ["missing"] and "pip install trl" in results[0]["reason"]
 
 
-def test_a_run_that_is_cut_has_compared_what_it_measured(tmp_path, monkeypatch):
-    """The raw file of each cell is whole before the next cell starts: lent minutes end in the middle of a list."""
+def test_an_interrupted_run_has_compared_what_it_measured(tmp_path, monkeypatch):
+    """The raw file of each cell is complete before the next cell starts: a time limit may interrupt the list."""
     ours = Cell("ours", "nf4-dq", "tiny", 64)
     peer = dataclasses.replace(ours, engine="trainer", variant="best")
 
@@ -116,43 +116,43 @@ def test_a_stock_trainer_does_the_same_work_from_the_same_weights_and_tokens(mea
     assert theirs["same_work"]["reference"] == ours["name"]
     assert theirs["same_work"]["gradient_cosine"] > work.SAME_COSINE
     assert theirs["same_work"]["is_same"]
-    assert theirs["first_loss"] == pytest.approx(ours["first_loss"], rel=1e-3)  # bf16 logits there, fp32 sums here
+    assert theirs["first_loss"] == pytest.approx(ours["first_loss"], rel=1e-3)  # bf16 logits against fp32 sums
     assert [s["tokens"] for s in theirs["samples"]] == [s["tokens"] for s in ours["samples"]]
     assert [s["labels"] for s in theirs["samples"]] == [s["labels"] for s in ours["samples"]]
     assert theirs["items"]["base"] == ours["items"]["base"]
 
 
-def test_four_bit_weights_take_less_than_sixteen_bit_ones_by_what_they_must(measured):
+def test_four_bit_weights_save_exactly_the_expected_bytes_over_sixteen_bit_ones(measured):
     shape = SHAPES["tiny"]
     linear = shape.linear_parameters - shape.vocabulary * shape.hidden
     saved = by_engine(measured, "ours", "lora-bf16")["items"]["base"] - by_engine(measured, "ours")["items"]["base"]
-    # 2 bytes less half a byte and one byte of constant for 64 weights; each of 14 matrices keeps tables of 16 and 256
-    # fp32 codes, and a few bytes more
+    # 2 bytes minus half a byte and one byte of constant per 64 weights; each of 14 matrices has tables of 16 and 256
+    # fp32 codes, and a few more bytes
     assert saved == pytest.approx(linear * (2 - 0.5 - 1 / 64) - 14 * (64 + 1024), rel=0.001)
 
 
-def test_every_raw_file_says_where_it_comes_from(measured):
+def test_every_raw_file_has_its_provenance(measured):
     files = list(measured[1].glob("*.json"))
     assert len(files) == 3
     for path in files:
         origin = json.loads(path.read_text())["provenance"]
         assert all(name in origin for name in provenance.FIELDS)
         assert origin["code_hash"] == provenance.code_hash()
-        # a CUDA build's own version has its variant, 2.11.0+cu130; the package's metadata do not
+        # the version of a CUDA build has a suffix, 2.11.0+cu130; the package metadata may not
         assert origin["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
         assert origin["commit_source"] == "git"
         assert origin["hardware"]["num_cpus"] >= 1
 
 
 def test_the_speed_of_nf4_against_sixteen_bits_is_about_what_was_recorded(measured):
-    """A ratio, not seconds: the same on a fast and a slow machine. The band is wide: both step in turns, but tiny
-    steps on a busy machine scatter by half."""
+    """A ratio, not seconds: the same on a fast and a slow machine. The tolerance is wide: both step in turns, but tiny
+    steps on a busy machine vary by half."""
     recorded = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "ratios.json").read_text())
     for name, ratio in figures.ratios(list(measured[0].values())).items():
         assert recorded[name] / 3 < ratio < recorded[name] * 3, name
 
 
-def test_a_run_that_goes_on_keeps_what_this_code_has_measured(measured, tmp_path):
+def test_a_resumed_run_keeps_what_this_code_has_measured(measured, tmp_path):
     results, out, _ = measured
     shutil.copytree(out, tmp_path / "out")
     one = Cell(**by_engine(measured, "ours")["cell"])
@@ -164,7 +164,7 @@ def test_a_run_that_goes_on_keeps_what_this_code_has_measured(measured, tmp_path
 # --- cells that fail --------------------------------------------------------------------------------------------------
 
 
-def test_a_cell_that_does_not_fit_or_takes_too_long_says_so_and_leaves_the_others_alone(measured, tmp_path):
+def test_a_cell_that_does_not_fit_or_takes_too_long_is_recorded_and_does_not_affect_others(measured, tmp_path):
     scratch = measured[2]
     ours = Cell("ours", "nf4-dq", "tiny", 64, rank=4, data="drawn", threads=1)
     capped = dataclasses.replace(ours, cap_gib=0.001)
@@ -172,7 +172,7 @@ def test_a_cell_that_does_not_fit_or_takes_too_long_says_so_and_leaves_the_other
     preset = Preset((Group((capped, absent), in_turns=False),), 1, 2, 1, 0, 240)
     out_of_memory, missing = throughput.run(preset, tmp_path, command="", scratch=scratch)
     assert out_of_memory["status"] == "oom", out_of_memory["reason"]
-    assert "OOM at 0." in figures.one_line(out_of_memory) and "plan said" in figures.one_line(out_of_memory)
+    assert "OOM at 0." in figures.one_line(out_of_memory) and ", planned " in figures.one_line(out_of_memory)
     if not torch.cuda.is_available():
         assert missing["status"] == "missing"
     hasty = Preset((Group((ours,), in_turns=True),), 1, 2, 1, 0, 0.3)
@@ -188,7 +188,7 @@ def test_a_cell_that_fails_keeps_its_reason(tmp_path):
     assert result["status"] == "failed" and "no such folder" in result["reason"]
 
 
-def test_other_gradients_or_another_loss_are_not_the_same_work():
+def test_different_gradients_or_a_different_loss_are_not_the_same_work():
     gradients = {"a": torch.randn(100, generator=torch.Generator().manual_seed(0))}
     one = {"name": "one", "first_loss": 2.0}
 
@@ -196,15 +196,15 @@ def test_other_gradients_or_another_loss_are_not_the_same_work():
         return work.compare(one, {"first_loss": loss}, gradients, other)["is_same"]
 
     assert verdict(2.0, gradients)
-    assert verdict(2.001, {"a": gradients["a"] * 3})  # a scale does not matter: clipping differs
+    assert verdict(2.001, {"a": gradients["a"] * 3})  # the scale does not matter: clipping differs
     assert not verdict(2.2, gradients)
     assert not verdict(2.0, {"a": gradients["a"] + 0.2 * torch.randn(100, generator=torch.Generator().manual_seed(1))})
     assert not verdict(2.0, {"b": gradients["a"]})
     assert verdict(2.0, {}) is None  # nothing to compare with
 
 
-def test_numbers_of_changed_files_are_refused(tmp_path):
-    """In a checkout of its own: clean is accepted, a changed source is not, a changed result is."""
+def test_measuring_changed_files_is_refused(tmp_path):
+    """In a separate checkout: a clean one and a changed result are accepted, a changed source is not."""
     for name in ("benchmarks", "qlora_dist"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", "-C", str(tmp_path)]
@@ -231,7 +231,7 @@ def test_numbers_of_changed_files_are_refused(tmp_path):
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_traces_each_row_and_opens_in_a_browser_without_network(measured, tmp_path):
+def test_the_report_links_each_row_and_opens_in_a_browser_without_network(measured, tmp_path):
     results = tmp_path / "benchmarks" / "results"
     shutil.copytree(measured[1], results / "cpu")
     parts = report.build(results)
@@ -240,8 +240,8 @@ def test_the_report_traces_each_row_and_opens_in_a_browser_without_network(measu
         assert f"(results/cpu/{name}.json)" in text
         assert f"{result['figures']['tokens_per_second']['median']:,.0f}"[:2] in text
     assert "same |" in text and "<svg" in page and "<script" not in page
-    outside = [part for part in page.split('"') if part.startswith(("http:", "https:", "//"))]
-    assert set(outside) <= {"http://www.w3.org/2000/svg"}  # the name of a format; nothing is loaded
+    external = [part for part in page.split('"') if part.startswith(("http:", "https:", "//"))]
+    assert set(external) <= {"http://www.w3.org/2000/svg"}  # a namespace; nothing is loaded
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no chromium: the page was checked as text only (apt-get install chromium)")
@@ -257,17 +257,17 @@ def test_the_report_traces_each_row_and_opens_in_a_browser_without_network(measu
     assert done.stdout.count("<svg") == page.count("<svg") and done.stdout.count("</table>") == page.count("</table>")
 
 
-def test_a_number_without_its_origin_is_not_reported(measured, tmp_path):
+def test_a_result_without_provenance_is_not_reported(measured, tmp_path):
     shutil.copytree(measured[1], tmp_path / "results" / "cpu")
     path = next((tmp_path / "results" / "cpu").glob("*.json"))
     content = json.loads(path.read_text())
     del content["provenance"]["commit"]
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"{path.name}: no commit; a number without its origin is not reported"):
+    with pytest.raises(UserError, match=f"{path.name}: no commit; a result without provenance is not reported"):
         report.build(tmp_path / "results")
 
 
-def test_a_commit_that_was_only_stated_is_reported_as_such(measured, tmp_path):
+def test_a_stated_commit_is_reported_as_stated(measured, tmp_path):
     shutil.copytree(measured[1], tmp_path / "results" / "cpu")
     for path in (tmp_path / "results" / "cpu").glob("*.json"):
         content = json.loads(path.read_text())
@@ -276,7 +276,7 @@ def test_a_commit_that_was_only_stated_is_reported_as_such(measured, tmp_path):
     assert "| ababababab" + "ab (stated) |" in report.to_markdown(report.build(tmp_path / "results"))
 
 
-def test_the_committed_report_is_made_from_the_committed_raw_files():
+def test_the_committed_report_is_generated_from_the_committed_raw_files():
     parts = report.build(ROOT / "benchmarks" / "results")
     assert (ROOT / "benchmarks" / "RESULTS.md").read_text() == report.to_markdown(parts)
     assert (ROOT / "benchmarks" / "results.html").read_text() == report.to_html(parts)
@@ -285,7 +285,7 @@ def test_the_committed_report_is_made_from_the_committed_raw_files():
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def test_peers_are_given_the_documents_of_our_steps(measured):
+def test_peers_get_the_documents_of_this_packages_steps(measured):
     scratch = measured[2]
     cell = Cell("trainer", "nf4-dq", "tiny", 64, rows_per_step=4, micro_rows=2, variant="best", data="drawn", rank=4)
     spec = inputs.prepare(cell, scratch, 3)
@@ -309,12 +309,12 @@ def test_peers_are_given_the_documents_of_our_steps(measured):
 def test_a_conductor_takes_warm_up_timed_and_instrumented_steps_in_this_order():
     conductor = Conductor(CPU, warmup_steps=2, steps=3, instrumented_steps=2)
     conductor.start()
-    going, count, instrumented = True, 0, []
-    while going:
+    is_running, count, instrumented = True, 0, []
+    while is_running:
         with conductor.phase("forward"):
             instrumented.append(conductor.is_instrumented)
         count += 1
-        going = conductor.step_done(10, 5)
+        is_running = conductor.step_done(10, 5)
     assert count == 7 and instrumented == [False] * 5 + [True] * 2
     assert [sample["tokens"] for sample in conductor.samples] == [10] * 3
     assert conductor.split()["total"] >= conductor.split()["forward"] > 0
@@ -329,16 +329,16 @@ def test_shapes_have_the_linear_weights_of_the_models_they_are_named_after(name,
     assert linear / 1e9 == pytest.approx(billions, abs=0.01)
 
 
-def test_flops_are_four_a_weight_with_adapters_and_six_without():
+def test_flops_per_weight_and_token_are_four_with_adapters_and_six_without():
     shape = shape_of("8b")
     assert shape.model_flops([1], is_full=False) / shape.linear_parameters == pytest.approx(4, rel=1e-3)
     assert shape.model_flops([1], is_full=True) / shape.linear_parameters == pytest.approx(6, rel=1e-3)
-    # 32 layers of 4096 and 2048 tokens: the attention of a document adds 3 x 4 x 4096 x 1024 a token and layer
+    # 32 layers of width 4096, 2048 tokens: a document's attention adds 3 x 4 x 4096 x 1024 per token and layer
     added = shape.model_flops([2048], is_full=False) / 2048 - 4 * shape.linear_parameters
     assert added == pytest.approx(32 * 3 * 4 * 4096 * 1024, rel=1e-2)
 
 
-def test_every_cell_of_every_preset_has_a_name_of_its_own():
+def test_every_cell_of_every_preset_has_a_unique_name():
     for preset in (cells.tiny(), cells.cpu(), cells.cpu_all(), cells.gpu("8b", 8), cells.gpu("65b"), cells.peaks(),
                    cells.scaling("8b", None, (1, 2, 4), ("ddp",))):  # fmt: skip
         names = [cell.name for group in preset.groups for cell in group.cells]
@@ -357,13 +357,13 @@ def test_a_cell_of_two_groups_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(throughput.Run, "_one_by_one", one_by_one)
     preset = cells.gpu("8b", 8)
     names = [cell.name for group in preset.groups for cell in group.cells]
-    assert len(names) > len(set(names)), "no cell is in two groups: this shows nothing"
+    assert len(names) > len(set(names)), "no cell is in two groups, so this tests nothing"
     results = throughput.run(preset, tmp_path / "out", command="a test", scratch=tmp_path / "scratch")
     assert sorted(started) == sorted(set(names))
     assert {result["name"] for result in results} == set(names)
 
 
-def test_presets_for_lent_minutes_are_few_steps_in_order_of_value():
+def test_presets_for_short_gpu_time_have_few_steps_in_order_of_value():
     fair, depth = cells.fair("8b", 8), cells.depth()
     kinds = [(cell.engine, cell.variant, cell.recompute) for group in fair.groups for cell in group.cells]
     assert kinds[:3] == [("gemm", "", "full"), ("ours", "", "none"), ("ours", "", "full")]
@@ -376,15 +376,15 @@ def test_presets_for_lent_minutes_are_few_steps_in_order_of_value():
     assert all(cell.layers is None for group in depth.groups for cell in group.cells)
 
 
-def test_profiled_steps_come_last_and_leave_a_table_of_operators():
+def test_profiled_steps_come_last_and_give_a_table_of_operators():
     conductor = Conductor(CPU, warmup_steps=1, steps=2, instrumented_steps=1, profile_steps=2)
     conductor.start()
-    going, count = True, 0
-    while going:
+    is_running, count = True, 0
+    while is_running:
         with conductor.phase("forward"):
             torch.ones(64, 64) @ torch.ones(64, 64)
         count += 1
-        going = conductor.step_done(10, 5)
+        is_running = conductor.step_done(10, 5)
     assert count == 1 + 2 + 1 + profiling.WARMUP_STEPS + 2
     assert len(conductor.samples) == 2 and len(conductor.phases) == 1
     table = conductor.profile
@@ -395,8 +395,8 @@ def test_profiled_steps_come_last_and_leave_a_table_of_operators():
 
 @pytest.mark.parametrize("preset", [cells.fair("8b", 8), cells.depth(), cells.tiny()])
 @pytest.mark.parametrize("profiled", [0, 3])
-def test_a_peer_is_given_documents_for_every_step_that_it_takes(preset, profiled):
-    """Its trainer ends where they end: a profile that is not counted would never be finished."""
+def test_a_peer_gets_documents_for_every_step_that_it_takes(preset, profiled):
+    """Its trainer stops when they run out: without documents for the profiled steps the profile would never finish."""
     preset = dataclasses.replace(preset, profile_steps=profiled)
     conductor = Conductor(
         CPU,
@@ -414,8 +414,8 @@ def test_a_peer_is_given_documents_for_every_step_that_it_takes(preset, profiled
 
 
 @pytest.mark.parametrize("kind", ["drawn", "full"])
-def test_drawn_documents_are_data_that_a_trainer_accepts(kind, tmp_path):
-    """A vocabulary so large that no end token comes by chance, as it does with a tiny one."""
+def test_random_documents_are_accepted_by_the_trainer(kind, tmp_path):
+    """With a vocabulary so large that no end token appears by chance, as it does with a tiny one."""
     dataset.write_tokenizer(tmp_path, 128256)
     dataset.write_dataset(tmp_path / "data", tmp_path, kind=kind, row_tokens=64, vocabulary=128256)
     source = SourceConfig(path=str(tmp_path / "data" / "tokens.jsonl"), format="tokens")

@@ -1,4 +1,4 @@
-"""Calibration: constants that raw files were made from are found again, and no file of another origin is taken."""
+"""Calibration: recovers the constants that raw files were generated from, and refuses files of other origins."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ CELLS = (
 
 
 def measured(config, model):
-    """(allocated bytes, tokens a second) on a GPU of the true constants."""
+    """(allocated bytes, tokens per second) on a GPU with the true constants."""
     shapes = shapes_from_config(model)
     plan = plan_memory(config, shapes, world_size=1, device_bytes=None)
     speed = gpus.estimate_speed(config, shapes, plan, TRUE_GPU)
@@ -85,7 +85,7 @@ def write(out, **contents):
 
 @pytest.fixture
 def run(tmp_path):
-    """What a queue leaves: cells below their item, the items' own results beside them, and what is not ours."""
+    """What a queue writes: cells below their item, the items' results next to them, and files of peers and failures."""
     out = tmp_path / "gpu"
     for index, cell in enumerate(CELLS):
         write(out, **{f"fair-8b-8l__cell{index}": raw_cell(cell)})
@@ -104,7 +104,7 @@ def after(result):
     return {name: one["after"] for name, one in found(result).items()}
 
 
-def test_known_constants_are_found_again_and_then_nothing_is_off(run, capsys):
+def test_known_constants_are_recovered_and_leave_no_error(run, capsys):
     result = calibrate(run)
     assert after(result) == {
         "CONTEXT_BYTES": CONTEXT,
@@ -119,14 +119,14 @@ def test_known_constants_are_found_again_and_then_nothing_is_off(run, capsys):
         assert error["files"] == len(CELLS) + 1
         assert error["after"]["largest"] < 1e-3 < error["before"]["largest"], kind
     assert json.loads((run / "calibration.json").read_text()) == json.loads(json.dumps(result))
-    said = capsys.readouterr().out
-    assert "Gpu.efficiency              0.4000        0.5200" in said and "repro/repro_65b.json" in said
-    assert calibrate(run)["constants"] == result["constants"], "its own result is no measurement"
-    # 65B in micro-batches of 512 tokens says nothing of a busy GPU's efficiency, though its error is shown
+    output = capsys.readouterr().out
+    assert "Gpu.efficiency              0.4000        0.5200" in output and "repro/repro_65b.json" in output
+    assert calibrate(run)["constants"] == result["constants"], "its own result was read as a measurement"
+    # 65B in micro-batches of 512 tokens does not determine a busy GPU's efficiency, but its error is shown
     assert not any("repro" in file or "cell2" in file for file in found(result)["Gpu.efficiency"]["files"])
 
 
-def test_without_ceilings_cells_of_different_sizes_tell_dequantization_apart(tmp_path):
+def test_without_ceilings_cells_of_different_sizes_determine_dequantization(tmp_path):
     sizes = [(4, 2048), (8, 2048), (16, 2048), (4, 1024)]
     cells = [dataclasses.replace(BASE, micro_rows=rows, rows_per_step=rows, row_tokens=t) for rows, t in sizes]
     write(tmp_path, **{f"cell{index}": raw_cell(cell) for index, cell in enumerate(cells)})
@@ -134,7 +134,7 @@ def test_without_ceilings_cells_of_different_sizes_tell_dequantization_apart(tmp
     assert after(calibrate(tmp_path))["Gpu.efficiency"] == pytest.approx(EFFICIENCY, rel=1e-4)
 
 
-def test_what_files_cannot_tell_stays_and_says_why(tmp_path):
+def test_constants_that_files_do_not_determine_stay_with_a_reason(tmp_path):
     write(tmp_path, cell=raw_cell(BASE, memory={"allocated_bytes": 2 * 2**30}, figures={}))
     result = calibrate(tmp_path)
     assert set(after(result).values()) == {None}
@@ -144,13 +144,13 @@ def test_what_files_cannot_tell_stays_and_says_why(tmp_path):
     assert "no cell of full rows" in notes["Gpu.efficiency"] and "no file" in notes["CONTEXT_BYTES"]
 
 
-def test_a_workspace_that_drowns_in_other_errors_is_not_given(run):
+def test_a_workspace_smaller_than_other_errors_is_not_fitted(run):
     for index, path in enumerate(sorted(run.glob("fair-8b-8l/*.json"))):
         content = json.loads(path.read_text())
         content["memory"]["allocated_bytes"] = round(content["memory"]["allocated_bytes"] * (1 + 0.02 * (-1) ** index))
         path.write_text(json.dumps(content))
     workspace = found(calibrate(run))["WORKSPACE_BYTES"]
-    assert workspace["after"] is None and "cannot be told apart" in workspace["note"]
+    assert workspace["after"] is None and "not determined" in workspace["note"]
 
 
 def test_the_context_is_the_median_and_the_reserve_the_largest(run):
@@ -168,18 +168,18 @@ def test_the_context_is_the_median_and_the_reserve_the_largest(run):
     assert values["RESERVE_SHARE"] == pytest.approx(max([*shares, SHARE]), rel=1e-6)
 
 
-def test_a_file_of_before_context_was_written_is_read_by_what_the_device_had_in_use(tmp_path):
+def test_an_older_file_without_context_bytes_derives_them_from_device_used_bytes(tmp_path):
     content = raw_cell(BASE)
     memory = content["memory"]
     memory["device_used_bytes"] = memory["reserved_bytes"] + memory.pop("context_bytes")
     write(tmp_path, cell=content)
     result = calibrate(tmp_path)
     assert after(result)["CONTEXT_BYTES"] == CONTEXT
-    assert result["files"][0]["lacks"] == ["context_bytes (taken from device_used_bytes)"]
+    assert result["files"][0]["lacks"] == ["context_bytes (derived from device_used_bytes)"]
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (raw_cell(BASE, provenance=ORIGIN | {"device": "a CPU", "hardware": {}, "driver": None}), "measured on a CPU"),
         (raw_ceilings(provenance=ORIGIN | {"driver": None}), "without a GPU and its driver"),
@@ -188,13 +188,13 @@ def test_a_file_of_before_context_was_written_is_read_by_what_the_device_had_in_
         (raw_cell(BASE, provenance=ORIGIN | {"device": "NVIDIA H200"}), "several kinds of GPU"),
     ],
 )
-def test_what_was_not_measured_on_this_gpu_is_refused(content, said, run, capsys):
+def test_files_not_measured_on_this_gpu_are_refused(content, message, run, capsys):
     write(run, other=content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         calibrate(run)
     with pytest.raises(SystemExit) as end:
         queue.main(["calibrate", str(run)])
-    assert end.value.code == 2 and said in capsys.readouterr().err
+    assert end.value.code == 2 and message in capsys.readouterr().err
     assert not (run / "calibration.json").exists()
 
 
@@ -211,7 +211,7 @@ def test_nothing_to_calibrate_from_is_an_error(tmp_path):
         ("NVIDIA RTX 6000 Ada Generation", "rtx6000ada"), ("NVIDIA RTX A6000", "a6000"), ("NVIDIA L4", "l4"),
     ],
 )  # fmt: skip
-def test_a_devices_name_means_its_entry(device, name):
+def test_a_devices_name_maps_to_its_entry(device, name):
     assert gpu_named(device).name == name
 
 

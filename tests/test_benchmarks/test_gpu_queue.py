@@ -1,4 +1,4 @@
-"""The queue of GPU work, run on a CPU with a list of its own: order, time limits, failures alone, what is done."""
+"""The GPU queue, run on a CPU with its own list of items: order, time limits, isolated failures, finished items."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def states(items, out):
     return {name: state for name, state, _ in queue.status(items, out)}
 
 
-def test_items_run_in_order_and_end_alone_and_are_not_run_again(tmp_path):
+def test_items_run_in_order_in_isolation_and_only_once(tmp_path):
     items = [
         item("good", WRITE),
         item("broken", "raise SystemExit(3)"),
@@ -44,48 +44,48 @@ def test_items_run_in_order_and_end_alone_and_are_not_run_again(tmp_path):
     assert states(items, tmp_path) == {"good": "done", "broken": "failed", "endless": "timeout", "after": "done"}
     good, broken, endless, _ = results
     assert good["files"] == ["good/raw.json"] and broken["exit_code"] == 3
-    assert endless["seconds"] < 60 and endless["tail"].strip() == "7"  # what it said before its time was up
+    assert endless["seconds"] < 60 and endless["tail"].strip() == "7"  # its output before its time was up
     assert all(name in good["provenance"] for name in provenance.FIELDS)
     assert queue.run(items, tmp_path) == []
     assert [result["name"] for result in queue.run(items[1:2], tmp_path, retry=True)] == ["broken"]
 
 
-def test_a_result_of_other_code_or_another_command_does_not_count(tmp_path):
+def test_a_result_from_other_code_or_another_command_does_not_count(tmp_path):
     items = [item("one", WRITE)]
     queue.run(items, tmp_path)
     assert queue.run(items, tmp_path) == []
     path = tmp_path / "one.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"code_hash": "of other code"}))
+    path.write_text(json.dumps(content | {"code_hash": "other"}))
     assert states(items, tmp_path) == {"one": "unmeasured"}
-    assert "has a result of other code" in queue.status(items, tmp_path)[0][2]
+    assert "has a result from other code" in queue.status(items, tmp_path)[0][2]
     assert len(queue.run(items, tmp_path)) == 1
     assert states([item("one", "print(1)")], tmp_path) == {"one": "unmeasured"}
 
 
-def test_an_item_that_can_go_on_is_run_again_until_it_is_done(tmp_path):
-    going_on = (
+def test_an_item_that_can_resume_is_run_again_until_it_is_done(tmp_path):
+    resuming = (
         "import sys, time, pathlib; p = pathlib.Path(sys.argv[1], 'first'); old = p.exists(); p.touch(); "
         "time.sleep(0 if old else 600)"
     )
-    items = [item("long", going_on, seconds=3, resumes=True), item("fresh", "print(1)")]
+    items = [item("long", resuming, seconds=3, resumes=True), item("fresh", "print(1)")]
     queue.run(items, tmp_path)
     assert states(items, tmp_path) == {"long": "timeout", "fresh": "done"}
     queue.run(items, tmp_path)
     assert states(items, tmp_path) == {"long": "done", "fresh": "done"}
 
 
-def test_what_the_machine_lacks_is_named_and_skipped(tmp_path, capsys):
+def test_an_item_is_skipped_with_what_the_machine_lacks(tmp_path, capsys):
     lacking = Item("lacking", "python -c 0", 10, "a test", needs=("no_such_module",), device="cpu")
     needs_gpus = Item("many", "python -c 0", 10, "a test", needs=(), gpus=99)
     unknown = Item("unknown", "python -m benchmarks.no_such_script", 10, "a test", needs=(), device="cpu")
     assert queue.run([lacking, needs_gpus, unknown], tmp_path) == []
-    said = capsys.readouterr().out
-    assert "lacks the modules no_such_module" in said and "benchmarks.no_such_script is not part" in said
-    assert "needs a CUDA device" in said or "needs 99 GPUs" in said
+    output = capsys.readouterr().out
+    assert "lacks the modules no_such_module" in output and "benchmarks.no_such_script is not part" in output
+    assert "needs a CUDA device" in output or "needs 99 GPUs" in output
 
 
-def test_no_item_starts_that_would_be_cut_to_less_than_half_of_its_time(tmp_path, capsys):
+def test_an_item_does_not_start_with_less_than_half_of_its_time_left(tmp_path, capsys):
     long, short = item("long", WRITE, seconds=1000), item("short", WRITE, seconds=10)
     assert [result["name"] for result in queue.run([long, short], tmp_path, seconds=queue.MARGIN_SECONDS + 60)] == [
         "short"
@@ -102,13 +102,13 @@ def test_the_parts_are_in_order_of_value_and_each_fits_into_one_command():
     assert {one.part for one in ITEMS} == {1, 2, 3, LATER} and len({one.name for one in ITEMS}) == len(ITEMS)
     for part in parts.values():
         assert sum(one.seconds for one in part) + queue.MARGIN_SECONDS <= PART_SECONDS
-        # the estimates leave time for what they are wrong by
+        # the estimates leave a margin for their error
         assert 0 < sum(one.estimate for one in part) <= 0.85 * PART_SECONDS
         assert all(one.gpus == 1 and 0 < one.estimate <= one.seconds for one in part)
     assert all(one.seconds <= 600 for one in ITEMS if one.gpus == 1)
 
 
-def test_the_first_parts_ask_for_no_more_managed_memory_than_is_free_and_keep_what_they_wrote():
+def test_items_request_no_more_managed_memory_than_is_free_and_keep_what_they_wrote():
     commands = {one.name: one.command for one in ITEMS}
     assert "--crowd" not in commands["repro-65b"] and "--steps 3" in commands["repro-65b"]
     for one in ITEMS:
@@ -122,7 +122,7 @@ def test_the_queue_itself_never_touches_cuda(tmp_path, monkeypatch):
     machine.machine.cache_clear()
 
     def touched(*arguments, **options):
-        raise AssertionError("the queue's own process asked CUDA")
+        raise AssertionError("the queue's own process used CUDA")
 
     names = ("is_available", "device_count", "mem_get_info", "get_device_name", "get_device_properties", "init")
     for name in names:
@@ -131,20 +131,18 @@ def test_the_queue_itself_never_touches_cuda(tmp_path, monkeypatch):
     results = queue.run(items, tmp_path)
     assert [result["status"] for result in results] == ["done"]
     queue.status(items, tmp_path)
-    # and what it did not ask itself is known: a process of its own answered
+    # and the facts are known: another process queried them
     assert results[0]["provenance"]["hardware"]["num_cpus"] and results[0]["provenance"]["versions"]["torch"]
     assert not torch.cuda.is_initialized()
 
 
-def test_the_machine_is_asked_once_and_a_device_that_cannot_be_asked_is_an_error(monkeypatch):
+def test_the_machine_is_queried_once_and_a_device_that_cannot_be_queried_is_an_error(monkeypatch):
     machine.machine.cache_clear()
-    monkeypatch.setattr(
-        machine, "_QUESTION", """print("a library's line"); print('{"gpu_bytes": [7], "origin": {}}')"""
-    )
+    monkeypatch.setattr(machine, "_QUERY", """print("a library's line"); print('{"gpu_bytes": [7], "origin": {}}')""")
     assert machine.machine() is machine.machine() and machine.machine().gpu_bytes == (7,)
     machine.machine.cache_clear()
-    monkeypatch.setattr(machine, "_QUESTION", "raise SystemExit('no driver')")
-    with pytest.raises(RuntimeError, match="cannot be asked: no driver"):
+    monkeypatch.setattr(machine, "_QUERY", "raise SystemExit('no driver')")
+    with pytest.raises(RuntimeError, match="cannot be queried: no driver"):
         machine.machine()
     machine.machine.cache_clear()
 
@@ -158,7 +156,7 @@ from benchmarks.gpu import queue
 from benchmarks.gpu.items import Item
 from benchmarks.gpu.machine import Machine
 
-queue.machine = lambda: Machine((), {})  # asking takes seconds
+queue.machine = lambda: Machine((), {})  # querying takes seconds
 write = "import sys, time, pathlib; pathlib.Path(sys.argv[1], 'raw.json').write_text('[1]'); "
 here = {"needs": (), "device": "cpu", "part": 1}
 queue.ITEMS = (
@@ -180,12 +178,12 @@ def start_queue(*words):
 def wait_for(path, seconds=60):
     ends = time.monotonic() + seconds
     while not path.exists():
-        assert time.monotonic() < ends, f"{path} did not come"
+        assert time.monotonic() < ends, f"{path} did not appear"
         time.sleep(0.05)
 
 
 def alive(out):
-    """Processes of an item of this queue."""
+    """Live processes of this queue's item `second`."""
     found = []
     for folder in os.listdir("/proc"):
         if folder.isdigit():
@@ -197,7 +195,7 @@ def alive(out):
     return found
 
 
-def test_a_queue_that_is_cut_keeps_and_packs_what_it_wrote_and_goes_on_from_there(tmp_path):
+def test_a_stopped_queue_keeps_and_packs_what_it_wrote_and_continues_from_there(tmp_path):
     out, archive = tmp_path / "gpu", tmp_path / "home" / "gpu-part1.tgz"
     process = start_queue("run", out, "--part", 1, "--pack", archive)
     wait_for(out / "second" / "raw.json")
@@ -210,23 +208,23 @@ def test_a_queue_that_is_cut_keeps_and_packs_what_it_wrote_and_goes_on_from_ther
     assert (cut["status"], cut["files"], cut["tail"].strip()) == ("cut", ["second/raw.json"], "5")
     assert not (out / "third.json").exists()
 
-    # on another machine: unpacked, it is gone on with
+    # on another machine: the queue continues from the unpacked archive
     elsewhere = tmp_path / "elsewhere"
     with tarfile.open(archive) as tar:
         tar.extractall(elsewhere, filter="data")
     assert (elsewhere / "gpu" / "second" / "raw.json").read_text() == "[1]"
     (elsewhere / "gpu" / "second" / "raw.json").unlink()
-    going_on = start_queue("run", elsewhere / "gpu", "--part", 1, "--seconds", 520)  # the second has its half
+    resumed = start_queue("run", elsewhere / "gpu", "--part", 1, "--seconds", 520)  # more than half of the second's
     wait_for(elsewhere / "gpu" / "second" / "raw.json")
-    going_on.send_signal(signal.SIGTERM)
-    assert going_on.wait(30) == 143
+    resumed.send_signal(signal.SIGTERM)
+    assert resumed.wait(30) == 143
     dates = [
         json.loads((folder / "first.json").read_text())["provenance"]["date"] for folder in (out, elsewhere / "gpu")
     ]
-    assert dates[0] == dates[1], "what was done is not done again"
+    assert dates[0] == dates[1], "a finished item was run again"
 
 
-def test_an_item_ends_with_its_queue_even_when_that_is_killed(tmp_path):
+def test_an_item_dies_with_its_queue_even_if_that_is_killed(tmp_path):
     process = start_queue("run", tmp_path / "gpu", "--only", "second")
     wait_for(tmp_path / "gpu" / "second" / "raw.json")
     assert alive(tmp_path / "gpu")
@@ -234,23 +232,23 @@ def test_an_item_ends_with_its_queue_even_when_that_is_killed(tmp_path):
     process.wait()
     ends = time.monotonic() + 10
     while alive(tmp_path / "gpu"):
-        assert time.monotonic() < ends, "the item went on, and with it what it holds of the GPU"
+        assert time.monotonic() < ends, "the item is still running, and with it its GPU memory is taken"
         time.sleep(0.1)
 
 
-def test_an_item_that_had_less_than_its_time_runs_again(tmp_path):
+def test_an_item_that_had_less_than_its_full_time_runs_again(tmp_path):
     slow = item("slow", "import time; time.sleep(600)", seconds=2)
     (result,) = queue.run([slow], tmp_path, seconds=queue.MARGIN_SECONDS + 1.8)
     assert (result["status"], result["exit_code"]) == ("cut", None)
     (result,) = queue.run([slow], tmp_path)
-    assert result["status"] == "timeout"  # its whole time: not again
+    assert result["status"] == "timeout"  # it had its full time: not again
     assert queue.run([slow], tmp_path) == []
 
 
-# --- brought home -----------------------------------------------------------------------------------------------------
+# --- packed -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_packed_fits_and_the_small_results_go_first(tmp_path):
+def test_the_archive_stays_within_its_limit_and_small_results_go_first(tmp_path):
     out = tmp_path / "gpu"
     noise = random.Random(0).randbytes
     contents = {
@@ -283,12 +281,12 @@ def test_what_is_packed_fits_and_the_small_results_go_first(tmp_path):
     assert list(tmp_path.glob(".*.part")) == []
 
 
-def test_one_command_of_a_lent_machine_leaves_one_archive_and_says_what_it_lacked(tmp_path):
+def test_one_command_on_a_bare_machine_writes_one_archive_and_reports_what_it_lacks(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("would measure")
     variables = {"LENT_WHEELS": str(tmp_path / "none"), "LENT_SECONDS": "60", "QUEUE_PYTHON": sys.executable}
     work = tmp_path / "checkout"
-    for name in ("benchmarks", "qlora_dist"):  # its results go to build/gpu of the checkout
+    for name in ("benchmarks", "qlora_dist"):  # its results go to the checkout's build/gpu
         work.mkdir(exist_ok=True)
         (work / name).symlink_to(ROOT / name)
     environment = clean_environment() | variables
@@ -319,9 +317,9 @@ def test_ceilings_run_on_a_cpu_at_tiny_sizes(tmp_path, monkeypatch):
     assert {"gemm bf16", "copy", "dequantize nf4", "attention sdpa forward + backward", "launch"} <= kinds
     assert all(value > 0 for (what, _), value in values.items() if what.startswith(("gemm", "copy", "deq", "launch")))
     if not torch.cuda.is_available():
-        assert values["attention flash-attn forward", "1 x 32, 4/2 heads of 16"] is None  # said, not dropped
+        assert values["attention flash-attn forward", "1 x 32, 4/2 heads of 16"] is None  # recorded, not dropped
 
 
-def test_every_preset_that_an_item_asks_for_is_one_that_can_be_measured():
-    asked = {words[words.index("--preset") + 1] for item in ITEMS if "--preset" in (words := item.command.split())}
-    assert len(asked) >= 4 and asked <= set(throughput.PRESETS)
+def test_every_preset_that_an_item_uses_exists():
+    used = {words[words.index("--preset") + 1] for item in ITEMS if "--preset" in (words := item.command.split())}
+    assert len(used) >= 4 and used <= set(throughput.PRESETS)

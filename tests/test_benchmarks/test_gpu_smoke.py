@@ -1,4 +1,4 @@
-"""The smoke of every CUDA path, on a CPU: it runs and agrees, it can disagree, and no case takes the others with it."""
+"""The smoke test of every CUDA path, on a CPU: cases run and agree, can disagree, and do not affect each other."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_every_case_runs_and_agrees_on_a_cpu(tmp_path):
     assert f"{len(cases)} ok, 3 skipped" in done.stdout
 
 
-# --- a case that is wrong is seen -------------------------------------------------------------------------------------
+# --- wrong results are detected ---------------------------------------------------------------------------------------
 
 
 def status_of(case, bench, name="case"):
@@ -57,7 +57,7 @@ def status_of(case, bench, name="case"):
     return found["agrees"], found["reason"]
 
 
-def test_a_document_that_sees_another_is_seen(bench, monkeypatch):
+def test_attention_across_documents_is_detected(bench, monkeypatch):
     real = smoke_kernels.packed_attention
     whole = lambda *a, packed: real(*a, packed=SimpleNamespace(**vars(packed) | {"lengths": (sum(packed.lengths),)}))  # noqa: E731
     monkeypatch.setattr(smoke_kernels, "packed_attention", whole)
@@ -65,7 +65,7 @@ def test_a_document_that_sees_another_is_seen(bench, monkeypatch):
     assert agrees is False and "output" in reason
 
 
-def test_a_wrong_loss_a_wrong_update_and_a_wrong_code_are_seen(bench, monkeypatch):
+def test_a_wrong_loss_a_wrong_update_and_a_wrong_code_are_detected(bench, monkeypatch):
     import bitsandbytes.functional as bnb
 
     cases = smoke_kernels.CASES
@@ -79,7 +79,7 @@ def test_a_wrong_loss_a_wrong_update_and_a_wrong_code_are_seen(bench, monkeypatc
         assert status_of(cases[name], bench)[0] is False, name
 
 
-def test_an_offload_that_moves_nothing_is_seen_though_its_losses_are_right(bench, monkeypatch):
+def test_an_offload_that_moves_nothing_is_detected_although_its_losses_are_right(bench, monkeypatch):
     assert status_of(smoke_runs.CASES["offload"], bench) == (True, "")
     monkeypatch.setattr(ActivationOffload, "_should_move", lambda self, tensor: False)
     bench = Bench(bench.device, bench.work / "again")
@@ -103,19 +103,19 @@ def run_of(losses, norms):
         ([6.0, math.nan, 5.8], [1.0, 1.0, math.nan], [False, False]),
     ],
 )
-def test_runs_agree_within_the_rounding_of_bf16_and_never_where_a_value_is_none(losses, norms, agree):
+def test_runs_agree_within_bf16_rounding_and_never_with_a_nan(losses, norms, agree):
     checks = smoke_runs.same(run_of(losses, norms), run_of([6.0, 5.9, 5.8], [1.0, 1.0, 1.0]))
     assert [check.agrees for check in checks] == agree
     json.dumps([check.to_json() for check in checks], allow_nan=False)
 
 
-def test_runs_of_the_same_operations_agree_only_bit_by_bit():
+def test_runs_of_the_same_operations_agree_only_bit_for_bit():
     plain = run_of([6.0, 5.9], [1.0, 1.0])
     assert all(check.agrees for check in smoke_runs.same(plain, plain, is_exact=True))
     assert not all(c.agrees for c in smoke_runs.same(run_of([6.0, 5.9 + 1e-6], [1.0, 1.0]), plain, is_exact=True))
 
 
-def test_what_ran_and_what_agrees_are_said_apart(bench):
+def test_running_and_agreeing_are_reported_separately(bench):
     def wrong(_):
         return [Check("value", 2.0, 1.0, "a test")]
 
@@ -143,7 +143,7 @@ def test_what_ran_and_what_agrees_are_said_apart(bench):
     assert "out of resources" in smoke.summary([advice]) and "debugging" not in smoke.summary([advice])
 
 
-# --- a case that dies takes no other with it --------------------------------------------------------------------------
+# --- failures are isolated --------------------------------------------------------------------------------------------
 
 FAKE = """
 import os, sys, time
@@ -162,7 +162,7 @@ def dies(bench):
     print("why it died", flush=True)
     os._exit(7)
 
-smoke._takes_work = lambda device: not broken
+smoke._is_usable = lambda device: not broken
 smoke.all_cases = lambda: {
     "first": good, "dies": dies, "second": good, "hangs": lambda bench: time.sleep(600), "third": good,
     "breaks": lambda bench: broken.append(1) or 1 / 0, "fourth": good,
@@ -180,8 +180,8 @@ def test_a_case_that_dies_hangs_or_breaks_the_device_fails_alone(tmp_path, capsy
     states = {result["name"]: result["status"] for result in results}
     assert {name for name, state in states.items() if state != "ok"} == {"dies", "hangs", "breaks"}
     reasons = {result["name"]: result["reason"] for result in results}
-    assert "ended with code 7: " in reasons["dies"] and "why it died" in reasons["dies"]
-    assert "did not end in 5 s" in reasons["hangs"] and "ZeroDivisionError" in reasons["breaks"]
+    assert "exited with code 7: " in reasons["dies"] and "why it died" in reasons["dies"]
+    assert "did not finish in 5 s" in reasons["hangs"] and "ZeroDivisionError" in reasons["breaks"]
     assert json.loads(out.read_text())["cases"] == results
     assert "hangs" in smoke.summary(results)
     with pytest.raises(UserError, match="no case unheard-of"):
@@ -190,7 +190,7 @@ def test_a_case_that_dies_hangs_or_breaks_the_device_fails_alone(tmp_path, capsy
     assert (gone["name"], gone["status"]) == ("start", "failed") and "code 4: no module" in gone["reason"]
 
 
-def test_what_has_no_time_left_is_named_and_the_result_is_whole(tmp_path):
+def test_cases_without_time_left_are_listed_and_the_result_is_complete(tmp_path):
     out = tmp_path / "smoke.json"
     program = (sys.executable, "-c", FAKE)
     results = smoke.Smoke(out, ["first", "hangs", "third"], seconds=6, case_seconds=600, program=program).run()

@@ -1,4 +1,4 @@
-"""What GPU figures stand on: many calls between two events, operands that no cache holds, a profile as a table."""
+"""The basis of GPU results: many calls between two events, operands larger than the cache, a profile as a table."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_operands_rotate_through_more_than_twice_the_cache() -> None:
 
 
 def test_a_sample_is_some_milliseconds_of_many_calls() -> None:
-    assert timing.num_calls(25e-6) == 50  # a small product: what a launch costs is shared by 50
+    assert timing.num_calls(25e-6) == 50  # a small product: the cost of a launch is spread over 50
     assert timing.num_calls(0.2e-3) == 25
     assert timing.num_calls(1.0) == 20
 
 
-def test_calls_take_the_sets_in_turns_and_seconds_are_those_of_one_call() -> None:
+def test_calls_cycle_through_the_sets_and_seconds_are_per_call() -> None:
     taken: list[int] = []
     works = [lambda i=i: taken.append(i) for i in range(3)]
     samples, calls = timing.seconds_of(works, torch.device("cpu"), 0.0)
@@ -36,8 +36,8 @@ def test_calls_take_the_sets_in_turns_and_seconds_are_those_of_one_call() -> Non
     assert all(0 < seconds < 1e-3 for seconds in samples)
 
 
-def test_varlen_gets_grouped_heads_as_they_are(monkeypatch) -> None:
-    """A repetition would be timed as attention. Only the word for grouped heads differs between versions of torch."""
+def test_varlen_gets_grouped_heads_without_repetition(monkeypatch) -> None:
+    """A repetition would be timed as attention. Only the keyword for grouped heads differs between torch versions."""
 
     def newest(query, key, value, *borders, window_size, enable_gqa=False):
         raise AssertionError
@@ -58,7 +58,7 @@ def test_varlen_gets_grouped_heads_as_they_are(monkeypatch) -> None:
 
 
 def test_a_call_of_varlen_launches_nothing_but_attention(monkeypatch) -> None:
-    """The borders of documents are made once: made in the call they would be timed as attention."""
+    """Document boundaries are created once: created in the call, they would be timed as attention."""
     seen = []
 
     def kernel(query, key, value, first, second, *lengths, window_size):
@@ -73,16 +73,16 @@ def test_a_call_of_varlen_launches_nothing_but_attention(monkeypatch) -> None:
     assert seen[0][2:] == ((4, 4), 4, 2)
 
 
-def test_tiny_cases_do_not_fill_the_cache_of_a_gpu(monkeypatch) -> None:
-    """Sets of some KB that fill twice 50 MB would be thousands, each made for a case that measures nothing."""
+def test_tiny_cases_do_not_fill_a_gpus_cache(monkeypatch) -> None:
+    """Filling twice 50 MB with sets of a few KB would take thousands of them, for a case that measures nothing."""
     monkeypatch.setattr(ceilings, "cache_bytes", lambda device: 50 * MIB)
-    made = ceilings.Ceilings(torch.device("cpu"), True)
-    assert len(made.sets_of(lambda: lambda: None, 36_000)) == 3
+    tiny = ceilings.Ceilings(torch.device("cpu"), True)
+    assert len(tiny.sets_of(lambda: lambda: None, 36_000)) == 3
     assert len(ceilings.Ceilings(torch.device("cpu"), False).sets_of(lambda: lambda: None, 10 * MIB)) == 11
 
 
 def test_a_kernel_table_has_neither_named_ranges_nor_steps() -> None:
-    """They lie over the kernels: counted too, a GPU would be busy twice over."""
+    """They cover the kernels: counted too, they would double the GPU's busy time."""
 
     class Event:
         def __init__(self, key, kind=torch.autograd.DeviceType.CUDA, is_user_annotation=False):
@@ -99,19 +99,19 @@ def test_a_kernel_table_has_neither_named_ranges_nor_steps() -> None:
     assert profiling._kernels(events) == [("gemm", 2, 7.0), ("Memcpy HtoD", 2, 7.0)]
 
 
-def test_a_watch_keeps_the_most_that_a_device_had_in_use(monkeypatch) -> None:
+def test_a_device_watch_keeps_the_peak_of_memory_in_use(monkeypatch) -> None:
     used = iter([3, 9, 4])
-    over = threading.Event()
+    is_exhausted = threading.Event()
 
     def in_use(device):
         value = next(used, None)
         if value is None:
-            over.set()
+            is_exhausted.set()
         return value or 1
 
     monkeypatch.setattr(memory, "device_used_bytes", in_use)
     with memory.DeviceWatch(torch.device("cuda", 0), interval_seconds=0.01) as watch:
-        assert over.wait(20)  # what comes after the most must not replace it
+        assert is_exhausted.wait(20)  # values after the peak must not replace it
     assert watch.peak_bytes == 9
     with memory.DeviceWatch(torch.device("cpu")) as watch:
         pass
@@ -119,11 +119,11 @@ def test_a_watch_keeps_the_most_that_a_device_had_in_use(monkeypatch) -> None:
 
 
 def test_pinned_copies_fit_a_small_source(monkeypatch) -> None:
-    """With --tiny the source is smaller than what is copied otherwise."""
-    made = ceilings.Ceilings(torch.device("cpu"), True)
-    made.device = torch.device("cuda", 0)
+    """With --tiny the source is smaller than the usual copy."""
+    tiny = ceilings.Ceilings(torch.device("cpu"), True)
+    tiny.device = torch.device("cuda", 0)
     sizes = []
-    monkeypatch.setattr(made, "measure", lambda what, case, unit, amount, works: sizes.append((what, amount)))
+    monkeypatch.setattr(tiny, "measure", lambda what, case, unit, amount, works: sizes.append((what, amount)))
     empty = torch.empty
 
     def on_host(*shape, pin_memory=False, **options):
@@ -131,11 +131,11 @@ def test_pinned_copies_fit_a_small_source(monkeypatch) -> None:
 
     monkeypatch.setattr(torch, "empty", on_host)
     monkeypatch.setattr(torch, "randint", lambda *a, size=None, **options: empty(a[2], dtype=torch.uint8))
-    made.bandwidth()
+    tiny.bandwidth()
     assert sizes == [("copy", 2 * MIB / 1e9), ("pinned", MIB / 1e9), ("pinned", MIB / 1e9)]
 
 
-def test_a_profile_is_a_table_of_one_step() -> None:
+def test_a_profile_is_a_table_per_step() -> None:
     rows = [("big", 6, 300.0), ("small", 30, 60.0), ("big", 3, 150.0)]
     table = profiling.table_of(rows, wall_microseconds=1020.0, num_steps=3)
     assert table["kernels"][0] == {"name": "big", "calls_per_step": 3.0, "microseconds_per_step": 150.0}
@@ -143,7 +143,7 @@ def test_a_profile_is_a_table_of_one_step() -> None:
     assert table["busy_share"] == 0.5 and table["num_names"] == 2
     many = [(f"kernel {i}", 1, float(i)) for i in range(100)]
     table = profiling.table_of(many, 1e6, 1)
-    assert len(table["kernels"]) == profiling.MOST_ROWS and table["others"]["calls_per_step"] == 40
+    assert len(table["kernels"]) == profiling.MAX_ROWS and table["others"]["calls_per_step"] == 40
     total = table["others"]["microseconds_per_step"] + sum(row["microseconds_per_step"] for row in table["kernels"])
     assert total == table["kernel_microseconds_per_step"] == sum(range(100))
 
@@ -157,9 +157,9 @@ def test_a_cpu_has_no_device_state_and_a_gpu_without_a_driver_no_readings(monkey
     nvml._open.cache_clear()
 
 
-def test_readings_come_in_their_units_and_what_a_card_lacks_is_none(monkeypatch) -> None:
+def test_readings_are_converted_and_what_a_card_lacks_is_none(monkeypatch) -> None:
     class Driver:
-        """Answers what NVML documents: MHz, milliwatts, degrees; no memory clock (its functions fail)."""
+        """Answers as NVML documents: MHz, milliwatts, degrees; no memory clock (its functions fail)."""
 
         nvmlInit_v2 = staticmethod(lambda: 0)
         nvmlDeviceGetHandleByIndex_v2 = staticmethod(lambda index, handle: 0)
@@ -188,12 +188,12 @@ def test_readings_come_in_their_units_and_what_a_card_lacks_is_none(monkeypatch)
     nvml._open.cache_clear()
 
 
-def test_a_commit_that_is_stated_is_marked_and_must_be_one(monkeypatch, tmp_path) -> None:
+def test_a_stated_commit_is_marked_and_must_be_valid(monkeypatch, tmp_path) -> None:
     import pytest
 
     from qlora_dist.errors import UserError
 
-    monkeypatch.setattr(provenance, "commit", lambda: None)  # no .git came along
+    monkeypatch.setattr(provenance, "commit", lambda: None)  # a copy without .git
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     assert provenance.commit_and_source() == (None, "none")
     (tmp_path / "build").mkdir()

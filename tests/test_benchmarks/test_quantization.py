@@ -1,4 +1,4 @@
-"""The plain quantizers of the benchmark, against bitsandbytes, against known codes, and on real weights."""
+"""The benchmark's plain quantizers against bitsandbytes and known codes, and on real weights."""
 
 import json
 from pathlib import Path
@@ -19,37 +19,37 @@ def weight(rows=16, columns=4096, seed=0):
 
 @pytest.mark.parametrize(("kind", "theirs"), [("nf4", "nf4"), ("fp4-bitsandbytes", "fp4")])
 @pytest.mark.parametrize("block", [64, 256, 4096])
-def test_four_bit_types_are_those_of_bitsandbytes(kind, theirs, block):
+def test_four_bit_types_equal_bitsandbytes(kind, theirs, block):
     original = weight()
     packed, state = bnb.quantize_4bit(original, blocksize=block, quant_type=theirs)
     expected = bnb.dequantize_4bit(packed, state)
     ours = q.quantize_dequantize(original, kind, block)
-    # its borders between codes are rounded to 7 digits: a value on a border may take the other code
+    # its boundaries between codes are rounded to 7 digits: a value on a boundary may get the other code
     differs = (ours - expected).abs() > 1e-6 * original.abs().max()
     assert differs.float().mean() < 1e-4
 
 
 @pytest.mark.parametrize("block", [64, 512])
-def test_double_quantization_is_that_of_bitsandbytes(block):
+def test_double_quantization_equals_bitsandbytes(block):
     original = weight()
     packed, state = bnb.quantize_4bit(original, blocksize=block, quant_type="nf4", compress_statistics=True)
     expected = bnb.dequantize_4bit(packed, state)
     ours = q.quantize_dequantize(original, "nf4-dq", block)
-    # one constant in a thousand lies between two 8-bit codes and takes the other one
+    # one constant in a thousand is midway between two 8-bit codes and gets the other one
     assert (ours - expected).norm() / expected.norm() < 5e-4
     plain = q.quantize_dequantize(original, "nf4", block)
-    assert 5e-4 < (ours - plain).norm() / plain.norm() < 1e-2  # and double quantization does something, but little
+    assert 5e-4 < (ours - plain).norm() / plain.norm() < 1e-2  # and double quantization has an effect, but a small one
 
 
-def test_the_dynamic_map_of_the_constants_is_that_of_bitsandbytes():
+def test_the_dynamic_map_of_the_constants_equals_bitsandbytes():
     assert torch.allclose(q.dynamic_map(), bnb.create_dynamic_map().sort().values, atol=1e-7)
 
 
-def test_int8_by_rows_is_that_of_llm_int8():
+def test_int8_by_rows_equals_llm_int8():
     original = weight(8, 256)
     codes, scales, _ = bnb.int8_vectorwise_quant(original.half())
     expected = codes.float() * scales[:, None] / 127
-    # it takes fp16, whose rounding (up to 6 % of a code's width) brings a few values to the next code
+    # its input is fp16, whose rounding (up to 6 % of a code's width) moves a few values to the next code
     difference = (q.quantize_dequantize(original, "int8", 256) - expected).abs()
     assert difference.max() < 1.1 * (scales.max() / 127)
     assert difference.mean() < 0.1 * scales.mean() / 127
@@ -64,7 +64,7 @@ def test_codes_are_the_known_ones():
 
 
 @pytest.mark.parametrize("kind", q.TYPES)
-def test_what_is_stored_once_is_stored_again_unchanged_and_zero_stays_zero(kind):
+def test_a_second_round_trip_changes_nothing_and_zero_stays_zero(kind):
     original = weight(4, 256)
     original[0, :64] = 0
     once = q.quantize_dequantize(original, kind, 64)
@@ -78,7 +78,7 @@ def test_what_is_stored_once_is_stored_again_unchanged_and_zero_stays_zero(kind)
     assert ragged.shape == (4, 100) and torch.isfinite(ragged).all()
 
 
-def test_the_finer_type_and_the_smaller_block_are_nearer_to_real_weights():
+def test_finer_types_and_smaller_blocks_are_closer_to_real_weights():
     path = shared_file("gpt2_real_weights/gpt2_small_attn_sample.fp16.safetensors")
     found = q.measure_weights(q.matrices_of(path), (64, 1024))
     error = {(e["matrix"], e["type"], e["block"]): e["relative_error"] for e in found}
@@ -96,21 +96,21 @@ def test_perplexity_of_a_real_model_rises_with_coarser_storage(tmp_path):
     at = {e["type"]: e["perplexity"] for e in measured["results"]}
     assert abs(at["bf16"] / at["fp32"] - 1) < 2e-3 and abs(at["int8"] / at["fp32"] - 1) < 5e-3
     assert at["fp32"] < at["nf4"] < at["fp4-bitsandbytes"]
-    assert abs(at["nf4-dq"] / at["nf4"] - 1) < 0.01  # double quantization costs nothing that is seen
+    assert abs(at["nf4-dq"] / at["nf4"] - 1) < 0.01  # double quantization costs almost nothing
 
 
-def test_what_is_said_of_the_papers_order_follows_the_numbers():
-    def said(**at):
+def test_the_findings_on_the_papers_order_follow_the_numbers():
+    def findings_of(**at):
         values = {kind.replace("_", "-"): value for kind, value in at.items()}
         results = [{"type": kind, "block": 64, "perplexity": value} for kind, value in values.items()]
         return " ".join(q.findings({"perplexity": [{"model": "m", "text": "t", "results": results}]}))
 
-    assert "This is the paper's order" in said(nf4_dq=27.41, fp4_e3m0=29.48, fp4_e2m1=31.07, int4=34.34)
-    partly = said(nf4_dq=3.8, fp4_e2m1=3.9, int4=4.0, fp4_e3m0=6.7)
+    assert "This is the paper's order" in findings_of(nf4_dq=27.41, fp4_e3m0=29.48, fp4_e2m1=31.07, int4=34.34)
+    partly = findings_of(nf4_dq=3.8, fp4_e2m1=3.9, int4=4.0, fp4_e3m0=6.7)
     assert "NF4 + DQ < FP4 < Int4 holds with fp4-e2m1." in partly and "unlike in the paper" in partly
-    other = said(nf4_dq=4.7, fp4_e3m0=5.5, fp4_e2m1=5.2, int4=5.0)
-    assert "NF4 + DQ is best, as in the paper. Int4 before both float types is not the paper's order" in other
-    assert "not the best" in said(nf4_dq=5.0, fp4_e3m0=5.5, fp4_e2m1=4.9, int4=4.5)
+    other = findings_of(nf4_dq=4.7, fp4_e3m0=5.5, fp4_e2m1=5.2, int4=5.0)
+    assert "NF4 + DQ is best, as in the paper. Unlike in the paper, Int4 is better than both float types" in other
+    assert "not the best" in findings_of(nf4_dq=5.0, fp4_e3m0=5.5, fp4_e2m1=4.9, int4=4.5)
 
 
 def test_the_committed_result_has_every_type_and_block():

@@ -1,4 +1,4 @@
-"""The 65B recipe: on a scaled model that a CPU trains in seconds, and on a GPU that is cut down to a smaller one."""
+"""The 65B recipe: on a scaled-down model that a CPU trains in seconds, and on a GPU with limited memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_shapes_are_those_of_llama_65b() -> None:
 
 
 @pytest.mark.parametrize("changes", [(), ("data.packing=true", "data.row_tokens=2048", "batch.rows_per_step=4")])
-def test_the_plan_counts_what_two_layers_of_the_recipe_allocate_in_full_width(changes: tuple[str, ...]) -> None:
+def test_the_plan_counts_what_two_full_width_layers_of_the_recipe_allocate(changes: tuple[str, ...]) -> None:
     """The real step under fake tensors. 80 layers differ from 2 by 78 times one layer's weights and input."""
     from transformers import LlamaConfig
 
@@ -43,14 +43,14 @@ def test_the_plan_counts_what_two_layers_of_the_recipe_allocate_in_full_width(ch
     assert shapes is not None
     plan = plan_memory(config, shapes, world_size=1, device_bytes=None)
     trace = simulate(config, plan, LlamaConfig(**repro.llama_65b(layers=2)))
-    # the plan knows the working set of one layer to 2 of its (T, H) tensors: 0.1 % of the whole card
+    # the plan's working set of one layer is exact to 2 of its (T, H) tensors: 0.1 % of the card
     assert 0 <= trace.planned_bytes - trace.peak_bytes < 72 * 2**20
     assert trace.peak_bytes > 2 * 2**30
 
 
-def test_a_scaled_model_trains_by_the_recipe_without_any_weight_file(scaled: tuple[dict[str, Any], Path]) -> None:
+def test_a_scaled_model_trains_with_the_recipe_without_any_weight_file(scaled: tuple[dict[str, Any], Path]) -> None:
     result, work = scaled
-    # random weights know nothing: each of 32,000 tokens is as likely as the other
+    # random weights know nothing: all 32,000 tokens are equally likely
     assert all(abs(loss - math.log(32_000)) < 0.2 for loss in result["losses"]) and len(result["losses"]) == 2
     assert result["losses"][0] != result["losses"][1]
     assert not list((work / "model").glob("*.safetensors"))
@@ -63,7 +63,7 @@ def test_a_scaled_model_trains_by_the_recipe_without_any_weight_file(scaled: tup
     assert origin["command"].startswith("python -m benchmarks.repro_65b --random-weights --layers 2")
 
 
-def test_a_scaled_run_changes_nothing_of_the_recipe_but_data_length_and_size(
+def test_a_scaled_run_changes_only_data_length_and_size_of_the_recipe(
     scaled: tuple[dict[str, Any], Path],
 ) -> None:
     result, _ = scaled
@@ -84,35 +84,35 @@ def test_overrides_reach_the_run() -> None:
     assert config.model.name == "huggyllama/llama-65b" and config.model.weights == "files"
 
 
-def test_a_crowded_card_is_refused_where_paged_states_would_have_no_room(tmp_path: Path) -> None:
-    """Managed memory beyond what is free can hang a GPU: said before the card is touched."""
+def test_a_crowded_card_is_refused_if_paged_states_would_not_fit(tmp_path: Path) -> None:
+    """Managed memory beyond what is free can hang a GPU, so this is checked before the card is touched."""
     arguments = repro.parse(["--random-weights", "--work", str(tmp_path / "work"), "--steps", "1"])
     arguments.work.mkdir()
     config = repro.configure(arguments)
     paged = repro.require_room(config, int(repro.A6000_GIB * repro.GIB))
     assert paged == 8 * 799_539_200
-    with pytest.raises(SystemExit, match=r"--crowd: of 46\.5\d GiB planned, .* no room on a card of 44\.00 GiB"):
+    with pytest.raises(SystemExit, match=r"--crowd: of 46\.5\d GiB planned, .* do not fit on a card of 44\.00 GiB"):
         repro.require_room(config, 44 * repro.GIB)
 
 
 def test_a_neighbour_leaves_pytorch_only_what_the_paged_states_do_not_need() -> None:
-    """Holes of the allocator that no plan sees would else push managed memory beyond what is free."""
+    """Otherwise fragmentation, which no plan includes, would push managed memory beyond what is free."""
     cap, context, paged = 48 * repro.GIB, repro.GIB // 2, 6 * repro.GIB
     assert repro.allocator_limit(cap, context, 0) == cap - context
     limit = repro.allocator_limit(cap, context, paged)
     assert limit + context + paged < cap and limit > 40 * repro.GIB
 
 
-def test_a_commit_that_is_none_is_said_before_a_run_of_hours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_invalid_stated_commit_is_reported_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("benchmarks.provenance.commit", lambda: None)
     monkeypatch.setenv("QLORA_DIST_COMMIT", "main")
-    monkeypatch.setattr(repro, "train", lambda config: pytest.fail("it was trained"))
+    monkeypatch.setattr(repro, "train", lambda config: pytest.fail("it trained"))
     with pytest.raises(SystemExit, match="'main', not a commit of 40 hex digits"):
         repro.main(["--random-weights", "--layers", "2", "--hidden", "128", "--work", str(tmp_path / "work")])
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: what is measured is its memory")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: measures its memory")
 @pytest.mark.parametrize("is_crowded", [False, True])
 def test_on_a_gpu_four_full_layers_stay_under_the_cap_and_near_the_plan(tmp_path: Path, is_crowded: bool) -> None:
     words = ["--random-weights", "--layers", "4", "--steps", "2", "--cap-gib", "7", "--work", str(tmp_path / "work")]
@@ -120,6 +120,6 @@ def test_on_a_gpu_four_full_layers_stay_under_the_cap_and_near_the_plan(tmp_path
     assert result["cap_bytes"] == 7 * 2**30
     assert result["peak_with_context_bytes"] <= result["cap_bytes"]
     assert abs(result["plan_error"]) < 0.05
-    # what the card had in use is at least the allocator's part; paged states may lie on it or not
+    # the card's memory in use is at least the allocator's; paged states may or may not be on it
     assert result["reserved_bytes"] <= result["device_used_bytes"]
     assert all(math.isfinite(loss) for loss in result["losses"])

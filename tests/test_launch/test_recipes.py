@@ -142,7 +142,7 @@ def test_65b_fits_in_48681_mib_with_all_optimizer_states_on_the_card() -> None:
 def variants() -> dict[str, tuple[str, ...]]:
     """The variants listed at the head of the 65B recipe: name -> overrides."""
     text = (REPOSITORY / "launch" / "recipes" / "repro_65b_48gb.yaml").read_text(encoding="utf-8")
-    _, _, listed = text.partition("the plan says of each that it fits:\n")
+    _, _, listed = text.partition("each fits according to the plan:\n")
     found = {}
     for line in listed.splitlines():
         if not line.startswith("#   "):

@@ -1,7 +1,7 @@
 """What is done to a run, and what becomes of it: nothing saved is lost, every rank ends, the error names the culprit.
 
 Ranks here are processes without a launcher: they must end by themselves. With QLORA_DIST_FAULTS_TABLE=FILE the measured
-figures are written there as the table of the README.
+results are written there as the README's table.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def sound(inputs, tmp_path_factory):
     """Run directory of a run of two ranks that nothing happened to."""
     folder = tmp_path_factory.mktemp("sound")
     with Crew(_config(inputs, folder), folder) as crew:
-        assert [end.code for end in crew.wait()] == [0, 0], crew.said()
+        assert [end.code for end in crew.wait()] == [0, 0], crew.output()
     return folder / "run"
 
 
@@ -45,13 +45,13 @@ def config(inputs, tmp_path):
 
 @pytest.fixture(scope="module")
 def table():
-    """Takes (fault, what happened, steps lost, seconds until all ranks had ended)."""
+    """Takes (fault, outcome, steps lost, seconds until all ranks had exited)."""
     rows: list[tuple[str, str, str, str]] = []
     yield lambda fault, what, lost, seconds: rows.append(
         (fault, what, str(lost), "-" if seconds is None else f"{seconds:.1f}")
     )
     if path := os.environ.get("QLORA_DIST_FAULTS_TABLE"):
-        head = "| fault | what happened | steps lost | seconds to stop |\n|---|---|---|---|\n"
+        head = "| fault | outcome | steps lost | seconds to stop |\n|---|---|---|---|\n"
         Path(path).write_text(head + "".join(f"| {' | '.join(row)} |\n" for row in rows))
 
 
@@ -67,7 +67,7 @@ def _finish(config, folder, sound):
     assert [end.code for end in ends] == [0, 0], ends
     assert losses_of(folder / "run") == losses_of(sound)
     assert digests_of(folder / "run" / LAST) == digests_of(sound / LAST)
-    found = re.search(r"resuming from .* \(step (\d+)\)", ends[0].said)
+    found = re.search(r"resuming from .* \(step (\d+)\)", ends[0].output)
     return int(found[1]) if found else 0
 
 
@@ -80,9 +80,9 @@ def test_a_rank_killed_in_a_step_is_named_by_the_others_and_the_run_goes_on(conf
         killed, other = reversed(crew.wait())
     assert (killed.code, other.code) == (-signal.SIGKILL, 1)
     assert re.search(
-        r"lost; rank 1 \(.*, process \d+\) was last seen in step 4, about \d+ s ago: it has exited", other.said
+        r"lost; rank 1 \(.*, process \d+\) was last seen in step 4, about \d+ s ago: it has exited", other.output
     )
-    assert "rank 0 (" not in other.said
+    assert "rank 0 (" not in other.output
     lost = _done(tmp_path) - _finish(config, tmp_path, sound)
     assert lost == 1
     table("`kill -9` of one rank in a step", "the others exit, naming it", lost, other.at - killed.at)
@@ -101,7 +101,7 @@ def test_rank_0_killed_in_a_save(config, tmp_path, sound, table):
     with Crew(config, tmp_path, {"do": "SIGKILL", "at": "save", "nth": 2}) as crew:
         killed, other = crew.wait()
     assert (killed.code, other.code) == (-signal.SIGKILL, 1)
-    assert re.search(r"rank 1: error: .*lost; rank 0 \(.*\) has exited: its store does not answer", other.said)
+    assert re.search(r"rank 1: error: .*lost; rank 0 \(.*\) has exited: its store does not answer", other.output)
     lost = _done(tmp_path) - _finish(config, tmp_path, sound)
     assert lost == SAVE_EVERY
     table(
@@ -117,7 +117,7 @@ def test_the_rank_that_tokenizes_is_killed(inputs, tmp_path, sound, table):
     with Crew(config, tmp_path, {"do": "SIGKILL", "at": "data", "rank": 0}) as crew:
         killed, other = crew.wait()
     assert (killed.code, other.code) == (-signal.SIGKILL, 1)
-    assert "rank 0" in other.said and "has exited" in other.said
+    assert "rank 0" in other.output and "has exited" in other.output
     assert _finish(config, tmp_path, sound) == 0
     table(
         "`kill -9` of the rank that tokenizes",
@@ -131,8 +131,8 @@ def test_sigterm_twice_to_one_rank_stops_all_after_the_step_with_a_checkpoint(co
     fault = {"do": "SIGTERM", "times": 2, "at": "step", "rank": 1, "step": 2}
     with Crew(config, tmp_path, fault, SLOW) as crew:
         first, second = crew.wait()
-    assert (first.code, second.code) == (0, 0), crew.said()
-    step = int(re.search(r"stopped by SIGTERM after step (\d+); checkpoint saved", first.said)[1])
+    assert (first.code, second.code) == (0, 0), crew.output()
+    step = int(re.search(r"stopped by SIGTERM after step (\d+); checkpoint saved", first.output)[1])
     assert step in (3, 4) and _done(tmp_path) == step  # the step at hand, or the next one
     lost = step - _finish(config, tmp_path, sound)
     assert lost == 0
@@ -152,12 +152,12 @@ def test_a_signal_to_one_rank_while_the_run_starts_ends_all_ranks_at_once(
     # rank 0 is busy for a minute, and only rank 1 is asked to stop
     busy = {"do": "sleep", "seconds": 60, "at": place, "rank": 0}
     with Crew(config, tmp_path, busy) as crew:
-        wait_for(lambda: f"fault: sleep at {place}" in crew.said(), 60, "rank 0 to be busy", crew.said)
+        wait_for(lambda: f"fault: sleep at {place}" in crew.output(), 60, "rank 0 to be busy", crew.output)
         asked = time.monotonic()
         crew.send(1, signal.SIGUSR1)
         ends = crew.wait(timeout=60)
-    assert [end.code for end in ends] == [0, 0], crew.said()
-    assert "stopped by SIGUSR1 before the first step; nothing is lost" in ends[0].said
+    assert [end.code for end in ends] == [0, 0], crew.output()
+    assert "stopped by SIGUSR1 before the first step; nothing is lost" in ends[0].output
     seconds = max(end.at for end in ends) - asked
     assert seconds < ends_within
     assert _finish(config, tmp_path, sound) == 0
@@ -178,7 +178,7 @@ def test_an_evaluation_is_cut_short_by_a_signal_and_made_up_for(inputs, tmp_path
     config = _config(inputs, broken, **settings)
     with Crew(config, broken, {"do": "SIGUSR1", "at": "evaluate", "rank": 1, "nth": 1}) as crew:
         ends = crew.wait()
-    assert [end.code for end in ends] == [0, 0] and "stopped by SIGUSR1 after step 3" in ends[0].said
+    assert [end.code for end in ends] == [0, 0] and "stopped by SIGUSR1 after step 3" in ends[0].output
     assert "eval_loss" not in metrics_of(broken / "run")[-1], "a part of the held-out data was reported"
     with Crew(config, broken) as crew:
         assert [end.code for end in crew.wait()] == [0, 0]
@@ -195,10 +195,10 @@ def test_an_evaluation_is_cut_short_by_a_signal_and_made_up_for(inputs, tmp_path
 def test_a_disk_that_is_full_at_a_save_ends_all_ranks_and_nothing_saved_is_lost(config, tmp_path, sound, table):
     with Crew(config, tmp_path, {"do": "disk full", "at": "save", "nth": 2}) as crew:
         ends = crew.wait()
-    assert [end.code for end in ends] == [1, 1], crew.said()
+    assert [end.code for end in ends] == [1, 1], crew.output()
     # rank 0 cannot even write that: its output is a file too
     text = r"step-00000004 could not be written: .*; the last good checkpoint is .*step-00000002"
-    assert re.search(text, ends[1].said), ends[1].said
+    assert re.search(text, ends[1].output), ends[1].output
     lost = 4 - _finish(config, tmp_path, sound)
     assert lost == SAVE_EVERY
     table(
@@ -211,11 +211,11 @@ def test_a_run_directory_that_cannot_be_written_is_a_users_mistake(inputs, tmp_p
     started = time.monotonic()
     with Crew(config, tmp_path, ranks=1) as crew:
         [end] = crew.wait()
-    assert end.code == 2 and "run_dir /sys/kernel/qlora_run: cannot be written (" in end.said
+    assert end.code == 2 and "run_dir /sys/kernel/qlora_run: cannot be written (" in end.output
     table("read-only run directory", "exit code 2 before data or model are read", 0, end.at - started)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+@pytest.mark.parametrize("damage", ["a flipped bit", "truncated"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(config, tmp_path, sound, table, damage):
     with Crew(config, tmp_path, {"do": "SIGKILL", "at": "step", "step": 5}) as crew:
         crew.wait()
@@ -234,7 +234,7 @@ def test_a_rank_that_hangs_is_named_after_the_timeout_and_prints_where_it_hangs(
     began = tmp_path / "began"
     fault = {"do": how, "seconds": 600, **IN_STEP_4, "once": str(began)}
     with Crew(config, tmp_path, fault, {"do": "sleep", "seconds": 2.5, **IN_STEP_4}) as crew:
-        wait_for(began.exists, 100, "the fault", crew.said)
+        wait_for(began.exists, 100, "the fault", crew.output)
         hung_at = time.monotonic()
         waiting = crew.wait_for_rank(0)
         if how == "sleep":
@@ -243,16 +243,16 @@ def test_a_rank_that_hangs_is_named_after_the_timeout_and_prints_where_it_hangs(
     assert waiting.code == 1
     if how == "sleep":  # either of the two may be the one that speaks
         assert hung.code == 1
-        both = waiting.said + hung.said
+        both = waiting.output + hung.output
         assert re.search(
             r"rank 1 \(.*\) (is not waiting: busy with step 4 for \d+ s|was in step 4 for more than 4 s)", both
         )
-        assert re.search(r"stacks of rank 1 .*sitecustomize.py\", line \d+ in strike", hung.said, re.DOTALL)
+        assert re.search(r"stacks of rank 1 .*sitecustomize.py\", line \d+ in strike", hung.output, re.DOTALL)
     else:
         assert re.search(
             r"error: rank 0 \(.*\) was in step 4 for more than 4 s, waiting for other ranks; rank 1 \(.*, process "
             r"\d+\) was last seen in step 4, about \d+ s ago: it has exited, is stopped, or its host is lost",
-            waiting.said,
+            waiting.output,
         )
     lost = _done(tmp_path) - _finish(config, tmp_path, sound)
     assert lost == 1
@@ -287,13 +287,13 @@ def test_wrong_clocks_change_nothing(config, tmp_path, sound, table):
 def test_a_second_job_in_the_same_run_directory_is_refused(config, tmp_path, sound, table):
     go_on = tmp_path / "go on"
     with Crew(config, tmp_path, {"do": "wait", "file": str(go_on), "at": "step", "step": 1}, job="17") as first:
-        wait_for(lambda: _done(tmp_path) >= 1, 60, "the first step", first.said)
+        wait_for(lambda: _done(tmp_path) >= 1, 60, "the first step", first.output)
         started = time.monotonic()
         with Crew(config, tmp_path, job="18") as second:
             ends = second.wait()
         go_on.touch()
         assert [end.code for end in ends] == [2, 2]
-        assert f"run_dir {tmp_path}/run is in use by job 17, process {first.processes[0].pid} on " in ends[0].said
+        assert f"run_dir {tmp_path}/run is in use by job 17, process {first.processes[0].pid} on " in ends[0].output
         assert [end.code for end in first.wait()] == [0, 0]
     assert losses_of(tmp_path / "run") == losses_of(sound)
     table(

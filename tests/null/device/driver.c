@@ -1,4 +1,4 @@
-// The part of libcuda that Triton and torch ask for at their start: one device, every call accepted.
+// The part of libcuda that Triton and torch use at startup: one device, every call accepted.
 #define OK return 0
 
 int cuInit(unsigned flags) { OK; }

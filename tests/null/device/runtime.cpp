@@ -1,8 +1,8 @@
-// A CUDA runtime, cuBLAS and cuBLASLt that accept every call and compute nothing: one "H100" for rehearsals without one.
+// A CUDA runtime, cuBLAS and cuBLASLt that accept every call and compute nothing: an "H100" for dry runs without one.
 //
-// Preloaded before torch. Real are: device memory (mapped, never touched by kernels; its size is a limit), copies that
-// start or end on the host, the order of calls. Counted are: launches by kernel, copies by kind, synchronizations, FLOPs
-// of products. Not there: values, time on the device, cuDNN, CUDA graphs, a second device.
+// Preloaded before torch. Real: device memory (mapped, never touched by kernels; its size is a limit), copies that
+// start or end on the host, the order of calls. Counted: launches by kernel, copies by kind, synchronizations, FLOPs of
+// matrix products. Missing: values, time on the device, cuDNN, CUDA graphs, a second device.
 //
 // NULL_GPU_GIB   memory of the device (default 79.11)
 // null_reset, null_flops, null_launches, null_syncs, null_dump(path): the counters, through ctypes
@@ -27,11 +27,11 @@ namespace {
 
 using Areas = std::map<char*, size_t>;  // start -> bytes
 
-const size_t CONTEXT_BYTES = 500ul << 20;  // of which PyTorch's allocator knows nothing
+const size_t CONTEXT_BYTES = 500ul << 20;  // outside PyTorch's allocator
 const size_t GUARD_BYTES = 4096;
 const int NUM_SMS = 132;
 
-// never destroyed: libraries call until the very end of the process
+// never destroyed: libraries make calls until the very end of the process
 struct State {
   std::recursive_mutex mutex;
   Areas device, host, managed;
@@ -78,7 +78,7 @@ cudaError_t allocate(Areas& areas, void** pointer, size_t bytes) {
   return cudaSuccess;
 }
 
-// Bytes that were freed; 0 for a pointer that is not of these areas.
+// Bytes that were freed; 0 for a pointer outside these areas.
 size_t release(Areas& areas, void* pointer) {
   auto area = areas.find((char*)pointer);
   if (area == areas.end()) return 0;
@@ -101,7 +101,7 @@ std::string place(const void* pointer) {
   return is_in(now.device, pointer) ? "d" : is_in(now.host, pointer) ? "pinned" : "pageable";
 }
 
-// Between device and device nothing moves: there is nothing to move.
+// Device-to-device copies move nothing: device memory has no values.
 void move(void* to, const void* from, size_t bytes) {
   if (!(is_in(state().device, to) && is_in(state().device, from))) memcpy(to, from, bytes);
 }
@@ -128,7 +128,7 @@ cublasStatus_t product(const std::string& name, double flops) {
   return CUBLAS_STATUS_SUCCESS;
 }
 
-// --- virtual memory of the driver, which expandable segments use ---
+// --- the driver's virtual memory, used by expandable segments ---
 
 int reserve_address(unsigned long long* address, size_t bytes, size_t, unsigned long long, unsigned long long) {
   *address = (unsigned long long)map_area(bytes);
@@ -266,7 +266,7 @@ EXPORT cudaError_t cudaMalloc(void** pointer, size_t bytes) {
 EXPORT cudaError_t cudaFree(void* pointer) {
   LOCK;
   state().used -= release(state().device, pointer);
-  release(state().managed, pointer);  // not counted: it may lie on the host
+  release(state().managed, pointer);  // not counted: it may be on the host
   return cudaSuccess;
 }
 EXPORT cudaError_t cudaMallocManaged(void** pointer, size_t bytes, unsigned) {

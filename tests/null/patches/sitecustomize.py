@@ -1,9 +1,9 @@
-"""Plausible values from a CUDA device that computes nothing: Python imports this where its folder is on PYTHONPATH.
+"""Plausible values from a CUDA device that computes nothing: Python imports this if its folder is on PYTHONPATH.
 
-On such a device memory, launches, copies and synchronizations are real and every kernel leaves its output as it was.
-A run ends at the first value that it looks at: the number of labels that were computed, a sum over ranks, weights that
-must have moved. Exactly those looks are made here to see what a real device would have shown; everything else runs as
-it is. The comparisons that are answered here are the ones that such a rehearsal cannot prove.
+On such a device memory, launches, copies and synchronizations are real, and kernels leave their outputs unchanged. A
+run stops at the first value that it checks: the number of computed labels, a sum over ranks, weights that must have
+changed. Exactly these checks get the values that a real device would return; everything else runs unmodified. The
+comparisons patched here are the ones that such a dry run cannot test.
 """
 
 import ctypes
@@ -14,8 +14,8 @@ import os
 import sys
 
 
-def look(patches):
-    """A finder that runs patches[name](module) once a module is executed."""
+def patching_finder(patches):
+    """A finder that runs patches[name](module) after a module is executed."""
 
     class Finder(importlib.abc.MetaPathFinder):
         def find_spec(self, name, path, target=None):
@@ -35,28 +35,28 @@ def look(patches):
 
 
 def step(module):
-    """The four numbers that a step reads are those of its rows: loss 1 a label, no stop, all labels, norm 1."""
+    """The four numbers that a step reads follow from its rows: a loss of 1 per label, no stop, all labels, norm 1."""
     import torch
 
-    real, tolist, rows_now = module.train_step, torch.Tensor.tolist, []
-    counted = os.environ.get("NULL_GPU_STEPS")  # a file: device calls of each step
+    real, tolist, current_rows = module.train_step, torch.Tensor.tolist, []
+    counted = os.environ.get("NULL_GPU_STEPS")  # a file for the device calls of each step
     library = ctypes.CDLL(os.environ["NULL_GPU_LIB"])
     counts = []
 
     def read(tensor):
         found = tolist(tensor)
-        if rows_now and tensor.is_cuda and tensor.dtype == torch.float64 and tensor.shape == (4,):
-            labels = float(rows_now[-1].num_labels)
+        if current_rows and tensor.is_cuda and tensor.dtype == torch.float64 and tensor.shape == (4,):
+            labels = float(current_rows[-1].num_labels)
             return [labels, 0.0, labels, 1.0]
         return found
 
     def train_step(world, model, rows, **options):
-        rows_now.append(rows)
+        current_rows.append(rows)
         library.null_reset()
         try:
             return real(world, model, rows, **options)
         finally:
-            rows_now.pop()
+            current_rows.pop()
             if counted:
                 library.null_dump(f"{counted}.step".encode())
                 with open(f"{counted}.step") as file:
@@ -69,7 +69,7 @@ def step(module):
     module.train_step = train_step
 
 
-def says_equal(module):
+def reports_equal(module):
     differ = module._differ
     module._differ = lambda left, right: (differ(left, right), False)[1]
 
@@ -90,10 +90,10 @@ def accepts(*names, answer=None):
 if "NULL_GPU_LIB" in os.environ:
     sys.meta_path.insert(
         0,
-        look(
+        patching_finder(
             {
                 "qlora_dist.train.step": step,
-                "qlora_dist.model.forward": says_equal,
+                "qlora_dist.model.forward": reports_equal,
                 "qlora_dist.model.lora_files": accepts_zeros,
                 "qlora_dist.train.checks.learning": accepts("check_first_update"),
                 "qlora_dist.train.checks.base": accepts(
