@@ -191,6 +191,6 @@ def is_whole(folder: Path, head: dict[str, Any], hash_limit: float = math.inf) -
     """Whether a folder exists and is intact, see `check_manifest`."""
     try:
         check_manifest(folder, head, hash_limit)
-    except DamagedFolder:
+    except (DamagedFolder, OSError):
         return False
     return True

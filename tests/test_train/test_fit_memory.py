@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,6 +201,16 @@ def test_the_longest_micro_batch_runs_before_the_first_step_and_has_the_most_tok
     trainable = json.loads((Path(raw["run_dir"]) / "summary.json").read_text())["trainable_parameters"]
     assert later_bytes == 8 * trainable  # AdamW's states, which the first update makes
     assert f"the longest micro-batch of the run fits: {tokens} tokens, peak" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("strategy", "optimizer", "bytes_per_weight"),
+    [("ddp", "adamw", 8), ("ddp", "paged_adamw_32bit", 0), ("zero2", "adamw", 0), ("zero3", "adamw", 0)],
+)
+def test_only_states_that_the_first_update_allocates_are_reserved(raw, strategy, optimizer, bytes_per_weight):
+    config = config_of(raw, strategy__name=strategy, optim__name=optimizer)
+    model = SimpleNamespace(num_trainable_parameters=1000)
+    assert fitting.states_to_come(config, model) == bytes_per_weight * 1000
 
 
 # --- out of memory ----------------------------------------------------------------------------------------------------
