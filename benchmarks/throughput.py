@@ -257,11 +257,11 @@ def run_as_rank(preset: Preset, out: Path, *, command: str, scratch: Path) -> No
     if not cells_here:
         raise UserError(f"no cell of this preset has {world_size} ranks; give --ranks {world_size}")
     for cell in cells_here:
-        made = own / f"{cell.name}.made"
+        ready = own / f"{cell.name}.made"
         if local_rank == 0:
             inputs.prepare(cell, own, preset.num_steps)
-            made.touch()
-        while not made.exists():
+            ready.touch()
+        while not ready.exists():
             time.sleep(0.2)
     chosen = replace(preset, groups=(Group(tuple(cells_here), False, "ranks"),))
     where = out if rank == 0 else own / f"rank-{rank}"

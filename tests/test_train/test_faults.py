@@ -225,7 +225,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(config,
     file.write_bytes(content[: -100 if damage == "truncated" else None])
     lost = 5 - _finish(config, tmp_path, sound)
     assert lost == 1 + SAVE_EVERY
-    table(f"newest checkpoint {damage}", "found by its checksum and named; the previous one is used", lost, None)
+    table(
+        f"newest checkpoint damaged ({damage})", "found by its checksum and named; the previous one is used", lost, None
+    )
 
 
 @pytest.mark.parametrize("how", ["sleep", "SIGSTOP"])
