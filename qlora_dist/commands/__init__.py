@@ -10,7 +10,7 @@ import traceback
 
 import click
 
-from ..errors import RunFailed, UserError
+from ..errors import RunFailed, UserError, explain_os_error, printable
 from . import on_config, on_result  # noqa: F401  (they register their commands)
 from .group import cli, rank
 
@@ -59,14 +59,15 @@ def invoke(arguments: list[str]) -> int:
     except click.Abort:
         click.echo("interrupted", err=True)
         return 130
-    except (UserError, RunFailed) as error:
+    except (UserError, RunFailed, OSError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
+        ended = explain_os_error("this command", error) if isinstance(error, OSError) else error
         own = rank()
         if own:
             time.sleep(2.0)
-        click.echo(f"{f'rank {own}: ' if own else ''}error: {error}", err=True)
-        return error.exit_code
+        click.echo(printable(f"{f'rank {own}: ' if own else ''}error: {ended}"), err=True)
+        return ended.exit_code
 
 
 def main() -> None:
