@@ -20,7 +20,7 @@ from qlora_dist.errors import (
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE])
 def test_a_fault_of_the_machine_may_pass_and_is_not_the_users_mistake(code):
     with (
-        pytest.raises(MachineFailed, match="writing the metrics: .*/disk/file") as caught,
+        pytest.raises(MachineFailed, match=r"writing the metrics: .*/disk/file") as caught,
         os_errors("writing the metrics"),
     ):
         raise OSError(code, "reason", "/disk/file")
