@@ -247,7 +247,8 @@ def _to_batches(
 
 
 def _batch(documents: DocumentStore, rows: Rows, row_indices: Sequence[int]) -> Batch:
-    return collate([documents[d] for row in row_indices for d in rows[row].documents], row_indices)
+    examples = [documents[d] for row in row_indices for d in rows[row].documents]
+    return collate(examples, row_indices, rows.tokens[list(row_indices)].tolist())
 
 
 def _pinned(batch: Batch) -> Batch:

@@ -66,11 +66,12 @@ class Batch:
     labels: torch.Tensor  # (N,) int64: the learned tokens
     row_indices: tuple[int, ...]
     lengths: tuple[int, ...]  # of the documents, on the host, so that per-document attention needs no device sync
+    row_tokens: tuple[int, ...]  # tokens of each row
 
     def __post_init__(self) -> None:
         num_tokens = self.input_ids.shape[1]
         assert self.input_ids.shape == self.position_ids.shape == (1, num_tokens)
-        assert sum(self.lengths) == num_tokens and max(self.lengths) == self.max_seqlen
+        assert sum(self.lengths) == sum(self.row_tokens) == num_tokens and max(self.lengths) == self.max_seqlen
         assert self.cu_seqlens.shape == (len(self.lengths) + 1,) and self.cu_seqlens.dtype == torch.int32
         assert self.labels.shape == self.label_positions.shape
 
@@ -96,8 +97,8 @@ class Batch:
         return replace(self, label_positions=empty, labels=empty)
 
 
-def collate(examples: Sequence[Example], row_indices: Sequence[int]) -> Batch:
-    """Concatenates the documents of one micro-step (all of its rows, in order) into a batch."""
+def collate(examples: Sequence[Example], row_indices: Sequence[int], row_tokens: Sequence[int] | None = None) -> Batch:
+    """Concatenates the documents of one micro-step (all of its rows, in order) into a batch; by default of one row."""
     lengths = tuple(len(example) for example in examples)
     input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
     is_label = np.concatenate([example.is_label for example in examples])
@@ -114,6 +115,7 @@ def collate(examples: Sequence[Example], row_indices: Sequence[int]) -> Batch:
         labels=torch.from_numpy(input_ids[learned]),
         row_indices=tuple(row_indices),
         lengths=lengths,
+        row_tokens=(len(input_ids),) if row_tokens is None else tuple(row_tokens),
     )
 
 

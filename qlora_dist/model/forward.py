@@ -134,7 +134,7 @@ def _documents(tokens: Tensor, lengths: tuple[int, ...]) -> Batch:
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(tokens.device)
     boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(tokens.device)
     no_labels = torch.empty(0, dtype=torch.int64, device=tokens.device)
-    return Batch(tokens[None], positions, boundaries, max(lengths), no_labels, no_labels, (), lengths)
+    return Batch(tokens[None], positions, boundaries, max(lengths), no_labels, no_labels, (), lengths, lengths)
 
 
 def _differ(left: Tensor, right: Tensor) -> bool:
@@ -166,7 +166,8 @@ def set_recompute(model: nn.Module, recompute: Literal["full", "none"] | int) ->
         raise UserError(f"{type(unwrap(model)).__name__} cannot recompute its layers; set memory.recompute=none")
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < count
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        # no random state is kept: dropout is a function of the row (`dropout`)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 # --- finding layers ---------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..config.names import resolve_targets
 from ..errors import UserError
 from .base_weights import num_weights
+from .dropout import use_row_dropout
 from .forward import linear_layers, plain_name, strip_wrappers, unwrap
 from .lora_files import load_adapter_weights, read_adapter_config, require_weights
 from .lora_forward import lowrank_forward
@@ -71,6 +72,7 @@ def attach_lora(
         assert "lora_" in name and parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
         if device is not None:
             parameter.data = parameter.data.to(device)
+    use_row_dropout(lora_layers(adapted))
     if kernels == "auto" and variant != "dora":
         use_lean_forward(adapted)
     if init_from is not None:

@@ -22,6 +22,7 @@ from ..model import (
     set_recompute,
 )
 from ..model.activation_offload import ActivationOffload
+from ..model.dropout import dropout_rows
 from ..model.lora import attach_lora, count_parameters
 from .checks.base import check_base_bytes, check_source_bits, promised_base_bytes
 from .step import TrainingModel
@@ -54,7 +55,9 @@ def build_model(config: RunConfig, world: World) -> TrainingModel:
         update.forward(lambda: check_head(module))
     check_gathered_layer(module)
     world.require_equal(update.digest(), "the initial trainable weights")
-    return TrainingModel(module, head, update, compute_dtype, forward_context, num_base, num_trainable)
+    return TrainingModel(
+        module, head, update, compute_dtype, forward_context, num_base, num_trainable, dropout_rows(module)
+    )
 
 
 def _adapted_base(config: RunConfig, world: World, compute_dtype: torch.dtype) -> torch.nn.Module:

@@ -17,6 +17,7 @@ from ..data.loader import StepRows
 from ..data.packing import Batch
 from ..errors import RunFailed
 from ..model import gathered_head, hidden_states
+from ..model.dropout import DropoutRows
 from ..model.loss import OutputHead, nll_sum
 from ..optim import Update
 
@@ -33,6 +34,7 @@ class TrainingModel:
     forward_context: Callable[[], AbstractContextManager[object]]
     num_base_parameters: int
     num_trainable_parameters: int
+    dropout: DropoutRows
     base_checksum: str | None = None  # of this rank's base when it was loaded; None: the base itself is trained
     build_peak_bytes: int = 0  # peak memory while all this was built, on this rank
 
@@ -75,7 +77,7 @@ def train_step(
     # forward and backward of each micro-batch; gradients are summed over ranks after the last
     losses: list[torch.Tensor] = []
     for index, batch in enumerate(rows.microbatches):
-        torch.manual_seed(_dropout_seed(seed, step, batch.row_indices[0]))
+        model.dropout.rows = _dropout_rows(batch, seed, step)
         is_last = index == len(rows.microbatches) - 1
         nll = update.forward_backward(partial(model.nll_sum, batch.to(world.device)), is_last)
         losses.append(nll.double())
@@ -110,17 +112,19 @@ def try_batch(world: World, model: TrainingModel, batch: Batch, later_bytes: int
     (optimizer states). Raises torch.OutOfMemoryError when it does not fit.
     """
     first = next(parameter for parameter in model.module.parameters() if parameter.requires_grad)
-    devices = [world.device] if world.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        held = torch.empty(later_bytes if devices else 0, dtype=torch.uint8, device=world.device)
-        # not `backward`: no weight's gradient is written, so no strategy's hook sees this pass
-        model.update.forward(lambda: torch.autograd.grad(model.nll_sum(batch.to(world.device)), first))
-        del held
+    model.dropout.rows = _dropout_rows(batch, 0, 0)
+    held = torch.empty(later_bytes if world.device.type == "cuda" else 0, dtype=torch.uint8, device=world.device)
+    # not `backward`: no weight's gradient is written, so no strategy's hook sees this pass
+    model.update.forward(lambda: torch.autograd.grad(model.nll_sum(batch.to(world.device)), first))
+    del held
 
 
-def _dropout_seed(seed: int, step: int, row: int) -> int:
-    """Dropout depends on the rows, not on the rank: resumed, or on other ranks, a run drops the same activations."""
-    return int(np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)[0] >> 1)
+def _dropout_rows(batch: Batch, seed: int, step: int) -> tuple[tuple[int, int], ...]:
+    """(tokens, seed of its dropout) of each row: the same on every rank, in every micro-batch and after a resume."""
+    return tuple(
+        (tokens, int(np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)[0] >> 1))
+        for tokens, row in zip(batch.row_tokens, batch.row_indices, strict=True)
+    )
 
 
 def _explain_non_finite(

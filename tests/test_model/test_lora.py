@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_dist.errors import RunFailed, UserError
 from qlora_dist.model import INFERENCE, base_checksum, hidden_states, linear_layers, load_base, output_head
+from qlora_dist.model.dropout import dropout_rows
 from qlora_dist.model.lora import (
     activate,
     attach_lora,
@@ -183,9 +184,14 @@ def test_dropout_acts_on_the_adapter_in_training_only() -> None:
     model = attach_lora(tiny_model(), rank=4, alpha=8, dropout=0.5)
     set_b_values(model)
     batch = random_batch((9, 5))
+    dropout_rows(model).rows = ((14, 1),)
     with torch.no_grad():
         assert torch.equal(hidden_states(model.eval(), batch), hidden_states(model, batch))
-        assert not torch.equal(hidden_states(model.train(), batch), hidden_states(model, batch))
+        first = hidden_states(model.train(), batch)
+        assert torch.equal(first, hidden_states(model, batch))  # a function of the rows' seeds
+        assert not torch.equal(first, hidden_states(model.eval(), batch))
+        dropout_rows(model.train()).rows = ((14, 2),)
+        assert not torch.equal(first, hidden_states(model, batch))
 
 
 def test_the_seed_determines_a_and_the_global_generator_is_untouched() -> None:

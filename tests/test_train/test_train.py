@@ -110,6 +110,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(raw, tmp_path):
     assert [m["num_labels"] for m in metrics_of(moved)] == [m["num_labels"] for m in metrics_of(whole)]
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_dropout_and_so_the_losses_do_not_depend_on_the_size_of_micro_batches(raw, tmp_path, num_ranks):
+    raw = changed(raw, lora__dropout=0.3, train__steps=2)
+    losses = []
+    for micro_rows in (1, 2):
+        run_dir = str(tmp_path / f"{micro_rows}")
+        on_ranks(_train, num_ranks, changed(raw, run_dir=run_dir, batch__micro_rows=micro_rows))
+        losses.append(losses_of(run_dir))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # sums in another order only
+
+
 def test_the_base_stays_bit_identical_and_only_adapters_move(raw, monkeypatch):
     from qlora_dist.model import base_checksum
 

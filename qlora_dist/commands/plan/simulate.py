@@ -7,8 +7,7 @@ tensors here (autograd on fake CUDA tensors needs a CUDA build); what differs on
 
 - attention runs torch's varlen operator, whose fake kernel has the outputs of the flash kernel, not SDPA on a CPU;
 - the loss uses the chunk size of a GPU;
-- memory that kernels allocate outside tensors is in `_workspaces`;
-- dropout is one kernel with a mask of bytes.
+- memory that kernels allocate outside tensors is in `_workspaces`.
 
 Not simulated: several ranks, activation offload, CUDA context, allocator.
 """
@@ -17,8 +16,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +29,7 @@ from ...data.packing import Batch
 from ...errors import UserError
 from ...memory import MemoryPlan
 from ...model import hidden_states, output_head, quantized_and_back, set_recompute
+from ...model.dropout import dropout_rows
 from ...model.lora import attach_lora, trainable_parameters
 from ...model.loss import CHUNK_BYTES, OutputHead, nll_sum
 from ...model.meta import empty_base, fill_empty
@@ -70,7 +69,7 @@ def simulate(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> Trace:
         raise UserError("memory.offload_activations cannot be simulated; plan without --simulate")
     _create_tables(config.model.quantization)
     model = _meta_model(config, plan, pretrained)
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(_workspaces()) as live, _gpu_dropout():
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(_workspaces()) as live:
         _run_step(config, plan, model, live)
     return Trace(live.peak_bytes, live.peak_at, dict(live.peak), simulated_bytes(plan))
 
@@ -99,6 +98,7 @@ def _run_step(
     """Forward, loss, backward, update, in the order and with the lifetimes of `train.step`."""
     head, optimizer = _fill(config, model, live)
     batch = _batch(plan.micro_rows, plan.row_tokens, live)
+    dropout_rows(model).rows = tuple((tokens, 0) for tokens in batch.row_tokens)
     at_start()
     live.reset_peak()
     chunk = max(1, CHUNK_BYTES["cuda"] // (4 * head.weight.shape[0]))
@@ -165,9 +165,8 @@ def _batch(rows: int, row_tokens: int, live: LiveBytes) -> Batch:
         tokens = rows * row_tokens
         ids, places, positions, labels = (torch.zeros(tokens, dtype=torch.int64) for _ in range(4))
         borders = torch.arange(rows + 1, dtype=torch.int32) * row_tokens
-    return Batch(
-        ids[None], places[None], borders, row_tokens, positions, labels, tuple(range(rows)), (row_tokens,) * rows
-    )
+    lengths = (row_tokens,) * rows
+    return Batch(ids[None], places[None], borders, row_tokens, positions, labels, tuple(range(rows)), lengths, lengths)
 
 
 def _dtype(config: RunConfig) -> torch.dtype:
@@ -182,23 +181,6 @@ def _create_tables(quantization: Quantization) -> None:
 
 
 # --- what differs on a GPU --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _gpu_dropout() -> Iterator[None]:
-    """Dropout as on a GPU: one kernel, which saves a mask of bytes."""
-    original = torch.nn.functional.dropout
-
-    def fused(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-        if not training or p == 0 or inplace:
-            return original(input, p, training, inplace)
-        return torch.native_dropout(input, p, True)[0]
-
-    torch.nn.functional.dropout = fused
-    try:
-        yield
-    finally:
-        torch.nn.functional.dropout = original
 
 
 def _workspaces() -> dict[str, Workspace]:

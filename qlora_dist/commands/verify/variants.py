@@ -49,10 +49,7 @@ class Plan:
         return config.model_copy(update={"optim": config.optim.model_copy(update={"max_grad_norm": None})})
 
     def variant(self, name: str, *, strategy: str | None = None, on_cpu: bool = False) -> RunConfig:
-        """The user's config, reduced, with its run directory in the temporary folder.
-
-        Dropout stays on if a micro-batch is one row, since its mask then depends on the row alone; else it is off.
-        """
+        """The user's config, reduced, with its run directory in the temporary folder. Dropout stays on."""
         raw: dict[str, Any] = json.loads(self.config.model_dump_json())
         raw["run_dir"] = str(self.folder / name)
         raw["data"] |= {
@@ -69,8 +66,6 @@ class Plan:
             "keep": 2 + self.steps // self.half,
         }
         raw["logging"]["trackers"] = []
-        if raw["lora"] is not None and self.micro_rows > 1:
-            raw["lora"]["dropout"] = 0.0
         if strategy is not None and strategy != self.config.strategy.name:
             # the options of the user's strategy are not ddp's
             raw["strategy"] = {"name": strategy, "mixed_devices": self.config.strategy.mixed_devices}
