@@ -27,6 +27,7 @@ TIMEOUT_SECONDS = 600.0
 WAIT_FACTOR = 3  # outside of steps: ranks load, evaluate and save at different speeds
 # torch's own timeout comes last: it ends a process without naming the others
 _BACKEND_MARGIN_SECONDS = 120.0
+GATHER_BYTES = 256 * 2**20  # of all ranks together, on rank 0's device while a tensor is gathered
 BUILD_TIMEOUT_SECONDS = 24 * 3600.0  # tokenizing a large corpus takes hours; its launcher notices a dead builder
 
 
@@ -181,13 +182,22 @@ class World:
         return values
 
     def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
-        """Every rank's tensor (all of one shape), in rank order, in rank 0's host memory; None on the other ranks."""
+        """Every rank's tensor (all of one shape), in rank order, in rank 0's host memory; None on the other ranks.
+
+        In pieces: rank 0's device need not hold the tensors of all ranks.
+        """
         if self.size == 1:
             return [tensor.cpu()]
-        mine = tensor.to(self.device).contiguous()  # NCCL moves device memory only
-        parts = [torch.empty_like(mine) for _ in range(self.size)] if self.is_main else None
-        dist.gather(mine, parts)
-        return None if parts is None else [part.cpu() for part in parts]
+        flat = tensor.reshape(-1)
+        piece = max(1, GATHER_BYTES // (self.size * tensor.element_size()))
+        found: list[list[torch.Tensor]] = [[] for _ in range(self.size)]
+        for own in flat.split(piece):
+            mine = own.to(self.device).contiguous()  # NCCL moves device memory only
+            parts = [torch.empty_like(mine) for _ in range(self.size)] if self.is_main else None
+            dist.gather(mine, parts)
+            for rank, part in enumerate(parts or ()):
+                found[rank].append(part.cpu())
+        return [torch.cat(one).view(tensor.shape) for one in found] if self.is_main else None
 
     def require_group(self) -> None:
         """Creates a process group of one where there is no launcher: DeepSpeed always needs a group."""

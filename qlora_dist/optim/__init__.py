@@ -12,7 +12,7 @@ loaded in one layout (`ParameterGroups.layout`), so a run can resume under anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -47,8 +47,14 @@ class Update(Protocol):
     def clip_and_step(self, lr: float, num_labels: int, grad_norm: float) -> None:
         """One update by gradients / num_labels, clipped; `grad_norm` is their norm after that division."""
 
-    def whole_weights(self) -> AbstractContextManager[object]:
-        """Inside, trained weights are whole on every rank: to read them, or to write the same values everywhere."""
+    def each_weight(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every trained weight with its name, one after another: whole until the next is asked for, to be read only."""
+
+    def whole_weights(self, to_write: bool = False) -> AbstractContextManager[object]:
+        """Inside, trained weights are whole: on rank 0, to read them; or on every rank, to write the same values.
+
+        Where a strategy shards them they are then in host memory: one GPU may be too small for all of them.
+        """
 
     def layout(self) -> list[list[list[object]]]:
         """Plain data that must be equal in two runs to exchange states: name, start, shape of each weight, by group."""

@@ -8,7 +8,7 @@ of at least 100,000 elements, synchronize once and page everything.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,14 @@ class FlatGroup(ParameterGroup):
         return storage[placement.start : stop].view(placement.shape)
 
 
+def digest_of(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 of weights, whatever storage they are in."""
+    digest = hashlib.sha256()
+    for _, weight in weights:
+        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 Decays = Callable[[torch.nn.Parameter], bool]
 
 
@@ -104,13 +112,10 @@ class ParameterGroups:
         """Plain data that must be equal in two runs to exchange optimizer states: name, start, shape of each weight."""
         return [[[p.name, p.start, list(p.shape)] for p in group.placements] for group in self.groups]
 
-    def digest(self) -> str:
-        """SHA-256 of all weights, whatever storage they are in."""
-        digest = hashlib.sha256()
+    def each_weight(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """All weights with their names, in this layout's order."""
         for group in self.groups:
-            for parameter in group.parameters.values():
-                digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+            yield from group.parameters.items()
 
 
 class FlatParameters(ParameterGroups):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from ..cluster.world import World
 from . import States, T
 from .adamw import load_optimizer_state, optimizer_state, step_optimizer
-from .flat import FlatParameters
+from .flat import FlatParameters, digest_of
 from .reducer import GradientReducer
 
 
@@ -60,14 +60,17 @@ class ReplicatedUpdate:
         self._flat.scale_grads(clip / num_labels)
         step_optimizer(self._optimizer, lr)
 
-    def whole_weights(self) -> AbstractContextManager[object]:
+    def each_weight(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._flat.each_weight()
+
+    def whole_weights(self, to_write: bool = False) -> AbstractContextManager[object]:
         return nullcontext()
 
     def layout(self) -> list[list[list[object]]]:
         return self._flat.layout()
 
     def digest(self) -> str:
-        return self._flat.digest()
+        return digest_of(self.each_weight())
 
     def state(self) -> States:
         return optimizer_state(self._optimizer) if self._world.is_main else ({}, {})

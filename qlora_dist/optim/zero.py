@@ -27,7 +27,7 @@ from ..cluster.world import World
 from ..errors import UserError
 from . import States, T
 from .adamw import load_optimizer_state, optimizer_state, quiet_paging
-from .flat import ALIGNMENT, ParameterGroup, ParameterGroups
+from .flat import ALIGNMENT, ParameterGroup, ParameterGroups, digest_of
 
 
 class _Trained(torch.nn.Module):
@@ -103,15 +103,17 @@ class ZeroUpdate:
         self._zero.custom_loss_scaler = False  # or the next backward pass would scale the loss
         assert not self._zero.overflow, "a non-finite norm stops the run before this"
 
-    def whole_weights(self) -> AbstractContextManager[object]:
+    def each_weight(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._groups.each_weight()
+
+    def whole_weights(self, to_write: bool = False) -> AbstractContextManager[object]:
         return nullcontext()
 
     def layout(self) -> list[list[list[object]]]:
         return self._groups.layout()
 
     def digest(self) -> str:
-        with self.whole_weights():
-            return self._groups.digest()
+        return digest_of(self.each_weight())
 
     # --- states: partitions of DeepSpeed's flat groups <-> one flat tensor per group ----------------------------------
 

@@ -72,10 +72,35 @@ class Zero3Update(ZeroUpdate):
         norm: torch.Tensor = combine_grad_norm_groups(self._zero._get_norm_groups())
         return norm
 
-    def whole_weights(self) -> AbstractContextManager[object]:
-        # rank 0's values are kept on exit: this writes a loaded checkpoint
-        gathered: AbstractContextManager[object] = require_deepspeed().zero.GatheredParameters(
-            self._parameters, modifier_rank=0
+    def each_weight(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._groups.each_weight():
+            with self._gathered(parameter):
+                yield name, parameter
+
+    @contextmanager
+    def whole_weights(self, to_write: bool = False) -> Iterator[None]:
+        shards = []
+        for _, parameter in self._groups.each_weight():
+            with self._gathered(parameter):
+                is_needed = to_write or self._world.is_main
+                whole = parameter.data.to("cpu", copy=True) if is_needed else None
+            shards.append((parameter, parameter.data))  # DeepSpeed's, empty while the weight is not gathered
+            if whole is not None:
+                parameter.data = whole
+        written = []
+        try:
+            yield
+            written = [parameter.data for parameter, _ in shards] if to_write else []
+        finally:
+            for parameter, shard in shards:
+                parameter.data = shard
+        for (parameter, _), whole in zip(shards, written):
+            with self._gathered(parameter, modifier_rank=0):  # rank 0's values are kept on exit
+                parameter.data.copy_(whole)
+
+    def _gathered(self, parameter: torch.nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+        gathered: AbstractContextManager[Any] = require_deepspeed().zero.GatheredParameters(
+            [parameter], modifier_rank=modifier_rank
         )
         return gathered
 

@@ -85,8 +85,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
                     world, model, rows, step=state.step, seed=config.seed, lr=lr, stop_requested=stop.requested
                 )
                 if state.step == 0:
-                    with model.update.whole_weights():
-                        check_first_update(model.module)
+                    check_first_update(model.update.each_weight())
                 state = state.after(stats)
                 seconds, waited = time.perf_counter() - started, started - waited_since
                 values = step_values(world.device, state.step, stats, rows, lr, seconds, waited)

@@ -33,7 +33,7 @@ def resume_newest(run: Run, model: TrainingModel, choice: str) -> TrainState:
     state = loaded.state
     if state["layout"] != model.update.layout():
         raise UserError(f"checkpoint {path}: its trained weights have other names or shapes than this config's")
-    with model.update.whole_weights():
+    with model.update.whole_weights(to_write=True):
         restore_trained(model.module, Path(path), run.config.lora is None)
     try:
         model.update.load_state(loaded.optimizer_tensors, state["optimizer_numbers"])

@@ -32,7 +32,9 @@ def test_what_is_kept_is_scaled_so_that_the_mean_stays_and_gradients_use_the_sam
     x = torch.ones(1, 1000, 16, requires_grad=True)
     y = RowDropout(0.4, 0, DropoutRows(((1000, 5),)))(x)
     assert y.unique().tolist() == [0.0, pytest.approx(1 / 0.6)]
-    assert y.detach().mean().item() == pytest.approx(1.0, abs=5 * (0.4 / 0.6 / 16_000) ** 0.5)  # five standard deviations
+    assert y.detach().mean().item() == pytest.approx(
+        1.0, abs=5 * (0.4 / 0.6 / 16_000) ** 0.5
+    )  # five standard deviations
     y.backward(torch.ones_like(y))
     assert x.grad is not None and torch.equal(x.grad, y.detach())
 

@@ -117,9 +117,9 @@ def test_an_adapter_that_did_not_move_ends_the_run():
     model.register_parameter("a_lora_B", torch.nn.Parameter(torch.ones(2)))
     model.register_parameter("b_lora_B", torch.nn.Parameter(torch.zeros(2)))
     with pytest.raises(RunFailed, match="1 of 2 LoRA B matrices are still zero, such as b_lora_B"):
-        check_first_update(model)
+        check_first_update(model.named_parameters())
     model.b_lora_B.data[0] = 1e-8
-    check_first_update(model)
+    check_first_update(model.named_parameters())
 
 
 def test_config_changes_name_each_key_but_the_free_ones():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -67,18 +67,16 @@ def _last_label(documents: Documents, index: int) -> int:
     return int(example.input_ids[learned[-1]]) if len(learned) else -1
 
 
-def check_first_update(model: torch.nn.Module) -> None:
+def check_first_update(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """After the first update no LoRA B may be zero. Raises RunFailed naming those that are.
 
     A B that stays zero gets no gradient: its layer is not in the graph (frozen by mistake, skipped, detached), and
     would be saved as an adapter without effect. Experts of a mixture are exempt: one step may bring them no tokens.
     """
-    # one device sync for all of them
-    names = [name for name, _ in model.named_parameters() if "lora_B" in name and "expert" not in name]
-    if not names:
+    found = {name: weight.detach().any() for name, weight in weights if "lora_B" in name and "expert" not in name}
+    if not found:
         return
-    parameters = dict(model.named_parameters())
-    moved = torch.stack([parameters[name].detach().any() for name in names]).tolist()
+    names, moved = list(found), torch.stack(list(found.values())).tolist()  # one device sync for all of them
     dead = [name for name, has_moved in zip(names, moved) if not has_moved]
     if dead:
         raise RunFailed(
