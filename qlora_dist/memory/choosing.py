@@ -189,6 +189,14 @@ def _changes(config: RunConfig, plan: MemoryPlan, world_size: int) -> Iterator[t
                 changed = changed_config(changed, optim={"name": "adamw"})
                 text += " with optim.name=adamw"
             yield text, changed, plan.micro_rows
+    if (
+        world_size > 1
+        and config.lora is not None
+        and config.model.quantization != "int8"
+        and not config.strategy.offload
+    ):
+        changed = changed_config(config, strategy={"name": "fsdp", "offload": True})
+        yield "strategy.name=fsdp with strategy.offload=true (slow)", changed, plan.micro_rows
     if config.lora is not None and config.model.quantization in ("none", "int8"):
         changed = changed_config(config, model={"quantization": "nf4", "double_quant": True})
         yield "model.quantization=nf4", changed, plan.micro_rows

@@ -125,7 +125,7 @@ def plan_memory(
     """The plan of one rank on a GPU of `device_bytes`. Raises UserError for target modules that match nothing."""
     count = planned_recompute(config, shapes) if recompute is None else recompute
     rows = planned_micro_rows(config) if micro_rows is None else micro_rows
-    shared = sharing(config.strategy.name, world_size)
+    shared = sharing(config.strategy.name, world_size, config.strategy.offload)
     lora = config.lora
     if lora is None:
         trainable = aligned = shapes.base_parameters
@@ -133,6 +133,8 @@ def plan_memory(
         sizes = adapter_sizes(lora.rank, lora.target_modules, shapes, lora.variant == "dora")
         trainable, aligned = sum(sizes), sum(aligned_size(size) for size in sizes)
     moment = largest_moment(config, shapes, rows, count)
+    saving = replace(moment, name="saving a checkpoint", items=shared.saving(4 * aligned))
+    moment = max(moment, saving, key=lambda one: one.size)
     base, constants, _ = base_bytes(config, shapes)
     head = shapes.vocabulary * shapes.hidden * compute_size(config)
     buffers = shared.buffers(4 * aligned, (base + constants) // shapes.num_layers, head)
@@ -140,8 +142,9 @@ def plan_memory(
     items["cuBLAS workspace"] = Item(WORKSPACE_BYTES, "allocated once by PyTorch; 32 MiB on Hopper, else 8 MiB")
     tensors = sum(item.size for item in items.values() if item.is_tensor)
     items["CUDA context"] = Item(CONTEXT_BYTES, "driver kernels and stacks, outside PyTorch", is_tensor=False)
-    if world_size > 1:
-        items["NCCL"] = Item(NCCL_BYTES, "buffers of one communicator, outside PyTorch", is_tensor=False)
+    if groups := shared.num_communicators:
+        what = f"buffers of {groups} communicator{'s' if groups > 1 else ''}, outside PyTorch"
+        items["NCCL"] = Item(groups * NCCL_BYTES, what, is_tensor=False)
     items["allocator reserve"] = Item(
         int(RESERVE_SHARE * tensors), f"{RESERVE_SHARE:.0%} of all tensors, for fragmentation", is_tensor=False
     )

@@ -36,7 +36,7 @@ def check_update(config: RunConfig, world: World) -> None:
 
     Raises UserError.
     """
-    _check_fsdp(config)
+    _check_fsdp(config, world.size)
     if config.strategy.name in STAGES:
         check_pairs(
             config.strategy.name,
@@ -54,13 +54,15 @@ def check_update(config: RunConfig, world: World) -> None:
         )
 
 
-def _check_fsdp(config: RunConfig) -> None:
+def _check_fsdp(config: RunConfig, num_ranks: int) -> None:
     """What fsdp cannot do, and what can."""
     strategy = config.strategy
     if strategy.offload and strategy.name != "fsdp":
         raise UserError(f"strategy.offload is true, which only strategy fsdp does; strategy.name is {strategy.name}")
     if strategy.name != "fsdp":
         return
+    if strategy.offload and num_ranks < 2:
+        raise UserError("strategy.offload is true, but one rank shards nothing; use several ranks, or set it to false")
     if config.lora is None:
         raise UserError("strategy fsdp shards a frozen base; full fine-tuning has none: use strategy ddp")
     if config.model.quantization == "int8":

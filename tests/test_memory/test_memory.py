@@ -11,6 +11,7 @@ from helpers.tiny_models import FAMILIES, save_model, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_dist import model as base_model
+from qlora_dist.cluster import world
 from qlora_dist.config import RunConfig, parse_config
 from qlora_dist.errors import UserError
 from qlora_dist.memory import (
@@ -21,9 +22,10 @@ from qlora_dist.memory import (
     largest_row_tokens,
     plan_memory,
     shapes_from_config,
+    strategies,
 )
 from qlora_dist.memory.choosing import changed_config
-from qlora_dist.memory.constants import ALIGNMENT, OFFLOAD_AHEAD_BYTES
+from qlora_dist.memory.constants import ALIGNMENT, NCCL_BYTES, OFFLOAD_AHEAD_BYTES
 from qlora_dist.memory.gpus import GPUS, estimate_speed, parse_gpu
 from qlora_dist.memory.step_peak import CHUNK_BYTES
 from qlora_dist.memory.strategies import BUCKET_BYTES, STRATEGIES
@@ -161,6 +163,7 @@ def test_constants_repeated_in_the_plan_equal_those_in_the_code():
     assert loss.CHUNK_BYTES["cuda"] == CHUNK_BYTES
     assert (flat.ALIGNMENT, reducer.BUCKET_BYTES) == (ALIGNMENT, BUCKET_BYTES)
     assert offload.AHEAD_BYTES == OFFLOAD_AHEAD_BYTES
+    assert world.GATHER_BYTES == strategies.GATHER_BYTES
 
 
 @pytest.mark.parametrize(
@@ -291,6 +294,41 @@ def test_each_strategy_shards_what_it_is_documented_to_shard():
             changed_config(config(), strategy={"name": "fsdp3"}), shapes, world_size=1,
             device_bytes=None,
         )  # fmt: skip
+
+
+def test_an_offloaded_base_is_on_the_host_and_makes_room_on_the_device():
+    shapes = llama("65B")
+    sizes = {"world_size": 2, "device_bytes": 20 * GIB}
+    sharded = changed_config(config(optim__name="adamw"), strategy={"name": "fsdp"})
+    offloaded = changed_config(sharded, strategy={"name": "fsdp", "offload": True})
+    on_device, on_host = (plan_memory(one, shapes, **sizes) for one in (sharded, offloaded))
+    assert not on_device.fits and on_host.fits
+    moved = ("base", "quantization constants")
+    assert not set(moved) & on_host.items.keys()
+    tables = 2 * 32000 * 8192 * 2
+    assert on_host.host_items["base"].size == pytest.approx(
+        sum(on_device.items[name].size for name in moved) + tables / 2, abs=1024
+    )
+    # a rank's own part of what is gathered crosses the bus first
+    assert on_host.items["communication"].size == on_device.items["communication"].size * 3 // 2
+    assert any("strategy.offload=true" in line for line in choose(sharded, shapes, **sizes).advice)
+    alone = plan_memory(offloaded, shapes, world_size=1, device_bytes=None)
+    assert "base" in alone.items  # one rank has nothing to share
+
+
+def test_each_communicator_and_the_peak_of_a_save_are_counted():
+    shapes = llama("7B")
+
+    def planned(name: str, ranks: int = 2, **changes: Any) -> MemoryPlan:
+        settings = config(optim__name="adamw", strategy__name=name, **changes)
+        return plan_memory(settings, shapes, world_size=ranks, device_bytes=None)
+
+    assert "NCCL" not in planned("fsdp", 1).items
+    assert planned("ddp").items["NCCL"].size == NCCL_BYTES and planned("fsdp").items["NCCL"].size == 2 * NCCL_BYTES
+    tiny = {"data__row_tokens": 8, "memory__recompute": "full", "lora__rank": 64}
+    saved = planned("zero2", **tiny)
+    assert saved.peak_at == "saving a checkpoint" and saved.items["gathered states"].size == 256 * MIB
+    assert planned("ddp", **tiny).peak_at != "saving a checkpoint" != planned("zero2").peak_at
 
 
 def test_full_fine_tuning_needs_16_bytes_per_weight_and_states_its_assumptions():

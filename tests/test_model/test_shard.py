@@ -524,6 +524,7 @@ def test_a_dry_run_on_random_weights_needs_only_config_and_tokenizer(inputs: dic
         ({"lora": None, "model__quantization": "none"}, "strategy fsdp shards a frozen base.*full fine-tuning.*ddp"),
         ({"lora__variant": "dora"}, "lora.variant dora needs whole weights.*strategy ddp"),
         ({"strategy__name": "ddp", "strategy__offload": True}, "strategy.offload .*only strategy fsdp"),
+        ({"strategy__offload": True}, "strategy.offload is true, but one rank shards nothing"),
     ],
 )
 def test_what_fsdp_does_not_support_is_rejected_before_the_model_is_read(
