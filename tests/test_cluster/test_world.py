@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.ranks import on_ranks, outcome
 
+from qlora_dist.cluster import world as world_module
 from qlora_dist.cluster.stop_signal import StopSignal
 from qlora_dist.cluster.trackers import Trackers
 from qlora_dist.cluster.world import World, own_device
@@ -47,12 +48,20 @@ def _collectives():
         "max": world.max(rank),
         "any": world.any(rank == 1),
         "gather": world.gather({"rank": rank}),
+        "pieces": _gathered_in_pieces(world),
         "from_main": world.from_main(lambda: f"of {rank}"),
         "user": outcome(world.from_main, _raise_user),
         "bug": outcome(world.from_main, _raise_bug),
         "differs": outcome(world.require_equal, str(rank == 2), "the answer"),
         "same": outcome(world.require_equal, "x", "the answer"),
     }
+
+
+def _gathered_in_pieces(world):
+    """A tensor of 5 x 3 elements, of which rank 0 may hold two of each rank at a time."""
+    world_module.GATHER_BYTES = 2 * 4 * world.size
+    parts = world.gather_tensor(torch.arange(15.0).view(5, 3) + 100 * world.rank)
+    return None if parts is None else [part.tolist() for part in parts]
 
 
 def _raise_user():
@@ -68,6 +77,8 @@ def test_collectives_agree_and_failures_of_rank_0_reach_all():
     for rank, result in enumerate(results):
         assert result["sum"] == 6.0 and result["max"] == 2 and result["any"] is True
         assert result["gather"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+        whole = [(torch.arange(15.0).view(5, 3) + 100 * sender).tolist() for sender in range(3)]
+        assert result["pieces"] == (whole if rank == 0 else None)
         assert result["from_main"] == "of 0"
         assert result["user"] == ("UserError", "wrong file")
         assert result["bug"][0] == ("KeyError" if rank == 0 else "RunFailed")

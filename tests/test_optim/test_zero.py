@@ -99,6 +99,10 @@ def _inspected(raw):
             seen["trained_dtypes"] = {str(p.dtype) for p in trained.values()}
             seen["weight_bytes"] = sum(p.numel() * 4 for p in trained.values())
         seen["digest"] = update.digest()
+        seen["gathered_at_a_time"] = max(_num_gathered(model) for _ in update.each_weight())
+        with update.whole_weights():
+            seen["gathered_to_save"] = _num_gathered(model)
+            seen["readable"] = all(p.numel() for p in model.parameters() if p.requires_grad)
         seen["state_bytes"] = sum(
             value.numel() * value.element_size()
             for state in optimizer.state.values()
@@ -130,6 +134,12 @@ def _whole(model):
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters)
+
+
+def _num_gathered(model):
+    """Weights that ZeRO-3 has gathered on the device just now."""
+    return sum(getattr(one, "ds_status", None) is not None and one.ds_status.name == "AVAILABLE"
+               for one in model.parameters())  # fmt: skip
 
 
 def _base_bytes(model):
@@ -195,6 +205,9 @@ def test_a_zero_strategy_matches_ddps_losses_norms_and_adapter_with_less_memory(
         assert result["state_bytes"] == pytest.approx(2 * result["weight_bytes"] / RANKS, rel=0.01)
         if strategy in ("zero2", "zero3"):  # in zero2 a weight on the border of two shards is in both
             assert result["gradient_bytes"] < 0.75 * whole["gradient_bytes"]
+        # no device holds more than one whole weight to check, compare or save them; rank 0 reads them all
+        assert (result["gathered_at_a_time"], result["gathered_to_save"]) == (int(strategy == "zero3"), 0)
+        assert result["readable"] or result is not results[0]
         assert result["base_share"] == pytest.approx(1 / RANKS if strategy == "zero3" else 1.0, rel=0.01)
 
 
