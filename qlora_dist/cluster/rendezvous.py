@@ -30,7 +30,7 @@ def join_store(ranks: Ranks, seconds: float = JOIN_SECONDS) -> dist.Store:
     keys = [f"qlora_dist/joined/{rank}" for rank in range(ranks.size)]
     limit = datetime.timedelta(seconds=seconds)
     absent: list[int] | None = None  # unknown before the store answers
-    deadline = time.monotonic() + seconds
+    deadline, margin = time.monotonic() + seconds, min(seconds, 5.0)
 
     def connect() -> dist.Store:
         return dist.TCPStore(
@@ -47,9 +47,9 @@ def join_store(ranks: Ranks, seconds: float = JOIN_SECONDS) -> dist.Store:
         return [] if store.check(keys) else [rank for rank, key in enumerate(keys) if not store.check([key])]
 
     try:
-        store = within(seconds + 5.0, connect)  # whoever else listens there may never answer
-        within(max(5.0, deadline - time.monotonic()), lambda: store.set(keys[ranks.rank], socket.gethostname()))
-        while absent := within(max(5.0, deadline - time.monotonic()), absent_ranks):
+        store = within(seconds + margin, connect)  # whoever else listens there may never answer
+        within(margin, lambda: store.set(keys[ranks.rank], socket.gethostname()))
+        while absent := within(margin, absent_ranks):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"waited {seconds:.0f} s")
             time.sleep(_POLL_SECONDS)
