@@ -6,17 +6,21 @@ results are written there as the README's table.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from helpers.crew import Crew
+from helpers.ranks import ROOT, clean_environment, python_path, torchrun
 from helpers.slurm_cluster import wait_for
 from helpers.tiny_run import changed, digests_of, losses_of, make_inputs, metrics_of, write_config
 
+TESTS = ROOT / "tests"
 STEPS, SAVE_EVERY = 6, 2
 LAST = "checkpoints/step-00000006"
 SLOW = {"do": "sleep", "seconds": 0.4, "at": "step"}
@@ -228,6 +232,32 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(config,
     table(
         f"newest checkpoint damaged ({damage})", "found by its checksum and named; the previous one is used", lost, None
     )
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(2, signal.SIGKILL), (1, signal.SIGUSR1)])
+def test_when_the_launcher_dies_its_ranks_save_and_end(config, tmp_path, sound, table, ranks, number):
+    slow = json.dumps([SLOW])
+    path = os.pathsep.join([str(TESTS / "faults"), python_path()])
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            [*torchrun(ranks), "-m", "qlora_dist", "train", str(config)],
+            env={**clean_environment(), "FAULTS": slow, "PYTHONPATH": path},
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
+        )
+    output = (tmp_path / "log").read_text
+    wait_for(lambda: _done(tmp_path) >= 1, 120, "the first step", output)
+    launcher.send_signal(number)
+    launcher.wait()
+    ended = time.monotonic()
+    wait_for(lambda: "stopped by" in output(), 30, "the orphans to stop", output)
+    wait_for(lambda: not (tmp_path / "run" / "lock").exists(), 30, "the lock to be released", output)
+    seconds = time.monotonic() - ended
+    step = int(re.search(r"stopped by the end of its launcher after step (\d+); checkpoint saved", output())[1])
+    assert step < STEPS and _done(tmp_path) == step
+    assert _finish(config, tmp_path, sound) == step
+    table(f"{number.name} to torchrun, {ranks} ranks", "its ranks notice, save and end", 0, seconds)
 
 
 @pytest.mark.parametrize("how", ["sleep", "SIGSTOP"])
