@@ -143,6 +143,8 @@ class Heartbeat:
             return
         self._is_failing = True
         store, (kind, text) = self._store, pack_error(error)
+        if not isinstance(error, UserError | RunFailed):  # a defect, or a library's
+            text = f"{type(error).__name__}: {text}"
 
         def publish() -> None:
             if store.add("heartbeat/failures", 1) > 1:
