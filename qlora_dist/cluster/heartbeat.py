@@ -36,7 +36,7 @@ from .stop_signal import LAUNCHER_ENDED, StopSignal
 BEAT_SECONDS = 1.0
 LOOK_SECONDS = 3 * BEAT_SECONDS  # between two readings of the others' heartbeats
 STORE_SECONDS = 5.0  # for one call of the store
-REPORT_SECONDS = 20.0  # for naming those that are missing, after a limit
+REPORT_SECONDS = 15.0  # for naming those that are missing, after a limit
 READ_SECONDS = 5.0  # for the others to read why this rank has failed
 FAILURE_BEATS = 10  # until a rank that is stuck after another's failure exits
 SILENT_SECONDS = 60.0  # a heartbeat may pause while one call holds the interpreter

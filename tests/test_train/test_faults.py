@@ -256,11 +256,11 @@ def test_when_the_launcher_dies_its_ranks_save_and_end(config, tmp_path, sound, 
     seconds = time.monotonic() - ended
     step = int(re.search(r"stopped by the end of its launcher after step (\d+); checkpoint saved", output())[1])
     assert step < STEPS and _done(tmp_path) == step
-    if ranks == 1:  # two finish with other roundings
+    if ranks == 1:  # `sound` had two: other roundings
         assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
-    else:
-        assert _finish(config, tmp_path, sound) == step
-    table(f"{number.name} to torchrun, {ranks} ranks", "its ranks notice, save and end", 0, seconds)
+        return
+    assert _finish(config, tmp_path, sound) == step
+    table("`kill -9` of torchrun, steps of 1.5 s", "its ranks notice, save and exit", 0, seconds)
 
 
 @pytest.mark.parametrize("how", ["sleep", "SIGSTOP"])
@@ -297,6 +297,30 @@ def test_a_rank_that_hangs_is_named_after_the_timeout_and_prints_where_it_hangs(
         "all exit; it is named" + ("" if how == "SIGSTOP" else ", its stacks are printed"),
         lost,
         seconds,
+    )
+
+
+def test_a_rank_whose_store_no_longer_answers_ends_within_its_limit(inputs, tmp_path, sound, table):
+    """Rank 0 holds the store: while it is stopped, calls to it do not return, as when its host is cut off."""
+    config = _config(inputs, tmp_path, strategy__timeout_seconds=2)
+    began = tmp_path / "began"
+    fault = {"do": "SIGSTOP", **IN_STEP_4, "rank": 0, "once": str(began)}
+    with Crew(config, tmp_path, fault, {"do": "sleep", "seconds": 2.5, **IN_STEP_4, "rank": 0}) as crew:
+        wait_for(began.exists, 100, "the fault", crew.output)
+        stopped_at = time.monotonic()
+        other = crew.wait_for_rank(1, timeout=60)
+    assert other.code == 1
+    assert re.search(
+        r"error: rank 1 \(.*\) was in step 4 for more than 2 s, waiting for other ranks; the store of rank 0 \(.*\) "
+        r"does not answer: its host, or the network to it, is lost",
+        other.output,
+    )
+    lost = _done(tmp_path) - _finish(config, tmp_path, sound)
+    table(
+        "rank 0, with the store, is stopped (SIGSTOP), timeout 2 s",
+        "the others exit, naming it",
+        lost,
+        other.at - stopped_at,
     )
 
 
