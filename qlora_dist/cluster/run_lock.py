@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import sys
 import threading
 import time
@@ -23,11 +24,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, os_errors, printable
 
 BEAT_SECONDS = 10.0
 MISSED_BEATS = 4  # until a lock that does not change is stale
 _SIZE = 1024  # bytes; a fixed length, so that a rewrite in place leaves nothing of the previous one
+# neither follow a link to somebody else's file, nor wait for the other end of a pipe
+_SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class RunLock:
@@ -53,15 +56,19 @@ class RunLock:
         self._thread = threading.Thread(target=self._run, name="run lock", daemon=True)
 
     def acquire(self) -> None:
-        """Takes the lock. Raises UserError, after some seconds if necessary, when another job uses the directory."""
-        try:
-            os.close(os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-        except FileExistsError:
+        """Takes the lock. Raises UserError, after some seconds if necessary, when another job uses the directory, and
+        an error of the disk or the user when the file cannot be written."""
+        with os_errors(f"taking the lock {self._file}"):
+            try:
+                os.close(os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                was_there = False
+            except FileExistsError:
+                self._require_file()
+                was_there = True
+        if was_there:
             self._require_stale()
-            was_there = True
-        else:
-            was_there = False
-        self._write()
+        with os_errors(f"writing the lock {self._file}"):
+            self._write()
         if was_there:
             time.sleep(min(self._beat_seconds / 5, 1.0))  # two that take over at once: the last to write holds it
         if (other := self._read()) is not None and other["token"] != self._token:
@@ -78,6 +85,16 @@ class RunLock:
                     self._file.unlink()
 
     # --- another's lock -----------------------------------------------------------------------------------------------
+
+    def _require_file(self) -> None:
+        with contextlib.suppress(FileNotFoundError):  # released in the meantime
+            mode = self._file.lstat().st_mode
+            if not stat.S_ISREG(mode):
+                what = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
+                raise UserError(
+                    f"{self._file} is {what.get(stat.S_IFMT(mode), 'not a regular file')}, expected the lock file of "
+                    "this run; remove it, or choose another run_dir"
+                )
 
     def _require_stale(self) -> None:
         first = self._read()
@@ -118,8 +135,10 @@ class RunLock:
             holder = self._read()
             if holder is not None and holder["token"] != self._token:
                 print(
-                    f"error: run_dir {self._file.parent} was taken over by process {holder['pid']} on {holder['host']} "
-                    "while this process was suspended; it exits now and writes nothing more",
+                    printable(
+                        f"error: run_dir {self._file.parent} was taken over by process {holder['pid']} on "
+                        f"{holder['host']} while this process was suspended; it exits now and writes nothing more"
+                    ),
                     file=sys.stderr,
                     flush=True,
                 )
@@ -130,7 +149,7 @@ class RunLock:
     def _write(self) -> None:
         self._beat += 1
         text = json.dumps({**self._holder, "beat": self._beat}).encode().ljust(_SIZE)
-        descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o644)
+        descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | _SAFELY, 0o644)
         try:
             os.pwrite(descriptor, text, 0)
             os.fsync(descriptor)
@@ -138,12 +157,26 @@ class RunLock:
             os.close(descriptor)
 
     def _read(self) -> dict[str, Any] | None:
-        """The holder named in the file; None while it is being written, or without a file."""
+        """The holder named in the file; None while it is being written, without a file, or when it is no lock."""
         try:
-            holder: dict[str, Any] = json.loads(self._file.read_bytes())
-            return holder if self._holder.keys() <= holder.keys() else None
-        except (OSError, ValueError, AttributeError):
+            descriptor = os.open(self._file, os.O_RDONLY | _SAFELY)
+            try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    return None
+                holder: Any = json.loads(os.pread(descriptor, _SIZE, 0))
+            finally:
+                os.close(descriptor)
+        except (OSError, ValueError, RecursionError):
             return None
+        return holder if isinstance(holder, dict) and self._is_holder(holder) else None
+
+    def _is_holder(self, found: dict[str, Any]) -> bool:
+        return (
+            self._holder.keys() <= found.keys()
+            and all(isinstance(found[key], str) for key in ("token", "host", "machine"))
+            and all(isinstance(found[key], str | None) for key in ("job", "started"))
+            and type(found["pid"]) is int
+        )
 
 
 def _machine() -> str:
@@ -159,6 +192,6 @@ def _start_of(pid: int) -> str | None:
     """When a process of this machine started, None if it does not exist: process ids are reused."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
+    except (OSError, ValueError, IndexError):
         return None
     return None if fields[0] == "Z" else fields[19]

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import RunFailed, UserError, pack_error, unpack_error
-from .heartbeat import Heartbeat
+from ..errors import MachineFailed, RunFailed, UserError, explain_os_error, pack_error, unpack_error
+from .heartbeat import BEAT_SECONDS, LOOK_SECONDS, STORE_SECONDS, Heartbeat
+from .launcher import launched_ranks, launcher_process
+from .rendezvous import join_store
 from .shard_group import ShardGroup
 from .stop_signal import StopRequested, StopSignal
 
@@ -28,7 +31,7 @@ WAIT_FACTOR = 3  # outside of steps: ranks load, evaluate and save at different 
 # torch's own timeout comes last: it ends a process without naming the others
 _BACKEND_MARGIN_SECONDS = 120.0
 GATHER_BYTES = 256 * 2**20  # of all ranks together, on rank 0's device while a tensor is gathered
-BUILD_TIMEOUT_SECONDS = 24 * 3600.0  # tokenizing a large corpus takes hours; its launcher notices a dead builder
+_POLL_SECONDS = (0.02, 0.5)  # of the store: at first, and after a while
 
 
 def own_device(device: torch.device | None = None) -> torch.device:
@@ -44,6 +47,21 @@ def own_device(device: torch.device | None = None) -> torch.device:
     return device
 
 
+def _of_machine(what: str, error: Exception) -> Exception:
+    """A fault of disk or memory as an error of one paragraph; any other error as it is."""
+    if isinstance(error, OSError):
+        return explain_os_error(what, error)
+    return MachineFailed(f"{what}: host memory is used up") if isinstance(error, MemoryError) else error
+
+
+def _connections() -> tuple[dist.Store, dist.Store]:
+    """Two to the job's store: for the main thread, and for the heartbeat, whose calls end after seconds if they can."""
+    default: Any = dist.distributed_c10d._get_default_store()
+    own, heartbeat = default.clone(), default.clone()
+    heartbeat.set_timeout(datetime.timedelta(seconds=STORE_SECONDS))
+    return own, heartbeat
+
+
 def _backend_timeout(timeout_seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=WAIT_FACTOR * timeout_seconds + _BACKEND_MARGIN_SECONDS)
 
@@ -52,20 +70,31 @@ class World:
     """This process among `size` ranks. Created once, by `World.init`."""
 
     _has_group_of_one = False
+    # of this process: keys of an earlier World may still be in the store
+    _num_meetings = 0
+    _num_closed = 0
 
     def __init__(self, state: PartialState, stop: StopSignal, timeout_seconds: float) -> None:
         self._stop = stop
         self.rank: int = state.process_index
         self.size: int = state.num_processes
         self.local_rank: int = state.local_process_index
-        self.local_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))  # ranks on this node
+        self.local_size: int = launched_ranks().local_size
         self.device: torch.device = own_device(state.device)
         self.is_main: bool = self.rank == 0
-        self._builds = 0
         self._has_stepped = False
-        store = dist.distributed_c10d._get_default_store().clone() if self.size > 1 else None  # type: ignore[attr-defined]
+        self._store: dist.Store | None = None  # None: one process
+        store: dist.Store | None = None
+        if self.size > 1:
+            self._store, store = _connections()
         self._heartbeat = Heartbeat(
-            store, self.rank, self.size, socket.gethostname(), stop, WAIT_FACTOR * timeout_seconds
+            store,
+            self.rank,
+            self.size,
+            socket.gethostname(),
+            stop,
+            WAIT_FACTOR * timeout_seconds,
+            launcher_process(),
         )
         self._timeout_seconds = timeout_seconds
 
@@ -74,23 +103,49 @@ class World:
         """Joins the process group that the launcher (accelerate, torchrun, srun, none) describes.
 
         `stop` can interrupt the `stoppable` parts. `timeout_seconds` limits a wait within a training step, three times
-        that any other wait. Raises UserError when the launcher's variables contradict the machine.
+        that any other wait. Raises UserError when the launcher's variables contradict each other or the machine, and
+        MachineFailed when not all ranks have come within two minutes.
         """
         has_cuda = torch.cuda.is_available()
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        ranks = launched_ranks()
+        local_rank = ranks.local_rank
         if has_cuda and local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"{socket.gethostname()}: local rank {local_rank} was started but only {torch.cuda.device_count()} "
                 "GPUs are visible; start one process per GPU (num_processes, --nproc-per-node), or check "
                 "CUDA_VISIBLE_DEVICES"
             )
-        state = PartialState(cpu=not has_cuda, timeout=_backend_timeout(timeout_seconds))
+        timeout = _backend_timeout(timeout_seconds)
+        joined: dict[str, Any] = {}
+        if ranks.size > 1 and not dist.is_initialized():
+            store = join_store(ranks)
+            store.set_timeout(timeout)
+            store = dist.PrefixStore("default_pg", store)  # as torch does for a store that it creates
+            joined = {"store": store, "rank": ranks.rank, "world_size": ranks.size}
+        try:
+            state = PartialState(cpu=not has_cuda, timeout=timeout, **joined)
+        except RuntimeError as error:
+            if not joined:
+                raise
+            cause = str(error).strip().splitlines()[0]
+            raise MachineFailed(
+                f"rank {ranks.rank} ({socket.gethostname()}): all {ranks.size} ranks joined, but could not connect to "
+                "each other: check that each node's own name resolves to an address which the others reach "
+                f"(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME name the interface). It reported: {cause}"
+            ) from error
         if has_cuda:
             torch.cuda.set_device(own_device(state.device))
         return cls(state, stop if stop is not None else StopSignal(), timeout_seconds)
 
     def close(self) -> None:
-        """Leaves the process group. Not called after a failure: the launcher ends the other ranks."""
+        """Leaves the process group. Not called after a failure: the launcher ends the other ranks.
+
+        Waits on the store first, without a limit: another rank may still send its results to a tracker.
+        """
+        World._num_closed += 1
+        # without the store (its launcher has ended) the collective alone decides
+        with suppress(dist.DistError):
+            self._meet(f"qlora_dist/closed/{World._num_closed}", "the end")
         with self.waiting():
             self.any(False)  # together: a rank that leaves early breaks connections that others still use
         self._heartbeat.close()
@@ -122,16 +177,62 @@ class World:
         yield
         self._heartbeat.set_status()
 
-    def explain(self, error: RuntimeError) -> RuntimeError:
-        """The error itself, or for that of a collective a RunFailed naming the rank that was lost. Takes seconds."""
-        is_of_collective = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    def fail(self, error: Exception) -> Exception:
+        """The error with which this rank ends after `error`, once the other ranks know of it. Takes seconds.
+
+        They end with its text. When `error` is only that this rank lost another, the other's own error is returned.
+        """
+        ended = self.explain(_of_machine(self._heartbeat.what, error))
+        self._heartbeat.publish_failure(ended)
+        return ended
+
+    def explain(self, error: Exception) -> Exception:
+        """The error itself, or for that of a collective one that says why another rank was lost. Takes seconds."""
+        is_of_collective = isinstance(error, dist.DistError) or (
+            type(error) is RuntimeError and "gloo" in str(error).lower()
+        )
         if self.size == 1 or not is_of_collective:
             return error
+        if self._heartbeat.failure is not None:
+            return self._heartbeat.failure.error()
         cause = str(error).strip().splitlines()[0]
         return RunFailed(
             f"the connection to another rank was lost; {self._heartbeat.who_is_missing()}. Checkpoints are intact: "
             f"start the same command again to resume from the newest. The collective reported: {cause}"
         )
+
+    # --- on the store: work that no limit is known for ----------------------------------------------------------------
+
+    def _meet(self, key: str, what: str, until_stop: bool = False) -> None:
+        """Waits until all ranks have come, without a limit: one node may download for hours what another has.
+
+        Raises when a rank fails or its heartbeat stops. `until_stop`: returns once any rank was asked to stop.
+        """
+        if self._store is None:
+            return
+        store, amounts = self._store, chain([1], repeat(0))  # this rank counts once
+        self.set_status(f"waiting for the other ranks after {what}")
+        with suppress(StopRequested):
+            self._wait(lambda: store.add(key, next(amounts)) >= self.size, until_stop)
+
+    def _wait(self, is_done: Callable[[], bool], until_stop: bool) -> None:
+        """Raises StopRequested when any rank was asked to stop, if `until_stop`."""
+        pause, longest = _POLL_SECONDS
+        looked = time.monotonic()
+        try:
+            while not is_done():
+                if until_stop and (self._stop.requested or self._heartbeat.is_stop_announced):
+                    raise StopRequested
+                if self._heartbeat.failure is not None or time.monotonic() - looked > LOOK_SECONDS:
+                    self._heartbeat.require_alive()
+                    looked = time.monotonic()
+                time.sleep(pause)
+                pause = min(1.5 * pause, longest)
+        except dist.DistError:
+            time.sleep(2 * BEAT_SECONDS)  # a launcher that ends takes its store with it: this process will hear of it
+            if until_stop and self._stop.requested:
+                raise StopRequested from None
+            raise
 
     # --- collectives --------------------------------------------------------------------------------------------------
 
@@ -145,10 +246,11 @@ class World:
 
     def max(self, value: float) -> float:
         """The largest value of any rank."""
+        if self.size == 1:
+            return float(value)
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         with self.waiting():
-            if self.size > 1:
-                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
             return tensor.item()
 
     def any(self, flag: bool) -> bool:
@@ -164,11 +266,15 @@ class World:
         """A long part of the start that a stop signal to any rank ends on all of them: at once, or at the end of the
         block when it contains collectives, which no rank may leave early.
 
-        Raises StopRequested on all ranks after the block.
+        After the block each rank waits on the store for the others, however long they take. Raises StopRequested on
+        all ranks.
         """
+        World._num_meetings += 1
+        key = f"qlora_dist/meeting/{World._num_meetings}"
         self.set_status(what)
         with suppress(StopRequested), nullcontext() if has_collectives else self._stop.interrupting():
             yield
+        self._meet(key, what, until_stop=True)
         if self.any(self._stop.requested):
             raise StopRequested
 
@@ -210,8 +316,8 @@ class World:
     def from_main(self, function: Callable[[], Any]) -> Any:
         """Runs a function on rank 0 only and returns its plain-data result on all ranks.
 
-        When it raises, every rank raises: UserError and RunFailed with the same text, anything else as RunFailed on
-        the other ranks. The function must not contain a collective.
+        When it raises, every rank raises: UserError and RunFailed with the same text, faults of disk and memory as
+        MachineFailed, anything else as RunFailed on the other ranks. The function must not contain a collective.
         """
         outcome: list[Any] = [None, None, None]  # kind of failure, text, result
         failure: Exception | None = None
@@ -219,8 +325,8 @@ class World:
             try:
                 outcome[2] = function()
             except Exception as error:
-                failure = error
-                outcome = [*pack_error(error), None]
+                failure = _of_machine(self._heartbeat.what, error)
+                outcome = [*pack_error(failure), None]
         if self.size > 1:
             with self.waiting():
                 dist.broadcast_object_list(outcome, src=0)
@@ -242,45 +348,28 @@ class World:
     def local_main_first(self, what: str) -> Iterator[None]:
         """The first process of each node runs the block alone, then the node's other processes run it.
 
-        They wait on the store, not in a collective: preparing data can outlast any collective's timeout. When the
-        first process fails, they fail at once.
+        They wait on the store, not in a collective, and at its end for all nodes: preparing data can outlast any
+        collective's timeout. When a process fails, all fail at once. Inside of `stoppable`.
         """
         if self.size == 1:
             yield
             return
-        store = dist.distributed_c10d._get_default_store()
-        self._builds += 1
-        node = self.rank - self.local_rank  # rank of the node's first process
-        key = f"qlora_dist/build/{self._builds}/{node}"
-        if self.local_rank == 0:
-            try:
-                yield
-            except BaseException as error:
-                is_stop = isinstance(error, StopRequested)
-                kind, text = ("stop", "") if is_stop else pack_error(error)
-                store.set(key, f"{kind} failed: {text}")
-                if is_stop:
-                    raise  # the other ranks received it too; all agree on it after the block
-                # the store lives in rank 0: the others must read this before it exits
-                others, deadline = self.local_size - 1, time.monotonic() + 10
-                while store.add(f"{key}/seen", 0) < others and time.monotonic() < deadline:
-                    time.sleep(0.05)
+        assert self._store is not None
+        store = self._store
+        World._num_meetings += 1
+        key = f"qlora_dist/meeting/{World._num_meetings}"
+        built = f"{key}/{self.rank - self.local_rank}"  # by the node's first process
+        try:
+            if self.local_rank != 0:
+                self._wait(lambda: store.check([built]), until_stop=True)
+            yield
+        except Exception as error:
+            if (ended := self.fail(error)) is error:
                 raise
-            store.set(key, "done")
-            return
-        started = time.monotonic()
-        while not store.check([key]):
-            if time.monotonic() - started > BUILD_TIMEOUT_SECONDS:
-                raise RunFailed(f"{what}: rank {node} has not finished within {BUILD_TIMEOUT_SECONDS / 3600:.0f} hours")
-            time.sleep(0.05)
-        state = store.get(key).decode()
-        store.add(f"{key}/seen", 1)
-        if state != "done":
-            kind, _, text = state.partition(" ")
-            if kind == "stop":
-                raise StopRequested
-            raise unpack_error(kind, f"{what}: rank {node} of this node {text}")
-        yield
+            raise ended from error
+        if self.local_rank == 0:
+            store.set(built, "done")
+        self._meet(key, what, until_stop=True)
 
     def shard_group(self) -> ShardGroup | None:
         """All ranks as the group over which a base is sharded; None with one rank. Called by all ranks.

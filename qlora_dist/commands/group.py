@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import click
 
 from .. import __version__
+from ..cluster.launcher import launched_ranks
+from ..errors import UserError
 
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a config value; may be repeated."
@@ -30,5 +31,8 @@ def _log_level() -> int:
 
 
 def rank() -> int:
-    """This process's rank, as set by its launcher; 0 without one."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's rank, as set by its launcher; 0 without one, or when what it set is no rank."""
+    try:
+        return launched_ranks().rank
+    except UserError:  # `World.init` reports it
+        return 0

@@ -225,7 +225,8 @@ class StrategyConfig(_Section):
     mixed_devices: bool = False
     """Allow different GPU models or memory sizes in one run: every step then waits for the slowest GPU."""
     timeout_seconds: float = Field(600.0, gt=0)
-    """Longest wait in a step; then all ranks exit and report the missing ones. Outside steps, three times that."""
+    """Longest wait in a step; then all ranks exit and report the missing ones. Outside steps, three times that; where
+    ranks have unequal work (data, download, loading) no limit but that all are alive."""
 
 
 class LoggingConfig(_Section):

@@ -14,7 +14,7 @@ from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
 from ..config.run_dir import RunDir
 from ..data.loader import derive_accumulation
-from ..errors import RunFailed, UserError
+from ..errors import UserError
 from ..optim.adamw import lr_at
 from .metrics import Metrics, restart_peak
 from .setup_data import Data
@@ -92,7 +92,7 @@ def _is_due(num_done: int, every: int | None) -> bool:
 
 @contextmanager
 def join_ranks(config: RunConfig, stop: StopSignal) -> Iterator[World]:
-    """Joins the process group, and leaves it at the end; after a failure the launcher ends the other ranks.
+    """Joins the process group, and leaves it at the end; after a failure all ranks end with its text.
 
     A stop signal before the first step ends the block: by then all ranks have agreed, and there is nothing to save.
     """
@@ -100,18 +100,20 @@ def join_ranks(config: RunConfig, stop: StopSignal) -> Iterator[World]:
     world = World.init(stop, config.strategy.timeout_seconds)
     restart_peak(world.device)  # an earlier run in this process must not count in this one's peak
     try:
-        yield world
-    except RunFailed:
-        raise
-    except RuntimeError as error:
-        raise world.explain(error) from error
-    except StopRequested:
-        stop.name = world.first(stop.name)
-        if world.is_main:
-            print(
-                f"stopped by {stop.name} before the first step; nothing is lost. Start the same command again to resume"
-            )
-    world.close()
+        try:
+            yield world
+        except StopRequested:
+            stop.name = world.first(stop.name)
+            if world.is_main:
+                print(
+                    f"stopped by {stop.name} before the first step; nothing is lost. Start the same command again to "
+                    "resume"
+                )
+        world.close()
+    except Exception as error:
+        if (ended := world.fail(error)) is error:
+            raise
+        raise ended from error
 
 
 @contextmanager

@@ -103,7 +103,8 @@ def _base_source(config: RunConfig, world: World) -> str:
     settings = config.model
     if settings.cache_4bit is None or settings.weights != "files":
         return settings.name
-    with world.local_main_first("writing the 4-bit copy of the base"):
+    what = "writing the 4-bit copy of the base"
+    with world.stoppable(what), world.local_main_first(what):
         return cached_4bit(
             settings.cache_4bit,
             settings.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 from helpers.ranks import ROOT, clean_environment
 
 from qlora_dist.cluster.run_lock import MISSED_BEATS, RunLock
-from qlora_dist.errors import UserError
+from qlora_dist.errors import MachineFailed, UserError
 
 LOCK = "lock"
 HOLD = """
@@ -112,3 +113,76 @@ def test_of_two_that_take_over_together_one_gets_it(tmp_path, holder):
     assert sorted(outcomes) == ["held", "refused"]
     for lock in locks:
         lock.release()
+
+
+PLACED = {
+    "a pipe": lambda lock, other: os.mkfifo(lock),
+    "a folder": lambda lock, other: lock.mkdir(),
+    "a symbolic link": lambda lock, other: lock.symlink_to(other),
+}
+
+
+@pytest.mark.parametrize("what", PLACED)
+def test_what_is_no_file_is_refused_at_once_and_a_link_is_not_written_through(tmp_path, what):
+    other = tmp_path / "other"
+    other.write_text("precious")
+    PLACED[what](tmp_path / LOCK, other)
+    with pytest.raises(UserError, match=rf"lock is {what}, expected the lock file of this run; remove it"):
+        RunLock(tmp_path / LOCK, beat_seconds=100).acquire()
+    assert other.read_text() == "precious"
+
+
+def test_a_link_to_nothing_creates_nothing(tmp_path):
+    (tmp_path / LOCK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a symbolic link"):
+        RunLock(tmp_path / LOCK, beat_seconds=100).acquire()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def _valid(**changes):
+    holder = {"token": "t", "job": None, "life": 0, "host": "h", "machine": "m", "pid": 1, "started": None, "beat": 1}
+    return json.dumps({**holder, **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\x00",
+        b"[" * 1000,
+        b"[" * 10**6,
+        b"7",
+        b"[]",
+        b"{}",
+        _valid(pid="../../etc"),
+        _valid(pid=10**40),
+        _valid(pid=True),
+        _valid(token=[1]),
+        _valid(host={"a": 1}),
+        _valid(job=7),
+        _valid(machine=None),
+        _valid(life=[[]]),
+    ],
+    ids=lambda content: repr(content[:30]),
+)
+def test_odd_content_that_stands_still_is_taken_over(tmp_path, content):
+    (tmp_path / LOCK).write_bytes(content)
+    lock = RunLock(tmp_path / LOCK, job="8", beat_seconds=0.01)
+    lock.acquire()
+    lock.release()
+    assert not (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_lock_that_cannot_be_written_is_one_paragraph(tmp_path, monkeypatch, number):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwrite", fails)
+    with pytest.raises(MachineFailed, match=rf"writing the lock {tmp_path}/lock: {os.strerror(number)}"):
+        RunLock(tmp_path / LOCK).acquire()
+
+
+def test_a_lock_in_a_folder_that_is_gone_is_one_paragraph(tmp_path):
+    with pytest.raises(MachineFailed, match=r"taking the lock .*: No such file"):
+        RunLock(tmp_path / "gone" / LOCK).acquire()

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 
 import pytest
 from helpers.ranks import run_python
 
-from qlora_dist.cluster.stop_signal import STOP_SIGNALS, StopRequested, StopSignal
+from qlora_dist.cluster.stop_signal import LAUNCHER_ENDED, STOP_SIGNALS, StopRequested, StopSignal
+
+
+@pytest.fixture(autouse=True)
+def hangup_is_not_ignored():
+    """As it is for a command started from a terminal, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -26,6 +36,48 @@ def test_the_second_sigterm_changes_nothing_and_it_is_the_last_word():
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)
         assert stop.name == "SIGTERM"
+
+
+def test_a_stop_can_be_requested_from_a_thread_and_says_why():
+    with StopSignal() as stop:
+        thread = threading.Thread(target=stop.request, args=(LAUNCHER_ENDED,))
+        with pytest.raises(StopRequested), stop.interrupting():
+            thread.start()
+            thread.join(10)
+            time.sleep(10)
+        assert stop.name == LAUNCHER_ENDED
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.name == "SIGTERM"
+
+
+def test_under_nohup_a_closed_terminal_does_not_stop_the_run():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_after_its_terminal_was_closed_a_run_can_still_print_and_save(tmp_path):
+    code = """
+    import os, pty, signal, sys, time
+    from qlora_dist.cluster.stop_signal import StopSignal
+    child, terminal = pty.fork()  # the child's output and controlling terminal
+    if child:
+        os.read(terminal, 10)
+        os.close(terminal)  # the terminal is closed: SIGHUP
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    with StopSignal() as stop:
+        print("ready", flush=True)
+        deadline = time.monotonic() + 30
+        while not stop.requested and time.monotonic() < deadline:
+            time.sleep(0.01)
+        print("this goes nowhere", flush=True)
+        open(sys.argv[1], "w").write(stop.name)
+    os._exit(0)
+    """
+    run_python(code, str(tmp_path / "saved"))
+    assert (tmp_path / "saved").read_text() == "SIGHUP"
 
 
 def test_a_second_ctrl_c_ends_at_once():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
 import time
 from types import SimpleNamespace
 
@@ -113,7 +116,93 @@ def test_the_first_rank_of_a_node_builds_before_the_others():
 def test_when_the_builder_fails_the_others_fail_at_once_for_the_same_reason():
     results = on_ranks(_first_builds, 2, True)
     assert results[0][0] == ("UserError", "line 3 is broken")
-    assert results[1][0] == ("UserError", "building: rank 0 of this node failed: line 3 is broken")
+    kind, text = results[1][0]
+    assert kind == "UserError" and re.fullmatch(r"rank 0 \(.+\) failed: line 3 is broken", text)
+
+
+def _until_first_waits(world):
+    """Returns when rank 0 publishes that it waits for the others."""
+    while "waiting for the other ranks" not in json.loads(world._store.get("heartbeat/0"))["what"]:
+        time.sleep(0.05)
+
+
+def _unequal_work():
+    """What rank 0 does while the other is not ready, after a block and at the end."""
+    world, statuses = World.init(), []
+    wait = world._wait
+
+    def recorded(*arguments):
+        statuses.append(world._heartbeat._status)
+        wait(*arguments)
+
+    world._wait = recorded
+    with world.stoppable("preparing data"):
+        if world.rank == 1:
+            _until_first_waits(world)
+    world.set_status("step 3", 500.0)
+    if world.rank == 1:  # as a tracker that sends its results
+        _until_first_waits(world)
+    world.close()
+    return [(status.what, status.is_waiting, status.limit_seconds) for status in statuses]
+
+
+def test_ranks_that_are_ready_early_wait_on_the_store_without_a_limit():
+    first, _ = on_ranks(_unequal_work, 2)
+    assert first == [
+        ("waiting for the other ranks after preparing data", False, math.inf),
+        ("waiting for the other ranks after the end", False, math.inf),
+    ]
+
+
+def _fails_on_rank_1(place, error):
+    """How the error with which each rank ends reads."""
+    world = World.init()
+    try:
+        if place == "a collective":
+            world.set_status("step 3")
+            if world.rank == 1:
+                raise error
+            world.sum(torch.ones(1))
+        elif place == "the first of a node":
+            with world.stoppable("preparing data"), world.local_main_first("preparing data"):
+                if world.rank == 1:
+                    raise error
+        else:
+            with world.stoppable("preparing data"):
+                if world.rank == 1:
+                    raise error
+    except Exception as found:
+        ended = world.fail(found)
+        return type(ended).__name__, str(ended)
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "kind", "text"),
+    [
+        ("a block", OSError(28, "No space left", "/x"), "MachineFailed", "preparing data: No space left (/x); free"),
+        ("the first of a node", UserError("line 3 is broken"), "UserError", "line 3 is broken"),
+        ("a collective", KeyError("k"), "RunFailed", "KeyError: 'k'"),
+    ],
+)
+def test_an_exception_on_one_rank_ends_the_others_with_its_text(place, error, kind, text):
+    other, failed = on_ranks(_fails_on_rank_1, 2, place, error)
+    assert failed[0] == (kind if kind != "RunFailed" else type(error).__name__)
+    assert other[0] == kind and re.match(rf"rank 1 \(.+\) failed: {re.escape(text)}", other[1]), other
+
+
+def test_rank_0_meets_a_fault_of_the_machine_as_the_others_do():
+    world = World.init()
+    world.set_status("saving step 4")
+
+    def full():
+        raise OSError(28, "No space left on device", "/run/x")
+
+    def no_memory():
+        raise MemoryError
+
+    assert outcome(world.from_main, full)[0] == "MachineFailed"
+    assert outcome(world.from_main, full)[1].startswith("saving step 4: No space left on device (/run/x); free space")
+    assert outcome(world.from_main, no_memory) == ("MachineFailed", "saving step 4: host memory is used up")
 
 
 def _reduce(shuffled):

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from helpers.tiny_models import alone, random_batch, save_model, tiny_model
 
+from qlora_dist.cluster.stop_signal import StopRequested
 from qlora_dist.data.packing import Batch
 from qlora_dist.model import base_checksum, decoder_layers, hidden_states, load_base, output_head, set_recompute
 from qlora_dist.model.lora import attach_lora
 from qlora_dist.model.loss import nll_sum
-from qlora_dist.train.evaluation import evaluate
+from qlora_dist.train.evaluation import BATCHES_PER_POLL, evaluate
 
 
 class OneRank:
@@ -88,3 +89,28 @@ def test_evaluation_changes_no_mode_no_gradient_and_no_bit_of_the_base(tmp_path:
     assert model.training and all(layer.training for layer in decoder_layers(model))
     assert base_checksum(model) == before
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_all_ranks_are_asked_to_stop_every_few_batches_and_a_stop_ends_it() -> None:
+    asked: list[bool] = []
+
+    class Asked(OneRank):
+        def any(self, flag: bool) -> bool:
+            asked.append(flag)
+            return flag
+
+    seen = 0
+
+    def nll(batch: Batch) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        return torch.zeros(())
+
+    model = torch.nn.Linear(1, 1)
+    evaluate(model, BATCHES[:1] * 10, nll, Asked(), lambda: False)
+    assert (len(asked), seen) == (-(-10 // BATCHES_PER_POLL), 10)
+    asked.clear()
+    seen = 0
+    with pytest.raises(StopRequested):
+        evaluate(model, BATCHES[:1] * 100, nll, Asked(), lambda: seen >= 5)
+    assert seen == 2 * BATCHES_PER_POLL and asked == [False, False, True]

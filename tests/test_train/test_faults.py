@@ -6,17 +6,21 @@ results are written there as the README's table.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from helpers.crew import Crew
+from helpers.ranks import ROOT, clean_environment, python_path, torchrun
 from helpers.slurm_cluster import wait_for
 from helpers.tiny_run import changed, digests_of, losses_of, make_inputs, metrics_of, write_config
 
+TESTS = ROOT / "tests"
 STEPS, SAVE_EVERY = 6, 2
 LAST = "checkpoints/step-00000006"
 SLOW = {"do": "sleep", "seconds": 0.4, "at": "step"}
@@ -230,6 +234,35 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(config,
     )
 
 
+@pytest.mark.parametrize(("ranks", "number"), [(2, signal.SIGKILL), (1, signal.SIGUSR1)])
+def test_when_the_launcher_dies_its_ranks_save_and_end(config, tmp_path, sound, table, ranks, number):
+    slow = json.dumps([{**SLOW, "seconds": 1.5}])  # two steps or three until they notice
+    path = os.pathsep.join([str(TESTS / "faults"), python_path()])
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            [*torchrun(ranks), "-m", "qlora_dist", "train", str(config)],
+            env={**clean_environment(), "FAULTS": slow, "PYTHONPATH": path},
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
+        )
+    output = (tmp_path / "log").read_text
+    wait_for(lambda: _done(tmp_path) >= 1, 120, "the first step", output)
+    launcher.send_signal(number)
+    launcher.wait()
+    ended = time.monotonic()
+    wait_for(lambda: "stopped by" in output(), 30, "the orphans to stop", output)
+    wait_for(lambda: not (tmp_path / "run" / "lock").exists(), 30, "the lock to be released", output)
+    seconds = time.monotonic() - ended
+    step = int(re.search(r"stopped by the end of its launcher after step (\d+); checkpoint saved", output())[1])
+    assert step < STEPS and _done(tmp_path) == step
+    if ranks == 1:  # `sound` had two: other roundings
+        assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
+        return
+    assert _finish(config, tmp_path, sound) == step
+    table("`kill -9` of torchrun, steps of 1.5 s", "its ranks notice, save and exit", 0, seconds)
+
+
 @pytest.mark.parametrize("how", ["sleep", "SIGSTOP"])
 def test_a_rank_that_hangs_is_named_after_the_timeout_and_prints_where_it_hangs(inputs, tmp_path, sound, table, how):
     config = _config(inputs, tmp_path, strategy__timeout_seconds=4)
@@ -264,6 +297,30 @@ def test_a_rank_that_hangs_is_named_after_the_timeout_and_prints_where_it_hangs(
         "all exit; it is named" + ("" if how == "SIGSTOP" else ", its stacks are printed"),
         lost,
         seconds,
+    )
+
+
+def test_a_rank_whose_store_no_longer_answers_ends_within_its_limit(inputs, tmp_path, sound, table):
+    """Rank 0 holds the store: while it is stopped, calls to it do not return, as when its host is cut off."""
+    config = _config(inputs, tmp_path, strategy__timeout_seconds=2)
+    began = tmp_path / "began"
+    fault = {"do": "SIGSTOP", **IN_STEP_4, "rank": 0, "once": str(began)}
+    with Crew(config, tmp_path, fault, {"do": "sleep", "seconds": 2.5, **IN_STEP_4, "rank": 0}) as crew:
+        wait_for(began.exists, 100, "the fault", crew.output)
+        stopped_at = time.monotonic()
+        other = crew.wait_for_rank(1, timeout=60)
+    assert other.code == 1
+    assert re.search(
+        r"error: rank 1 \(.*\) was in step 4 for more than 2 s, waiting for other ranks; the store of rank 0 \(.*\) "
+        r"does not answer: its host, or the network to it, is lost",
+        other.output,
+    )
+    lost = _done(tmp_path) - _finish(config, tmp_path, sound)
+    table(
+        "rank 0, with the store, is stopped (SIGSTOP), timeout 2 s",
+        "the others exit, naming it",
+        lost,
+        other.at - stopped_at,
     )
 
 

@@ -111,7 +111,7 @@ def _is_to_end(job: Job, outcome: Outcome | None, stop: StopSignal) -> bool:
 
 def _end(job: Job, stop: StopSignal) -> int:
     """Releases the nodes: requeues, unless Slurm is already ending this job (scancel, the end of a preemption)."""
-    if stop.name in ("SIGTERM", "SIGINT") or job.shown().get("JobState", "RUNNING") != "RUNNING":
+    if stop.name in ("SIGTERM", "SIGINT", "SIGHUP") or job.shown().get("JobState", "RUNNING") != "RUNNING":
         _log("told to end: Slurm requeues the job itself if it was preempted, but not after scancel")
     elif refused := job.requeue():
         _log(f"cannot requeue ({refused}): submit the job again to resume from the checkpoint")
