@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,7 @@ class RunDir:
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint by folder name, -1 if there is none. Verifies nothing, uses no clock."""
-        names = [path.parent.name for path in self.checkpoints.glob("step-*/manifest.json")]
-        return max((int(name.removeprefix("step-")) for name in names if name[5:].isdigit()), default=-1)
+        return max((checkpoint_step(path.parent) for path in self.checkpoints.glob("step-*/manifest.json")), default=-1)
 
     def completed_steps(self, length: dict[str, Any]) -> int | None:
         """Number of steps if the run was completed with this length (train.steps, train.epochs), else None."""
@@ -98,6 +98,12 @@ class RunDir:
                 f"run_dir {self.path}: cannot be written ({error.strerror}); "
                 "choose another folder or fix its permissions"
             ) from None
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step that names a checkpoint's folder, -1 for any other name (those set aside do not count)."""
+    found = re.fullmatch(r"step-([0-9]{8,18})", path.name)
+    return int(found[1]) if found else -1
 
 
 def config_changes(saved: str, current: str, free_fields: tuple[str, ...] = ()) -> list[str]:
