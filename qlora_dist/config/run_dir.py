@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError
+from ..errors import RunFailed, UserError
 from ..files import write_json, write_text
 
 # Fields that may differ between two starts of a run: they affect memory, speed or reports, not the mathematics.
@@ -60,6 +60,15 @@ class RunDir:
         except (OSError, ValueError):
             return None
         return int(written["step"]) if written["length"] == length else None
+
+    def require_present(self) -> None:
+        """Raises RunFailed when the folder was removed or replaced while a run was using it."""
+        if not self.config.is_file():
+            raise RunFailed(
+                f"run_dir {self.path} was removed or replaced while this run was using it ({self.config.name} is "
+                "gone), and with it what was saved there. Put it back, if you can, and start the same command again: "
+                "it resumes from the newest checkpoint that is there, or begins anew"
+            )
 
     def mark_completed(self, step: int, length: dict[str, Any]) -> None:
         """The last write of a run."""

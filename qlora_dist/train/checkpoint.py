@@ -16,13 +16,13 @@ The trainer calls all functions here on rank 0 only.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..config.run_dir import checkpoint_step
-from ..errors import MachineFailed, UserError, shortened
+from ..errors import MachineFailed, UserError, os_errors, shortened
 from ..files import (
     MANIFEST,
     DamagedFolder,
@@ -93,16 +93,31 @@ def save_checkpoint(
     except (OSError, SafetensorError, MemoryError) as error:
         raise MachineFailed(_save_failure(error, target)) from error
     try:
+        set_aside_newer(folder, target, step, {})
         _rotate(folder, target, keep)
-    except OSError as error:  # the new checkpoint is good: the run goes on, and the next save tries again
+    except (
+        OSError,
+        MachineFailed,
+        UserError,
+    ) as error:  # the next save tries again
         log.warning("%s: older checkpoints could not be removed (%s); the new one is whole", target, error)
     assert target.is_dir(), f"rotation removed {target}"
     return target
 
 
+@contextmanager
+def machine_errors(doing: str, kept: str) -> Iterator[None]:
+    """Ends the run with one clear paragraph when disk or memory fail in the block: see `errors.os_errors`."""
+    try:
+        with os_errors(doing, kept):
+            yield
+    except (SafetensorError, MemoryError) as error:
+        what = str(error) or "host memory is used up"
+        raise MachineFailed(f"{doing}: {what}; free it and start the same command again. {kept}") from error
+
+
 def _rotate(folder: Path, saved: Path, keep: int) -> None:
     """Leaves `saved` and the newest whole ones before it, `keep` in all; sets aside what may not count."""
-    set_aside_newer(folder, saved, checkpoint_step(saved))
     counted = []
     for path in _complete(folder):
         try:
@@ -117,18 +132,18 @@ def _rotate(folder: Path, saved: Path, keep: int) -> None:
         remove_folder(old)
 
 
-def set_aside_newer(folder: Path, chosen: Path, step: int, rejected: dict[Path, str] | None = None) -> None:
+def set_aside_newer(folder: Path, chosen: Path, step: int, rejected: dict[str, str]) -> None:
     """Renames the checkpoints that a run which goes on from `chosen` leaves behind: they are evidence, and never count.
 
-    These are all of later steps, and another one of the same `step`. `rejected`: reasons of the damaged ones.
+    These are all of later steps, and another one of the same `step`. `rejected`: reasons of the damaged ones by name.
     """
-    for path in sorted(_complete(folder)):
-        if checkpoint_step(path) < step or path.resolve() == chosen.resolve():
-            continue
-        if path in (rejected or {}):
-            log.warning("%s", _set_aside(path, "rejected", (rejected or {})[path]))
-        else:
-            log.warning("%s", _set_aside(path, "abandoned", f"the run went on from step {step}"))
+    with os_errors(f"{folder}: a checkpoint could not be set aside", "All checkpoints are still there"):
+        for path in sorted(_complete(folder)):
+            if checkpoint_step(path) < step or path.resolve() == chosen.resolve():
+                continue
+            kind = "rejected" if path.name in rejected else "abandoned"
+            reason = rejected.get(path.name, f"the run went on from step {step}")
+            log.warning("%s", _set_aside(path, kind, reason))
 
 
 def _set_aside(path: Path, kind: str, reason: str) -> str:
@@ -195,9 +210,10 @@ def _check_state(state: Any, manifest: dict[str, Any], folder_step: int) -> None
         # not isinstance: True is an int
         if type(state.get(key)) is not kind or (kind is int and state[key] < 0):
             raise DamagedFolder(f"{STATE}: {key} is {shortened(state.get(key))}, expected {kind.__name__}")
-    odd = [value for value in state["optimizer_numbers"].values() if type(value) not in (int, float)]
-    if odd or not isinstance(state.get("sources", {}), dict):
-        raise DamagedFolder(f"{STATE}: {'optimizer_numbers' if odd else 'sources'} has values of a wrong type")
+    for key, kinds in (("optimizer_numbers", (int, float)), ("sources", (dict,)), ("base_in_memory", (str,))):
+        values = state.get(key, {})  # the last two: versions before did not record them
+        if not isinstance(values, dict) or any(type(value) not in kinds for value in values.values()):
+            raise DamagedFolder(f"{STATE}: {key} has values of a wrong type")
     steps = {"its folder": folder_step, MANIFEST: manifest.get("step"), STATE: state["step"]}
     if folder_step < 0:
         del steps["its folder"]  # a copy under a name of the user's
@@ -244,7 +260,7 @@ def _require_space(folder: Path, optimizer_tensors: dict[str, torch.Tensor]) -> 
 
 def _save_failure(error: Exception, target: Path) -> str:
     good = None
-    with contextlib.suppress(OSError):  # a disk that failed may not answer
+    with suppress(OSError):  # a disk that failed may not answer
         good, _ = find_newest(target.parent)
     kept = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
     is_memory = isinstance(error, MemoryError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from ..cluster.launcher import launched_job, require_own_strategy
@@ -18,6 +19,7 @@ from ..errors import RunFailed, UserError
 from ..optim.adamw import lr_at
 from .metrics import Metrics, restart_peak
 from .setup_data import Data
+from .source_digests import Digests, source_digests
 from .step import StepStats
 from .strategy import describe_strategy
 
@@ -47,6 +49,11 @@ class Run:
     data: Data
     num_steps: int  # of the whole run
     metrics: Metrics
+
+    @cached_property
+    def sources(self) -> Digests:
+        """Digests of what the config names by a path, of when the run resumed. Rank 0 only."""
+        return source_digests(self.config)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of 0-based update `step`."""
