@@ -15,7 +15,7 @@ from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
 from ..config.run_dir import RunDir
 from ..data.loader import derive_accumulation
-from ..errors import RunFailed, UserError
+from ..errors import RunFailed, UserError, os_errors
 from ..optim.adamw import lr_at
 from .metrics import Metrics, restart_peak
 from .setup_data import Data
@@ -132,7 +132,8 @@ def open_run_dir(config: RunConfig, world: World, resume: str) -> Iterator[RunDi
 
     def open_on_main() -> None:
         run_dir.make()
-        lock.acquire()
+        with os_errors(f"{run_dir.lock}: cannot be written", "Nothing that was saved there has changed"):
+            lock.acquire()
         run_dir.open(dump_yaml(config), free_fields(config))
         if resume == "never" and run_dir.checkpoints.is_dir() and any(run_dir.checkpoints.glob("step-*")):
             raise UserError(

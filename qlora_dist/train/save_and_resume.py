@@ -81,7 +81,7 @@ def _choose_checkpoint(run: Run, choice: str, base: dict[str, str]) -> tuple[str
 
 def _require_same(run: Run, path: Path, state: dict[str, Any], base: dict[str, str]) -> None:
     """Raises UserError unless config, data, and all that is named by a path are those of the checkpoint."""
-    changed = config_changes(state["config"], dump_yaml(run.config), free_fields(run.config))
+    changed = config_changes(state["config"], dump_yaml(run.config), free_fields(run.config), f"{path}: its config")
     if changed:
         raise UserError(f"checkpoint {path} was made with another config:\n" + "\n".join(changed))
     if state["data_fingerprint"] != run.data.documents.fingerprint:
@@ -170,7 +170,7 @@ def finish(
     world.set_status("writing the results")
     peak = int(world.max(peak_bytes(world.device)))
     build_peak = int(world.max(model.build_peak_bytes))
-    target = run.dir.path / "model" if config.lora is None else run.dir.adapter
+    target = run.dir.model if config.lora is None else run.dir.adapter
 
     def finish_on_main() -> None:
         run.dir.require_present()
