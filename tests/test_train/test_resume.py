@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_run import config_of, losses_of, make_inputs
+from helpers.tiny_run import config_of, losses_of, make_inputs, metrics_of, write_config
 from safetensors.torch import load_file, save_file
 
+from qlora_dist.commands import invoke
 from qlora_dist.config.run_dir import RunDir
-from qlora_dist.errors import UserError
+from qlora_dist.errors import RunFailed, UserError
 from qlora_dist.train import source_digests, train
 from qlora_dist.train.checkpoint import find_newest
 
@@ -157,3 +160,76 @@ def test_what_cannot_be_used_at_all_stays_where_it_is(copied):
         with pytest.raises(UserError, match="no checkpoint can be used"):
             train(config_of(raw))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+# --- disks and folders that fail while a run is at work ---------------------------------------------------------------
+
+
+def _full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class _FullDisk(io.StringIO):
+    flush = _full
+
+
+@pytest.mark.parametrize(
+    ("place", "patched"),
+    [
+        ("config.yaml", {"qlora_dist.config.run_dir.write_text": _full}),
+        ("the lock", {"qlora_dist.cluster.run_lock.RunLock.acquire": _full}),
+        ("metrics.jsonl at the start", {"qlora_dist.train.metrics.write_text": _full}),
+        ("a line of metrics.jsonl", {"qlora_dist.train.metrics.open": lambda *_, **__: _FullDisk()}),
+        ("a checkpoint", {"qlora_dist.train.checkpoint.write_manifest": _full}),
+        ("the adapter", {"qlora_dist.train.save_and_resume.export_trained": _full}),
+        ("summary.json", {"qlora_dist.train.save_and_resume.write_json": _full}),
+        ("completed", {"qlora_dist.config.run_dir.write_json": _full}),
+    ],
+    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
+)
+def test_a_full_disk_is_one_paragraph_and_the_same_command_goes_on(copied, monkeypatch, capsys, caplog, place, patched):
+    folder, raw = copied
+    config = write_config(folder / "c.yaml", raw, train__steps=3)
+    with monkeypatch.context() as patch:
+        for name, value in patched.items():
+            patch.setattr(name, value, raising=False)
+        assert invoke(["train", str(config)]) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "the same command" in said, said
+    assert "Traceback" not in said + caplog.text and said.strip().count("\n") == 0
+    assert invoke(["train", str(config)]) == 0
+    assert len(losses_of(folder / "run")) == 3
+    assert (folder / "run" / "completed").is_file() and (folder / "run" / "adapter").is_dir()
+
+
+def test_a_directory_that_is_removed_while_the_run_works_is_noticed_at_the_next_save(copied, monkeypatch, capsys):
+    folder, raw = copied
+    from qlora_dist import train as trainer
+
+    step = trainer.train_step
+
+    def remove_and_step(*arguments, **options):
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        return step(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match="was removed or replaced while this run"):
+        patch.setattr(trainer, "train_step", remove_and_step)
+        train(config_of(raw))
+    assert train(config_of(raw, train__steps=2)).step == 2  # anew
+
+
+def test_odd_files_in_the_directory_end_a_start_before_it_has_trained(copied, capsys):
+    folder, raw = copied
+    config = write_config(folder / "c.yaml", raw, train__steps=3)
+    shutil.rmtree(folder / "run" / "adapter")
+    (folder / "run" / "adapter").touch()
+    assert invoke(["train", str(config)]) == 2
+    assert "adapter is a file, where this run writes a folder; move it away" in capsys.readouterr().err
+    (folder / "run" / "adapter").unlink()
+    with open(folder / "run" / "metrics.jsonl", "r+b") as file:
+        file.write(b"\xff\0")  # in the first line
+    (folder / "run" / "completed").write_text("[]")
+    (folder / "run" / "eval_start.json").write_text("[]")
+    assert invoke(["train", str(config)]) == 0
+    assert "damaged lines are left out (1)" in capsys.readouterr().out
+    assert [line["step"] for line in metrics_of(folder / "run")] == [2, 3]
