@@ -43,7 +43,7 @@ def train(config: str, overrides: tuple[str, ...], resume: str, outcome: str | N
 @click.option("--job", required=True, help="Slurm's job id.")
 @click.option("--restarts", default=0, help="How often Slurm has restarted the job.")
 @SET
-@click.option("--resume", default="auto", help="As for train.")
+@click.option("--resume", default="auto", help="As for train, of the first start; later ones go on.")
 @click.argument("config", type=click.Path())
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def supervise(
@@ -62,7 +62,7 @@ def supervise(
         from .supervise import Job
         from .supervise import supervise as run_supervisor
 
-        code = run_supervisor(Job(job, restarts), Path(load_config(config, overrides).run_dir), command, stop)
+        code = run_supervisor(Job(job, restarts), Path(load_config(config, overrides).run_dir), command, stop, resume)
     raise click.exceptions.Exit(code)
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from ..errors import UserError
+from ..errors import MachineFailed, RunFailed, UserError, explain_os_error, os_errors, shortened
 from ..files import write_json, write_text
+from .sections import RunConfig
+
+log = logging.getLogger(__name__)
 
 # Fields that may differ between two starts of a run: they affect memory, speed or reports, not the mathematics.
 FREE_FIELDS = (
@@ -44,22 +50,33 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        self.eval_at_start = path / "eval_start.json"
         self.adapter = path / "adapter"
+        self.model = path / "model"  # of full fine-tuning
         self.summary = path / "summary.json"
         self.completed = path / "completed"
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint by folder name, -1 if there is none. Verifies nothing, uses no clock."""
-        names = [path.parent.name for path in self.checkpoints.glob("step-*/manifest.json")]
-        return max((int(name.removeprefix("step-")) for name in names if name[5:].isdigit()), default=-1)
+        return max((checkpoint_step(path.parent) for path in self.checkpoints.glob("step-*/manifest.json")), default=-1)
 
     def completed_steps(self, length: dict[str, Any]) -> int | None:
         """Number of steps if the run was completed with this length (train.steps, train.epochs), else None."""
         try:
             written = json.loads(self.completed.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return int(written["step"]) if written["length"] == length else None
+            step, written_length = written["step"], written["length"]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return None  # damaged: the results are written once more
+        return step if type(step) is int and written_length == length else None
+
+    def require_present(self) -> None:
+        """Raises RunFailed when the folder was removed or replaced while a run was using it."""
+        if not self.config.is_file():
+            raise RunFailed(
+                f"run_dir {self.path} was removed or replaced while this run was using it ({self.config.name} is "
+                "gone), and with it what was saved there. Put it back, if you can, and start the same command again: "
+                "it resumes from the newest checkpoint that is there, or begins anew"
+            )
 
     def mark_completed(self, step: int, length: dict[str, Any]) -> None:
         """The last write of a run."""
@@ -68,47 +85,181 @@ class RunDir:
     def open(self, config_text: str, free_fields: tuple[str, ...] = ()) -> None:
         """Creates the folder and writes the resolved config. Raises UserError if it holds another config's run.
 
-        `free_fields` may differ in addition to FREE_FIELDS.
+        `free_fields` may differ in addition to FREE_FIELDS. The lock is held: what earlier starts left half-written is
+        removed, and a config that was written by a start that saved nothing is replaced.
         """
         self.make()
-        if self.config.exists():
-            changed = config_changes(self.config.read_text(encoding="utf-8"), config_text, free_fields)
-            if changed:
-                raise UserError(
-                    f"run_dir {self.path} holds a run with a different config:\n"
-                    + "\n".join(changed)
-                    + "\nchoose another run_dir, or restore these values to continue that run"
-                )
-        elif others := sorted(entry.name for entry in self.path.iterdir() if entry.name != self.lock.name)[:5]:
-            raise UserError(
-                f"run_dir {self.path} is not empty but holds no run (no config.yaml; found {', '.join(others)}); "
-                "choose another folder"
-            )
-        write_text(self.config, config_text)
+        with os_errors(f"run_dir {self.path}: cannot be prepared", "Nothing that was saved there has changed"):
+            self._remove_leftovers()
+            self._require_kinds()
+            saved, origin = self._saved_config()
+            if saved is not None:
+                changed = config_changes(saved, config_text, free_fields, origin)
+                if changed and (self._holds_progress() or not _is_dumped(saved)):
+                    raise UserError(
+                        f"run_dir {self.path} holds a run with a different config:\n"
+                        + "\n".join(changed)
+                        + "\nchoose another run_dir, or restore these values to continue that run"
+                    )
+                if changed:
+                    log.warning(
+                        "run_dir %s: an earlier start saved nothing; its config is replaced (%d changes, first:%s)",
+                        self.path, len(changed), changed[0],
+                    )  # fmt: skip
+            write_text(self.config, config_text)
 
     def make(self) -> None:
-        """Creates the folder. Raises UserError if it is not writable."""
+        """Creates the folder. Raises UserError if it is not writable, MachineFailed if the disk is full or fails."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".write-test-{os.getpid()}"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
+            explained = explain_os_error(f"run_dir {self.path}: cannot be written", error)
+            if isinstance(explained, MachineFailed):
+                raise explained from None
             raise UserError(
                 f"run_dir {self.path}: cannot be written ({error.strerror}); "
                 "choose another folder or fix its permissions"
             ) from None
 
+    def _remove_leftovers(self) -> None:
+        """What a start that was killed left half-written: names that only this package makes."""
+        names = [path.name for path in (self.lock, *self._files())]
+        folders = [path.name for path in (self.adapter, self.model)]
+        made = re.compile(
+            r"\.(write-test-.*|seen-.*|({})\..*|({})\.incomplete.*)".format(
+                *("|".join(map(re.escape, some)) for some in (names, folders))
+            )
+        )
+        for entry in self.path.iterdir():
+            if made.fullmatch(entry.name):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
 
-def config_changes(saved: str, current: str, free_fields: tuple[str, ...] = ()) -> list[str]:
-    """One line per key in which two resolved configs (YAML) differ, except FREE_FIELDS and `free_fields`."""
-    old, new = _flatten(yaml.safe_load(saved)), _flatten(yaml.safe_load(current))
-    free = FREE_FIELDS + free_fields
+    def _files(self) -> tuple[Path, ...]:
+        return self.config, self.metrics, self.eval_at_start, self.summary, self.completed
+
+    def _require_kinds(self) -> None:
+        """Raises UserError for a folder where the run will write a file, or the reverse: not after the last step."""
+        odd = [(path, "a file") for path in self._files() if os.path.lexists(path) and not path.is_file()]
+        for path in (self.checkpoints, self.tensorboard, self.adapter, self.model):
+            is_result = path in (self.adapter, self.model)  # replaced as a whole: no link to somewhere else
+            if os.path.lexists(path) and (not path.is_dir() or (is_result and path.is_symlink())):
+                odd.append((path, "a folder"))
+        if odd:
+            path, expected = odd[0]
+            raise UserError(
+                f"{path} is {_kind(path)}, where this run writes {expected}; move it away, or choose another run_dir, "
+                "and start the same command again"
+            )
+
+    def _holds_progress(self) -> bool:
+        has_metrics = self.metrics.exists() and self.metrics.stat().st_size > 0
+        has_results = any(path.exists() for path in (self.adapter, self.model, self.summary, self.completed))
+        return has_metrics or has_results or any(self.checkpoints.glob("*step-*"))
+
+    def _saved_config(self) -> tuple[str | None, str]:
+        """(the config of the run that is here, or None in a new folder; where it was found).
+
+        Raises UserError when the folder is in use for something else, or the config cannot be read.
+        """
+        if self.config.exists():
+            return self.config.read_bytes().decode("utf-8", errors="replace"), str(self.config)
+        for path in sorted(self.checkpoints.glob("step-*/state.json"), reverse=True):
+            try:
+                text = json.loads(path.read_text(encoding="utf-8"))["config"]
+            except (OSError, ValueError, TypeError, KeyError, RecursionError):
+                continue
+            if isinstance(text, str):
+                return text, str(path)
+        own = {self.lock}
+        if not self._holds_progress():  # what a start makes before it saves anything
+            own |= {self.checkpoints, self.tensorboard, self.metrics, self.eval_at_start}
+        # hidden names are those of file systems and desktops
+        others = sorted(e.name for e in self.path.iterdir() if e not in own and not e.name.startswith("."))[:5]
+        if others:
+            raise UserError(
+                f"run_dir {self.path} is not empty but holds no run (no config.yaml; found {', '.join(others)}); "
+                "choose another folder"
+            )
+        return None, ""
+
+
+def _kind(path: Path) -> str:
+    if path.is_symlink():
+        return "a symbolic link"
+    return "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step that names a checkpoint's folder, -1 for any other name (those set aside do not count)."""
+    found = re.fullmatch(r"step-([0-9]{8,18})", path.name)
+    return int(found[1]) if found else -1
+
+
+def config_changes(
+    saved: str, current: str, free_fields: tuple[str, ...] = (), origin: str = "the saved config"
+) -> list[str]:
+    """One line per key in which two resolved configs (YAML) differ, except FREE_FIELDS and `free_fields`.
+
+    They are compared as models: a field that one of them lacks has its default there. Raises UserError, naming
+    `origin`, when the saved one cannot be read.
+    """
+    try:
+        old = _resolved(saved)
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{origin} is damaged: it is not the config of a run ({shortened(str(error))}). Restore it; if it is a "
+            "config.yaml beside checkpoints it may be deleted instead: they hold the config, too"
+        ) from None
+    new, free = _resolved(current), FREE_FIELDS + free_fields
     return [
-        f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}"
+        f"  {key}: was {shortened(old.get(key))}, now {shortened(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not any(key == field or key.startswith(field + ".") for field in free)
     ]
+
+
+def _resolved(text: str) -> dict[str, Any]:
+    """The leaves of a config with today's defaults for the fields that it lacks. A value that today's fields do not
+    take (another version wrote it) stands for itself."""
+    raw = yaml.safe_load(text)
+    if not isinstance(raw, dict):
+        raise ValueError(f"expected a mapping of sections, found {type(raw).__name__}")
+    foreign: dict[str, Any] = {}
+    copy = json.loads(json.dumps(raw))
+    while True:
+        try:
+            return _flatten(json.loads(RunConfig.model_validate(copy).model_dump_json())) | foreign
+        except ValidationError as error:
+            taken = dict(filter(None, (_take(copy, item["loc"]) for item in error.errors())))
+        if not taken:  # sections are missing
+            return _flatten(raw)
+        foreign |= taken
+
+
+def _take(config: dict[str, Any], location: tuple[int | str, ...]) -> tuple[str, Any] | None:
+    """Removes (key, value) at a location from plain data; None when nothing is there."""
+    node: Any = config
+    found, key = None, ""
+    for depth, part in enumerate(location):  # the end of a location may name one of several types
+        if isinstance(node, dict) and part in node:
+            found, key = (node, part), ".".join(map(str, location[: depth + 1]))
+            node = node[part]
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        else:
+            break
+    return None if found is None else (key, found[0].pop(found[1]))
+
+
+def _is_dumped(text: str) -> bool:
+    """Whether a config was written by this package and not by hand."""
+    return yaml.safe_dump(yaml.safe_load(text), sort_keys=False, allow_unicode=True) == text
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -119,10 +270,24 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line truncated by a crash is skipped."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+    """The lines of a metrics.jsonl; a last line truncated by a crash is skipped, and so are damaged ones."""
+    return (values for line in _lines(path) if (values := _step_values(line)) is not None)
+
+
+def num_damaged_metrics(path: Path) -> int:
+    """Number of whole lines of a metrics.jsonl that `read_metrics` skips."""
+    return sum(line.endswith("\n") and _step_values(line) is None for line in _lines(path))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            yield from file
+
+
+def _step_values(line: str) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from ..cluster.stop_signal import StopRequested
 from ..data.packing import Batch
+from ..errors import os_errors
 from ..files import write_json
 from ..model import evaluation_mode
 from .metrics import format_evaluation
@@ -101,13 +103,27 @@ def evaluate_unless_stopped(run: Run, model: TrainingModel) -> tuple[dict[str, f
 
 def evaluate_at_start(run: Run, model: TrainingModel, state: TrainState) -> dict[str, float]:
     """Held-out values before the first update, kept in a file for the summary of a resumed run."""
-    kept = run.dir.path / "eval_start.json"
+    kept = run.dir.eval_at_start
     if state.step > 0 or not run.data.held_out or not run.config.train.eval_at_start:
-        return run.world.from_main(lambda: json.loads(kept.read_text()) if kept.exists() else {})
+        return run.world.from_main(lambda: _kept_values(kept))
     values = evaluate_held_out(run, model)
-    run.world.from_main(lambda: write_json(kept, values))
+
+    def keep() -> None:
+        with os_errors(f"{kept}: cannot be written", "Nothing that was saved has changed"):
+            write_json(kept, values)
+
+    run.world.from_main(keep)
     run.metrics.print(f"before training: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
     return values
+
+
+def _kept_values(file: Path) -> dict[str, float]:
+    """The values in the file; none when it is absent or damaged: they are for the summary alone."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def evaluate_missed(run: Run, model: TrainingModel, state: TrainState) -> None:

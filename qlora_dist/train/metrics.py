@@ -11,6 +11,7 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,8 +19,9 @@ import torch
 
 from ..cluster.trackers import Trackers
 from ..config import RunConfig
-from ..config.run_dir import RunDir, read_metrics
+from ..config.run_dir import RunDir, num_damaged_metrics, read_metrics
 from ..data.loader import StepRows
+from ..errors import os_errors
 from ..files import GIB, write_text
 from .step import StepStats
 
@@ -91,13 +93,25 @@ class Metrics:
         self._trackers.start(config.logging.project, config.model_dump(mode="json"))
         if not self._is_main:
             return
-        kept = [line for line in read_metrics(self._run_dir.metrics) if line["step"] <= step]
-        write_text(self._run_dir.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self._run_dir.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
-        if "tensorboard" in config.logging.trackers:
-            from torch.utils.tensorboard import SummaryWriter
+        with self._disk_errors():
+            if num_damaged := num_damaged_metrics(self._run_dir.metrics):
+                self.print(f"{self._run_dir.metrics}: damaged lines are left out ({num_damaged})")
+            self._rewrite([line for line in read_metrics(self._run_dir.metrics) if line["step"] <= step])
+            if "tensorboard" in config.logging.trackers:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._run_dir.tensorboard), purge_step=step + 1)
+                self._writer = SummaryWriter(str(self._run_dir.tensorboard), purge_step=step + 1)
+
+    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
+        if self._file is not None:
+            self._file.close()
+        write_text(self._run_dir.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = open(self._run_dir.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
+
+    def _disk_errors(self) -> AbstractContextManager[None]:
+        return os_errors(
+            f"{self._run_dir.metrics} or tensorboard could not be written", "The checkpoints were not touched"
+        )
 
     def lacks_evaluation(self) -> bool:
         """Whether the last line of metrics.jsonl has no held-out values. Rank 0 only."""
@@ -109,9 +123,8 @@ class Metrics:
         assert self._file is not None, "start comes first"
         lines = list(read_metrics(self._run_dir.metrics))
         lines[-1] |= values
-        self._file.close()
-        write_text(self._run_dir.metrics, "".join(json.dumps(line) + "\n" for line in lines))
-        self._file = open(self._run_dir.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
+        with self._disk_errors():
+            self._rewrite(lines)
         self.print(f"step {lines[-1]['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
 
     def __enter__(self) -> Metrics:
@@ -119,10 +132,10 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self._end_line()
-        if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for file in (self._file, self._writer):
+            if file is not None:
+                with suppress(OSError):  # a full disk: each line was flushed, and the one that failed has ended the run
+                    file.close()
 
     def step(self, values: dict[str, Any]) -> None:
         """Values of one update, with held-out ones (`eval_...`) if it was evaluated; `step` counts from 1."""
@@ -130,7 +143,8 @@ class Metrics:
         if not self._is_main:
             return
         self._seconds.append(values["step_seconds"])
-        self._write(values)
+        with self._disk_errors():
+            self._write(values)
         self._progress(values)
         if "eval_loss" in values:
             self.print(f"step {values['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
@@ -189,5 +203,6 @@ def format_seconds(seconds: float) -> str:
 
 def median_tokens_per_second(metrics: Path) -> float | None:
     """Median over the recorded steps; None without steps."""
-    rates = sorted(line["tokens_per_second"] for line in read_metrics(metrics))
+    found = (line.get("tokens_per_second") for line in read_metrics(metrics))
+    rates = sorted(rate for rate in found if isinstance(rate, int | float))
     return rates[len(rates) // 2] if rates else None

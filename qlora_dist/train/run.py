@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from ..cluster.launcher import launched_job, require_own_strategy
@@ -14,10 +15,11 @@ from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
 from ..config.run_dir import RunDir
 from ..data.loader import derive_accumulation
-from ..errors import UserError
+from ..errors import UserError, os_errors
 from ..optim.adamw import lr_at
 from .metrics import Metrics, restart_peak
 from .setup_data import Data
+from .source_digests import Digests, source_digests
 from .step import StepStats
 from .strategy import describe_strategy
 
@@ -47,6 +49,11 @@ class Run:
     data: Data
     num_steps: int  # of the whole run
     metrics: Metrics
+
+    @cached_property
+    def sources(self) -> Digests:
+        """Digests of what the config names by a path, of when the run resumed. Rank 0 only."""
+        return source_digests(self.config)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of 0-based update `step`."""
@@ -127,7 +134,8 @@ def open_run_dir(config: RunConfig, world: World, resume: str) -> Iterator[RunDi
 
     def open_on_main() -> None:
         run_dir.make()
-        lock.acquire()
+        with os_errors(f"{run_dir.lock}: cannot be written", "Nothing that was saved there has changed"):
+            lock.acquire()
         run_dir.open(dump_yaml(config), free_fields(config))
         if resume == "never" and run_dir.checkpoints.is_dir() and any(run_dir.checkpoints.glob("step-*")):
             raise UserError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from pathlib import Path
 from typing import Any
 
-from ..cluster.provenance import commit, device_name, versions
+from ..cluster.provenance import code_digest, commit, device_name, versions
 from ..config import dump_yaml
 from ..config.run_dir import config_changes, read_metrics
 from ..errors import UserError
@@ -17,14 +18,19 @@ from . import checkpoint
 from .checks.base import check_base_unchanged
 from .metrics import median_tokens_per_second, peak_bytes
 from .run import Run, TrainState, free_fields
+from .source_digests import changed_sources
 from .step import TrainingModel
 from .trained_weights import export_trained, restore_trained, save_trained, verify_trained
 
 
 def resume_newest(run: Run, model: TrainingModel, choice: str) -> TrainState:
-    """Restores weights and optimizer from the newest checkpoint that verifies (or the one that was named)."""
+    """Restores weights and optimizer from the newest checkpoint that verifies (or the one that was named).
+
+    Checkpoints that this leaves behind, damaged or of later steps, are set aside: no later start takes them.
+    """
     run.world.set_status("reading the newest checkpoint")
-    path, notes = run.world.from_main(lambda: _choose_checkpoint(run, choice))
+    base = _base_in_memory(run, model)
+    path, notes, rejected = run.world.from_main(lambda: _choose_checkpoint(run, choice, base))
     for line in notes:
         run.metrics.print(line)
     if path is None:
@@ -39,10 +45,13 @@ def resume_newest(run: Run, model: TrainingModel, choice: str) -> TrainState:
         model.update.load_state(loaded.optimizer_tensors, state["optimizer_numbers"])
     except ValueError as error:
         raise UserError(f"checkpoint {path}: {error}; use the optim.name it was trained with") from None
+    run.world.from_main(lambda: checkpoint.set_aside_newer(run.dir.checkpoints, Path(path), state["step"], rejected))
     return TrainState(state["step"], state["num_tokens"], state["num_labels"])
 
 
-def _choose_checkpoint(run: Run, choice: str) -> tuple[str | None, list[str]]:
+def _choose_checkpoint(run: Run, choice: str, base: dict[str, str]) -> tuple[str | None, list[str], dict[str, str]]:
+    """(checkpoint, what to say, the newer ones that are damaged by name, with their reasons)."""
+    reasons: dict[str, str] = {}
     if choice not in ("auto", "never"):
         path: Path | None = Path(choice)
         try:
@@ -55,7 +64,8 @@ def _choose_checkpoint(run: Run, choice: str) -> tuple[str | None, list[str]]:
     else:
         checkpoint.remove_interrupted(run.dir.checkpoints)
         path, rejected = checkpoint.find_newest(run.dir.checkpoints)
-        notes = [f"rejected {bad.name}: {reason}" for bad, reason in rejected]
+        reasons = {bad.name: reason for bad, reason in rejected}
+        notes = [f"rejected {name}: {reason}" for name, reason in reasons.items()]
         if path is None and rejected:
             raise UserError(
                 f"{run.dir.checkpoints}: no checkpoint can be used:\n"
@@ -63,9 +73,15 @@ def _choose_checkpoint(run: Run, choice: str) -> tuple[str | None, list[str]]:
                 + f"\nremove {run.dir.path} to start over, or restore a checkpoint"
             )
     if path is None:
-        return None, notes
+        return None, notes, reasons
     state = checkpoint.load_state(path)
-    changed = config_changes(state["config"], dump_yaml(run.config), free_fields(run.config))
+    _require_same(run, path, state, base)
+    return str(path), [*notes, f"resuming from {path} (step {state['step']})"], reasons
+
+
+def _require_same(run: Run, path: Path, state: dict[str, Any], base: dict[str, str]) -> None:
+    """Raises UserError unless config, data, and all that is named by a path are those of the checkpoint."""
+    changed = config_changes(state["config"], dump_yaml(run.config), free_fields(run.config), f"{path}: its config")
     if changed:
         raise UserError(f"checkpoint {path} was made with another config:\n" + "\n".join(changed))
     if state["data_fingerprint"] != run.data.documents.fingerprint:
@@ -73,7 +89,27 @@ def _choose_checkpoint(run: Run, choice: str) -> tuple[str | None, list[str]]:
             f"checkpoint {path} was made with other training data (a source or the tokenizer has changed); restore "
             "the data, or start over in another run_dir with lora.init_from"
         )
-    return str(path), [*notes, f"resuming from {path} (step {state['step']})"]
+    changed = changed_sources(state.get("sources", {}), run.sources)
+    saved = state.get("base_in_memory", base)  # versions before did not record it
+    if not changed and saved.get("made_by") == base["made_by"] and saved.get("checksum") != base["checksum"]:
+        changed = ["  model.name: the loaded base has other bits than the one that was trained on"]
+    if changed:
+        raise UserError(
+            f"checkpoint {path} was made with other files behind the same names:\n"
+            + "\n".join(changed)
+            + "\nrestore them, or start over in another run_dir with lora.init_from"
+        )
+
+
+def _base_in_memory(run: Run, model: TrainingModel) -> dict[str, str]:
+    """A checksum of all ranks' bases, and what decides how they lie in memory: only then are two comparable."""
+    settings, strategy, device = run.config.model, run.config.strategy, device_name(run.world.device)
+    layout = f"{strategy.name}, offload {strategy.offload}, {run.world.size} ranks, {device}, {settings.cache_4bit}"
+    checksums = run.world.gather(model.base_checksum)
+    return {
+        "made_by": f"{layout}, code {code_digest()}, {versions()}",
+        "checksum": hashlib.sha256(repr(checksums).encode()).hexdigest(),
+    }
 
 
 def save(run: Run, model: TrainingModel, state: TrainState) -> None:
@@ -93,8 +129,10 @@ def save(run: Run, model: TrainingModel, state: TrainState) -> None:
         verify_trained(model.module, folder, config.lora is None)
 
     tensors, numbers = model.update.state()  # whole, on rank 0
+    base = _base_in_memory(run, model)
 
     def save_on_main() -> None:
+        run.dir.require_present()
         checkpoint.save_checkpoint(
             run.dir.checkpoints,
             state.step,
@@ -106,6 +144,8 @@ def save(run: Run, model: TrainingModel, state: TrainState) -> None:
                 "num_labels": state.num_labels,
                 "config": dump_yaml(config),
                 "data_fingerprint": run.data.documents.fingerprint,
+                "sources": run.sources,
+                "base_in_memory": base,
                 "layout": model.update.layout(),
                 "optimizer_numbers": numbers,
                 "random": "none stored: order, dropout and learning rate are functions of (seed, step, row)",
@@ -130,17 +170,25 @@ def finish(
     world.set_status("writing the results")
     peak = int(world.max(peak_bytes(world.device)))
     build_peak = int(world.max(model.build_peak_bytes))
-    target = run.dir.path / "model" if config.lora is None else run.dir.adapter
+    target = run.dir.model if config.lora is None else run.dir.adapter
 
     def finish_on_main() -> None:
+        run.dir.require_present()
         with folder_aside(target) as aside:
             export_trained(model.module, aside, config.model.name, model.compute_dtype, config.lora is None)
             load_tokenizer(config.model.name, config.model.revision).save_pretrained(aside)
         write_json(run.dir.summary, _summary(run, model, state, at_start, plan, peak, build_peak))
         run.dir.mark_completed(state.step, config.train.length)
 
+    def finish_or_explain() -> None:
+        with checkpoint.machine_errors(
+            f"the results could not be written to {run.dir.path}",
+            "All steps are done and the last checkpoint is whole: the same command writes them again",
+        ):
+            finish_on_main()
+
     with model.update.whole_weights():
-        world.from_main(finish_on_main)
+        world.from_main(finish_or_explain)
     error = f" (planned {plan.tensor_bytes / peak - 1:+.1%})" if world.device.type == "cuda" else ""
     run.metrics.print(f"finished: {state.step} steps, peak {peak / GIB:.2f} GiB{error}; {target}, {run.dir.summary}")
     return state
@@ -155,11 +203,11 @@ def _summary(
     peak: int,
     build_peak: int,
 ) -> dict[str, Any]:
-    lines = list(read_metrics(run.dir.metrics))
+    last = [*read_metrics(run.dir.metrics)][-1:]
     data = run.data
     stats = data.documents.stats
     return {
-        **lines[-1],
+        **(last[0] if last else {}),
         **{f"{key}_start": value for key, value in at_start.items() if key != "eval_seconds"},
         "total_tokens": state.num_tokens,
         "total_labels": state.num_labels,
@@ -182,6 +230,7 @@ def _summary(
         "plan_error": plan.tensor_bytes / peak - 1 if run.world.device.type == "cuda" else None,
         "trainable_parameters": model.num_trainable_parameters,
         "base_parameters": model.num_base_parameters,
+        "sources": run.sources,
         "versions": versions(),
         "commit": commit(),
     }

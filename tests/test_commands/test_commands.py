@@ -118,6 +118,7 @@ def test_a_run_directory_of_another_config_or_another_use_is_refused(raw, tmp_pa
 
     config = write_config(tmp_path / "c.yaml", raw)
     (run / "config.yaml").write_text(dump_yaml(load_config(config)))
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
     error = _fails(capsys, config, "--set", "optim.lr=0.5", "--set", "lora.rank=2")
     assert "holds a run with a different config" in error
     assert "lora.rank: was 4, now 2" in error and "optim.lr: was 0.01, now 0.5" in error

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from helpers.ranks import ROOT, clean_environment
 
-from qlora_dist.commands.supervise import Job, _num_stalled_starts
+from qlora_dist.cluster.stop_signal import StopSignal
+from qlora_dist.commands.supervise import Job, _num_stalled_starts, supervise
 from qlora_dist.commands.supervise.exit_report import Outcome, read_outcome, report_outcome
-from qlora_dist.errors import RunFailed, UserError
+from qlora_dist.errors import MachineFailed, RunFailed, UserError
 from qlora_dist.train.run import TrainState
 
 # a launcher: writes down how it was started, saves a checkpoint where told to, and ends as told
@@ -88,7 +89,7 @@ def test_a_wrong_config_ends_before_a_launcher_is_started(tmp_path):
     assert done.returncode == 2 and "absent.yaml: cannot be read" in done.stderr
 
 
-def test_the_outcome_says_how_a_start_ended_and_a_crash_says_nothing(tmp_path):
+def test_the_outcome_says_how_a_start_ended(tmp_path):
     file = tmp_path / "outcome"
 
     def fail(error):
@@ -100,12 +101,76 @@ def test_the_outcome_says_how_a_start_ended_and_a_crash_says_nothing(tmp_path):
     assert read_outcome(file) == Outcome("stopped", 7, "SIGTERM")
     file.unlink()
     report_outcome(file, False, lambda: TrainState(7))  # rank 0 speaks
-    with pytest.raises(RunFailed):
-        report_outcome(file, True, lambda: fail(RunFailed("disk")))
     assert read_outcome(file) is None
-    with pytest.raises(UserError):  # any rank
-        report_outcome(file, False, lambda: fail(UserError("no such file")))
-    assert read_outcome(file) == Outcome("user_error", text="no such file")
+    # of a failure any rank, and what says most stays
+    for error, expected in [
+        (RunFailed("lost"), Outcome("failed", text="lost")),
+        (MachineFailed("disk"), Outcome("machine_failed", text="disk")),
+        (ValueError("a crash"), Outcome("machine_failed", text="disk")),
+        (UserError("no such file"), Outcome("user_error", text="no such file")),
+        (RunFailed("lost"), Outcome("user_error", text="no such file")),
+    ]:
+        with pytest.raises(type(error)):
+            report_outcome(file, False, lambda error=error: fail(error))
+        assert read_outcome(file) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(OSError(28, "No space left"), "machine_failed"), (OSError(5, "I/O"), "machine_failed"), (MemoryError(),
+     "machine_failed"), (PermissionError(13, "denied"), "user_error"), (KeyError("x"), "failed"),
+     (KeyboardInterrupt(), "failed")],
+    ids=repr,
+)  # fmt: skip
+def test_every_end_has_an_outcome(tmp_path, error, kind):
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)):
+        report_outcome(tmp_path / "outcome", True, fail)
+    outcome = read_outcome(tmp_path / "outcome")
+    assert outcome.kind == kind and outcome.text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "5", "null", "{}", '{"kind": []}', '{"kind": "odd"}', '{"kind": {"a": 1}}', "[" * 100_000,
+             '{"kind": "failed", "text": 5}', '{"kind": "stopped", "signal": []}', '{"kind": "failed", "more": 1}'],
+    ids=range(12),
+)  # fmt: skip
+def test_an_outcome_of_any_other_form_is_none(tmp_path, text):
+    (tmp_path / "outcome").write_text(text)
+    assert read_outcome(tmp_path / "outcome") is None
+
+
+@pytest.mark.parametrize("kind", ["machine_failed", "failed"])
+def test_failures_of_machine_and_run_are_tried_again(tmp_path, kind):
+    code, starts, said = _supervise(tmp_path, {"kind": kind}, {"kind": "finished", "code": 0})
+    assert (code, len(starts)) == (0, 2)
+    assert f"attempt 0: {kind.replace('_', ' ')}" in said
+
+
+def test_a_named_checkpoint_is_that_of_the_first_start_alone(tmp_path):
+    """Another attempt would begin there once more, and put aside all that was done since."""
+    run = tmp_path / "run"
+    # writes down its arguments; the second start saves
+    launcher = """
+import sys
+from pathlib import Path
+said, run = Path(sys.argv[1]), Path(sys.argv[3])
+said.write_text((said.read_text() if said.exists() else "") + " ".join(sys.argv[2:]) + "\\n")
+if said.read_text().count("\\n") == 2:
+    (run / "checkpoints" / "step-00000004").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints" / "step-00000004" / "manifest.json").touch()
+sys.exit(1)
+"""
+    said = tmp_path / "said"
+    command = [sys.executable, "-c", launcher, str(said), "train", str(run), "--resume", "DIR"]
+    assert supervise(Job("17", 0), run, command, StopSignal(), resume="DIR") == 93
+    lines = [line.partition("--resume ")[2] for line in said.read_text().splitlines()]
+    assert lines == ["DIR", "DIR", *["DIR --resume auto"] * 2]
+    said.unlink()
+    assert supervise(Job("17", 1), run, command, StopSignal(), resume="DIR") == 93  # requeued
+    assert all(line.endswith("--resume auto") for line in said.read_text().splitlines())
 
 
 def test_starts_that_all_reach_the_time_limit_without_a_checkpoint_are_counted(tmp_path):

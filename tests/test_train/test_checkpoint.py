@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.ranks import clean_environment
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from qlora_dist.errors import RunFailed, UserError
-from qlora_dist.files import DamagedFolder
+from qlora_dist.errors import MachineFailed, RunFailed, UserError
+from qlora_dist.files import DamagedFolder, write_manifest
 from qlora_dist.train import checkpoint
 from qlora_dist.train.checkpoint import (
     find_newest,
@@ -29,12 +31,24 @@ FILES = ["adapter_model.safetensors", "optimizer.safetensors", "state.json"]
 
 def _save(folder: Path, step: int, keep: int = 3, size: int = 1000) -> Path:
     weights = {"w": torch.full((size,), float(step))}
+
+    def write_weights(aside: Path) -> None:
+        save_file(weights, aside / "adapter_model.safetensors")
+        (aside / "adapter_config.json").write_text("{}")
+
     return save_checkpoint(
         folder,
         step,
-        write_weights=lambda aside: save_file(weights, aside / "adapter_model.safetensors"),
+        write_weights=write_weights,
         optimizer_tensors={"0.exp_avg": torch.full((size,), step + 0.5), "0.exp_avg_sq": torch.zeros(size)},
-        state={"num_tokens": 10 * step},
+        state={
+            "num_tokens": 10 * step,
+            "num_labels": step,
+            "config": "run_dir: run",
+            "data_fingerprint": "f",
+            "layout": [],
+            "optimizer_numbers": {"0.step": step},
+        },
         keep=keep,
     )
 
@@ -135,6 +149,141 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_that_verifies(tmp_pa
         assert state in (1, 2)
         _save(folder, 3, keep=1)  # and the run goes on
         assert sorted(path.name for path in folder.iterdir()) == ["step-00000003"]
+
+
+def _listed(path: Path, manifest: dict) -> None:
+    """Lists a checkpoint's files again, as if what they hold now had been written."""
+    (path / "manifest.json").unlink()
+    write_manifest(path, {key: value for key, value in manifest.items() if key != "files"})
+
+
+def test_what_was_just_saved_stays_and_newer_ones_are_set_aside(tmp_path, caplog):
+    for step in (100, 200, 300):
+        _save(tmp_path, step)
+    saved = _save(tmp_path, 50, keep=1)
+    assert saved.is_dir() and find_newest(tmp_path) == (saved, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"abandoned-step-{step:08d}" for step in (100, 200, 300)),
+        saved.name,
+    ]
+    assert "set aside as abandoned-step-00000300" in caplog.text
+    _save(tmp_path, 100)
+    _save(tmp_path, 60)  # a name that is taken
+    assert (tmp_path / "abandoned-step-00000100-2").is_dir()
+
+
+def test_damaged_ones_do_not_count_among_those_that_are_kept(tmp_path):
+    for step in (2, 4, 6):
+        _save(tmp_path, step)
+    (tmp_path / "step-00000006" / "optimizer.safetensors").write_bytes(b"")
+    _save(tmp_path, 8, keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "rejected-step-00000006",
+        *(f"step-{step:08d}" for step in (2, 4, 8)),
+    ]
+
+
+def test_a_rotation_that_fails_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+    _save(tmp_path, 1)
+
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "remove_folder", fail)
+    saved = _save(tmp_path, 2, keep=1)
+    assert find_newest(tmp_path) == (saved, [])
+    assert "could not be removed" in caplog.text and "the new one is whole" in caplog.text
+
+
+@pytest.mark.parametrize("error", [MemoryError(), SafetensorError("No space left on device"), OSError(5, "I/O error")])
+def test_a_machine_that_fails_in_a_save_is_said_so(tmp_path, monkeypatch, error):
+    before = _save(tmp_path, 1)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(MachineFailed, match=r"could not be written: .*the last good checkpoint is"):
+        _save(tmp_path, 2)
+    assert find_newest(tmp_path) == (before, [])
+
+
+ODD_ENTRIES = [
+    {}, {"bytes": 1}, {"sha256": ""}, 5, None, "text", [], {"bytes": None, "sha256": None}, {"bytes": "x", "sha256": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", ODD_ENTRIES, ids=repr)
+def test_an_odd_entry_of_a_manifest_rejects_that_checkpoint_alone(tmp_path, entry):
+    older, newest = _save(tmp_path, 1), _save(tmp_path, 2)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["files"]["state.json"] = entry
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    found, rejected = find_newest(tmp_path)
+    assert found == older and [path for path, _ in rejected] == [newest]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "null", "5", '"x"', "[" * 100_000, '{"format": 1, "step": 2, "files": []}', '{"format": 1, "files": null}',
+     "9" * 5000, "\ufeff{}", '{"format": 1, "step": 2, "files": {"\\u0000": {"bytes": 0}}}'],
+)  # fmt: skip
+def test_an_odd_manifest_rejects_that_checkpoint_alone(tmp_path, text):
+    older, newest = _save(tmp_path, 1), _save(tmp_path, 2)
+    (newest / "manifest.json").write_text(text)
+    found, rejected = find_newest(tmp_path)
+    assert found == older and [path for path, _ in rejected] == [newest]
+
+
+def test_a_manifest_lists_exactly_what_a_checkpoint_holds(tmp_path):
+    older, newest = _save(tmp_path, 1), _save(tmp_path, 2)
+    manifest = json.loads((newest / "manifest.json").read_text())
+
+    def reason(files: dict) -> str:
+        (newest / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+        found, rejected = find_newest(tmp_path)
+        assert found == older
+        return rejected[0][1]
+
+    assert "does not list adapter_config.json, adapter_model.safetensors, optimizer" in reason({})
+    for name in manifest["files"]:
+        assert f"does not list {name}" in reason({key: v for key, v in manifest["files"].items() if key != name})
+    for name in ("\0", "../step-00000001/state.json", "/etc/passwd"):
+        assert "is missing" in reason({**manifest["files"], name: manifest["files"]["state.json"]})
+    (newest / "more.bin").touch()
+    assert "does not list 'more.bin'" in reason(manifest["files"])
+    (newest / "more.bin").unlink()
+    os.mkfifo(newest / "pipe")
+    assert "is not a file" in reason({**manifest["files"], "pipe": {"bytes": 0, "sha256": ""}})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": 10**9}, {"step": "2"}, {"step": True}, {"num_tokens": None}, {"num_labels": -1}, {"config": {}},
+     {"layout": 5}, {"optimizer_numbers": {"0.step": "2"}}, {"optimizer_numbers": []}, {"sources": []}],
+    ids=repr,
+)  # fmt: skip
+def test_a_state_of_wrong_values_rejects_its_checkpoint_although_its_digest_is_right(tmp_path, change):
+    older, newest = _save(tmp_path, 1), _save(tmp_path, 2)
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    _listed(newest, manifest)
+    assert find_newest(tmp_path) == (newest, [])  # the guard: the manifest made here is accepted
+    (newest / "state.json").write_text(json.dumps(state | change))
+    _listed(newest, manifest)
+    found, rejected = find_newest(tmp_path)
+    assert found == older and [path for path, _ in rejected] == [newest]
+    assert next(iter(change)) in rejected[0][1]
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000, "{", ""])
+def test_a_state_of_any_form_rejects_its_checkpoint(tmp_path, text):
+    older, newest = _save(tmp_path, 1), _save(tmp_path, 2)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (newest / "state.json").write_text(text)
+    _listed(newest, manifest)
+    assert find_newest(tmp_path)[0] == older
 
 
 def test_a_full_disk_is_named_and_the_previous_checkpoint_is_intact(tmp_path):

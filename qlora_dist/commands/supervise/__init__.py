@@ -6,7 +6,7 @@
     TERM to the steps only    the job is preempted: the same, without waiting       143
     TERM to this process too  scancel, or the end of a grace time: exits            143
     the user's mistake        exits: another attempt would fail the same way        2
-    a crash                   starts the launcher again, with a new rendezvous      93 after three without
+    a crash, disk, network    starts the launcher again, with a new rendezvous      93 after three without
 
 Restarts are done here and not by torchrun: with --max-restarts >= 1 its workers read keys of the previous attempt in
 the reused store and mostly fail or hang (pytorch #135712, #167288). Nothing is started in a preemption's grace time.
@@ -25,6 +25,7 @@ from pathlib import Path
 
 from ...cluster.stop_signal import StopSignal
 from ...config.run_dir import RunDir
+from ...errors import printable
 from ...files import write_text
 from .exit_report import Outcome, read_outcome
 
@@ -63,26 +64,36 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(words, 127, "", "scontrol is not on PATH: bind Slurm's client and its files")
 
 
-def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal) -> int:
+def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal, resume: str = "auto") -> int:
     """Runs the launcher until the run is finished, the job has to end, or retrying is pointless. Returns the exit code.
 
     `{id}`, `{port}` and `{outcome}` in the command get new values for each attempt: rendezvous id, port, outcome file.
+    `resume`: what the command says of it. Where it is not auto, starts after the first that got anywhere add `--resume
+    auto`: they go on, and do not begin once more at the checkpoint that was named.
     """
     run = RunDir(run_dir)
+    has_begun = run_dir.parent / f".{run_dir.name}.resumed-{job.id}"
     first = run.newest_step()
     stalled, attempt = 0, 0
     while True:
         before = run.newest_step()
         outcome_file = run_dir.parent / f".{run_dir.name}.outcome-{job.id}-{job.restarts}-{attempt}"
-        code = _launch(_filled(command, job, attempt, outcome_file), stop)
+        outcome_file.unlink(missing_ok=True)
+        goes_on = ["--resume", "auto"] if resume != "auto" and has_begun.exists() else []
+        code = _launch([*_filled(command, job, attempt, outcome_file), *goes_on], stop)
         outcome = read_outcome(outcome_file)
         outcome_file.unlink(missing_ok=True)
         after = run.newest_step()
+        if resume != "auto" and after != before:
+            has_begun.touch()
         why = f"exit code {code}" if outcome is None else outcome.kind.replace("_", " ")
+        if outcome is not None and outcome.text:
+            why += f" ({printable(outcome.text.splitlines()[0][:300])})"
         _log(f"job {job.id}, restart {job.restarts}, attempt {attempt}: {why}; newest checkpoint: {before} -> {after}")
 
         if outcome is not None and outcome.kind == "finished":
             _num_stalled_starts(job, run_dir, is_stalled=False)
+            has_begun.unlink(missing_ok=True)
             return 0
         if outcome is not None and outcome.kind == "user_error":
             return MISTAKE_CODE

@@ -1,0 +1,80 @@
+"""What stands behind the paths of a config: digests of the base, of lora.init_from, of a DeepSpeed file.
+
+A checkpoint keeps them, so that a resume notices other content behind the same name. They are of files, not of what is
+in memory: independent of strategy, number of ranks and device. (Data, tokenizer and template are in the data's
+fingerprint.) Rank 0 only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config import RunConfig
+from ..config.names import model_folder
+from ..errors import os_errors
+from ..files import sha256
+from ..model.lora_files import CONFIG, WEIGHTS
+from ..model.weights.safetensors_files import WeightFiles
+from ..model.weights.sources import weight_paths
+
+WHOLE_BYTES = 2**28  # files up to this size are hashed whole
+BLOCK, NUM_BLOCKS = 2**12, 16  # of each tensor in a larger one: bytes, and how many, evenly spaced
+UNREAD = ("transformers_version", "_name_or_path")  # keys of config.json that decide nothing
+
+Digests = dict[str, dict[str, str]]  # field of the config -> file -> digest
+
+
+def source_digests(config: RunConfig) -> Digests:
+    """Digests of all files that decide a run and are named by a path. Raises MachineFailed or UserError."""
+    lora, strategy = config.lora, config.strategy
+    with os_errors("the files of this run could not be read"):
+        found = {"model.name": _base(config)}
+        if lora is not None and lora.init_from is not None:
+            folder = Path(lora.init_from).expanduser()
+            found["lora.init_from"] = {name: _digest(folder / name) for name in (CONFIG, WEIGHTS)}
+        if strategy.ds_config is not None:  # by its path: another strategy may be chosen for a resume
+            path = Path(strategy.ds_config).expanduser()
+            found[f"strategy.ds_config {strategy.ds_config}"] = {path.name: _digest(path)}
+        return found
+
+
+def changed_sources(saved: Digests, now: Digests) -> list[str]:
+    """One line per field behind which there is other content, naming its files. Fields that only one has are not
+    compared: versions before did not record them."""
+    lines = []
+    for field in sorted(saved.keys() & now.keys()):
+        old, new = saved[field], now[field]
+        if names := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lines.append(f"  {field}: other content in {', '.join(names[:4])}{more}")
+    return lines
+
+
+def _base(config: RunConfig) -> dict[str, str]:
+    settings = config.model
+    paths = weight_paths(settings.name, settings.revision) if settings.weights == "files" else []
+    folder = model_folder(settings.name) or (paths[0].parent if paths else None)
+    described = {} if folder is None else {"config.json": _config_digest(folder / "config.json")}
+    return described | {path.name: _digest(path) for path in sorted(set(paths))}
+
+
+def _digest(path: Path) -> str:
+    """Of the whole file; of a large file of weights, of its tensors' names, types, shapes, and of a part of each."""
+    if path.stat().st_size <= WHOLE_BYTES or path.suffix != ".safetensors":
+        return sha256(path)
+    digest, files = hashlib.sha256(), WeightFiles([path])
+    for name, entry in sorted(files.entries.items()):
+        digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+        size = entry.numel * entry.dtype.itemsize
+        for start in range(0, size, max(BLOCK, size // NUM_BLOCKS)):
+            digest.update(files.read_bytes(name, start, min(size, start + BLOCK)).numpy().data)
+    return f"sampled {digest.hexdigest()}"
+
+
+def _config_digest(path: Path) -> str:
+    content: Any = json.loads(path.read_bytes())
+    kept = {key: value for key, value in content.items() if key not in UNREAD}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
