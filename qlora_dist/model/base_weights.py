@@ -74,19 +74,18 @@ def non_finite_tensor(model: nn.Module) -> str | None:
 
     Of 4-bit weights the constants are inspected. A mask may hold -inf: of a buffer, only NaN and +inf count.
     """
-    buffers = {plain_name(name) for name, _ in unwrap(model).named_buffers()}
+    masks = {plain_name(name) for name, _ in unwrap(model).named_buffers()}
     largest: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in base_weights(model):
         part = own_part(tensor).detach()
         if part.is_floating_point() and part.numel():
-            if part.dtype.itemsize < 2:
-                part = part.float()
-            # without temporary memory; both pass a NaN on
-            value = part.max() if name in buffers else torch.linalg.vector_norm(part, torch.inf)
+            part = part.float() if part.dtype.itemsize < 2 else part
+            # both pass a NaN on, and need no temporary memory
+            value = part.max().clamp(min=0) if name in masks else torch.linalg.vector_norm(part, torch.inf)
             largest.setdefault(part.device, {})[name] = value.float()
     for values in largest.values():  # one copy to the host per device
-        for name, value in zip(values, torch.stack(list(values.values())).tolist(), strict=True):
-            if not math.isfinite(value):
+        for name, number in zip(values, torch.stack(list(values.values())).tolist(), strict=True):
+            if not math.isfinite(number):
                 return name
     return None
 
