@@ -206,7 +206,7 @@ def generate(
     `adapters` and `weights` are name=folder and name=number. `read` returns the user's next line, None at the end.
     """
     sampling = sampling or Sampling()
-    emit, plain = write or _print, write or (lambda text: print(text, end=""))
+    emit, plain = write or _print, write or (lambda text: print(text, end="", flush=True))
     if prompt is not None and prompts is not None:
         raise UserError("--prompt and --prompts were both given; give one of them, or neither for a chat")
     conversations = read_prompts(prompts) if prompts is not None else None  # before the model is loaded
