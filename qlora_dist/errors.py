@@ -46,7 +46,7 @@ _ADVICE = {
     errno.EIO: "the disk or network file system failed (dmesg may say more); start again on a good one",
     errno.ESTALE: "a network file system lost the file; start the same command again",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENOMEM: "host memory is used up",
+    errno.ENOMEM: "host memory is used up: free it, and start the same command again",
     errno.ENOENT: "was it removed while the command was running?",
     errno.EACCES: "fix its permissions, or choose another place",
     errno.EPERM: "fix its permissions, or choose another place",
@@ -66,9 +66,11 @@ def explain_os_error(doing: str, error: OSError, kept: str = "") -> UserError | 
 
 @contextmanager
 def os_errors(doing: str, kept: str = "") -> Iterator[None]:
-    """Ends the command with one clear paragraph when the block meets an error of the operating system."""
+    """Ends the command with one clear paragraph when the block meets an error of the operating system, or no memory."""
     try:
         yield
+    except MemoryError as error:
+        raise explain_os_error(doing, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), kept) from error
     except OSError as error:
         raise explain_os_error(doing, error, kept) from error
 

@@ -91,6 +91,8 @@ def folder_aside(target: Path, replaces: bool = True) -> Iterator[Path]:
     try:
         yield aside
         for path in aside.rglob("*"):
+            if path.is_file():
+                path.chmod(aside.stat().st_mode & 0o666)  # by the umask: safetensors and temporary files are 0600
             _sync(path)
         _sync(aside)
         if replaces and target.exists():

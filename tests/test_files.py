@@ -1,6 +1,7 @@
 """Files and folders are complete or absent whatever interrupts their writer; a manifest finds what changed later."""
 
 import json
+import os
 
 import pytest
 
@@ -41,6 +42,20 @@ def test_a_writer_that_is_not_alone_never_replaces_what_another_one_wrote(tmp_pa
     (target / "theirs").unlink()
     _write(target, replaces=False)  # an empty folder is taken
     check_manifest(target, HEAD)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_what_libraries_write_for_the_owner_alone_is_readable_as_the_umask_says(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with folder_aside(tmp_path / "out") as aside:
+            (aside / "inner").mkdir()
+            for path in (aside / "a", aside / "inner" / "b"):
+                path.touch(0o600)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out" / "a", tmp_path / "out" / "inner" / "b"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 @pytest.mark.parametrize("failing", [1, 2])

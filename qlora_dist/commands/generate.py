@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ import torch
 
 from ..cluster.world import own_device
 from ..config import DataConfig
-from ..data.documents.encode import Encoder
-from ..data.templates import Template, render, resolve_template
-from ..errors import UserError
-from ..model import Sampling, generate_ids, load_tokenizer, lora
+from ..data.templates import Template, resolve_template
+from ..errors import UserError, printable
+from ..model import Sampling, generate_ids, lora
+from ..train.prompt_format import PromptFormat, find_stops
 from .trained import Trained, find_trained, first_documents, load_trained_base
 
 log = logging.getLogger(__name__)
@@ -36,18 +37,18 @@ def find_template(trained: Trained, tokenizer: Any, name: str = "auto") -> Templ
     """
     if name != "auto":
         return None if name == "raw" else resolve_template(tokenizer, name, default="vicuna")
+    if trained.prompts is not None:
+        return trained.prompts.template
     if trained.data is None:
         has_own = isinstance(tokenizer.chat_template, str)
         return resolve_template(tokenizer, "tokenizer", default="") if has_own else None
     kind = _format_of(trained.data, tokenizer)
-    if kind in ("text", "tokens"):
-        return None
-    encoder = Encoder(tokenizer, format_name=kind, columns={}, template=trained.data.template, learn="all")
-    return encoder.template
+    return PromptFormat.of_formats(tokenizer, [kind], trained.data.template).template
 
 
 def _format_of(data: DataConfig, tokenizer: Any) -> str:
-    """Format of the first training source, detected again if the config does not name it."""
+    """Format of the first training source, detected again if the config does not name it: for runs of earlier versions,
+    which did not keep it."""
     if data.train[0].format != "auto":
         return data.train[0].format
     try:
@@ -67,7 +68,7 @@ class Writer:
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
-        self.stop_ids, self.stop_texts = _stops(model, tokenizer, template)
+        self.stop_ids, self.stop_texts = find_stops(model, tokenizer, template)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to the start of the answer."""
@@ -111,25 +112,6 @@ class Writer:
         return text
 
 
-def _stops(model: Any, tokenizer: Any, template: Template | None) -> tuple[list[int], list[str]]:
-    """What ends an answer: EOS, the model's own stop tokens, and what the template writes after an answer."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    texts = []
-    if template is not None:
-        marker = "x7x"
-        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-        rendered = render(tokenizer, template, conversation, None, "last")
-        begin, end = rendered.spans[-1]
-        ending = rendered.text[begin:end].rpartition(marker)[2].strip()
-        ending_ids = tokenizer(ending, add_special_tokens=False)["input_ids"] if ending else []
-        if len(ending_ids) == 1:
-            ids.append(ending_ids[0])
-        elif ending:
-            texts.append(ending)
-    return list(dict.fromkeys(token for token in ids if token is not None)), texts
-
-
 def open_writer(
     trained: Trained,
     device: torch.device,
@@ -152,7 +134,7 @@ def open_writer(
             lora.combine_adapters(module, weights, how)
         else:
             lora.activate(module, list(folders)[-1])
-    tokenizer = load_tokenizer(trained.tokenizer_source)
+    tokenizer = trained.load_tokenizer()
     return Writer(module.eval(), tokenizer, find_template(trained, tokenizer, template))
 
 
@@ -224,7 +206,7 @@ def generate(
     `adapters` and `weights` are name=folder and name=number. `read` returns the user's next line, None at the end.
     """
     sampling = sampling or Sampling()
-    emit = write or (lambda text: print(text, end="", flush=True))
+    emit, plain = write or _print, write or (lambda text: print(text, end="", flush=True))
     if prompt is not None and prompts is not None:
         raise UserError("--prompt and --prompts were both given; give one of them, or neither for a chat")
     conversations = read_prompts(prompts) if prompts is not None else None  # before the model is loaded
@@ -235,7 +217,7 @@ def generate(
     if conversations is not None:
         answers = writer.answer(conversations, sampling, batch_size=batch_size)
         for messages, text in zip(conversations, answers, strict=True):
-            emit(json.dumps({"messages": messages, "completion": text}, ensure_ascii=False) + "\n")
+            plain(json.dumps({"messages": messages, "completion": text}, ensure_ascii=False) + "\n")
     elif prompt is not None:
         list(writer.answer([[{"role": "user", "content": prompt}]], sampling, on_text=emit))
         emit("\n")
@@ -255,6 +237,11 @@ def chat(writer: Writer, sampling: Sampling, read: Callable[[], str | None], emi
         (answer,) = writer.answer([messages], sampling, on_text=emit)
         emit("\n")
         messages.append({"role": "assistant", "content": answer})
+
+
+def _print(text: str) -> None:
+    """A terminal obeys control characters, and a model may write any; a file or a program gets the text itself."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _read_line() -> str | None:

@@ -12,8 +12,9 @@ Legend: O outputs, I inputs of a layer, r rank.
 
 from __future__ import annotations
 
+import errno
 import logging
-import re
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,10 +33,13 @@ from ..model import (
     linear_layers,
     load_base,
     load_config,
-    load_tokenizer,
     lora_files,
+    non_finite_tensor,
     quantized_and_back,
+    write_errors,
 )
+from ..train.prompt_format import PromptFormat, export_tokenizer
+from .generate import find_template
 from .trained import Trained, find_trained, first_documents, load_trained
 
 log = logging.getLogger(__name__)
@@ -94,6 +98,12 @@ def merge(
 
     model = _merged(trained, adapter, onto, dtype)
     gaps: dict[str, float] = {onto: _gap(model, samples, reference)}
+    if not math.isfinite(gaps[onto]):
+        raise UserError(
+            f"{path}: the logits of the trained or the merged model are not finite, though all weights are: they are "
+            f"too large for {trained.model.compute_dtype} or {dtype}. Use --dtype float32, or another adapter. Nothing "
+            "was written"
+        )
     _write(model, trained, out, max_shard_size)
     if compare or (compare is None and _num_parameters(model) <= CHEAP_PARAMETERS):
         other: Target = "dequantized" if onto == "base" else "base"
@@ -122,42 +132,20 @@ def describe(report: MergeReport) -> str:
 class Adapter:
     """A LoRA or DoRA adapter as plain tensors."""
 
-    factors: dict[str, tuple[Tensor, Tensor]]  # layer -> A (r, I), B (O, r)
-    magnitudes: dict[str, Tensor]  # layer -> (O,); DoRA only
+    layers: dict[str, lora_files.Factors]  # by the layer's name in the base
     scale: float
 
     @classmethod
     def read(cls, folder: Path) -> Adapter:
-        config = lora_files.read_adapter_config(folder)
-        unknown = {
-            "modules_to_save": config.modules_to_save,
-            "rank_pattern": config.rank_pattern,
-            "alpha_pattern": config.alpha_pattern,
-            "bias": config.bias if config.bias != "none" else None,
-        }
-        for field, setting in unknown.items():
-            if setting:
-                text = (
-                    f"{folder / lora_files.CONFIG}: {field} is {setting}, which is not supported here; use PEFT's merge"
-                )
-                raise UserError(text)
-        factors: dict[str, dict[str, Tensor]] = {}
-        for key, value in lora_files.read_adapter_weights(folder).items():
-            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(\.weight)?", key)
-            if found is None:
-                raise UserError(f"{folder / lora_files.WEIGHTS}: {key} is not a LoRA weight of a linear layer")
-            factors.setdefault(found[1], {})[found[2]] = value.float()
-        pairs = {name: (part["A"], part["B"]) for name, part in factors.items()}
-        magnitudes = {name: part["magnitude_vector"] for name, part in factors.items() if "magnitude_vector" in part}
-        return cls(pairs, magnitudes, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
+        config, layers = lora_files.read_adapter(folder)
+        return cls(layers, lora_files.scale_of(config))
 
     def on(self, name: str, weight: Tensor) -> Tensor:
         """(O, I) fp32: the layer's weight with the adapter merged."""
-        a, b = (factor.to(weight.device) for factor in self.factors[name])
-        changed = weight + self.scale * (b @ a)
-        if name in self.magnitudes:
-            magnitude = self.magnitudes[name].to(weight.device)
-            changed *= (magnitude / changed.norm(dim=1))[:, None]
+        factors, device = self.layers[name], weight.device
+        changed = weight + self.scale * (factors.b.to(device) @ factors.a.to(device))
+        if factors.magnitude is not None:
+            changed *= (factors.magnitude.to(device) / changed.norm(dim=1))[:, None]
         return changed
 
 
@@ -177,13 +165,13 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
         device=torch.device("cpu"),
     )
     layers: dict[str, Any] = linear_layers(model)
-    unknown = sorted(adapter.factors.keys() - layers.keys())
+    unknown = sorted(adapter.layers.keys() - layers.keys())
     if unknown:
         raise UserError(f"the adapter has weights for {unknown[0]}, which is not a linear layer of {settings.name}")
-    for name in adapter.factors:
+    for name, factors in adapter.layers.items():
         layer = layers[name]
         weight = layer.weight.data.T if is_conv1d(layer) else layer.weight.data
-        if weight.shape != (adapter.factors[name][1].shape[0], adapter.factors[name][0].shape[1]):
+        if weight.shape != (len(factors.b), factors.a.shape[1]):
             raise UserError(f"the adapter's weights for {name} do not fit {settings.name}, where it is {weight.shape}")
         if onto == "dequantized":
             original = quantized_and_back(
@@ -195,6 +183,11 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
         layer.weight.data = changed.T.contiguous() if is_conv1d(layer) else changed
     model.to(dtype)
     model.config.dtype = dtype
+    if (bad := non_finite_tensor(model)) is not None:
+        raise UserError(
+            f"{bad} is not finite when it is merged in {dtype}, though base and adapter are: its values are too large. "
+            "Use --dtype bfloat16 or float32; if it fails there too, the adapter has diverged. Nothing was written"
+        )
     return model.eval()
 
 
@@ -203,7 +196,7 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
 
 def sample_ids(trained: Trained) -> list[list[int]]:
     """The beginnings of the first training documents, or fixed sentences if the data cannot be read."""
-    tokenizer = load_tokenizer(trained.tokenizer_source)
+    tokenizer = trained.load_tokenizer()
     if trained.data is not None:
         try:
             # the memory map stays readable after its temporary folder is deleted
@@ -238,11 +231,18 @@ def _check_original(name: str, config: Any) -> None:
 
 
 def _write(model: Any, trained: Trained, out: Path, max_shard_size: str) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise UserError(f"{out.parent} has {free / GIB:.1f} GiB free, the merged model needs {needed / GIB:.1f} GiB")
-    with folder_aside(out, replaces=False) as aside:
-        model.save_pretrained(aside, max_shard_size=max_shard_size)
-        load_tokenizer(trained.tokenizer_source).save_pretrained(aside)
+    tokenizer = trained.load_tokenizer()
+    try:
+        prompts = PromptFormat(find_template(trained, tokenizer))
+    except UserError as error:
+        log.warning("the chat template of the run is not known, the tokenizer keeps its own: %s", error)
+        prompts = None
+    with write_errors(f"writing {out}", "No part of the model was kept"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        free = shutil.disk_usage(out.parent).free
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"{free / GIB:.1f} GiB are free, {needed / GIB:.1f} GiB are needed", str(out))
+        with folder_aside(out, replaces=False) as aside:
+            model.save_pretrained(aside, max_shard_size=max_shard_size)
+            export_tokenizer(aside, model, tokenizer, prompts)

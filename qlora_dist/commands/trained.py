@@ -19,8 +19,9 @@ from ..config import DataConfig, ModelConfig, RunConfig, load_config
 from ..config.run_dir import RunDir
 from ..data.documents import Documents, build_documents
 from ..errors import UserError
-from ..model import INFERENCE, load_base, lora, lora_files
+from ..model import INFERENCE, load_base, load_tokenizer, lora, lora_files
 from ..train.checkpoint import find_newest
+from ..train.prompt_format import PromptFormat
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +34,19 @@ class Trained:
     adapter: Path | None  # None after full fine-tuning
     data: DataConfig | None  # None for an adapter without its run
     seed: int = 0  # the run's: it decides which records are held out
+    prompts: PromptFormat | None = None  # None: a run of an earlier version, or an adapter of another program
+    read_by: ModelConfig | None = None  # whose tokenizer the run read its data with; None without a run
 
-    @property
-    def tokenizer_source(self) -> str:
-        """The adapter's folder if a tokenizer was saved with it, else the base."""
+    def load_tokenizer(self) -> Any:
+        """The tokenizer of training. What was exported has another EOS and template: it comes second, with a run."""
+        if self.read_by is not None:
+            try:
+                return load_tokenizer(self.read_by.name, self.read_by.revision)
+            except UserError as error:
+                log.warning("%s: the tokenizer beside the trained weights is used", error)
         if self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
-            return str(self.adapter)
-        return self.model.name
+            return load_tokenizer(str(self.adapter))
+        return load_tokenizer(self.model.name, self.model.revision)
 
 
 def find_trained(path: str | Path, base: str | None = None) -> Trained:
@@ -52,18 +59,22 @@ def find_trained(path: str | Path, base: str | None = None) -> Trained:
         raise UserError(f"{path}: there is no such folder; give a run directory or the folder of an adapter")
     run = RunDir(path)
     if run.config.is_file():
-        return _with_base(_of_run(run, load_config(run.config)), base)
+        found = _of_run(run, load_config(run.config))
+        return _with_base(replace(found, prompts=PromptFormat.read(path)), base)
     if not (path / lora_files.CONFIG).is_file():
         raise UserError(f"{path}: neither a run directory (config.yaml) nor an adapter ({lora_files.CONFIG})")
     for above in list(path.resolve().parents)[:2]:  # RUN/adapter, RUN/checkpoints/step-*
         if RunDir(above).config.is_file():
             config = load_config(RunDir(above).config)
-            return _with_base(Trained(config.model, path, config.data, config.seed), base)
-    named = base or lora_files.read_adapter_config(path).base_model_name_or_path
+            prompts = PromptFormat.read(path) or PromptFormat.read(above)
+            found = Trained(config.model, path, config.data, config.seed, prompts, config.model)
+            return _with_base(found, base)
+    stored = lora_files.read_adapter_config(path)
+    named, revision = (stored.base_model_name_or_path, stored.revision) if base is None else (base, None)
     if not named:
         raise UserError(f"{path / lora_files.CONFIG} names no base model; name it with --base")
     log.info("%s belongs to no run directory: the base %s is loaded as nf4 with double quantization", path, named)
-    return Trained(ModelConfig(name=named), path, None)
+    return Trained(ModelConfig(name=named, revision=revision), path, None, prompts=PromptFormat.read(path))
 
 
 def _of_run(run: RunDir, config: RunConfig) -> Trained:
@@ -71,22 +82,24 @@ def _of_run(run: RunDir, config: RunConfig) -> Trained:
         whole = run.path / "model"
         if not whole.is_dir():
             raise UserError(f"{run.path}: the run is not finished: {whole} does not exist yet; let it finish first")
-        return Trained(
-            config.model.model_copy(update={"name": str(whole), "revision": None}), None, config.data, config.seed
-        )
+        model = config.model.model_copy(update={"name": str(whole), "revision": None})
+        return Trained(model, None, config.data, config.seed, read_by=config.model)
     if (run.adapter / lora_files.CONFIG).is_file():
-        return Trained(config.model, run.adapter, config.data, config.seed)
+        return Trained(config.model, run.adapter, config.data, config.seed, read_by=config.model)
     newest, rejected = find_newest(run.checkpoints) if run.checkpoints.is_dir() else (None, [])
     for bad, reason in rejected:
         log.warning("checkpoint %s is skipped: %s", bad, reason)
     if newest is None:
         raise UserError(f"{run.path}: no adapter and no intact checkpoint yet; train first")
     log.info("the run is not finished: using its newest checkpoint %s", newest)
-    return Trained(config.model, newest, config.data, config.seed)
+    return Trained(config.model, newest, config.data, config.seed, read_by=config.model)
 
 
 def _with_base(trained: Trained, base: str | None) -> Trained:
-    return trained if base is None else replace(trained, model=trained.model.model_copy(update={"name": base}))
+    if base is None:
+        return trained
+    model = trained.model.model_copy(update={"name": base})
+    return replace(trained, model=model, read_by=trained.read_by and model)
 
 
 def load_trained_base(trained: Trained, device: torch.device, attention: str = INFERENCE) -> torch.nn.Module:

@@ -13,7 +13,7 @@ The base never changes after loading; `base_checksum` proves it.
 """
 
 from . import bitsandbytes_import  # noqa: F401  (must come first: see the module)
-from .base_weights import base_checksum, base_weights, held_bytes, num_weights, own_part
+from .base_weights import base_checksum, base_weights, held_bytes, non_finite_tensor, num_weights, own_part
 from .check_config import ModelFacts, check_config
 from .forward import (
     check_head,
@@ -29,11 +29,12 @@ from .forward import (
     set_recompute,
     unwrap,
 )
-from .generation import Sampling, generate_ids, quantized_and_back
+from .generation import Sampling, generate_ids, quantized_and_back, save_generation_config, stop_ids_of
 from .load import load_base
 from .pretrained import INFERENCE, load_config, load_tokenizer
 from .weights.cache_4bit import cached_4bit, quantize_model
 from .weights.shard import check_gathered_layer, check_sharding
+from .weights.write_errors import write_errors
 
 __all__ = [
     "INFERENCE",
@@ -58,12 +59,16 @@ __all__ = [
     "load_base",
     "load_config",
     "load_tokenizer",
+    "non_finite_tensor",
     "num_weights",
     "output_head",
     "own_part",
     "plain_name",
     "quantize_model",
     "quantized_and_back",
+    "save_generation_config",
     "set_recompute",
+    "stop_ids_of",
     "unwrap",
+    "write_errors",
 ]

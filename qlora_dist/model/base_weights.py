@@ -6,6 +6,7 @@ Everything here inspects this rank's tensors only; of a sharded base, its part.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +66,28 @@ def num_weights(parameter: Tensor) -> int:
         return packed
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else torch.Size(state.shape).numel()
+
+
+@torch.no_grad()
+def non_finite_tensor(model: nn.Module) -> str | None:
+    """The name of a tensor of this rank's base that has a NaN or an infinity; None: there is none.
+
+    Of 4-bit weights the constants are inspected. A mask may hold -inf: of a buffer, only NaN and +inf count.
+    """
+    masks = {plain_name(name) for name, _ in unwrap(model).named_buffers()}
+    largest: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in base_weights(model):
+        part = own_part(tensor).detach()
+        if part.is_floating_point() and part.numel():
+            part = part.float() if part.dtype.itemsize < 2 else part
+            # both pass a NaN on, and need no temporary memory
+            value = part.max().clamp(min=0) if name in masks else torch.linalg.vector_norm(part, torch.inf)
+            largest.setdefault(part.device, {})[name] = value.float()
+    for values in largest.values():  # one copy to the host per device
+        for name, number in zip(values, torch.stack(list(values.values())).tolist(), strict=True):
+            if not math.isfinite(number):
+                return name
+    return None
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from ..config.quantization import BLOCK, Quantization
 from .bitsandbytes_import import bitsandbytes
@@ -76,6 +78,21 @@ def _until_stop(ids: list[int], stop_ids: set[int]) -> list[int]:
         if token in stop_ids:
             return ids[:index]
     return ids
+
+
+def stop_ids_of(model: nn.Module) -> list[int]:
+    """The tokens at which the model's own generation config ends a text."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [] if own is None else own if isinstance(own, list) else [own]
+
+
+def save_generation_config(model: nn.Module, folder: Path, stop_ids: Sequence[int]) -> None:
+    """Writes generation_config.json: the model's own, ending a text at `stop_ids`."""
+    config: Any = copy.deepcopy(getattr(model, "generation_config", None)) or GenerationConfig()
+    config.eos_token_id = list(stop_ids)
+    config._from_model_config = False  # else transformers reads the end token from config.json again
+    # not save_pretrained: it refuses what many published models have, a temperature without do_sample
+    config.to_json_file(folder / "generation_config.json")
 
 
 class _Streamer(TextStreamer):

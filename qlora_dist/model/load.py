@@ -13,6 +13,7 @@ from ..cluster.shard_group import ShardGroup
 from ..config.quantization import Quantization
 from ..errors import UserError
 from .attention import PACKED, disable_cudnn_attention, resolve_backend
+from .base_weights import non_finite_tensor
 from .bitsandbytes_import import bitsandbytes
 from .pretrained import (
     INFERENCE,
@@ -58,7 +59,7 @@ def load_base(
     `weights` random needs only config.json and draws them from `seed`.
     With `shards` this rank holds only its part (see `weights.shard`), with `offload` in host memory.
     Norms, embeddings and head keep `compute_dtype`: an upcast to fp32 costs gigabytes and changes nothing measurable.
-    Raises UserError when weights are missing, pickled or of a kind that cannot be quantized here.
+    Raises UserError when weights are missing, pickled, not finite or of a kind that cannot be quantized here.
     """
     config = load_config(name, revision)
     if weights == "files":
@@ -93,6 +94,7 @@ def load_base(
         )
     if model is None:
         model = _from_pretrained(name, revision, settings, compute_dtype, implementation, device)
+    _require_finite(model, name, compute_dtype)
     return _finalize(model, backend, is_packed, compute_dtype, device)
 
 
@@ -141,6 +143,14 @@ def _from_pretrained(
     if missing:
         raise stream.incomplete(name, missing)
     return model
+
+
+def _require_finite(model: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
+    if (bad := non_finite_tensor(model)) is not None:
+        raise UserError(
+            f"model.name {name}: {bad} has values that are NaN or infinite in {dtype}: every output would be. Get the "
+            "files again, choose a model.compute_dtype that holds its values, or mend its config.json (rope_theta)"
+        )
 
 
 def _finalize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -25,8 +25,9 @@ from ..errors import UserError
 from .base_weights import num_weights
 from .dropout import use_row_dropout
 from .forward import linear_layers, plain_name, strip_wrappers, unwrap
-from .lora_files import load_adapter_weights, read_adapter_config, require_weights
+from .lora_files import ADAPTER, load_adapter_weights, read_adapter
 from .lora_forward import lowrank_forward
+from .pretrained import first_line
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def attach_lora(
         torch.manual_seed(seed)
         with _without_deprecation_warning():
             adapted = get_peft_model(unwrap(model), config, autocast_adapter_dtype=True)
+    _check_adapted(set(names), adapted, "lora.target_modules")
     for name, parameter in trainable_parameters(adapted).items():
         assert "lora_" in name and parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
         if device is not None:
@@ -76,7 +78,7 @@ def attach_lora(
     if kernels == "auto" and variant != "dora":
         use_lean_forward(adapted)
     if init_from is not None:
-        _check_same_shape(read_adapter_config(init_from), config, Path(init_from))
+        _check_same_shape(read_adapter(init_from)[0], config, Path(init_from))
         load_adapter_weights(adapted, init_from)
     return adapted
 
@@ -151,13 +153,17 @@ def load_adapters(model: nn.Module, folders: dict[str, Path], *, lean: bool = Tr
     adapted: PeftModel | None = None
     for name, folder in folders.items():
         # fail clearly before PEFT, which would load pickled weights or look for them on the hub
-        read_adapter_config(folder)
-        require_weights(folder)
-        with _without_deprecation_warning():
-            if adapted is None:
-                adapted = PeftModel.from_pretrained(unwrap(model), str(folder), adapter_name=name, is_trainable=False)
-            else:
-                adapted.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        _, factors = read_adapter(folder)
+        try:
+            with _without_deprecation_warning():
+                if adapted is None:
+                    base = unwrap(model)
+                    adapted = PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=False)
+                else:
+                    adapted.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        except (ValueError, TypeError, RuntimeError) as error:  # layers that the base lacks, or of another shape
+            raise UserError(f"{folder}: the adapter does not fit this base: {first_line(error)}") from None
+        _check_adapted(factors.keys(), adapted, f"{folder}", name)
     if adapted is None:
         raise UserError("no adapter was given; expected at least one name=folder")
     if lean:
@@ -193,6 +199,19 @@ def _without_deprecation_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
+
+
+def _check_adapted(asked: Set[str], model: PeftModel, where: str, adapter: str = ADAPTER) -> None:
+    """Raises UserError unless exactly these layers have the adapter: PEFT rewrites the targets of some model types."""
+    found = {name for name, layer in lora_layers(model).items() if adapter in layer.lora_A}
+    if found != asked:
+        lacking, extra = sorted(asked - found)[:3], sorted(found - asked)[:3]
+        raise UserError(
+            f"{where} asks for {len(asked)} layers, PEFT adapts {len(found)} of this base"
+            + (f"; not {', '.join(lacking)}" if lacking else "")
+            + (f"; instead {', '.join(extra)}" if extra else "")
+            + ". Name layers that PEFT leaves as they are, or the base that the adapter was trained on"
+        )
 
 
 def _check_same_shape(found: LoraConfig, expected: LoraConfig, folder: Path) -> None:

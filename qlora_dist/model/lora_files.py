@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -12,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import RunFailed, UserError
+from ..errors import RunFailed, UserError, shortened
 from .base_weights import same_bits
 from .forward import strip_wrappers
 
@@ -97,18 +100,132 @@ def require_weights(folder: str | Path) -> Path:
     return path
 
 
+# --- adapters from outside --------------------------------------------------------------------------------------------
+
+
+class Factors(NamedTuple):
+    """What a LoRA or DoRA adapter adds to one layer, fp32."""
+
+    a: Tensor  # (r, I)
+    b: Tensor  # (O, r)
+    magnitude: Tensor | None  # (O,); DoRA only
+
+
+def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Factors]]:
+    """Config and weights of an adapter that anyone may have made, by the layers' names in the base.
+
+    Raises UserError for what is not honoured here, and for weights that are damaged, not finite or not as the config
+    says.
+    """
+    config, path = read_adapter_config(folder), Path(folder) / WEIGHTS
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in read_adapter_weights(folder).items():
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(\.weight)?", key)
+        if found is None or not value.is_floating_point():
+            raise UserError(f"{path}: {key} ({value.dtype}) is not a LoRA weight of a linear layer")
+        if not value.float().isfinite().all():
+            raise UserError(f"{path}: {key} has values that are NaN or infinite; use an earlier checkpoint")
+        parts.setdefault(found[1], {})[found[2]] = value.float()
+    layers = {}
+    for name, part in parts.items():
+        a, b, magnitude = (part.get(kind) for kind in ("A", "B", "magnitude_vector"))
+        shapes = {f"lora_{kind}": tuple(tensor.shape) for kind, tensor in part.items()}
+        is_whole = a is not None and b is not None and a.ndim == b.ndim == 2 and len(a) == b.shape[1] == config.r
+        if not is_whole or (magnitude is not None) != bool(config.use_dora):
+            raise UserError(
+                f"{path}: the weights of {name} are {shapes}; expected lora_A ({config.r}, inputs), lora_B (outputs, "
+                f"{config.r}) and with use_dora a magnitude vector, as r={config.r} and use_dora={config.use_dora} in "
+                f"{CONFIG} say"
+            )
+        assert a is not None and b is not None
+        layers[name] = Factors(a, b, magnitude)
+    if not layers:
+        raise UserError(f"{path}: holds no weights; the file is not a saved adapter")
+    return config, layers
+
+
+# what this package reads, or leaves to PEFT: any value of these types
+_NUMBER, _NAMES = (int, float), (list, str, type(None))
+_HONOURED: dict[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": _NUMBER,
+    "lora_dropout": _NUMBER,
+    "use_rslora": (bool,),
+    "use_dora": (bool,),
+    "fan_in_fan_out": (bool,),
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_to_transform": (list, int, type(None)),
+    "layers_pattern": _NAMES,
+    "base_model_name_or_path": (str, type(None)),
+    "revision": (str, type(None)),
+}
+# how training began, or who wrote the file: of no effect on a trained adapter
+_WITHOUT_EFFECT = {
+    "peft_type", "peft_version", "auto_mapping", "inference_mode", "megatron_core", "runtime_config", "eva_config",
+    "qalora_group_size",
+}  # fmt: skip
+# initial values that leave the base as it is; all others of PEFT (pissa, olora, corda, loftq, ...) take a part of it
+_KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
 def read_adapter_config(folder: str | Path) -> LoraConfig:
-    """adapter_config.json of a LoRA adapter. Raises UserError for anything else."""
+    """adapter_config.json of a LoRA adapter. Raises UserError for anything else, and for what is not honoured here."""
     path = Path(folder) / CONFIG
     try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
-    except (OSError, ValueError) as error:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}: {CONFIG} cannot be read ({error}); give the folder of a PEFT adapter") from None
-    if kind != "LORA":
-        raise UserError(f"{path}: peft_type is {kind}, expected LORA")
-    config = LoraConfig.from_pretrained(str(folder))
-    assert isinstance(config, LoraConfig)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected an object of settings, found {shortened(raw)}")
+    if raw.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {shortened(raw.get('peft_type'))}, expected LORA")
+    _check_honoured(path, raw)
+    for key, types in _HONOURED.items():
+        value = raw.get(key)
+        is_type = isinstance(value, types) and (not isinstance(value, bool) or bool in types)
+        if key in raw and not is_type:
+            raise UserError(f"{path}: {key} is {shortened(value)}, expected {' or '.join(t.__name__ for t in types)}")
+    try:
+        config = LoraConfig(**{key: raw[key] for key in _HONOURED.keys() & raw.keys()}, task_type="CAUSAL_LM")
+    except (ValueError, TypeError) as error:  # a list of something else than names, for example
+        raise UserError(f"{path}: PEFT does not accept these settings ({error})") from None
+    if config.r < 1:
+        raise UserError(f"{path}: r is {shortened(config.r)}, expected at least 1")
+    if not abs(config.lora_alpha) <= torch.finfo(torch.float32).max:
+        raise UserError(f"{path}: lora_alpha is {shortened(config.lora_alpha)}, expected a finite number")
+    if not 0 <= config.lora_dropout <= 1:
+        raise UserError(f"{path}: lora_dropout is {shortened(config.lora_dropout)}, expected a number from 0 to 1")
     return config
+
+
+def scale_of(config: LoraConfig) -> float:
+    """By how much B A is multiplied."""
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def _check_honoured(path: Path, raw: dict[str, Any]) -> None:
+    """Raises UserError for settings by which the adapter means something else than its A and B say."""
+    begun = raw.get("init_lora_weights")
+    if not any(begun is kept or begun == kept for kept in _KEEPS_BASE):
+        raise UserError(
+            f"{path}: init_lora_weights is {shortened(begun)}, which takes a part of the base's weights into the "
+            "adapter: on the unchanged base it is not what was trained. Convert it with PEFT: "
+            "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
+        )
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(LoraConfig)
+        if field.default is not dataclasses.MISSING
+    } | {"task_type": "CAUSAL_LM"}
+    for key, value in raw.items():
+        if key in _HONOURED or key in _WITHOUT_EFFECT or key == "init_lora_weights":
+            continue
+        if value and value != defaults.get(key):
+            raise UserError(
+                f"{path}: {key} is {shortened(value)}, which is not supported here; use PEFT's merge, or train the "
+                "adapter without it"
+            )
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

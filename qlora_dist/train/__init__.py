@@ -7,7 +7,7 @@ setup_data       sources -> documents -> rows -> this rank's micro-batches
 setup_model      4-bit base -> adapters -> optimizer and reduction (strategy)
 step             one optimizer update
 evaluation       held-out loss, by the loss code of training
-save_and_resume  checkpoints, results; checkpoint: their files
+save_and_resume  checkpoints, results; checkpoint: their files; prompt_format: the template that goes with them
 metrics, checks  what is reported, what is checked
 """
 
@@ -24,6 +24,7 @@ from .evaluation import evaluate_at_start, evaluate_missed, evaluate_unless_stop
 from .fit_memory import resolve_auto, try_longest
 from .metrics import Metrics, restart_peak, step_values
 from .out_of_memory import explain_out_of_memory
+from .prompt_format import record_prompts
 from .run import Run, TrainState, join_ranks, open_run_dir, report_completed, report_stopped
 from .save_and_resume import finish, resume_newest, save
 from .setup_data import build_data, count_steps
@@ -34,8 +35,7 @@ from .step import train_step
 def train(config: RunConfig, resume: str = "auto") -> TrainState:
     """Trains until the last step of the config or a stop signal. `resume`: auto, never, or a checkpoint folder.
 
-    Raises UserError (a mistake in the input), wherever possible before the model is read, and RunFailed (a failure
-    while running), on all ranks together.
+    Raises UserError, wherever possible before the model is read, and RunFailed, on all ranks together.
     """
     # 1. join the ranks, open the run directory
     with (
@@ -69,6 +69,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
 
             # 5. resume from the newest checkpoint
             state = resume_newest(run, model, resume)
+            record_prompts(run)
             metrics.start(state.step, config)
             try_longest(run, model, state, progress)
             loss_at_start = evaluate_at_start(run, model, state)

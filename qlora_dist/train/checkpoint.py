@@ -21,8 +21,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,17 +103,6 @@ def save_checkpoint(
         log.warning("%s: older checkpoints could not be removed (%s); the new one is whole", target, error)
     assert target.is_dir(), f"rotation removed {target}"
     return target
-
-
-@contextmanager
-def machine_errors(doing: str, kept: str) -> Iterator[None]:
-    """Ends the run with one clear paragraph when disk or memory fail in the block: see `errors.os_errors`."""
-    try:
-        with os_errors(doing, kept):
-            yield
-    except (SafetensorError, MemoryError) as error:
-        what = str(error) or "host memory is used up"
-        raise MachineFailed(f"{doing}: {what}; free it and start the same command again. {kept}") from error
 
 
 def _rotate(folder: Path, saved: Path, keep: int) -> None:

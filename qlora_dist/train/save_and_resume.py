@@ -13,10 +13,11 @@ from ..config.run_dir import config_changes, read_metrics
 from ..errors import UserError
 from ..files import GIB, DamagedFolder, folder_aside, write_json
 from ..memory import MemoryPlan
-from ..model import base_checksum, load_tokenizer
+from ..model import base_checksum, load_tokenizer, unwrap, write_errors
 from . import checkpoint
 from .checks.base import check_base_unchanged
 from .metrics import median_tokens_per_second, peak_bytes
+from .prompt_format import PromptFormat, export_tokenizer
 from .run import Run, TrainState, free_fields
 from .source_digests import changed_sources
 from .step import TrainingModel
@@ -176,12 +177,16 @@ def finish(
         run.dir.require_present()
         with folder_aside(target) as aside:
             export_trained(model.module, aside, config.model.name, model.compute_dtype, config.lora is None)
-            load_tokenizer(config.model.name, config.model.revision).save_pretrained(aside)
+            prompts = PromptFormat.read(run.dir.path)
+            tokenizer = load_tokenizer(config.model.name, config.model.revision)
+            export_tokenizer(aside, unwrap(model.module), tokenizer, prompts)
+            if prompts is not None and config.lora is not None:
+                prompts.write(aside)  # an adapter may leave its run
         write_json(run.dir.summary, _summary(run, model, state, at_start, plan, peak, build_peak))
         run.dir.mark_completed(state.step, config.train.length)
 
     def finish_or_explain() -> None:
-        with checkpoint.machine_errors(
+        with write_errors(
             f"the results could not be written to {run.dir.path}",
             "All steps are done and the last checkpoint is whole: the same command writes them again",
         ):

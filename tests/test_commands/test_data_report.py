@@ -14,6 +14,7 @@ from qlora_dist.commands.data_report import audit, print_audit, run_data_command
 from qlora_dist.config import SourceConfig, parse_config
 from qlora_dist.data.documents import build_documents
 from qlora_dist.data.packing import pack_best_fit
+from qlora_dist.errors import UserError
 
 ROWS = [{"instruction": f"Say {i}", "output": f"The number {i}."} for i in range(30)]
 
@@ -168,3 +169,11 @@ def test_the_command_writes_the_page(tmp_path):
     page = tmp_path / "page.html"
     run_data_command(config_of(tmp_path), byte_level_tokenizer(), 1, str(page), Console(file=out, width=200))
     assert "data.eval" in page.read_text() and str(page) in out.getvalue().replace("\n", "")
+
+
+def test_a_page_that_cannot_be_written_ends_in_one_paragraph(tmp_path):
+    write_html([], tmp_path / "new" / "folder" / "page.html")
+    assert (tmp_path / "new" / "folder" / "page.html").is_file()
+    with pytest.raises(UserError, match=r"writing .*folder: .*a folder stands where a file is expected"):
+        write_html([], tmp_path / "new" / "folder")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder"]

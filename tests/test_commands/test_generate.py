@@ -290,6 +290,28 @@ def test_the_command_writes_a_stream_a_file_of_answers_or_a_chat(run: Path, tmp_
         output(prompt="a", prompts="b")
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_control_characters_of_an_answer_reach_no_terminal_raw(
+    is_terminal: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    escape = "\x1b]52;c;aGk=\x07\u202e"
+
+    def answer(self: Writer, conversations: Any, *_: Any, on_text: Any = None, **__: Any) -> list[str]:
+        if on_text is not None:
+            on_text(escape)
+        return [escape for _ in conversations]
+
+    monkeypatch.setattr(Writer, "answer", answer)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    generate(run, prompt="w6", device="cpu")
+    said = capsys.readouterr().out
+    assert (said == escape + "\n") is not is_terminal
+    assert not is_terminal or said == r"\x1b]52;c;aGk=\x07\u202e" + "\n"
+    (tmp_path / "prompts.txt").write_text("w6\n")
+    generate(run, prompts=tmp_path / "prompts.txt", device="cpu")
+    assert json.loads(capsys.readouterr().out)["completion"] == escape  # whoever parses it gets the text itself
+
+
 def test_a_chat_remembers_until_it_is_reset() -> None:
     seen: list[list[str]] = []
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
 from helpers.tiny_models import random_batch, save_model, tiny_model
 from helpers.tiny_run import changed, make_inputs
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_dist.commands.merge import describe, merge
-from qlora_dist.errors import UserError
+from qlora_dist.errors import MachineFailed, UserError
 from qlora_dist.model import INFERENCE, load_base
 from qlora_dist.model.lora import attach_lora, load_adapters, trainable_parameters
 from qlora_dist.model.lora_files import save_adapter
@@ -125,13 +128,21 @@ def test_a_base_without_quantization_merges_to_the_trained_model(tmp_path: Path)
     assert report.gaps["base"] == report.gaps["dequantized"] < 1e-4
 
 
-def test_a_failed_merge_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")],
+)
+def test_a_merge_on_a_full_disk_says_so_and_leaves_nothing_behind(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path)
-    monkeypatch.setattr("qlora_dist.files.os.rename", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        merge(run, tmp_path / "out", compare=False)
+    with monkeypatch.context() as full:
+        full.setattr("transformers.modeling_utils.safe_save_file", Mock(side_effect=error))
+        with pytest.raises(MachineFailed, match=r"writing .*out: No space left on device.*free space.*No part of"):
+            merge(run, tmp_path / "out", compare=False)
     assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir() if "incomplete" in path.name] == []
+    merge(run, tmp_path / "out", compare=False)  # the same command, once there is space
 
 
 def test_what_cannot_be_merged_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
@@ -152,7 +163,9 @@ def test_what_cannot_be_merged_is_refused_before_the_model_is_read(tmp_path: Pat
     with pytest.raises(UserError, match="holds quantized weights; name the original"):
         merge(run, tmp_path / "out", base=str(tmp_path / "small"))
     save_model(tmp_path / "other", tiny_model("llama", attention=None, num_hidden_layers=1))
-    with pytest.raises(UserError, match="not a linear layer of"):
+    with pytest.raises(
+        UserError, match=r"adapter asks for 14 layers, PEFT adapts 7 of this base; not model\.layers\.1"
+    ):
         merge(run, tmp_path / "out", base=str(tmp_path / "other"))
     assert not (tmp_path / "out").exists()
 

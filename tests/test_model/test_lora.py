@@ -341,7 +341,7 @@ def test_other_kinds_of_adapter_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
         read_adapter_config(tmp_path)
     (tmp_path / CONFIG).write_text('{"peft_type": "PREFIX_TUNING"}')
-    with pytest.raises(UserError, match="peft_type is PREFIX_TUNING, expected LORA"):
+    with pytest.raises(UserError, match="peft_type is 'PREFIX_TUNING', expected LORA"):
         read_adapter_config(tmp_path)
 
 

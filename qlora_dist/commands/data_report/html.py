@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...errors import os_errors
 from ...files import write_text
 from .measure import Audit, Sample
 from .terminal import COLUMNS
@@ -22,13 +23,15 @@ pre { white-space: pre-wrap; word-break: break-word; padding: .8rem; border: 1px
 
 
 def write_html(audits: Sequence[Audit], file: str | Path) -> None:
-    """Writes the page."""
+    """Writes the page, and the folders above it."""
     sections = "".join(_section(audit) for audit in audits)
     page = (
         "<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>Training data</title>"
         f"<style>{_STYLE}</style><h1>Training data</h1>{sections}</html>\n"
     )
-    write_text(Path(file), page)
+    with os_errors(f"writing {file}"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(file), page)
 
 
 def _section(audit: Audit) -> str:

@@ -13,7 +13,7 @@ from ...data.documents import split_sources
 from ...data.loader import eval_batches
 from ...data.packing import Batch
 from ...errors import UserError
-from ...model import check_head, hidden_states, load_tokenizer, output_head
+from ...model import check_head, hidden_states, output_head
 from ...model.lora import load_adapters
 from ...model.loss import nll_sum
 from ...train.evaluation import EvalResult, evaluate
@@ -62,7 +62,7 @@ def evaluate_trained(
     questions = read_questions(mmlu.folder, mmlu.split) if mmlu is not None else []
     worked = read_questions(mmlu.folder, "dev") if mmlu is not None and mmlu.shots else []
     world = World.init()
-    tokenizer = load_tokenizer(trained.tokenizer_source)
+    tokenizer = trained.load_tokenizer()
     batches: list[Batch] = []
     if held_out is not None:
         data, seed = held_out
