@@ -128,6 +128,8 @@ class Build:
                 stats.replacement_characters += encoded.has_replacement
                 stats.control_tokens += encoded.has_control_token
                 self._add(writer, index, encoded, record, stats)
+            for name in record.unread:
+                stats.unread[name] = stats.unread.get(name, 0) + 1
             stats.records += 1
 
     def _add(

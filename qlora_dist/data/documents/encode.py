@@ -7,7 +7,6 @@ sees the merged token. A record with a boundary that cannot be kept is an error;
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from ..formats import FORMATS, BadRecord, Conversation, Document, RawRecord, Text, Tokens, map_columns
+from ..formats import BadRecord, Conversation, Document, RawRecord, Text, Tokens, convert
 from ..templates import Rendered, Template, adds_bos, render, resolve_template
 
 # Text put before a piece while it is tokenized, so that the tokenizer does not treat it as the start of a text
@@ -68,6 +67,7 @@ class Encoder:
         self._special_tokens = tokenizer.all_special_tokens  # slow to compute
         self._template_name = template
         self._template: Template | None = None
+        self.unread: list[set[str]] = []  # of the last call of `encode`: each record's fields without a use
 
     @property
     def template(self) -> Template:
@@ -78,12 +78,13 @@ class Encoder:
 
     def encode(self, records: Sequence[RawRecord]) -> list[list[Encoded] | BadRecord]:
         """For each record, its documents or the reason why it cannot be used."""
+        self.unread = [set() for _ in records]
         results: list[list[Encoded] | BadRecord] = []
         documents: list[Document] = []
         owners: list[int] = []
         for i, raw in enumerate(records):
             try:
-                converted = self._convert(raw)
+                converted, self.unread[i] = convert(self.format_name, raw, self.columns)
                 documents += converted
                 owners += [i] * len(converted)
                 results.append([])
@@ -96,14 +97,6 @@ class Encoder:
             elif isinstance(result, list):
                 result.append(encoded)
         return results
-
-    def _convert(self, raw: RawRecord) -> list[Document]:
-        if raw.fields is None:
-            raise BadRecord(raw.problem or "no fields")
-        converted = FORMATS[self.format_name](map_columns(raw.fields, self.columns))
-        if isinstance(converted, Text):
-            return [dataclasses.replace(converted, is_first=raw.is_first, is_last=raw.is_last)]
-        return list(converted) if isinstance(converted, list) else [converted]
 
     def _encode_documents(self, documents: Sequence[Document]) -> list[Encoded | BadRecord]:
         results: list[Encoded | BadRecord] = [BadRecord("not encoded")] * len(documents)

@@ -49,6 +49,12 @@ class SourceStats:
     labels: int = 0
     lost_tokens: int = 0  # of truncated and dropped examples
     first_bad: str = ""  # message
+    unread: dict[str, int] = dataclasses.field(default_factory=dict)  # field that nothing reads -> records with it
+
+    def unread_text(self) -> str:
+        """The fields that nothing reads, most frequent first; empty if there are none."""
+        fields = sorted(self.unread.items(), key=lambda field: (-field[1], field[0]))
+        return ", ".join(f"{name} ({count:,})" for name, count in fields)
 
 
 @dataclasses.dataclass

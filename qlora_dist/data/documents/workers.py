@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class EncodedRecord:
     where: str
     documents: list[Encoded] = field(default_factory=list)
     problem: str | None = None
+    unread: frozenset[str] = frozenset()  # names of fields that have a value but no use
 
 
 def choose_workers(num_bytes: int) -> int:
@@ -52,9 +53,10 @@ def encode_records(
 
 
 def _encode_batch(encoder: Encoder, batch: list[RawRecord], stop_at_bad: bool) -> Iterator[EncodedRecord]:
-    for raw, result in zip(batch, encoder.encode(batch)):
+    results = encoder.encode(batch)
+    for raw, result, unread in zip(batch, results, encoder.unread):
         if not isinstance(result, BadRecord):
-            yield EncodedRecord(raw.where, result)
+            yield EncodedRecord(raw.where, result, unread=frozenset(unread))
         elif stop_at_bad:
             raise UserError(f"{raw.where}: {result}; fix it, or set data.on_bad=skip to skip and count such records")
         else:
@@ -74,7 +76,7 @@ def _encode_in_workers(
         num_records = 0
         for raw in records:
             # as text: Arrow's types would add the fields of all other records to each one, as nulls
-            writer.write({"raw": json.dumps(asdict(raw))})
+            writer.write({"raw": _as_json(raw)})
             num_records += 1
         writer.finalize()
     encoded = datasets.Dataset.from_file(str(raw_file)).map(
@@ -97,6 +99,13 @@ def _encode_in_workers(
     folder.rmdir()
 
 
+def _as_json(raw: RawRecord) -> str:
+    try:
+        return json.dumps(vars(raw))
+    except RecursionError:
+        return json.dumps(vars(RawRecord(None, raw.where, "nested too deeply")))
+
+
 class _Worker:
     """What a worker process does with a batch of raw records. Returns one row per document or problem."""
 
@@ -114,6 +123,7 @@ class _Worker:
                     index,
                     record.where,
                     record.problem,
+                    sorted(record.unread),
                     _NO_IDS if document is None else document.input_ids,
                     _NO_LABELS if document is None else document.is_label,
                     *(document is not None and getattr(document, flag) for flag in _FLAGS),
@@ -125,7 +135,7 @@ class _Worker:
 
 # typed: Arrow would infer floats for the empty list of a record with a problem
 _NO_IDS, _NO_LABELS = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_)
-_COLUMNS = ("record", "where", "problem", "input_ids", "is_label", *_FLAGS)
+_COLUMNS = ("record", "where", "problem", "unread", "input_ids", "is_label", *_FLAGS)
 
 
 def _features(datasets: Any) -> Any:
@@ -135,6 +145,7 @@ def _features(datasets: Any) -> Any:
             "record": value("int64"),
             "where": value("string"),
             "problem": value("string"),
+            "unread": datasets.List(value("string")),
             "input_ids": datasets.List(value("int32")),
             "is_label": datasets.List(value("bool")),
             **{flag: value("bool") for flag in _FLAGS},
@@ -160,7 +171,8 @@ def _read_back(encoded: Any) -> Iterator[EncodedRecord]:
             for row in members
             if row["problem"] is None
         ]
-        yield EncodedRecord(members[0]["where"], documents, members[0]["problem"])
+        first = members[0]
+        yield EncodedRecord(first["where"], documents, first["problem"], frozenset(first["unread"]))
 
 
 _LISTS = ("input_ids", "is_label")

@@ -1,6 +1,6 @@
 """Step 1 of the data pipeline: files or hub datasets in any format -> conversations, texts or token ids."""
 
-from .detect import FORMATS, detect_format, group_records, map_columns
+from .detect import FORMATS, convert, detect_format, group_records, map_columns
 from .fields import BadRecord, Conversation, Document, Text, Tokens
 from .files import RawRecord, available_splits, find_files, is_local, read_file, read_hub
 
@@ -13,6 +13,7 @@ __all__ = [
     "Text",
     "Tokens",
     "available_splits",
+    "convert",
     "detect_format",
     "find_files",
     "group_records",

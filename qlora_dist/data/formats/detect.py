@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, shortened
 from . import chats, instructions
-from .fields import Conversation, Document, Record, type_name
+from .fields import BadRecord, Conversation, Document, Fields, Record, Text, check_text, refuse_fields, type_name
 from .files import RawRecord
 
 FORMATS: dict[str, Callable[[Record], Document | list[Conversation]]] = {
@@ -29,6 +29,30 @@ FORMATS: dict[str, Callable[[Record], Document | list[Conversation]]] = {
     "text": instructions.text,
     "tokens": instructions.pretokenized,
 }
+
+
+def convert(format_name: str, raw: RawRecord, columns: Mapping[str, str]) -> tuple[list[Document], set[str]]:
+    """The documents of a record, and the names of its fields that have a value but no use.
+
+    Raises BadRecord, whatever is wrong with the record.
+    """
+    if raw.fields is None:
+        raise BadRecord(raw.problem or "no fields")
+    record = Fields(map_columns(raw.fields, columns))
+    try:
+        refuse_fields(record)
+        converted = FORMATS[format_name](record)
+        if isinstance(converted, Text):
+            converted = Text(converted.text, raw.is_first, raw.is_last)
+        documents: list[Document] = [*converted] if isinstance(converted, list) else [converted]
+        for document in documents:
+            check_text(document)
+    except BadRecord:
+        raise
+    except Exception as error:  # the last net: one odd record must not end the run with a traceback
+        raise BadRecord(f"cannot be read as {format_name} ({type(error).__name__}: {shortened(str(error))})") from error
+    return documents, record.unread()
+
 
 # the first matching rule decides: (format, columns, test of the values, description of the test)
 _Test = Callable[[Mapping[str, Any]], bool]
@@ -100,17 +124,38 @@ def group_records(format_name: str, records: Iterator[RawRecord]) -> Iterator[Ra
 
 
 def _trees(flat: Sequence[RawRecord]) -> Iterator[RawRecord]:
-    nodes = {raw.fields["message_id"]: dict(raw.fields, replies=[]) for raw in flat if raw.fields}
-    roots = []
+    """The trees of the messages; a message that belongs to none comes with the reason."""
+    nodes: dict[str | int, tuple[RawRecord, dict[str, Any]]] = {}
     for raw in flat:
         assert raw.fields is not None
-        node, parent = nodes[raw.fields["message_id"]], raw.fields.get("parent_id")
+        name, parent = raw.fields["message_id"], raw.fields.get("parent_id")
+        if not isinstance(name, str | int) or not isinstance(parent, str | int | None):
+            found = f"{type_name(name)} and {type_name(parent)}"
+            yield RawRecord(None, raw.where, f"fields message_id and parent_id are {found}, expected texts")
+        elif name in nodes:
+            yield RawRecord(None, raw.where, f"message_id {shortened(name)} is also that of {nodes[name][0].where}")
+        else:
+            nodes[name] = raw, dict(raw.fields, replies=[])
+    roots = []
+    for raw, node in nodes.values():
+        parent = node.get("parent_id")
         if parent is None:
             roots.append((raw, node))
         elif parent in nodes:
-            nodes[parent]["replies"].append(node)
+            nodes[parent][1]["replies"].append(node)
         else:
-            yield RawRecord(None, raw.where, f"parent_id {parent!r} is not in the data")
+            yield RawRecord(None, raw.where, f"parent_id {shortened(parent)} is not in the data")
+    in_tree: set[str | int] = set()
+    pending = [node for _, node in roots]
+    while pending:
+        node = pending.pop()
+        in_tree.add(node["message_id"])
+        pending += node["replies"]
+    for raw, node in nodes.values():
+        if node["message_id"] not in in_tree and node["parent_id"] in nodes:
+            yield RawRecord(
+                None, raw.where, "its chain of parent_id ends at no first message, but in a circle or a gap"
+            )
     for raw, node in roots:
         yield RawRecord({"prompt": node}, raw.where)
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ...errors import UserError
+from ...errors import UserError, shortened
+from . import json_text
 
 # Approximate characters per part of a .txt document: a book fits into memory at once, a whole dump does not.
 _TEXT_PART = 2**22
@@ -56,15 +57,29 @@ def read_json(path: Path) -> Iterator[RawRecord]:
     if first == "[":
         with path.open(encoding="utf-8-sig") as file:
             yield from _JsonList(path, file).records()
-    elif first == "{" and _parsed(line, "").problem is None:
+    elif first == "{" and _is_decodable(line):
         yield from read_jsonl(path)
     elif first == "{":
         record = _parsed(path.read_text(encoding="utf-8-sig"), f"{path}, record 1")
+        if record.problem and line.rstrip().endswith("}"):  # one object per line, and the first is damaged
+            yield from read_jsonl(path)
+            return
         if record.problem:
-            raise UserError(f"data source {path}: {record.problem}")
+            raise UserError(f"data source {path}: {record.problem}; cannot read the rest of the file")
         yield record
     elif first:
         raise UserError(f"data source {path}: expected a JSON list of objects, found {first!r} at the start")
+
+
+def _is_decodable(line: str) -> bool:
+    """Whether a line is complete JSON, usable or not."""
+    try:
+        json_text.decode(line)
+    except json.JSONDecodeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 class _JsonList:
@@ -84,7 +99,12 @@ class _JsonList:
         following = self._next_character()
         while following != "]":
             number += 1
-            yield _as_record(self._element(number), f"{self.path}, record {number}")
+            where = f"{self.path}, record {number}"
+            try:
+                value, problem = self._element(number), None
+            except json_text.Unusable as error:
+                value, problem = None, str(error)
+            yield RawRecord(None, where, problem) if problem else _as_record(value, where)
             following = self._next_character()
             if following == ",":
                 self.position += 1
@@ -92,12 +112,17 @@ class _JsonList:
             elif following != "]":
                 found = repr(following) if following else "the end of the file"
                 raise self._invalid(f"after record {number}", self.position, f"expected , or ] but found {found}")
+        self.position += 1  # the closing bracket
+        if following := self._next_character():
+            raise self._invalid(
+                "after the end of the list", self.position, f"found {following!r}; write several lists as one"
+            )
 
     def _element(self, number: int) -> Any:
-        decoder = json.JSONDecoder()
+        """Raises Unusable, with the position after the element, if only this one is lost."""
         while True:
             try:
-                value, end = decoder.raw_decode(self.window, self.position)
+                value, end = json_text.decode_at(self.window, self.position)
                 # a number at the end of the window may continue in the next one
                 if end < len(self.window) or not self._read_more():
                     self.position = end
@@ -105,6 +130,13 @@ class _JsonList:
             except json.JSONDecodeError as error:
                 if not self._read_more():
                     raise self._invalid(f"in record {number}", error.pos, error.msg) from None
+            except ValueError as error:
+                reason = json_text.explain(error)
+                while (end_of := json_text.end_of_value(self.window, self.position)) is None:
+                    if not self._read_more():
+                        raise self._invalid(f"in record {number}", self.position, reason) from None
+                self.position = end_of
+                raise json_text.Unusable(reason) from None
 
     def _next_character(self) -> str:
         while True:
@@ -133,7 +165,12 @@ def read_table(path: Path) -> Iterator[RawRecord]:
     csv.field_size_limit(1 << 30)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        header = next(reader, [])
+        try:
+            header = next((row for row in reader if row), [])
+        except csv.Error as error:
+            raise UserError(f"data source {path}: invalid header, line {reader.line_num}: {error}") from None
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise UserError(f"data source {path}: two columns are named {shortened(twice[0])}; rename or remove one")
         while True:
             where = f"{path}, line {reader.line_num + 1}"  # where the row starts; it may span several lines
             try:
@@ -152,18 +189,57 @@ def read_table(path: Path) -> Iterator[RawRecord]:
 
 
 def read_parquet(path: Path) -> Iterator[RawRecord]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"data source {path}: not a parquet file ({error})") from None
+    yield from _table_rows(path, lambda: pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024))
+
+
+def read_arrow(path: Path) -> Iterator[RawRecord]:
+    """A stream of Arrow's IPC format, as `save_to_disk` of `datasets` writes it."""
+    import pyarrow
+
+    def batches() -> Iterator[Any]:
+        for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))):
+            batch.validate(full=True)  # offsets of a damaged file would point anywhere
+            yield from (batch.slice(begin, 1024) for begin in range(0, len(batch), 1024))
+
+    yield from _table_rows(path, batches)
+
+
+def _table_rows(path: Path, open_batches: Callable[[], Iterator[Any]]) -> Iterator[RawRecord]:
+    """Rows of record batches. A value that Python cannot hold (a date after the year 9999) spoils its row alone."""
+    import pyarrow
+
     number = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for fields in batch.to_pylist():
-            number += 1
-            yield RawRecord(plain_value(fields), f"{path}, row {number}")
+    try:
+        batches = open_batches()
+        while (batch := next(batches, None)) is not None:
+            # a batch is converted at once, or row by row to find the one that cannot be
+            rows = _converted(batch)
+            if rows is None:
+                rows = [row for i in range(len(batch)) for row in _converted(batch.slice(i, 1)) or [None]]
+            for fields in rows:
+                number += 1
+                where = f"{path}, row {number}"
+                if fields is None:
+                    yield RawRecord(None, where, "a value that Python cannot hold, such as a date after the year 9999")
+                else:
+                    yield RawRecord(fields, where)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        after = f"cannot be read after row {number}" if number else f"not {_A_FILE[path.suffix]}"
+        raise UserError(f"data source {path}: {after} ({error})") from None
+
+
+_A_FILE = {".parquet": "a parquet file", ".arrow": "an Arrow stream"}
+
+
+def _converted(batch: Any) -> list[dict[str, Any] | None] | None:
+    try:
+        return [plain_value(fields) for fields in batch.to_pylist()]
+    except (ValueError, OverflowError):
+        return None
 
 
 def read_text(path: Path) -> Iterator[RawRecord]:
@@ -195,27 +271,33 @@ READERS: dict[str, Callable[[Path], Iterator[RawRecord]]] = {
     ".csv": read_table,
     ".tsv": read_table,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".txt": read_text,
 }
 
 
-def plain_value(value: Any) -> Any:
-    """Converts a value to JSON types: dates, bytes etc. become text."""
+# Objects of the user's own making: a table gives each one the keys of all the others, with null
+_OPEN_OBJECTS = {"tools", "functions", "arguments", "parameters"}
+
+
+def plain_value(value: Any, is_open: bool = False) -> Any:
+    """Converts a value of a table to JSON types: dates etc. become text. Nulls that the table added are removed."""
     if isinstance(value, dict):
-        return {str(key): plain_value(inner) for key, inner in value.items()}
+        return {
+            str(key): plain_value(inner, is_open or key in _OPEN_OBJECTS)
+            for key, inner in value.items()
+            if inner is not None or not is_open
+        }
     if isinstance(value, list | tuple):
-        return [plain_value(inner) for inner in value]
+        return [plain_value(inner, is_open) for inner in value]
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
 def _parsed(text: str, where: str) -> RawRecord:
     try:
-        return _as_record(json.loads(text), where)
-    except json.JSONDecodeError as error:
-        at = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
-        return RawRecord(None, where, f"not valid JSON: {error.msg} at {at}")
-    except RecursionError:
-        return RawRecord(None, where, "JSON nested too deeply")
+        return _as_record(json_text.decode(text), where)
+    except ValueError as error:
+        return RawRecord(None, where, json_text.explain(error))
 
 
 def _as_record(value: Any, where: str) -> RawRecord:
