@@ -19,7 +19,7 @@ import torch
 from ..cluster.world import own_device
 from ..config import DataConfig
 from ..data.documents.encode import Encoder
-from ..data.templates import Template, render, resolve_template
+from ..data.templates import Template, apply_template, render, resolve_template
 from ..errors import UserError
 from ..model import Sampling, generate_ids, load_tokenizer, lora
 from .trained import Trained, find_trained, first_documents, load_trained_base
@@ -42,7 +42,8 @@ def find_template(trained: Trained, tokenizer: Any, name: str = "auto") -> Templ
     kind = _format_of(trained.data, tokenizer)
     if kind in ("text", "tokens"):
         return None
-    encoder = Encoder(tokenizer, format_name=kind, columns={}, template=trained.data.template, learn="all")
+    data = trained.data
+    encoder = Encoder(tokenizer, format_name=kind, columns={}, template=data.template, learn="all", date=data.date)
     return encoder.template
 
 
@@ -76,9 +77,7 @@ class Writer:
             ids = self.tokenizer(text)["input_ids"]
             # a tokenizer that appends EOS would end the document before it is continued
             return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
-        text = self.tokenizer.apply_chat_template(
-            list(messages), chat_template=self.template.source, tokenize=False, add_generation_prompt=True
-        )
+        text = apply_template(self.tokenizer, self.template, messages, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def answer(
@@ -119,7 +118,7 @@ def _stops(model: Any, tokenizer: Any, template: Template | None) -> tuple[list[
     if template is not None:
         marker = "x7x"
         conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-        rendered = render(tokenizer, template, conversation, None, "last")
+        (rendered,) = render(tokenizer, template, conversation, None, "last")
         begin, end = rendered.spans[-1]
         ending = rendered.text[begin:end].rpartition(marker)[2].strip()
         ending_ids = tokenizer(ending, add_special_tokens=False)["input_ids"] if ending else []

@@ -121,6 +121,9 @@ class DataConfig(_Section):
     """How a conversation becomes text: a named template (chatml, llama2, llama3, mistral, gemma, alpaca, vicuna,
     zephyr, none), tokenizer, or the path of a .jinja file. auto: the tokenizer's own; if it has none, alpaca for
     instructions, none for input-output and prompt-completion, vicuna for conversations."""
+    date: str | None = Field(None, pattern=r"^\d{4}-\d\d-\d\d$")
+    """The date (YYYY-MM-DD) that chat templates which ask for today's date are told, so that the same config gives the
+    same tokens on every day. null: the day on which the run was first started, kept in its config.yaml."""
     require_eos: bool = True
     """Refuse data whose answers never end in a special token: the model would not learn to stop. Texts are exempt."""
     num_workers: int | None = Field(None, ge=1)

@@ -11,6 +11,7 @@ from ..config import DataConfig, RunConfig, SourceConfig
 from ..data.documents import Documents, build_documents, split_sources
 from ..data.loader import Loader, eval_batches
 from ..data.packing import Batch, Rows, one_document_per_row, pack_best_fit
+from ..data.templates import today
 from ..model import load_tokenizer
 from .checks.learning import check_ends_are_learned, check_every_step_has_labels
 
@@ -55,6 +56,8 @@ def documents_on_ranks(
     data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, world: World, what: str, seed: int
 ) -> Documents:
     """Tokenized documents, equal on every rank. The store's lock also keeps other jobs from building them again."""
+    if data.date is None:  # without a run; ranks on both sides of midnight would differ
+        data = data.model_copy(update={"date": world.from_main(today)})
     with world.stoppable(f"preparing {what}"), world.local_main_first(f"preparing {what}"):
         documents = documents_of(data, sources, tokenizer, seed)
     world.require_equal(documents.fingerprint, what)
@@ -71,6 +74,7 @@ def documents_of(data: DataConfig, sources: Sequence[SourceConfig], tokenizer: A
         on_bad=data.on_bad,
         learn=data.learn,
         template=data.template,
+        date=data.date,
         cache_dir=data.cache_dir,
         seed=seed,
         num_workers=data.num_workers,

@@ -11,6 +11,7 @@ import array
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from ..packing import Example
 from .encode import Encoded
 
 # part of every fingerprint: increase it when the same inputs give different tokens or a different file layout
-STORE_VERSION = 3
+STORE_VERSION = 4
 
 # files up to this size are hashed on each start, larger ones checked by size (the rename proves they were complete)
 _HASH_LIMIT = 64 * 2**20
+_MAX_NAMED = 8  # control tokens named per source
 HEAD = {"version": STORE_VERSION}  # of the manifest
 
 
@@ -44,11 +46,20 @@ class SourceStats:
     duplicates: int = 0  # examples with the same tokens as an earlier one, of any source
     empty_answers: int = 0
     replacement_characters: int = 0  # examples with U+FFFD: text that was once decoded incorrectly
-    control_tokens: int = 0  # conversations whose own text spells out a special token
+    control_tokens: int = 0  # conversations whose own text spells out a control token
+    control_token_names: str = ""  # the first few of these tokens
+    unrolled: int = 0  # documents with one answer each, of conversations that no single document could hold
     tokens: int = 0
     labels: int = 0
     lost_tokens: int = 0  # of truncated and dropped examples
     first_bad: str = ""  # message
+
+    def name_control_tokens(self, tokens: Sequence[str]) -> None:
+        """Counts a conversation that spells out these control tokens."""
+        self.control_tokens += bool(tokens)
+        names = self.control_token_names.split(", ") if self.control_token_names else []
+        if len(names) < _MAX_NAMED:
+            self.control_token_names = ", ".join(dict.fromkeys([*names, *tokens][:_MAX_NAMED]))
 
 
 @dataclasses.dataclass
