@@ -12,8 +12,9 @@ from ..data.documents import Documents, build_documents, split_sources
 from ..data.loader import Loader, eval_batches
 from ..data.packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..data.templates import today
+from ..memory.read_shapes import read_shapes
 from ..model import load_tokenizer
-from .checks.learning import check_ends_are_learned, check_every_step_has_labels
+from .checks.learning import check_ends_are_learned, check_every_step_has_labels, check_ids
 
 
 @dataclass
@@ -31,6 +32,8 @@ def build_data(config: RunConfig, world: World) -> Data:
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     train_sources, eval_sources = split_sources(config.data.train, config.data.eval)
     documents = documents_on_ranks(config.data, train_sources, tokenizer, world, "data.train", config.seed)
+    vocabulary = read_shapes(config.model.name, config.model.revision).vocabulary
+    check_ids(documents, tokenizer, vocabulary)
     if config.data.require_eos:
         check_ends_are_learned(documents, tokenizer, config.seed)
     rows = build_rows(config.data, documents, config.seed)
@@ -47,6 +50,7 @@ def build_data(config: RunConfig, world: World) -> Data:
     held_out = []
     if eval_sources:
         unseen = documents_on_ranks(config.data, eval_sources, tokenizer, world, "data.eval", config.seed)
+        check_ids(unseen, tokenizer, vocabulary)
         unseen_rows = build_rows(config.data, unseen, config.seed)
         held_out = eval_batches(unseen, unseen_rows, config.batch.resolved_micro_rows, world.rank, world.size)
     return Data(documents, rows, loader, held_out)

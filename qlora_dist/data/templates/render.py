@@ -179,12 +179,11 @@ def _unplaced(
     tokenizer: Any, template: Template, messages: Sequence[Any], tools: Any, i: int, before: str, until: str
 ) -> Unplaced:
     """Why the answer in message i does not follow its prompt."""
-    choices = f"set data.template to one of {names()}"
     shared = _num_shared(before, until)
     if shared == len(before):
         return Unplaced(
             f"chat template {template.name} renders message {i + 1} of {len(messages)} differently when more messages "
-            f"follow, so labels cannot be placed exactly; {choices}"
+            f"follow, so labels cannot be placed exactly; set data.template to one of {names()}"
         )
     context = apply_template(tokenizer, template, messages[:i], tools)
     if shared >= _num_shared(context, before):
@@ -192,11 +191,12 @@ def _unplaced(
             f"chat template {template.name}: its generation prompt ends in {before[shared:][:40]!r}, where it writes "
             f"{until[shared:][:40]!r} in message {i + 1} of {len(messages)}, the answer itself. A model trained on the "
             "one would be asked to continue the other; set data.template to a .jinja file whose generation prompt is "
-            f"what it writes before an answer, or {choices}"
+            f"what it writes before an answer, or to one of {names()}"
         )
     return Unplaced(
         f"chat template {template.name} renders the messages before an answer (message {i + 1} of {len(messages)}) "
-        f"differently when the answer follows: {before[shared:][:40]!r} becomes {until[shared:][:40]!r}; {choices}"
+        f"differently when the answer follows: {before[shared:][:40]!r} becomes {until[shared:][:40]!r}; set "
+        f"data.template to one of {names()}"
     )
 
 

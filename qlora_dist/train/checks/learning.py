@@ -11,7 +11,7 @@ import torch
 from ...data.documents import Documents
 from ...data.packing import Rows, hashed_order
 from ...data.templates import control_tokens
-from ...errors import RunFailed, UserError
+from ...errors import RunFailed, UserError, printable
 
 INSPECTED = 1000  # documents of each source whose end tokens are looked for
 
@@ -62,6 +62,20 @@ def check_ends_are_learned(documents: Documents, tokenizer: Any, seed: int = 0) 
             "Use a data.template whose end of turn is a token of this tokenizer (alpaca, vicuna, zephyr end in EOS), "
             "raise data.row_tokens where documents are truncated, or set data.require_eos=false if this is intended"
         )
+
+
+def check_ids(documents: Documents, tokenizer: Any, vocab_size: int) -> None:
+    """Raises UserError when the data hold ids that the model has no row for in its embedding.
+
+    `vocab_size`: rows of the embedding. The tokens are read only where the tokenizer knows such ids at all.
+    """
+    if max(tokenizer.get_vocab().values(), default=0) < vocab_size or (largest := documents.largest_id) < vocab_size:
+        return
+    raise UserError(
+        f"the training data hold token {largest} ({printable(str(tokenizer.convert_ids_to_tokens(largest)))}), but the "
+        f"model's embedding has {vocab_size:,} rows (vocab_size in config.json): the tokenizer was extended and the "
+        "model was not. Use the tokenizer that belongs to this model, or a model whose embedding was resized for it"
+    )
 
 
 def check_first_update(model: torch.nn.Module) -> None:
