@@ -1,7 +1,7 @@
 """A chat template: where it comes from, and how a conversation is written with it.
 
-Rendering always goes through the tokenizer's `apply_chat_template`, and so through transformers' sandbox: a
-template may come from a model repository.
+Rendering always goes through transformers' sandbox: a template may come from a model repository. Such a template runs
+in a process with limits on time and memory as well.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from typing import Any
 
 from ...errors import UserError, shortened
 from .clock import reads_clock, today, with_clock
+from .limited import LimitExceeded, Rejected, render_limited
 from .lost import BadRecord
 from .named import NAMED
 
 # private-use characters that mark the beginning and end of a learned span during rendering
 BEGIN, END = "\ue0f0", "\ue0f1"
+
+_MAX_SOURCE = 2**20  # characters
 
 _MARKERS = re.compile(r"\{%[-+]?\s*generation\b")
 
@@ -77,6 +80,7 @@ def resolve_template(tokenizer: Any, name: str, *, default: str, date: str | Non
     if name in ("auto", "tokenizer"):
         source = tokenizer_template(tokenizer)
         if source is not None:
+            _check_size("the tokenizer's own", json.dumps(tokenizer.chat_template))
             several = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
             return Template("the tokenizer's own", source, True, several.get("tool_use"), date)
         if name == "tokenizer":
@@ -86,7 +90,13 @@ def resolve_template(tokenizer: Any, name: str, *, default: str, date: str | Non
         name = default
     if name.endswith(".jinja"):
         try:
-            return Template(name, Path(name).expanduser().read_text(encoding="utf-8"), is_own=True, date=date)
+            path = Path(name).expanduser()
+            if path.exists() and not path.is_file():
+                raise ValueError("it is no file")
+            with path.open(encoding="utf-8") as file:
+                source = file.read(_MAX_SOURCE + 1)
+            _check_size(name, source)
+            return Template(name, source, is_own=True, date=date)
         except (OSError, ValueError) as error:
             raise UserError(f"data.template {name}: cannot be read ({error})") from None
     if name not in NAMED:
@@ -94,6 +104,14 @@ def resolve_template(tokenizer: Any, name: str, *, default: str, date: str | Non
     if "eos_token" in NAMED[name] and tokenizer.eos_token is None:
         raise UserError(f"template {name} ends answers with the EOS token, but this tokenizer has none")
     return Template(name, NAMED[name].replace("@BOS@", "bos_token" if adds_bos(tokenizer) else "''"))
+
+
+def _check_size(name: str, source: str) -> None:
+    if len(source) > _MAX_SOURCE:
+        raise UserError(
+            f"chat template {name} has more than {_MAX_SOURCE:,} characters, expected a few thousand; set "
+            f"data.template to one of {names()}"
+        )
 
 
 def tokenizer_template(tokenizer: Any) -> str | None:
@@ -138,23 +156,29 @@ def apply_template(
 ) -> str:
     """The text of a conversation. Raises BadRecord when the template rejects it. `source`: another form of its own."""
     template = template.for_tools(tools)
-    try:
-        text: str = tokenizer.apply_chat_template(
-            [_with_thinking(message) for message in messages],
-            tools=tools,
-            chat_template=source or template.rendered_source,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-        return text
-    except Exception as error:  # a template may raise anything: jinja2 errors, TypeError for a missing field
-        raise BadRecord(f"the chat template rejects this conversation: {shortened(str(error))}") from None
+    source = source or template.rendered_source
+    turns = [_as_read(message) for message in messages]
+    if template.is_own:
+        variables = {**tokenizer.special_tokens_map, "add_generation_prompt": add_generation_prompt}
+        try:
+            return render_limited(source, turns, tools, variables)
+        except LimitExceeded as limit:
+            raise UserError(
+                f"chat template {template.name} is stopped: it took {limit} for one conversation, where others take "
+                f"milliseconds. It is broken or meant to harm; set data.template to one of {names()}"
+            ) from None
+        except Rejected as error:  # a template may raise anything: jinja2 errors, TypeError for a missing field
+            raise BadRecord(f"the chat template rejects this conversation: {shortened(str(error))}") from None
+    text: str = tokenizer.apply_chat_template(
+        turns, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    return text
 
 
-def _with_thinking(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose reasoning has both names that templates read it by (gpt-oss: thinking)."""
-    reasoning = message.get("reasoning_content")
-    return dict(message) if reasoning is None else {"thinking": reasoning, **message}
+def _as_read(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without nulls, whose reasoning has both names that templates read it by (gpt-oss: thinking)."""
+    given = {key: value for key, value in message.items() if value is not None}
+    return {"thinking": given["reasoning_content"], **given} if "reasoning_content" in given else given
 
 
 def with_sentinels(source: str) -> str:
