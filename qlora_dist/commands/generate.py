@@ -19,7 +19,7 @@ import torch
 
 from ..cluster.world import own_device
 from ..config import DataConfig
-from ..data.templates import Template, resolve_template
+from ..data.templates import Template, apply_template, resolve_template
 from ..errors import UserError, printable
 from ..model import Sampling, generate_ids, lora
 from ..train.prompt_format import PromptFormat, find_stops
@@ -43,7 +43,7 @@ def find_template(trained: Trained, tokenizer: Any, name: str = "auto") -> Templ
         has_own = isinstance(tokenizer.chat_template, str)
         return resolve_template(tokenizer, "tokenizer", default="") if has_own else None
     kind = _format_of(trained.data, tokenizer)
-    return PromptFormat.of_formats(tokenizer, [kind], trained.data.template).template
+    return PromptFormat.of_formats(tokenizer, [kind], trained.data.template, trained.data.date).template
 
 
 def _format_of(data: DataConfig, tokenizer: Any) -> str:
@@ -77,9 +77,7 @@ class Writer:
             ids = self.tokenizer(text)["input_ids"]
             # a tokenizer that appends EOS would end the document before it is continued
             return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
-        text = self.tokenizer.apply_chat_template(
-            list(messages), chat_template=self.template.source, tokenize=False, add_generation_prompt=True
-        )
+        text = apply_template(self.tokenizer, self.template, messages, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def answer(

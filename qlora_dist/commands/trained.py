@@ -138,5 +138,6 @@ def first_documents(data: DataConfig, tokenizer: Any, count: int, row_tokens: in
             on_bad="skip",
             learn="all",  # so that nothing is dropped for lack of labels
             template=data.template,
+            date=data.date,
             cache_dir=folder,
         )

@@ -7,6 +7,7 @@ The docstring below each field gives its meaning and unit; it is also the descri
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -121,12 +122,22 @@ class DataConfig(_Section):
     """How a conversation becomes text: a named template (chatml, llama2, llama3, mistral, gemma, alpaca, vicuna,
     zephyr, none), tokenizer, or the path of a .jinja file. auto: the tokenizer's own; if it has none, alpaca for
     instructions, none for input-output and prompt-completion, vicuna for conversations."""
+    date: str | None = None
+    """The date (YYYY-MM-DD) that chat templates which ask for today's date are told, so that the same config gives the
+    same tokens on every day. null: the day on which the run was first started, kept in its config.yaml."""
     require_eos: bool = True
     """Refuse data whose answers never end in a special token: the model would not learn to stop. Texts are exempt."""
     num_workers: int | None = Field(None, ge=1)
     """Number of tokenizer processes. null: one for small data, up to eight for large data."""
     cache_dir: str = "~/.cache/qlora_dist"
     """Cache of tokenized data, keyed by a fingerprint of everything that affects them: per node, or shared."""
+
+    @field_validator("date")
+    @classmethod
+    def _is_date(cls, value: str | None) -> str | None:
+        if value is not None and datetime.date.fromisoformat(value).isoformat() != value:
+            raise ValueError("expected a date as YYYY-MM-DD")
+        return value
 
     @field_validator("train")
     @classmethod

@@ -42,7 +42,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
         StopSignal() as stop,
         join_ranks(config, stop) as world,
         Trackers(config.logging.trackers, config.run_dir) as trackers,
-        open_run_dir(config, world, resume) as run_dir,
+        open_run_dir(config, world, resume) as (run_dir, config),
     ):
         if (steps := world.from_main(lambda: run_dir.completed_steps(config.train.length))) is not None:
             return report_completed(run_dir, world, steps)

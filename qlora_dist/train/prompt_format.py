@@ -36,12 +36,13 @@ class PromptFormat:
     template: Template | None
 
     @classmethod
-    def of_formats(cls, tokenizer: Any, formats: Sequence[str], template: str) -> PromptFormat:
-        """By the formats of the sources, in their order, and data.template. Raises UserError."""
+    def of_formats(cls, tokenizer: Any, formats: Sequence[str], template: str, date: str | None) -> PromptFormat:
+        """By the formats of the sources, in their order, data.template and data.date. Raises UserError."""
         chat = next((name for name in formats if name not in ("text", "tokens")), None)
         if chat is None:
             return cls(None)
-        return cls(Encoder(tokenizer, format_name=chat, columns={}, template=template, learn="all").template)
+        encoder = Encoder(tokenizer, format_name=chat, columns={}, template=template, learn="all", date=date)
+        return cls(encoder.template)
 
     def write(self, folder: Path) -> None:
         """Writes the file."""
@@ -76,7 +77,8 @@ def record_prompts(run: Run) -> None:
         settings = run.config.model
         formats = [source.format for source in run.data.documents.stats.sources]
         tokenizer = load_tokenizer(settings.name, settings.revision)
-        PromptFormat.of_formats(tokenizer, formats, run.config.data.template).write(run.dir.path)
+        data = run.config.data
+        PromptFormat.of_formats(tokenizer, formats, data.template, data.date).write(run.dir.path)
 
     run.world.from_main(record_on_main)
 
@@ -99,7 +101,7 @@ def _end_of_answer(tokenizer: Any, template: Template) -> tuple[str, int | None]
     """The text that is learned after an answer, and its token if it is a single one."""
     conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        rendered = render(tokenizer, template, conversation, None, "last")
+        (rendered,) = render(tokenizer, template, conversation, None, "last")
     except UserError as error:
         log.warning("the end of an answer is not known, EOS is used: %s", error)
         return "", None

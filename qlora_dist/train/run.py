@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ from ..cluster.launcher import launched_job, require_own_strategy
 from ..cluster.run_lock import RunLock
 from ..cluster.stop_signal import StopRequested, StopSignal
 from ..cluster.world import World
-from ..config import RunConfig, dump_yaml
+from ..config import RunConfig, dump_yaml, load_config
 from ..config.run_dir import RunDir
 from ..data.loader import derive_accumulation
+from ..data.templates import today
 from ..errors import UserError, os_errors
 from ..optim.adamw import lr_at
 from .metrics import Metrics, restart_peak
@@ -124,30 +126,42 @@ def join_ranks(config: RunConfig, stop: StopSignal) -> Iterator[World]:
 
 
 @contextmanager
-def open_run_dir(config: RunConfig, world: World, resume: str) -> Iterator[RunDir]:
-    """The run directory with its resolved config, locked for this job.
+def open_run_dir(config: RunConfig, world: World, resume: str) -> Iterator[tuple[RunDir, RunConfig]]:
+    """The run directory with its resolved config, locked for this job, and that config.
 
     Refuses the directory of another run, one in use by another job, and `--resume never` where there is a run.
     """
     run_dir = RunDir(Path(config.run_dir))
     lock = RunLock(run_dir.lock, *launched_job())
 
-    def open_on_main() -> None:
+    def open_on_main() -> RunConfig:
         run_dir.make()
+        dated = with_date(config, run_dir)
         with os_errors(f"{run_dir.lock}: cannot be written", "Nothing that was saved there has changed"):
             lock.acquire()
-        run_dir.open(dump_yaml(config), free_fields(config))
+        run_dir.open(dump_yaml(dated), free_fields(config))
         if resume == "never" and run_dir.checkpoints.is_dir() and any(run_dir.checkpoints.glob("step-*")):
             raise UserError(
                 f"--resume never, but {run_dir.checkpoints} holds checkpoints; remove {run_dir.path}, choose another "
                 "run_dir, or use --resume auto to continue"
             )
+        return dated
 
     try:
-        world.from_main(open_on_main)
-        yield run_dir
+        yield run_dir, world.from_main(open_on_main)
     finally:
         lock.release()
+
+
+def with_date(config: RunConfig, run_dir: RunDir) -> RunConfig:
+    """The config with the date that its chat template is told: the day of the run's first start."""
+    date = config.data.date
+    if date is None and run_dir.config.exists():
+        with contextlib.suppress(UserError):  # `RunDir.open` says what is wrong with it
+            date = load_config(run_dir.config).data.date
+    elif date is None:
+        date = today()
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
 
 
 def free_fields(config: RunConfig) -> tuple[str, ...]:

@@ -11,8 +11,10 @@ from ..config import DataConfig, RunConfig, SourceConfig
 from ..data.documents import Documents, build_documents, split_sources
 from ..data.loader import Loader, eval_batches
 from ..data.packing import Batch, Rows, one_document_per_row, pack_best_fit
+from ..data.templates import today
+from ..memory.read_shapes import read_shapes
 from ..model import load_tokenizer
-from .checks.learning import check_ends_are_learned, check_every_step_has_labels
+from .checks.learning import check_ends_are_learned, check_every_step_has_labels, check_ids
 
 
 @dataclass
@@ -30,6 +32,8 @@ def build_data(config: RunConfig, world: World) -> Data:
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     train_sources, eval_sources = split_sources(config.data.train, config.data.eval)
     documents = documents_on_ranks(config.data, train_sources, tokenizer, world, "data.train", config.seed)
+    vocabulary = read_shapes(config.model.name, config.model.revision).vocabulary
+    check_ids(documents, tokenizer, vocabulary)
     if config.data.require_eos:
         check_ends_are_learned(documents, tokenizer, config.seed)
     rows = build_rows(config.data, documents, config.seed)
@@ -46,6 +50,7 @@ def build_data(config: RunConfig, world: World) -> Data:
     held_out = []
     if eval_sources:
         unseen = documents_on_ranks(config.data, eval_sources, tokenizer, world, "data.eval", config.seed)
+        check_ids(unseen, tokenizer, vocabulary)
         unseen_rows = build_rows(config.data, unseen, config.seed)
         held_out = eval_batches(unseen, unseen_rows, config.batch.resolved_micro_rows, world.rank, world.size)
     return Data(documents, rows, loader, held_out)
@@ -55,6 +60,8 @@ def documents_on_ranks(
     data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, world: World, what: str, seed: int
 ) -> Documents:
     """Tokenized documents, equal on every rank. The store's lock also keeps other jobs from building them again."""
+    if data.date is None:  # without a run; ranks on both sides of midnight would differ
+        data = data.model_copy(update={"date": world.from_main(today)})
     with world.stoppable(f"preparing {what}"), world.local_main_first(f"preparing {what}"):
         documents = documents_of(data, sources, tokenizer, seed)
     world.require_equal(documents.fingerprint, what)
@@ -71,6 +78,7 @@ def documents_of(data: DataConfig, sources: Sequence[SourceConfig], tokenizer: A
         on_bad=data.on_bad,
         learn=data.learn,
         template=data.template,
+        date=data.date,
         cache_dir=data.cache_dir,
         seed=seed,
         num_workers=data.num_workers,

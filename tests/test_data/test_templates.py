@@ -134,7 +134,7 @@ def test_the_prompt_before_an_answer_is_what_the_model_sees_at_inference(name):
     """Generation prompt + answer = training text: otherwise the model would be trained on another prompt."""
     tokenizer = byte_level_tokenizer()
     template = resolve_template(tokenizer, name, default="")
-    rendered = render(tokenizer, template, TURNS, None, "assistant")
+    (rendered,) = render(tokenizer, template, TURNS, None, "assistant")
     prompt = tokenizer.apply_chat_template(
         TURNS[:-1], chat_template=template.source, tokenize=False, add_generation_prompt=True
     )
@@ -156,15 +156,30 @@ def test_a_tokenizers_own_template_is_masked_exactly_with_and_without_markers(ki
         assert [run.strip() for run in runs] == [answer + end for answer in ANSWERS]
 
 
-def test_a_template_that_rewrites_earlier_answers_is_rejected_but_can_learn_the_last():
-    source = (
-        "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' and loop.last %}{{ '<think/>' }}"
-        "{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    tokenizer = with_template(byte_level_tokenizer(), source)
-    with pytest.raises(UserError, match=r"renders message 3 of 7 differently when more messages.*data\.learn to last"):
-        encode(tokenizer, TURNS)
+def encode_all(tokenizer, messages, template="auto", learn="assistant", tools=None):
+    """The documents of one conversation."""
+    encoder = Encoder(tokenizer, format_name="messages", columns={}, template=template, learn=learn)
+    (result,) = encoder.encode([RawRecord({"messages": messages, "tools": tools}, "x, line 1")])
+    if isinstance(result, BadRecord):
+        raise result
+    return result
+
+
+REWRITES = (
+    "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' and loop.last %}{{ '<think/>' }}"
+    "{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_earlier_answers_gets_one_exact_document_per_answer():
+    tokenizer = with_template(byte_level_tokenizer(), REWRITES)
+    documents = encode_all(tokenizer, TURNS)
+    assert [learned_runs(tokenizer, one) for one in documents] == [[f"<think/>{a}<|im_end|>"] for a in ANSWERS]
+    assert all(one.is_unrolled for one in documents)
+    for one, until in zip(documents, (2, 4, 6)):
+        prompt = tokenizer.apply_chat_template(TURNS[:until], add_generation_prompt=True, return_dict=False)
+        assert one.input_ids.tolist()[: len(prompt)] == prompt and not one.is_label[: len(prompt)].any()
     assert learned_runs(tokenizer, encode(tokenizer, TURNS, learn="last")) == ["<think/>Bye!<|im_end|>"]
 
 

@@ -256,6 +256,35 @@ def test_one_source_without_end_tokens_is_found_among_others(raw, tmp_path, caps
     assert "long.json: none of 3" in error and "train.json: none" not in error
 
 
+@pytest.mark.usefixtures("no_model")
+def test_ids_that_the_model_has_no_row_for_are_refused_before_it_is_read(raw, tmp_path, capsys):
+    model = Path(raw["model"]["name"])
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    known = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(known | {"vocab_size": 8}))
+    config = write_config(tmp_path / "c.yaml", raw, model__name=str(tmp_path))
+    assert cli.invoke(["train", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert "the training data hold token" in error and "the model's embedding has 8 rows" in error
+
+
+def test_a_run_keeps_the_date_of_its_first_start(raw, tmp_path):
+    from qlora_dist.config import dump_yaml
+    from qlora_dist.config.run_dir import RunDir
+    from qlora_dist.data.templates import today
+    from qlora_dist.train.run import with_date
+
+    config, run_dir = config_of(raw), RunDir(tmp_path / "run")
+    assert config.data.date is None and with_date(config, run_dir).data.date == today()
+    run_dir.open(dump_yaml(config_of(raw, data__date="2024-07-06")))
+    assert with_date(config, run_dir).data.date == "2024-07-06"
+    assert with_date(config_of(raw, data__date="2024-07-07"), run_dir).data.date == "2024-07-07"
+    # a run of before there was a date goes on without one
+    run_dir.config.write_text(dump_yaml(config))
+    assert with_date(config, run_dir).data.date is None
+
+
 def test_a_step_whose_rows_have_no_label_is_found_before_the_model_is_read():
     import numpy as np
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...data.documents import Documents, SourceStats
 from ...data.packing import Rows, hashed_order
-from ...data.templates import CONTROL_TOKENS, tokenizer_template
+from ...data.templates import CONTROL_TOKENS, control_tokens, tokenizer_template
 
 # documents whose tokens are inspected
 _MAX_INSPECTED = 2000
@@ -92,7 +92,7 @@ def sample_of(documents: Documents, index: int, tokenizer: Any) -> Sample:
     """One document with its learned tokens separated from context, and special tokens from text."""
     example = documents[index]
     ids = example.input_ids.tolist()
-    special = set(tokenizer.all_special_ids)
+    special = control_tokens(tokenizer).texts
     kinds = [(bool(label), token in special) for token, label in zip(ids, example.is_label)]
     boundaries = [0, *(i for i in range(1, len(ids)) if kinds[i] != kinds[i - 1]), len(ids)]
     runs, text = [], ""
@@ -136,8 +136,8 @@ def _source_warnings(documents: Documents) -> list[str]:
             ),
             (
                 source.control_tokens,
-                f"{source.control_tokens:,} conversations spell out a special token in their own text; it is encoded "
-                "as that token",
+                f"{source.control_tokens:,} conversations spell out a special token in their own text "
+                f"({source.control_token_names}); it is encoded as that token",
             ),
             (
                 source.replacement_characters,
@@ -158,25 +158,16 @@ def _label_warnings(documents: Documents, tokenizer: Any, order: np.ndarray) -> 
         warnings.append(
             f"only {labels / tokens:.1%} of the tokens are labels; to learn prompts as well, set data.learn=all"
         )
-    ends: dict[str, int] = {}
     inspected = [int(i) for i in order[:_MAX_INSPECTED]]
     conversations = [i for i in inspected if documents.stats.sources[int(documents.source_of[i])].template]
-    special = set(tokenizer.all_special_ids)
-    for index in conversations:
-        example = documents[index]
-        last = int(example.input_ids[example.is_label][-1])
-        end = tokenizer.convert_ids_to_tokens(last) if last in special else ""
-        ends[end] = ends.get(end, 0) + 1
-    if ends.get("", 0) > 0.05 * len(conversations):
+    control = control_tokens(tokenizer)
+    examples = [documents[index] for index in conversations]
+    learned = [control.learned_ends(example.input_ids, example.is_label) for example in examples]
+    endless = sum(not ends[-1:] or not ends[-1] for ends in learned)
+    if endless > 0.05 * len(conversations):
         warnings.append(
-            f"{ends['']:,} of {len(conversations):,} inspected examples do not end with a special token: a model "
+            f"{endless:,} of {len(conversations):,} inspected examples do not end with a special token: a model "
             "trained on them does not learn to stop"
-        )
-    foreign = sorted(end for end in ends if end and end != tokenizer.eos_token)
-    if foreign:
-        warnings.append(
-            f"answers end with {', '.join(foreign)}, but the tokenizer's EOS is {tokenizer.eos_token}: configure "
-            "generation to stop there too"
         )
     return warnings
 

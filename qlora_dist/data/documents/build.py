@@ -16,7 +16,7 @@ from ...config import SourceConfig
 from ...errors import UserError
 from ...files import folder_aside
 from ..formats import RawRecord, detect_format, group_records, map_columns
-from ..templates import NAMED, tokenizer_template
+from ..templates import template_key
 from .encode import Encoded, Encoder, check_tokenizer
 from .select import select_documents
 from .sources import OpenSource, open_source
@@ -35,6 +35,7 @@ def build_documents(
     on_bad: str = "error",
     learn: str = "assistant",
     template: str = "auto",
+    date: str | None = None,
     cache_dir: str | Path,
     seed: int = 0,
     num_workers: int | None = None,
@@ -43,18 +44,18 @@ def build_documents(
 
     The first call writes a store below `cache_dir`; later calls with the same data, tokenizer and settings read it.
     When several processes call at once, one builds and the others wait. Raises UserError with file, row and field
-    for anything that cannot be used.
+    for anything that cannot be used. `date` (YYYY-MM-DD): what templates that write the date are told; None is today.
     """
     check_tokenizer(tokenizer)
     opened = [open_source(source) for source in sources]
     settings: dict[str, Any] = {"row_tokens": row_tokens, "on_long": on_long, "on_bad": on_bad, "learn": learn}
-    fingerprint = _fingerprint(opened, tokenizer, template, settings)
+    fingerprint = _fingerprint(opened, tokenizer, template_key(tokenizer, template, date), settings)
     folder = Path(cache_dir).expanduser() / fingerprint
     if not has_store(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with build_lock(folder):
             if not has_store(folder):  # another process may have built it while this one waited
-                build = Build(tokenizer, template=template, num_workers=num_workers, **settings)
+                build = Build(tokenizer, template=template, date=date, num_workers=num_workers, **settings)
                 build.run(sources, opened, folder)
     else:
         logger.info("tokenized data: read from %s", folder)
@@ -86,6 +87,7 @@ class Build:
     on_bad: str
     learn: str
     template: str
+    date: str | None
     num_workers: int | None
 
     def run(self, sources: Sequence[SourceConfig], opened: Sequence[OpenSource], folder: Path) -> None:
@@ -113,6 +115,7 @@ class Build:
             columns=source.columns,
             template=self.template,
             learn=self.learn,
+            date=self.date,
         )
         stats.template = "" if stats.format in ("text", "tokens") else encoder.template.name
         with_template = f", template {stats.template}" if stats.template else ""
@@ -126,7 +129,8 @@ class Build:
             for encoded in record.documents:
                 stats.empty_answers += encoded.has_empty_answer
                 stats.replacement_characters += encoded.has_replacement
-                stats.control_tokens += encoded.has_control_token
+                stats.unrolled += encoded.is_unrolled
+                stats.name_control_tokens(encoded.control_tokens)
                 self._add(writer, index, encoded, record, stats)
             for name in record.unread:
                 stats.unread[name] = stats.unread.get(name, 0) + 1
@@ -200,14 +204,13 @@ def _check_not_empty(stats: Sequence[SourceStats], row_tokens: int) -> None:
     )
 
 
-def _fingerprint(opened: Sequence[OpenSource], tokenizer: Any, template: str, settings: dict[str, Any]) -> str:
+def _fingerprint(opened: Sequence[OpenSource], tokenizer: Any, template: list[Any], settings: dict[str, Any]) -> str:
     """Identifies a store by everything that determines its tokens."""
-    chat_template = Path(template).expanduser().read_bytes().hex() if Path(template).is_file() else template
     key = {
         "version": STORE_VERSION,
         "sources": [source.key for source in opened],
         "settings": settings,
-        "template": [chat_template, NAMED.get(template, sorted(NAMED.items())), tokenizer_template(tokenizer)],
+        "template": template,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }

@@ -7,6 +7,9 @@ sees the merged token. A record with a boundary that cannot be kept is an error;
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +18,7 @@ import numpy as np
 
 from ...errors import UserError
 from ..formats import BadRecord, Conversation, Document, RawRecord, Text, Tokens, convert
-from ..templates import Rendered, Template, adds_bos, render, resolve_template
+from ..templates import Rendered, Template, adds_bos, control_tokens, render, resolve_template
 
 # Text put before a piece while it is tokenized, so that the tokenizer does not treat it as the start of a text
 # (where SentencePiece adds a space). The first one that does not merge with the piece is used.
@@ -49,23 +52,30 @@ class Encoded:
     is_label: np.ndarray  # (L,) bool
     is_text: bool = False
     has_empty_answer: bool = False
-    has_control_token: bool = False  # the data's own text spells out a special token
     has_replacement: bool = False  # U+FFFD: text that was once decoded incorrectly
+    is_unrolled: bool = False  # one answer of a conversation that no single document could hold
+    control_tokens: tuple[str, ...] = ()  # that the data's own text spells out
 
 
 class Encoder:
     """Converts and tokenizes records of one format, in batches. It is sent to worker processes as is."""
 
     def __init__(
-        self, tokenizer: Any, *, format_name: str, columns: Mapping[str, str], template: str, learn: str
+        self,
+        tokenizer: Any,
+        *,
+        format_name: str,
+        columns: Mapping[str, str],
+        template: str,
+        learn: str,
+        date: str | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = _with_whole_offsets(tokenizer)
         self.format_name = format_name
         self.columns = dict(columns)
         self.learn = learn
         self.adds_bos = adds_bos(tokenizer)
-        self._special_tokens = tokenizer.all_special_tokens  # slow to compute
-        self._template_name = template
+        self._template_name, self._date = template, date
         self._template: Template | None = None
         self.unread: list[set[str]] = []  # of the last call of `encode`: each record's fields without a use
 
@@ -73,7 +83,7 @@ class Encoder:
     def template(self) -> Template:
         if self._template is None:  # texts need none: a missing EOS, for example, is no error for them
             default = _PLAIN_TEMPLATES.get(self.format_name, "vicuna")
-            self._template = resolve_template(self.tokenizer, self._template_name, default=default)
+            self._template = resolve_template(self.tokenizer, self._template_name, default=default, date=self._date)
         return self._template
 
     def encode(self, records: Sequence[RawRecord]) -> list[list[Encoded] | BadRecord]:
@@ -95,42 +105,46 @@ class Encoder:
             if isinstance(encoded, BadRecord):
                 results[i] = encoded
             elif isinstance(result, list):
-                result.append(encoded)
+                result += encoded
         return results
 
-    def _encode_documents(self, documents: Sequence[Document]) -> list[Encoded | BadRecord]:
-        results: list[Encoded | BadRecord] = [BadRecord("not encoded")] * len(documents)
-        rendered: dict[int, Rendered] = {}
+    def _encode_documents(self, documents: Sequence[Document]) -> list[list[Encoded] | BadRecord]:
+        results: list[list[Encoded] | BadRecord] = [[] for _ in documents]
+        rendered: list[tuple[int, Rendered]] = []
         texts: list[str] = []
         for i, document in enumerate(documents):
-            if isinstance(document, Tokens):
-                results[i] = self._encode_tokens(document)
-                continue
             try:
-                rendered[i] = self._render(document)
-                if len(rendered[i].text) > _MAX_CHARACTERS:
-                    raise BadRecord(
-                        f"{len(rendered[i].text):,} characters, expected at most {_MAX_CHARACTERS:,} per record; "
-                        "split it"
-                    )
+                if isinstance(document, Tokens):
+                    results[i] = [self._encode_tokens(document)]
+                    continue
+                for one in self._render(document):
+                    rendered.append((i, one))
+                    texts.append(one.text)
+                    if one.from_prefixes:
+                        texts += [one.text[:begin] for begin, _ in one.spans]
             except BadRecord as error:
-                rendered.pop(i, None)
                 results[i] = error
-                continue
-            texts.append(rendered[i].text)
-            if rendered[i].from_prefixes:
-                texts += [rendered[i].text[:begin] for begin, _ in rendered[i].spans]
         tokenized = iter(self._tokenize(texts))
-        for i, one in rendered.items():
+        for i, one in rendered:
             whole = next(tokenized)
             prefixes = [next(tokenized)[0] for _ in one.spans] if one.from_prefixes else []
-            results[i] = self._encode_rendered(documents[i], one, whole, prefixes)
+            result = results[i]
+            try:
+                if isinstance(result, list):
+                    result.append(self._encode_rendered(documents[i], one, whole, prefixes))
+            except BadRecord as error:
+                results[i] = error
         return results
 
-    def _render(self, document: Conversation | Text) -> Rendered:
+    def _render(self, document: Conversation | Text) -> list[Rendered]:
         if isinstance(document, Text):
-            return Rendered(document.text, ((0, len(document.text)),))
-        return render(self.tokenizer, self.template, document.messages, document.tools, self.learn)
+            rendered = [Rendered(document.text, ((0, len(document.text)),))]
+        else:
+            rendered = render(self.tokenizer, self.template, document.messages, document.tools, self.learn)
+        num_characters = sum(len(one.text) for one in rendered)
+        if num_characters > _MAX_CHARACTERS:
+            raise BadRecord(f"{num_characters:,} characters, expected at most {_MAX_CHARACTERS:,} per record; split it")
+        return rendered
 
     def _tokenize(self, texts: list[str]) -> list[_Tokenized]:
         if not texts:
@@ -145,10 +159,10 @@ class Encoder:
         )
         return list(zip(batch["input_ids"], batch["offset_mapping"]))
 
-    def _encode_tokens(self, document: Tokens) -> Encoded | BadRecord:
+    def _encode_tokens(self, document: Tokens) -> Encoded:
         largest = max(document.input_ids)
         if largest >= len(self.tokenizer):
-            return BadRecord(
+            raise BadRecord(
                 f"field input_ids contains {largest}, but this tokenizer has {len(self.tokenizer):,} tokens: the data "
                 "was tokenized with another one"
             )
@@ -156,14 +170,11 @@ class Encoder:
 
     def _encode_rendered(
         self, document: Document, rendered: Rendered, whole: _Tokenized, prefixes: list[list[int]]
-    ) -> Encoded | BadRecord:
+    ) -> Encoded:
         if isinstance(document, Text):
             return self._encode_text(document, whole[0])
         assert isinstance(document, Conversation)
-        try:
-            ids, is_label = _mask(self, rendered, whole, prefixes)
-        except BadRecord as error:
-            return error
+        ids, is_label = _mask(self, rendered, whole, prefixes)
         contents = [message["content"] for message in document.messages]
         return _encoded(
             ids,
@@ -173,10 +184,20 @@ class Encoder:
                 for message in document.messages
             ),
             has_replacement=any("\ufffd" in content for content in contents),
-            has_control_token=any(token in content for token in self._special_tokens for content in contents),
+            is_unrolled=rendered.is_unrolled,
+            control_tokens=self._spelled(document.messages),
         )
 
-    def _encode_text(self, document: Text, ids: list[int]) -> Encoded | BadRecord:
+    def _spelled(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+        """Control tokens in the data's own text. Added tokens such as <think> are an answer's own way to write."""
+        control, written = control_tokens(self.tokenizer), self.template.source
+        found = set()
+        for message in messages:
+            text = f"{message.get('reasoning_content') or ''}\n{message['content']}"
+            found |= control.spelled_in(text, written, special_only=message["role"] == "assistant")
+        return tuple(sorted(found))
+
+    def _encode_text(self, document: Text, ids: list[int]) -> Encoded:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         # some texts spell out their own BOS or EOS: never add a second one
         if self.adds_bos and document.is_first and ids[:1] != [bos]:
@@ -267,12 +288,39 @@ def _piece(encoder: Encoder, text: str, begin: int, end: int) -> _Tokenized:
     )
 
 
-def _encoded(ids: Sequence[int], is_label: Sequence[bool], **flags: bool) -> Encoded | BadRecord:
+def _encoded(ids: Sequence[int], is_label: Sequence[bool], **flags: Any) -> Encoded:
     if not len(ids):
-        return BadRecord("no tokens")
+        raise BadRecord("no tokens")
     mask = np.array(is_label, dtype=np.bool_)
     mask[0] = False  # nothing precedes it that could predict it
     return Encoded(np.array(ids, dtype=np.int32), mask, **flags)
+
+
+def _with_whole_offsets(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy whose offsets cover every character: some leave out the space before a word (GPT-NeoX).
+
+    Offsets that leave out a space would put the space of a prompt into the answer's first token without a word.
+    """
+    if not any(getattr(step, "trim_offsets", False) for step in _steps(tokenizer.backend_tokenizer.post_processor)):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    processor = tokenizer.backend_tokenizer.post_processor
+    for step in _steps(processor):
+        if getattr(step, "trim_offsets", False):
+            step.trim_offsets = False
+    tokenizer.backend_tokenizer.post_processor = processor
+    return tokenizer
+
+
+def _steps(processor: Any) -> list[Any]:
+    """The steps of a post-processor; a sequence has no length of its own."""
+    if not hasattr(processor, "__getitem__"):
+        return [processor]
+    steps: list[Any] = []
+    with contextlib.suppress(IndexError):
+        for i in itertools.count():
+            steps += _steps(processor[i])
+    return steps
 
 
 def check_tokenizer(tokenizer: Any) -> None:

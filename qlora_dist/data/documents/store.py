@@ -11,6 +11,7 @@ import array
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from ..packing import Example
 from .encode import Encoded
 
 # part of every fingerprint: increase it when the same inputs give different tokens or a different file layout
-STORE_VERSION = 3
+STORE_VERSION = 4
 
 # files up to this size are hashed on each start, larger ones checked by size (the rename proves they were complete)
 _HASH_LIMIT = 64 * 2**20
+_MAX_NAMED = 8  # control tokens named per source
 HEAD = {"version": STORE_VERSION}  # of the manifest
 
 
@@ -44,7 +46,9 @@ class SourceStats:
     duplicates: int = 0  # examples with the same tokens as an earlier one, of any source
     empty_answers: int = 0
     replacement_characters: int = 0  # examples with U+FFFD: text that was once decoded incorrectly
-    control_tokens: int = 0  # conversations whose own text spells out a special token
+    control_tokens: int = 0  # conversations whose own text spells out a control token
+    control_token_names: str = ""  # the first few of these tokens
+    unrolled: int = 0  # documents with one answer each, of conversations that no single document could hold
     tokens: int = 0
     labels: int = 0
     lost_tokens: int = 0  # of truncated and dropped examples
@@ -55,6 +59,13 @@ class SourceStats:
         """The fields that nothing reads, most frequent first; empty if there are none."""
         fields = sorted(self.unread.items(), key=lambda field: (-field[1], field[0]))
         return ", ".join(f"{name} ({count:,})" for name, count in fields)
+
+    def name_control_tokens(self, tokens: Sequence[str]) -> None:
+        """Counts a conversation that spells out these control tokens."""
+        self.control_tokens += bool(tokens)
+        names = self.control_token_names.split(", ") if self.control_token_names else []
+        if len(names) < _MAX_NAMED:
+            self.control_token_names = ", ".join(dict.fromkeys([*names, *tokens][:_MAX_NAMED]))
 
 
 @dataclasses.dataclass
@@ -82,13 +93,13 @@ class Store:
         tokens = [files[name]["sha256"] for name in ("input_ids.bin", "is_label.bin", "lengths.npy")]
         self.content_digest = "".join(tokens).encode()
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
-        self._input_ids = np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r")
+        self.input_ids = np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r")
         self._is_label = np.memmap(folder / "is_label.bin", dtype=np.bool_, mode="r")
 
     def __getitem__(self, index: int) -> Example:
         end = int(self._ends[index])
         begin = end - int(self.lengths[index])
-        return Example(np.array(self._input_ids[begin:end]), np.array(self._is_label[begin:end]))
+        return Example(np.array(self.input_ids[begin:end]), np.array(self._is_label[begin:end]))
 
 
 class Documents:
@@ -109,6 +120,11 @@ class Documents:
             source.examples = int(of_source.sum())
             source.tokens = int(self.lengths[of_source].sum())
             source.labels = int(self.num_labels[of_source].sum())
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of the store. Reads all of its tokens."""
+        return int(self._store.input_ids.max())
 
     def __len__(self) -> int:
         return len(self._chosen)

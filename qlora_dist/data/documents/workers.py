@@ -20,7 +20,7 @@ _BATCH_RECORDS = 256
 # below this, starting workers costs more than it saves
 _BYTES_PER_WORKER = 32 * 2**20
 _MAX_WORKERS = 8
-_FLAGS = ("is_text", "has_empty_answer", "has_control_token", "has_replacement")
+_FLAGS = ("is_text", "has_empty_answer", "has_replacement", "is_unrolled")
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ class _Worker:
                     sorted(record.unread),
                     _NO_IDS if document is None else document.input_ids,
                     _NO_LABELS if document is None else document.is_label,
+                    () if document is None else document.control_tokens,
                     *(document is not None and getattr(document, flag) for flag in _FLAGS),
                 )
                 for name, value in zip(_COLUMNS, values):
@@ -135,7 +136,7 @@ class _Worker:
 
 # typed: Arrow would infer floats for the empty list of a record with a problem
 _NO_IDS, _NO_LABELS = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_)
-_COLUMNS = ("record", "where", "problem", "unread", "input_ids", "is_label", *_FLAGS)
+_COLUMNS = ("record", "where", "problem", "unread", "input_ids", "is_label", "control_tokens", *_FLAGS)
 
 
 def _features(datasets: Any) -> Any:
@@ -148,6 +149,7 @@ def _features(datasets: Any) -> Any:
             "unread": datasets.List(value("string")),
             "input_ids": datasets.List(value("int32")),
             "is_label": datasets.List(value("bool")),
+            "control_tokens": datasets.List(value("string")),
             **{flag: value("bool") for flag in _FLAGS},
         }
     )
@@ -167,7 +169,12 @@ def _read_back(encoded: Any) -> Iterator[EncodedRecord]:
     for _, group in groupby(rows(), key=lambda row: row["record"]):
         members = list(group)
         documents = [
-            Encoded(row["input_ids"], row["is_label"], **{flag: row[flag] for flag in _FLAGS})
+            Encoded(
+                row["input_ids"],
+                row["is_label"],
+                control_tokens=tuple(row["control_tokens"]),
+                **{flag: row[flag] for flag in _FLAGS},
+            )
             for row in members
             if row["problem"] is None
         ]

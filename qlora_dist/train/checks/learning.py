@@ -10,9 +10,10 @@ import torch
 
 from ...data.documents import Documents
 from ...data.packing import Rows, hashed_order
-from ...errors import RunFailed, UserError
+from ...data.templates import control_tokens
+from ...errors import RunFailed, UserError, printable
 
-INSPECTED = 1000  # documents of each source whose last label is checked
+INSPECTED = 1000  # documents of each source whose end tokens are looked for
 
 
 def check_every_step_has_labels(
@@ -36,19 +37,21 @@ def check_every_step_has_labels(
 
 
 def check_ends_are_learned(documents: Documents, tokenizer: Any, seed: int = 0) -> None:
-    """Raises UserError when no document of a source ends in a learned end token: the model would not learn to stop.
+    """Raises UserError when no answer of a source ends in a learned end token: the model would not learn to stop.
 
-    An end token is a special or added token of the tokenizer (EOS, <|im_end|>, <|eot_id|>). Plain text is exempt:
-    `data.documents` appends its EOS, and a text that is split at data.row_tokens correctly has none.
+    An end token is a special or added token of the tokenizer (EOS, <|im_end|>, <|eot_id|>) at the end of learned
+    tokens, perhaps with a line break after it. Plain text is exempt: `data.documents` appends its EOS, and a text that
+    is split at data.row_tokens correctly has none.
     """
-    ends = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    control = control_tokens(tokenizer)
     order = hashed_order(len(documents), seed)
     lacking = []
     for index, source in enumerate(documents.stats.sources):
         inspected = order[documents.source_of[order] == index][:INSPECTED]
         if source.format == "text" or not len(inspected):
             continue
-        if not any(_last_label(documents, int(document)) in ends for document in inspected):
+        examples = (documents[int(document)] for document in inspected)
+        if not any(any(control.learned_ends(one.input_ids, one.is_label)) for one in examples):
             cut = f" ({source.truncated:,} are truncated at data.row_tokens)" if source.truncated else ""
             lacking.append(f"  {source.path}: none of {len(inspected):,} documents inspected{cut}")
     if lacking:
@@ -61,10 +64,18 @@ def check_ends_are_learned(documents: Documents, tokenizer: Any, seed: int = 0) 
         )
 
 
-def _last_label(documents: Documents, index: int) -> int:
-    example = documents[index]
-    learned = np.flatnonzero(example.is_label)
-    return int(example.input_ids[learned[-1]]) if len(learned) else -1
+def check_ids(documents: Documents, tokenizer: Any, vocab_size: int) -> None:
+    """Raises UserError when the data hold ids that the model has no row for in its embedding.
+
+    `vocab_size`: rows of the embedding. The tokens are read only where the tokenizer knows such ids at all.
+    """
+    if max(tokenizer.get_vocab().values(), default=0) < vocab_size or (largest := documents.largest_id) < vocab_size:
+        return
+    raise UserError(
+        f"the training data hold token {largest} ({printable(str(tokenizer.convert_ids_to_tokens(largest)))}), but the "
+        f"model's embedding has {vocab_size:,} rows (vocab_size in config.json): the tokenizer was extended and the "
+        "model was not. Use the tokenizer that belongs to this model, or a model whose embedding was resized for it"
+    )
 
 
 def check_first_update(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
