@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 from .sections import RunConfig
+
+# PyYAML is linear in the size of what it reads once aliases and numbers are bounded: a few seconds for the largest config
+MAX_BYTES = 2**18  # of a file; also of what its aliases expand to
+MAX_NUMBER = 100  # characters of a number, date or truth value
+MAX_MISTAKES = 20  # that are listed
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -20,19 +27,43 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 
     Raises UserError with one line per mistake, each with the key, what was found and the nearest valid name.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: cannot be read ({error})") from None
-    try:
-        raw = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"config {path}: not valid YAML: {error}") from None
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(f"config {path}: expected a mapping of sections at the top level, found {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
     return parse_config(raw, str(path))
+
+
+def read_yaml(path: str | Path, what: str = "config") -> Any:
+    """Plain data of a YAML file, in bounded time and memory. Raises UserError, which names the file as `what`."""
+    where = f"{what} {path}"
+    try:
+        # a FIFO would wait for its writer
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{where}: cannot be read (it is not a regular file)")
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8")
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
+        raise UserError(f"{where}: cannot be read ({error})") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{where}: larger than {MAX_BYTES:,} bytes, which no config is; is it the right file?")
+    return parse_yaml(text, where)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Plain data of YAML text. Raises UserError whose text starts with `where`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML's constructors let Python's own errors out: !!int x, !!bool x, 2024-99-99
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: not valid YAML: {reason or type(error).__name__}") from None
 
 
 def parse_config(raw: dict[str, Any], origin: str = "config") -> RunConfig:
@@ -45,7 +76,7 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> RunConfig:
 
 def dump_yaml(config: RunConfig) -> str:
     """The resolved config as YAML; `load_config` of this text returns an equal config."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+    return yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> dict[str, Any]:
@@ -54,48 +85,79 @@ def json_schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-4 as a number (YAML 1.1 requires 2.0e-4) and rejects duplicate keys."""
+    """SafeLoader that reads 2e-4 as a number (YAML 1.1 requires 2.0e-4), rejects duplicate keys, and is bounded."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _expanded_size(node, {}) > MAX_BYTES:
+            raise yaml.YAMLError(f"its aliases (*name) expand to more than {MAX_BYTES:,} characters")
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode) and not node.tag.endswith(":str") and len(node.value) > MAX_NUMBER:
+            raise yaml.YAMLError(
+                f"line {node.start_mark.line + 1}: a number of {len(node.value):,} characters; expected at most "
+                f"{MAX_NUMBER}, or text in quotes"
+            )
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen:
-                raise yaml.YAMLError(f"key {key!r} appears twice, again on line {key_node.start_mark.line + 1}")
-            seen.add(key)
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # not hashable: refused below
+            if key_node.value in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"key {shortened(key_node.value)} appears twice, again on line {line}")
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Characters and nodes below a node, each alias counted as what it stands for. `known`: sizes by id of a node."""
+    if id(node) not in known:
+        known[id(node)] = MAX_BYTES + 1  # an alias to a node that contains it has no end
+        if isinstance(node, yaml.ScalarNode):
+            known[id(node)] = 1 + len(node.value)
+        else:
+            inner = [one for entry in node.value for one in (entry if isinstance(entry, tuple) else (entry,))]
+            known[id(node)] = 1 + sum(_expanded_size(one, known) for one in inner)
+    return known[id(node)]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what _Loader would read as a number, such as the commit 1234567e8."""
+
+
+for _one in (_Loader, _Dumper):
+    _one.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
+    where = f"--set {shortened(override)}"
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"--set {override!r}: expected section.key=value, for example --set optim.lr=1e-4")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+        raise UserError(f"{where}: expected section.key=value, for example --set optim.lr=1e-4")
+    value = parse_yaml(text, f"{where}: the value")
     node: Any = raw
     parts = key.split(".")
     for depth, part in enumerate(parts):
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            # isdigit alone would pass superscripts, int alone -1 and thousands of digits
+            if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
                 raise UserError(
-                    f"--set {override!r}: {'.'.join(parts[:depth])} is a list of length {len(node)}; "
-                    f"expected an index from 0 to {len(node) - 1}, found {part!r}"
+                    f"{where}: {'.'.join(parts[:depth])} is a list of length {len(node)}; "
+                    f"expected an index from 0 to {len(node) - 1}, found {shortened(part)}"
                 )
             index: Any = int(part)
         elif isinstance(node, dict):
             index = part
         else:
-            raise UserError(f"--set {override!r}: {'.'.join(parts[:depth])} is a value, not a section")
+            raise UserError(f"{where}: {'.'.join(parts[:depth])} is a value, not a section")
         if depth == len(parts) - 1:
             node[index] = value
         else:
@@ -106,20 +168,26 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, origin: str) -> str:
     lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
+    for item in error.errors(include_url=False)[:MAX_MISTAKES]:
+        where = ".".join(map(_shown, item["loc"]))
         if item["type"] == "extra_forbidden":
             siblings = _fields_at(item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), siblings, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(_shown(item["loc"][-1]), siblings, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(siblings)}"
             lines.append(f"{where}: unknown key; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing; it has no default")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(item["input"], dict | BaseModel) else f" (found {item['input']!r})"
+            found = "" if isinstance(item["input"], dict | BaseModel) else f" (found {shortened(item['input'])})"
             lines.append(f"{where}: {message}{found}" if where else message)
-    return f"{origin}: " + "\n".join(dict.fromkeys(lines))
+    more = error.error_count() - MAX_MISTAKES
+    return f"{origin}: " + "\n".join([*dict.fromkeys(lines), *([f"and {more:,} more"] if more > 0 else [])])
+
+
+def _shown(part: int | str) -> str:
+    """A key as the user wrote it, unless that could not stand in one line."""
+    return str(part) if re.fullmatch(r"[\w-]{1,60}", str(part)) else shortened(part)
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:

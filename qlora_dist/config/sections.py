@@ -8,9 +8,11 @@ The docstring below each field gives its meaning and unit; it is also the descri
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Any, Literal
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from .quantization import Quantization
 
@@ -21,14 +23,68 @@ DataFormat = Literal[  # one function per format in data.formats
 ]  # fmt: skip
 
 
+LARGEST = 2**63 - 1  # of any number: what torch and the file formats store
+MANY = 10**12  # more than any run counts
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _possible(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses what no field can mean, before pydantic converts it."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        for one in _values(value):
+            if isinstance(one, bool) and not _allows_bool(annotation):
+                raise ValueError("expected no truth value here")
+            if isinstance(one, int | float) and not abs(one) <= LARGEST:
+                raise ValueError("expected a finite number below 2**63")
+            if isinstance(one, str) and "\0" in one:
+                raise ValueError("text cannot hold a NUL character")
+        return value
+
+
+def _values(value: Any) -> list[Any]:
+    """A field's own values; those of a section are looked at there."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, dict):
+        return [one for pair in value.items() for one in pair if isinstance(one, str)]
+    return [value]
+
+
+def _allows_bool(annotation: Any) -> bool:
+    return annotation is bool or any(map(_allows_bool, get_args(annotation)))
+
+
+def _check_path(path: str) -> str:
+    if not path.strip():
+        raise ValueError("expected a name or path, found none")
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        user = path.split("/")[0]
+        raise ValueError(f"{user}: there is no such user; write ./{path} for a folder of that name") from None
+    return path
+
+
+def _expand(path: str) -> str:
+    return str(Path(path).expanduser())
+
+
+PathText = Annotated[str, AfterValidator(_check_path)]  # also for what can be a name on the hub
 
 
 class ModelConfig(_Section):
-    name: str
+    name: PathText
     """Hub name or local folder of a causal language model with safetensors weights."""
     revision: str | None = None
     """Hub branch, tag or commit. None: the default branch."""
@@ -38,7 +94,7 @@ class ModelConfig(_Section):
     """Also quantize the quantization constants (QLoRA, section 3). 4-bit bases only; saves 0.373 bit per parameter."""
     weights: Literal["files", "random"] = "files"
     """random: drawn from `seed` in the shapes given by config.json alone, for benchmarks and dry runs of any size."""
-    cache_4bit: str | None = None
+    cache_4bit: PathText | None = None
     """Folder for a 4-bit copy of the base: the first start on a node writes it, later ones read it. null: no copy."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations, dequantized matrices, and everything that is not quantized (norms, embeddings, head). Not
@@ -51,9 +107,9 @@ class ModelConfig(_Section):
 
 
 class LoraConfig(_Section):
-    rank: int = Field(64, ge=1)
+    rank: int = Field(64, ge=1, le=2**16)
     """Rank r in W + (alpha / r) * B @ A."""
-    alpha: float = Field(16.0, gt=0)
+    alpha: float = Field(16.0, gt=0, le=1e6)
     """alpha in W + (alpha / r) * B @ A."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of A. The paper uses 0.1 up to 13B and 0.05 above."""
@@ -61,12 +117,12 @@ class LoraConfig(_Section):
     """`all-linear` (all linear layers except the output head), or names that each match at least one linear layer."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """rslora scales by alpha / sqrt(r); dora learns magnitude and direction separately (slower)."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Folder of a PEFT adapter to start from; its rank and target modules must match those set here."""
 
 
 class SourceConfig(_Section):
-    path: str
+    path: PathText
     """A file (json, jsonl, csv, tsv, parquet, txt), a folder of such files, or a hub dataset name."""
     format: DataFormat = "auto"
     """How a record becomes a conversation or text. auto: detected from the columns and reported."""
@@ -80,13 +136,13 @@ class SourceConfig(_Section):
     """Branch, tag or commit of a hub dataset."""
     streaming: bool = False
     """Read a hub dataset record by record instead of downloading all of it."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1e4)
     """How often an example is used per epoch: 2 = twice, 0.5 = a seeded half of the examples, once each."""
-    max_examples: int | None = Field(None, ge=1)
+    max_examples: int | None = Field(None, ge=1, le=MANY)
     """Use at most N records: the first N, or with `shuffle` a seeded sample."""
     shuffle: bool = False
     """Sample the `max_examples` records with the seed instead of taking the first ones."""
-    hold_out: float | None = Field(None, gt=0)
+    hold_out: float | None = Field(None, gt=0, le=MANY)
     """Records held out of training, sampled with the seed: a fraction below 1, or a whole number of records. They are
     evaluated if data.eval is empty; a source with its own validation or test split is evaluated on that instead."""
     part: Literal["all", "train", "held_out"] = "all"
@@ -108,7 +164,7 @@ class DataConfig(_Section):
     """Training data: one or more sources, concatenated in order."""
     eval: tuple[SourceConfig, ...] = ()
     """Held-out data for `train.eval_every` and `qlora-dist evaluate`."""
-    row_tokens: int = Field(2048, ge=8)
+    row_tokens: int = Field(2048, ge=8, le=2**24)
     """Maximum number of tokens per row, and so per document."""
     packing: bool = True
     """Pack whole documents into rows. False: one document per row."""
@@ -118,7 +174,7 @@ class DataConfig(_Section):
     """What to do with a record that cannot be read. Skipped records are counted."""
     learn: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens are labels: every answer, the last answer, or everything. End-of-turn tokens are labels too."""
-    template: str = "auto"
+    template: PathText = "auto"
     """How a conversation becomes text: a named template (chatml, llama2, llama3, mistral, gemma, alpaca, vicuna,
     zephyr, none), tokenizer, or the path of a .jinja file. auto: the tokenizer's own; if it has none, alpaca for
     instructions, none for input-output and prompt-completion, vicuna for conversations."""
@@ -127,16 +183,20 @@ class DataConfig(_Section):
     same tokens on every day. null: the day on which the run was first started, kept in its config.yaml."""
     require_eos: bool = True
     """Refuse data whose answers never end in a special token: the model would not learn to stop. Texts are exempt."""
-    num_workers: int | None = Field(None, ge=1)
+    num_workers: int | None = Field(None, ge=1, le=1024)
     """Number of tokenizer processes. null: one for small data, up to eight for large data."""
-    cache_dir: str = "~/.cache/qlora_dist"
+    cache_dir: PathText = "~/.cache/qlora_dist"
     """Cache of tokenized data, keyed by a fingerprint of everything that affects them: per node, or shared."""
 
-    @field_validator("date")
+    @field_validator("date", mode="before")
     @classmethod
-    def _is_date(cls, value: str | None) -> str | None:
-        if value is not None and datetime.date.fromisoformat(value).isoformat() != value:
+    def _is_date(cls, value: Any) -> Any:
+        if isinstance(value, datetime.date):  # YAML reads it as one where it is not quoted
+            return value.isoformat()
+        if isinstance(value, str) and not re.fullmatch(r"\d{4}-\d\d-\d\d", value):
             raise ValueError("expected a date as YYYY-MM-DD")
+        if isinstance(value, str):
+            datetime.date.fromisoformat(value)  # raises ValueError for the 31st of February
         return value
 
     @field_validator("train")
@@ -148,9 +208,9 @@ class DataConfig(_Section):
 
 
 class BatchConfig(_Section):
-    rows_per_step: int = Field(16, ge=1)
+    rows_per_step: int = Field(16, ge=1, le=2**24)
     """Rows per optimizer update over all ranks. This is the batch size; it does not depend on the hardware."""
-    micro_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    micro_rows: Annotated[int, Field(ge=1, le=2**24)] | Literal["auto"] = 1
     """Rows per micro-batch on one rank. auto: as many as fit according to the memory plan (1 on a CPU)."""
 
     @property
@@ -163,38 +223,38 @@ class BatchConfig(_Section):
 class OptimConfig(_Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "paged_adamw_32bit"
     """adamw is torch's (fused); the others are bitsandbytes'. Paged states move to host memory when the GPU is full."""
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(2e-4, gt=0, le=1e3)
     """Peak learning rate. The paper uses 2e-4 up to 13B and 1e-4 above."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after warm-up. linear and cosine end at lr * min_lr_ratio."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=MANY)
     """Steps over which the learning rate rises linearly from lr / warmup_steps to lr."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Final learning rate of the linear and cosine schedules, as a fraction of lr."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1e3)
     """Decoupled weight decay, applied to matrices but not to biases and norms."""
-    max_grad_norm: float | None = Field(0.3, gt=0)
+    max_grad_norm: float | None = Field(0.3, gt=0, le=1e12)
     """Gradients are clipped to this global L2 norm. null: no clipping."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Adam's decay rates."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, le=1)
     """Adam's epsilon."""
 
 
 class TrainConfig(_Section):
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=MANY)
     """Number of optimizer updates. Set either steps or epochs."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=1e6)
     """Passes over the training rows; the last step may have fewer rows."""
-    eval_every: int | None = Field(None, ge=1)
+    eval_every: int | None = Field(None, ge=1, le=MANY)
     """Steps between evaluations of data.eval. null: only at the end."""
     longest_first: bool | None = None
     """Run the longest micro-batch once before the first step, to fail early if it does not fit. null: only on a GPU."""
     eval_at_start: bool = True
     """Evaluate data.eval before the first update, as a baseline."""
-    save_every: int | None = Field(None, ge=1)
+    save_every: int | None = Field(None, ge=1, le=MANY)
     """Steps between checkpoints. null: only at the end and on a stop signal."""
-    keep: int = Field(3, ge=1)
+    keep: int = Field(3, ge=1, le=MANY)
     """Number of checkpoints to keep; older ones are deleted once a newer one is complete."""
 
     @property
@@ -220,7 +280,7 @@ class MemoryConfig(_Section):
     @field_validator("recompute")
     @classmethod
     def _layers(cls, value: Any) -> Any:
-        if isinstance(value, int) and value < 0:
+        if isinstance(value, int) and not 0 <= value <= 2**20:
             raise ValueError("expected auto, full, none or a number of layers >= 0")
         return value
 
@@ -229,13 +289,13 @@ class StrategyConfig(_Section):
     name: Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp"] = "ddp"
     """What is sharded. ddp: nothing; zero1: optimizer states; zero2: gradients too (zero2_offload: in host memory);
     zero3: everything, if the base is not quantized; fsdp: the base, also in 4 bit, gathered bit-exactly by layer."""
-    ds_config: str | None = None
+    ds_config: PathText | None = None
     """DeepSpeed config of a zero strategy. null: the one shipped for that strategy (ds_configs/)."""
     offload: bool = False
     """fsdp: keep each rank's shard of the base in (pinned) host memory between uses."""
     mixed_devices: bool = False
     """Allow different GPU models or memory sizes in one run: every step then waits for the slowest GPU."""
-    timeout_seconds: float = Field(600.0, gt=0)
+    timeout_seconds: float = Field(600.0, ge=0.1, le=30 * 86400)
     """Longest wait in a step; then all ranks exit and report the missing ones. Outside steps, three times that; where
     ranks have unequal work (data, download, loading) no limit but that all are alive."""
 
@@ -248,9 +308,9 @@ class LoggingConfig(_Section):
 
 
 class RunConfig(_Section):
-    run_dir: str
+    run_dir: Annotated[PathText, AfterValidator(_expand)]
     """Folder of this run: config, metrics, checkpoints, adapter."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST)
     """Seed for row order, adapter initialization and dropout."""
     model: ModelConfig
     """The frozen base model."""
