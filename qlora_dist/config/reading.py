@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from ..errors import UserError, shortened
 from .sections import RunConfig
 
-# PyYAML is linear in the size of what it reads once aliases and numbers are bounded: a few seconds for the largest config
+# PyYAML is linear in the size of what it reads once aliases and numbers are bounded: seconds for the largest config
 MAX_BYTES = 2**18  # of a file; also of what its aliases expand to
 MAX_NUMBER = 100  # characters of a number, date or truth value
 MAX_MISTAKES = 20  # that are listed

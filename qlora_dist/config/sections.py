@@ -191,7 +191,7 @@ class DataConfig(_Section):
     @field_validator("date", mode="before")
     @classmethod
     def _is_date(cls, value: Any) -> Any:
-        if isinstance(value, datetime.date):  # YAML reads it as one where it is not quoted
+        if type(value) is datetime.date:  # YAML reads it as one where it is not quoted
             return value.isoformat()
         if isinstance(value, str) and not re.fullmatch(r"\d{4}-\d\d-\d\d", value):
             raise ValueError("expected a date as YYYY-MM-DD")
