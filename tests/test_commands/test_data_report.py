@@ -1,5 +1,6 @@
 """`qlora-dist data` shows what would be learned, and warns about what is usually a mistake."""
 
+import copy
 import io
 import json
 import re
@@ -67,6 +68,20 @@ def test_common_mistakes_give_warnings(tmp_path, rows, options, warning):
     tokenizer = options.pop("tokenizer", byte_level_tokenizer)()
     _, result = audit_of(tmp_path, rows, tokenizer, **options)
     assert any(re.search(warning, text) for text in result.warnings), result.warnings
+
+
+def test_answers_in_documents_of_their_own_are_said_and_an_added_end_token_is_none_to_warn_of(tmp_path):
+    tokenizer = copy.deepcopy(byte_level_tokenizer())
+    tokenizer.add_tokens(["<|eot|>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' }}{{ '<t>' if m.role == 'assistant' and loop.last }}"
+        "{{ m.content + '<|eot|>\n' }}{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    turns = [{"role": role, "content": "abcd"} for role in ("user", "assistant") * 2]
+    documents, result = audit_of(tmp_path, [{"messages": turns}], tokenizer)
+    assert len(documents) == 2
+    (warning,) = [text for text in result.warnings if "duplicates" not in text]
+    assert "2 examples hold one answer each: the template writes earlier answers" in warning
 
 
 def test_lines_in_another_encoding_give_a_warning(tmp_path):

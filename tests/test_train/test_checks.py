@@ -256,6 +256,35 @@ def test_one_source_without_end_tokens_is_found_among_others(raw, tmp_path, caps
     assert "long.json: none of 3" in error and "train.json: none" not in error
 
 
+@pytest.mark.parametrize("learn", ["assistant", "last", "all"])
+def test_an_end_token_with_a_line_break_after_it_is_learned(learn, tmp_path):
+    import copy
+
+    from helpers.tiny_tokenizers import byte_level_tokenizer
+
+    from qlora_dist.config import SourceConfig
+    from qlora_dist.data.documents import build_documents
+    from qlora_dist.errors import UserError
+    from qlora_dist.train.checks.learning import check_ends_are_learned
+
+    tokenizer = copy.deepcopy(byte_level_tokenizer())
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content + '<|im_end|>\n' }}"
+        "{% endgeneration %}{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": turns}))
+    source = SourceConfig(path=str(tmp_path / "d.jsonl"))
+
+    def documents():
+        return build_documents([source], tokenizer, row_tokens=64, learn=learn, cache_dir=tmp_path / "cache")
+
+    check_ends_are_learned(documents(), tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<end>")
+    with pytest.raises(UserError, match="none of 1 documents inspected"):
+        check_ends_are_learned(documents(), tokenizer)
+
+
 @pytest.mark.usefixtures("no_model")
 def test_ids_that_the_model_has_no_row_for_are_refused_before_it_is_read(raw, tmp_path, capsys):
     model = Path(raw["model"]["name"])

@@ -135,6 +135,11 @@ def _source_warnings(documents: Documents) -> list[str]:
                 f"{source.empty_answers:,} examples have an empty answer and teach the model to say nothing",
             ),
             (
+                source.unrolled,
+                f"{source.unrolled:,} examples hold one answer each: the template writes earlier answers of a "
+                "conversation differently, so each answer is learned after its own context, which is repeated",
+            ),
+            (
                 source.control_tokens,
                 f"{source.control_tokens:,} conversations spell out a special token in their own text "
                 f"({source.control_token_names}); it is encoded as that token",

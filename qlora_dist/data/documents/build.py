@@ -130,10 +130,10 @@ class Build:
                 stats.empty_answers += encoded.has_empty_answer
                 stats.replacement_characters += encoded.has_replacement
                 stats.unrolled += encoded.is_unrolled
-                stats.name_control_tokens(encoded.control_tokens)
                 self._add(writer, index, encoded, record, stats)
             for name in record.unread:
                 stats.unread[name] = stats.unread.get(name, 0) + 1
+            stats.name_control_tokens(sorted({token for one in record.documents for token in one.control_tokens}))
             stats.records += 1
 
     def _add(

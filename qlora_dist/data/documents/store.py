@@ -93,13 +93,17 @@ class Store:
         tokens = [files[name]["sha256"] for name in ("input_ids.bin", "is_label.bin", "lengths.npy")]
         self.content_digest = "".join(tokens).encode()
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
-        self.input_ids = np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r")
+        self._input_ids = np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r")
         self._is_label = np.memmap(folder / "is_label.bin", dtype=np.bool_, mode="r")
+
+    @property
+    def largest_id(self) -> int:
+        return int(self._input_ids.max())
 
     def __getitem__(self, index: int) -> Example:
         end = int(self._ends[index])
         begin = end - int(self.lengths[index])
-        return Example(np.array(self.input_ids[begin:end]), np.array(self._is_label[begin:end]))
+        return Example(np.array(self._input_ids[begin:end]), np.array(self._is_label[begin:end]))
 
 
 class Documents:
@@ -124,7 +128,7 @@ class Documents:
     @property
     def largest_id(self) -> int:
         """The largest token id of the store. Reads all of its tokens."""
-        return int(self._store.input_ids.max())
+        return self._store.largest_id
 
     def __len__(self) -> int:
         return len(self._chosen)
