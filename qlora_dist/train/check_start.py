@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
 from ..config.run_dir import RunDir
 from ..data.loader import derive_accumulation
-from ..errors import RunFailed, UserError
+from ..errors import RunFailed, UserError, os_errors
 from ..files import GIB
 from ..memory import MemoryPlan
 from ..memory.constants import state_bytes
@@ -125,13 +126,15 @@ def _sees_token(world: World, run_dir: Path, patience_seconds: float) -> bool:
         time.sleep(0.1)
     world.any(not seen)  # rank 0 removes the token after all have looked
     if world.is_main:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a later start removes it
+            path.unlink()
     return seen
 
 
 def _write_token(run_dir: Path) -> str:
     name = f".seen-{uuid.uuid4().hex}"
-    (run_dir / name).touch()
+    with os_errors(f"run_dir {run_dir}: cannot be written", "Nothing that was saved there has changed"):
+        (run_dir / name).touch()
     return name
 
 
@@ -217,7 +220,8 @@ def check_disk(run_dir: Path, free_bytes: int, checkpoint_bytes: int, keep: int,
 
 
 def _require_disk(run_dir: Path, checkpoint_bytes: int, keep: int) -> int:
-    free_bytes = shutil.disk_usage(run_dir).free
+    with os_errors(f"run_dir {run_dir}: its disk does not answer"):
+        free_bytes = shutil.disk_usage(run_dir).free
     check_disk(run_dir, free_bytes, checkpoint_bytes, keep, len(list(run_dir.glob("checkpoints/step-*"))))
     return free_bytes
 
