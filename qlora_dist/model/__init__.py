@@ -6,8 +6,8 @@
     check_head     on the loaded model: our head on packed documents reproduces the model's own logits
     hidden_states  Batch -> (T, H), the input of the loss
 
-Only this folder imports transformers and bitsandbytes.nn. Import order within it: attention, loss <- pretrained <-
-forward <- check_config, lora, generation, and weights (safetensors_files <- quantize, sources <- stream <- shard,
+Only this folder imports transformers and bitsandbytes.nn. Import order within it: attention, loss, rope <- pretrained
+<- forward <- check_config, lora, generation, and weights (safetensors_files <- quantize, sources <- stream <- shard,
 cache_4bit) <- load.
 The base never changes after loading; `base_checksum` proves it.
 """
@@ -27,11 +27,13 @@ from .forward import (
     output_head,
     plain_name,
     set_recompute,
+    training_mode,
     unwrap,
 )
 from .generation import Sampling, generate_ids, quantized_and_back
 from .load import load_base
 from .pretrained import INFERENCE, load_config, load_tokenizer
+from .rope import scaled_beyond
 from .weights.cache_4bit import cached_4bit, quantize_model
 from .weights.shard import check_gathered_layer, check_sharding
 
@@ -64,6 +66,8 @@ __all__ = [
     "plain_name",
     "quantize_model",
     "quantized_and_back",
+    "scaled_beyond",
     "set_recompute",
+    "training_mode",
     "unwrap",
 ]
