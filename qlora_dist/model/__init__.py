@@ -6,8 +6,8 @@
     check_head     on the loaded model: our head on packed documents reproduces the model's own logits
     hidden_states  Batch -> (T, H), the input of the loss
 
-Only this folder imports transformers and bitsandbytes.nn. Import order within it: attention, loss <- pretrained <-
-forward <- check_config, lora, generation, and weights (safetensors_files <- quantize, sources <- stream <- shard,
+Only this folder imports transformers and bitsandbytes.nn. Import order within it: attention, loss, rope <- pretrained
+<- forward <- check_config, lora, generation, and weights (safetensors_files <- quantize, sources <- stream <- shard,
 cache_4bit) <- load.
 The base never changes after loading; `base_checksum` proves it.
 """
@@ -27,11 +27,13 @@ from .forward import (
     output_head,
     plain_name,
     set_recompute,
+    training_mode,
     unwrap,
 )
 from .generation import Sampling, generate_ids, quantized_and_back, save_generation_config, stop_ids_of
 from .load import load_base
 from .pretrained import INFERENCE, load_config, load_tokenizer
+from .rope import scaled_beyond
 from .weights.cache_4bit import cached_4bit, quantize_model
 from .weights.shard import check_gathered_layer, check_sharding
 from .weights.write_errors import write_errors
@@ -67,8 +69,10 @@ __all__ = [
     "quantize_model",
     "quantized_and_back",
     "save_generation_config",
+    "scaled_beyond",
     "set_recompute",
     "stop_ids_of",
+    "training_mode",
     "unwrap",
     "write_errors",
 ]

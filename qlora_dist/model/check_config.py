@@ -73,9 +73,10 @@ def build_on_meta(name: str, config: PretrainedConfig) -> PreTrainedModel:
     """The model without storage. Raises UserError when the config does not describe a causal language model."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 config, attn_implementation=PROBE, dtype=torch.bfloat16, trust_remote_code=False
             )
+            return model.eval()  # some families skip layers at random in training
     except (ValueError, KeyError) as error:
         text = str(error).strip().splitlines()[0]
         raise UserError(

@@ -24,6 +24,7 @@ from ..errors import UserError
 from .attention import PACKED, documents_of
 from .bitsandbytes_import import bitsandbytes
 from .loss import OutputHead
+from .rope import scaled_beyond
 
 WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -102,7 +103,8 @@ def gathered_head(head: OutputHead) -> OutputHead:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Checks on 8 tokens that our head gives the loaded model's own logits, and that packed documents stay separate.
+    """Checks on 12 tokens that our head gives the loaded model's own logits, that packed documents stay separate, and
+    that the base's forward pass is not random.
 
     Raises UserError for a family that transforms its logits, or its attention, in an unsupported way.
     """
@@ -111,22 +113,63 @@ def check_head(model: nn.Module) -> None:
     # where it computes: norms are there even when sharded matrices are kept in host memory
     device = next(one.device for one in base.parameters() if not isinstance(one, DTensor))
     vocabulary = base.config.get_text_config().vocab_size
-    tokens = torch.tensor([(7 + 13 * i) % vocabulary for i in range(8)], device=device)
-    both, second = _documents(tokens, (4, 4)), _documents(tokens[4:], (4,))
-    with evaluation_mode(model):
+    tokens = torch.tensor([(7 + 13 * i) % vocabulary for i in range(12)], device=device)
+    both, second = _documents(tokens, (8, 4)), _documents(tokens[8:], (4,))
+    # the first document counts as long: where frequencies depend on length, it must not decide for the second
+    with evaluation_mode(model), scaled_beyond(base, 6):
         hidden, hidden_alone = hidden_states(model, both), hidden_states(model, second)
         own = base(**_packed_inputs(base, both)).logits[0].float()
         ours = gathered_head(output_head(model)).logits(hidden).float()
+    with evaluation_mode(model), scaled_beyond(base, 6), _as_stored(base):
+        hidden_as_stored = hidden_states(model, second)
     family = type(base).__name__
     if _differ(ours, own):
         raise UserError(
             f"{family} computes its logits in an unsupported way (they differ from its head's by up to "
             f"{(ours - own).abs().max():.3g}); training it would minimize the wrong loss"
         )
-    if _differ(hidden[4:].float(), hidden_alone.float()):
+    if _differ(hidden[8:].float(), hidden_alone.float()):
         raise UserError(
             f"{family} lets a packed document see the one before it; this family cannot be trained on packed rows"
         )
+    if _differ(hidden_alone.float(), hidden_as_stored.float()) or is_random(model, second):
+        raise UserError(
+            f"{family} is random in training (dropout, jitter or sampling), and it cannot be switched off without "
+            "another result; the frozen base must always compute the same; use another base model"
+        )
+
+
+@contextmanager
+def _as_stored(base: PreTrainedModel) -> Iterator[None]:
+    """The dropout of the base's config is on again inside."""
+    changed = [(owner, name, value, getattr(owner, name)) for owner, name, value in getattr(base, "switched_off", ())]
+    for owner, name, value, _ in changed:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, _, current in changed:
+            setattr(owner, name, current)
+
+
+@torch.no_grad()
+def is_random(model: nn.Module, batch: Batch) -> bool:
+    """Whether the base in training mode draws random numbers that affect its hidden states. Adapters' dropout is off.
+
+    Compared with itself, bit for bit. Kernels that sum in any order draw nothing: they are not what is looked for.
+    """
+    device = batch.input_ids.device
+    with training_mode(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        before = _random_state(device)
+        first = hidden_states(model, batch)
+        is_drawn = any(not torch.equal(*pair) for pair in zip(before, _random_state(device), strict=True))
+        second = hidden_states(model, batch)  # on every rank: sharded layers are gathered
+    return is_drawn and not torch.equal(first, second)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def _documents(tokens: Tensor, lengths: tuple[int, ...]) -> Batch:
@@ -195,8 +238,25 @@ def is_conv1d(module: nn.Module) -> bool:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout and recomputation are off inside; every module's own mode is restored afterwards."""
+    with _modes_restored(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """As in training, but for modules that are dropout: the base's are off, and adapters have one before them."""
+    with _modes_restored(model):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        yield
+
+
+@contextmanager
+def _modes_restored(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ from .pretrained import (
     switch_dropout_off,
     where_to_read,
 )
+from .rope import scale_by_document
 from .weights import shard, stream
 from .weights.sources import RandomSource, WeightSource, open_files
 
@@ -160,7 +161,11 @@ def _finalize(
     model.requires_grad_(False)
     model.config.use_cache = not is_packed
     model.packed_backend = backend
-    switch_dropout_off(model)
+    if is_packed:
+        model.switched_off = switch_dropout_off(model)
+        scale_by_document(model, model.base_model)
+    else:
+        model.eval()
     if device.type == "cpu":
         guard_cpu_layers(model)
     for module in model.modules():

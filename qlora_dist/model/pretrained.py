@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from ..config.names import model_folder
@@ -156,26 +166,50 @@ def attention_needs(config: PretrainedConfig, dtype: torch.dtype) -> AttentionNe
     )
 
 
-def switch_dropout_off(model: nn.Module) -> None:
-    """A frozen base has nothing to regularize (GPT-2 ships with 0.1), and packed kernels have no dropout."""
+_RANDOM = re.compile("drop|jitter")  # dropout, resid_pdrop, layerdrop, drop_path, router_jitter_noise, moe_jitter_eps
+
+
+def switch_dropout_off(model: nn.Module) -> list[tuple[Any, str, Any]]:
+    """A frozen base has nothing to regularize (GPT-2 ships with 0.1), and packed kernels have no dropout.
+
+    Families keep probabilities in modules of their own and under names of their own: every number in (0, 1] whose
+    name or class suggests one is set to zero. Modules that read the config get a changed copy: the model's own is
+    saved with it. Returns (owner, attribute, value) of what was changed. `check_head` proves that nothing else
+    changed, and that nothing random is left.
+    """
+    changed: list[tuple[Any, str, Any]] = []
     found = set()
+    copies: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            found.add(module.p)
-            module.p = 0.0
-        for attribute in (
-            "attention_dropout",
-            "attn_dropout",
-            "hidden_dropout",
-            "activation_dropout",
-            "dropout",
-        ):
-            value = getattr(module, attribute, None)
-            if isinstance(value, float) and value > 0:
-                found.add(value)
-                setattr(module, attribute, 0.0)
+        is_dropout = isinstance(module, _DropoutNd) or _RANDOM.search(type(module).__name__.lower()) is not None
+        for name, value in _probabilities(module, is_dropout):
+            changed.append((module, name, value))
+            found.add(value)
+            setattr(module, name, 0.0)
+        config = vars(module).get("config")
+        if isinstance(module, PreTrainedModel) or config is None or not (stored := _probabilities(config, False)):
+            continue
+        if id(config) not in copies:
+            copies[id(config)] = copy.copy(config)
+            for name, _ in stored:
+                setattr(copies[id(config)], name, 0.0)
+        changed.append((module, "config", config))
+        module.config = copies[id(config)]
     if found:
         log.info("the base's dropout is off (its config sets %s); lora.dropout is the only dropout", sorted(found))
+    return changed
+
+
+def _probabilities(owner: Any, is_dropout: bool) -> list[tuple[str, float]]:
+    """Attributes of a module or config that make it random: (name, value)."""
+    return [
+        (name, value)
+        for name, value in vars(owner).items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and 0 < value <= 1
+        and (_RANDOM.search(name) or (is_dropout and name == "p"))
+    ]
 
 
 def guard_cpu_layers(model: nn.Module) -> None:

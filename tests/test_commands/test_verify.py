@@ -292,7 +292,7 @@ def test_rows_that_a_resume_drops_fail_the_verification_by_name(raw, tmp_path, c
     config = write_config(tmp_path / "c.yaml", raw)
     assert cli.invoke(["verify", str(config), "--ranks", "1", "--steps", "2"]) == 1
     said = capsys.readouterr().out.strip().splitlines()
-    assert said[-1].startswith("FAILED: resumed = uninterrupted (7 of 8 claims hold) for ")
+    assert said[-1].startswith("FAILED: resumed = uninterrupted (8 of 9 claims hold) for ")
     (line,) = [line for line in said if line.startswith("resumed = uninterrupted")]
     assert "FAILED" in line and "they trained on different rows" in line
 

@@ -19,7 +19,16 @@ from ...config import RunConfig
 from ...data.loader import StepRows
 from ...data.packing import Batch, Example, collate
 from ...errors import RunFailed
-from ...model import INFERENCE, base_checksum, evaluation_mode, hidden_states, load_base
+from ...model import (
+    INFERENCE,
+    base_checksum,
+    evaluation_mode,
+    hidden_states,
+    load_base,
+    scaled_beyond,
+    training_mode,
+    unwrap,
+)
 from ...model.lora import load_adapters, trainable_parameters
 from ...model.lora_files import load_adapter_weights, save_adapter, verify_adapter_file
 from ...train.fit_memory import resolve_auto
@@ -32,10 +41,11 @@ from .variants import Plan
 NUM_DOCUMENTS, DOCUMENT_TOKENS = 5, 96  # of the user's data: enough to have borders, small enough for any device
 CHUNK = 64  # labels whose logits exist at the same time
 
-SOURCE, PACKED, ACCUMULATED = "base = its files", "packed = alone", "accumulation = one batch"
+SOURCE, STEADY = "base = its files", "training mode = itself = evaluation"
+PACKED, ACCUMULATED = "packed = alone", "accumulation = one batch"
 UNCHANGED, RELOADED = "base unchanged by training", "saved = reloaded"
 REFERENCE, STOCK = "loss = transformers' own", "adapter in stock PEFT = trained"
-CLAIMS = (SOURCE, PACKED, ACCUMULATED, UNCHANGED, RELOADED, REFERENCE, STOCK)
+CLAIMS = (SOURCE, STEADY, PACKED, ACCUMULATED, UNCHANGED, RELOADED, REFERENCE, STOCK)
 
 
 def prove_on_one_process(plan: Plan, world: World) -> list[Proof]:
@@ -59,6 +69,7 @@ def _prove(plan: Plan, world: World) -> list[Proof]:
     move_adapters(model, config.seed)
     documents = some_documents(data)
     packed = collate(documents, (0,)).to(world.device)
+    proofs.append(prove_steady(model, packed, tolerances.labels))
     proofs.append(prove_packed(model, documents, world, tolerances.labels))
     proofs.append(prove_accumulation(model, data.loader.step(0), world, tolerances.gradient))
     folder = plan.folder / "adapter"
@@ -91,8 +102,9 @@ def some_documents(data: Data) -> list[Example]:
     """
     chosen = [document for row in data.loader.rows_of_step(0).tolist() for document in data.rows[row].documents]
     examples = []
-    for index in chosen[:NUM_DOCUMENTS]:
-        ids = data.documents[index].input_ids[-DOCUMENT_TOKENS:]
+    for place, index in enumerate(chosen[:NUM_DOCUMENTS]):
+        # of unequal lengths, so that what depends on the length of a document shows in a packed row
+        ids = data.documents[index].input_ids[-(DOCUMENT_TOKENS >> place % 2) :]
         examples.append(Example(ids, np.arange(len(ids)) > 0))
     return [example for example in examples if example.num_labels]
 
@@ -109,7 +121,13 @@ def move_adapters(model: TrainingModel, seed: int) -> None:
 @torch.no_grad()
 def label_nll(model: TrainingModel, batch: Batch) -> torch.Tensor:
     """(N,) fp32 NLL of each label by the path used in training, without dropout, in the order of the documents."""
-    with evaluation_mode(model.module), model.forward_context():
+    with evaluation_mode(model.module):
+        return _label_nll(model, batch)
+
+
+@torch.no_grad()
+def _label_nll(model: TrainingModel, batch: Batch) -> torch.Tensor:
+    with model.forward_context():
         hidden = hidden_states(model.module, batch).to(model.compute_dtype)
         parts = [
             torch.nn.functional.cross_entropy(model.head.logits(hidden[positions]).float(), labels, reduction="none")
@@ -129,16 +147,27 @@ def _prove_base(config: RunConfig, world: World, model: TrainingModel) -> Proof:
     return Proof(SOURCE, 0.0, 0.0, compared)
 
 
+def prove_steady(model: TrainingModel, packed: Batch, tolerance: float) -> Proof:
+    """The base draws nothing at random: training mode twice and evaluation agree. The adapters' dropout is off."""
+    with training_mode(model.module):
+        first, second = _label_nll(model, packed), _label_nll(model, packed)
+    evaluated = label_nll(model, packed)
+    difference = max(relative_difference(first, second), relative_difference(first, evaluated))
+    return Proof(STEADY, difference, tolerance, f"NLL of {len(first)} labels")
+
+
 def prove_packed(model: TrainingModel, documents: Sequence[Example], world: World, tolerance: float) -> Proof:
     """Each document's labels, packed with the others and alone; the largest difference counts."""
     if len(documents) < 2:
         return not_checked(PACKED, "the data give only one document")
-    together = label_nll(model, collate(documents, (0,)).to(world.device))
-    parts = together.split([document.num_labels for document in documents])
-    differences = [
-        relative_difference(part, label_nll(model, collate([document], (0,)).to(world.device)))
-        for part, document in zip(parts, documents, strict=True)
-    ]
+    # rotary frequencies that depend on length change within these documents, as they do in longer ones
+    with scaled_beyond(unwrap(model.module), min(len(document) for document in documents)):
+        together = label_nll(model, collate(documents, (0,)).to(world.device))
+        parts = together.split([document.num_labels for document in documents])
+        differences = [
+            relative_difference(part, label_nll(model, collate([document], (0,)).to(world.device)))
+            for part, document in zip(parts, documents, strict=True)
+        ]
     return Proof(PACKED, max(differences), tolerance, f"NLL of {len(together)} labels in {len(documents)} documents")
 
 
