@@ -236,25 +236,26 @@ def _resolved(text: str) -> dict[str, Any]:
         try:
             return _flatten(json.loads(RunConfig.model_validate(copy).model_dump_json())) | foreign
         except ValidationError as error:
-            taken = dict(filter(None, (_take(copy, item["loc"]) for item in error.errors())))
-        if not taken:  # sections are missing
+            # all are found before one is removed: two may be about the same value
+            found = dict(filter(None, (_find(copy, item["loc"]) for item in error.errors())))
+        if not found:  # sections are missing
             return _flatten(raw)
-        foreign |= taken
+        foreign |= {key: section.pop(name) for key, (section, name) in found.items()}
 
 
-def _take(config: dict[str, Any], location: tuple[int | str, ...]) -> tuple[str, Any] | None:
-    """Removes (key, value) at a location from plain data; None when nothing is there."""
+def _find(config: dict[str, Any], location: tuple[int | str, ...]) -> tuple[str, tuple[dict[str, Any], str]] | None:
+    """The key of the innermost named value at a location of plain data, and its section; None when nothing is there."""
     node: Any = config
     found, key = None, ""
     for depth, part in enumerate(location):  # the end of a location may name one of several types
         if isinstance(node, dict) and part in node:
-            found, key = (node, part), ".".join(map(str, location[: depth + 1]))
+            found, key = (node, str(part)), ".".join(map(str, location[: depth + 1]))
             node = node[part]
         elif isinstance(node, list) and isinstance(part, int) and part < len(node):
             node = node[part]
         else:
             break
-    return None if found is None else (key, found[0].pop(found[1]))
+    return None if found is None else (key, found)
 
 
 def _is_dumped(text: str) -> bool:
