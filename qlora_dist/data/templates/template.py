@@ -127,11 +127,12 @@ def tokenizer_template(tokenizer: Any) -> str | None:
 
 def template_key(tokenizer: Any, name: str, date: str | None) -> list[Any]:
     """What identifies the template of `data.template` in a fingerprint: its source, and the date if it asks for it."""
+    own: Any = None
     path = Path(name).expanduser()
-    if name.endswith(".jinja"):
-        own = path.read_bytes().decode("utf-8", "replace") if path.is_file() else None
-    else:
-        own = tokenizer.chat_template if name in ("auto", "tokenizer") else None
+    if name.endswith(".jinja") and path.is_file():
+        name, own = ".jinja", path.read_bytes().decode("utf-8", "replace")  # wherever it lies
+    elif name in ("auto", "tokenizer"):
+        own = tokenizer.chat_template
     is_dated = reads_clock(json.dumps(own))
     return [name, own, NAMED.get(name, sorted(NAMED.items())), (date or today()) if is_dated else None]
 
