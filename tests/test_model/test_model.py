@@ -39,6 +39,7 @@ from qlora_dist.model import (
     set_recompute,
 )
 from qlora_dist.model.loss import nll_sum
+from qlora_dist.model.pretrained import switch_dropout_off
 
 CPU = torch.device("cpu")
 
@@ -279,6 +280,7 @@ def test_rows_longer_than_learned_positions_are_an_error_but_than_rotary_ones_a_
 @torch.no_grad()
 def test_head_of_hidden_states_equals_the_models_own_logits(family: str) -> None:
     model = tiny_model(family)
+    switch_dropout_off(model)
     check_head(model)
     batch = random_batch((8,))
     own = tiny_model(family, attention="eager")(input_ids=batch.input_ids).logits[0]
