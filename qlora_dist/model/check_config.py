@@ -109,13 +109,21 @@ def _shape(layer: torch.nn.Module) -> tuple[int, int]:
 
 
 def _check_experts(name: str, model: PreTrainedModel) -> None:
-    stacked = {key: value.numel() for key, value in model.named_parameters() if value.ndim == 3}
+    """Matrices outside of linear layers and tables stay in 16 bits: experts (3-D, in DBRX 2-D), convolutions."""
+    loose = {
+        f"{owner}.{key}": value.numel()
+        for owner, module in model.named_modules()
+        if not (isinstance(module, torch.nn.Linear | torch.nn.Embedding) or is_conv1d(module))
+        for key, value in module.named_parameters(recurse=False)
+        if value.ndim >= 2
+    }
     total = sum(value.numel() for value in model.parameters())
-    if sum(stacked.values()) > total // 20:
-        first = next(iter(stacked))
+    if sum(loose.values()) > total // 20:
+        largest = max(loose, key=lambda key: loose[key])
+        kind = "stacked experts" if "expert" in largest else "matrices outside of linear layers"
         raise UserError(
-            f"model.name {name}: {100 * sum(stacked.values()) // total} % of the weights are stacked experts (such as "
-            f"{first}), which bitsandbytes does not quantize; set model.quantization=none, or use a dense model"
+            f"model.name {name}: {100 * sum(loose.values()) // total} % of the weights are {kind} (such as "
+            f"{largest}), which bitsandbytes does not quantize; set model.quantization=none, or use a dense model"
         )
 
 

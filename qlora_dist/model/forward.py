@@ -209,7 +209,9 @@ def set_recompute(model: nn.Module, recompute: Literal["full", "none"] | int) ->
         raise UserError(f"{type(unwrap(model)).__name__} cannot recompute its layers; set memory.recompute=none")
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < count
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        # the base draws nothing (`check_head`): only adapters' dropout must be repeated when a layer is recomputed
+        has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=has_dropout)
 
 
 # --- finding layers ---------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from qlora_dist.model import (
     output_head,
     set_recompute,
 )
+from qlora_dist.model.check_config import _check_experts
 from qlora_dist.model.loss import nll_sum
 from qlora_dist.model.pretrained import switch_dropout_off
 
@@ -235,6 +236,16 @@ def test_experts_that_cannot_be_quantized_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stacked experts.*bitsandbytes does not quantize"):
         check_config(str(tmp_path))
     check_config(str(tmp_path), quantization="none")
+
+
+def test_experts_that_are_plain_matrices_are_seen_and_other_weights_are_not_called_experts() -> None:
+    for name, message in (("experts", "are stacked experts"), ("conv", "are matrices outside of linear layers")):
+        model = tiny_model()
+        holder = torch.nn.Module()
+        holder.w1 = torch.nn.Parameter(torch.zeros(512, 512))
+        setattr(model.model.layers[0].mlp, name, holder)
+        with pytest.raises(UserError, match=message):
+            _check_experts("base", model)
 
 
 def test_models_that_need_custom_code_or_have_an_unknown_type_are_rejected(tmp_path: Path) -> None:
