@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ..config.model_json import check_quantization_method, read_model_json
 from ..config.names import model_folder
 from ..errors import UserError
 from .families import shapes_from_config
@@ -27,13 +27,9 @@ def read_shapes(name: str, revision: str | None = None) -> ModelShapes:
 
 def read_config_json(name: str, revision: str | None = None) -> dict[str, Any]:
     """config.json as plain data. Raises UserError."""
-    path = _find(name, revision)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.name {name}: {path} cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"model.name {name}: {path} is not a JSON object")
+    config = read_model_json(name, _find(name, revision))
+    if config.get("quantization_config") is not None:
+        check_quantization_method(name, config["quantization_config"])
     return config
 
 

@@ -17,12 +17,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..config.model_json import check_quantization_method
 from ..config.names import resolve_targets
 from ..config.quantization import Quantization
 from ..errors import UserError
 from .attention import PROBE, Call, probing
 from .forward import is_conv1d, linear_layers
-from .pretrained import check_cpu_shapes, check_weight_files, load_config
+from .pretrained import check_cpu_shapes, check_weight_files, first_line, load_config
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class ModelFacts:
 
     linear_names: tuple[str, ...]  # every linear layer except the output head
     num_parameters: int  # tied weights counted once
+    vocab_size: int = 0  # rows of the input embedding: larger token ids cannot be read
 
 
 def check_config(
@@ -54,6 +56,9 @@ def check_config(
     config = load_config(name, revision)
     if weights == "files":
         check_weight_files(name)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        check_quantization_method(name, dict(stored))
     model = build_on_meta(name, config)
     layers = linear_layers(model)
     resolve_targets(tuple(layers), target_modules)
@@ -66,7 +71,10 @@ def check_config(
     max_positions = getattr(text, "max_position_embeddings", None)
     if row_tokens is not None and max_positions is not None and row_tokens > max_positions:
         _check_positions(name, model, row_tokens, max_positions)
-    return ModelFacts(tuple(layers), sum(parameter.numel() for parameter in model.parameters()))
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding.weight, torch.Tensor)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelFacts(tuple(layers), num_parameters, embedding.weight.shape[0])
 
 
 def build_on_meta(name: str, config: PretrainedConfig) -> PreTrainedModel:
@@ -77,12 +85,20 @@ def build_on_meta(name: str, config: PretrainedConfig) -> PreTrainedModel:
                 config, attn_implementation=PROBE, dtype=torch.bfloat16, trust_remote_code=False
             )
             return model.eval()  # some families skip layers at random in training
-    except (ValueError, KeyError) as error:
-        text = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.name {name}: {config.model_type} cannot be trained ({text[:200]}); expected a decoder-only causal "
-            "language model from transformers whose attention can be replaced"
-        ) from None
+    except KeyError as error:
+        if PROBE not in str(error):
+            raise _not_trainable(name, config, f"{error} is not known") from None
+        reason = "its attention is a class of its own, which cannot be replaced by packed attention"
+        raise _not_trainable(name, config, reason) from None
+    except Exception as error:  # a family's code on values that it does not expect
+        raise _not_trainable(name, config, first_line(error)[:200]) from None
+
+
+def _not_trainable(name: str, config: PretrainedConfig, reason: str) -> UserError:
+    return UserError(
+        f"model.name {name}: {config.model_type} cannot be trained ({reason}); expected a decoder-only causal "
+        "language model from transformers whose attention can be replaced"
+    )
 
 
 def _shape(layer: torch.nn.Module) -> tuple[int, int]:
@@ -93,13 +109,21 @@ def _shape(layer: torch.nn.Module) -> tuple[int, int]:
 
 
 def _check_experts(name: str, model: PreTrainedModel) -> None:
-    stacked = {key: value.numel() for key, value in model.named_parameters() if value.ndim == 3}
+    """Matrices outside of linear layers and tables stay in 16 bits: experts (3-D, in DBRX 2-D), convolutions."""
+    loose = {
+        f"{owner}.{key}": value.numel()
+        for owner, module in model.named_modules()
+        if not (isinstance(module, torch.nn.Linear | torch.nn.Embedding) or is_conv1d(module))
+        for key, value in module.named_parameters(recurse=False)
+        if value.ndim >= 2
+    }
     total = sum(value.numel() for value in model.parameters())
-    if sum(stacked.values()) > total // 20:
-        first = next(iter(stacked))
+    if sum(loose.values()) > total // 20:
+        largest = max(loose, key=lambda key: loose[key])
+        kind = "stacked experts" if "expert" in largest else "matrices outside of linear layers"
         raise UserError(
-            f"model.name {name}: {100 * sum(stacked.values()) // total} % of the weights are stacked experts (such as "
-            f"{first}), which bitsandbytes does not quantize; set model.quantization=none, or use a dense model"
+            f"model.name {name}: {100 * sum(loose.values()) // total} % of the weights are {kind} (such as "
+            f"{largest}), which bitsandbytes does not quantize; set model.quantization=none, or use a dense model"
         )
 
 

@@ -23,6 +23,7 @@ from ..data.packing import Batch
 from ..errors import UserError
 from .attention import PACKED, documents_of
 from .bitsandbytes_import import bitsandbytes
+from .dropout import RowDropout
 from .loss import OutputHead
 from .rope import scaled_beyond
 
@@ -249,7 +250,7 @@ def training_mode(model: nn.Module) -> Iterator[None]:
     with _modes_restored(model):
         model.train()
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
+            if isinstance(module, nn.Dropout | RowDropout):
                 module.eval()
         yield
 

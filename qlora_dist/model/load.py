@@ -125,6 +125,7 @@ def _from_pretrained(
     device: torch.device,
 ) -> PreTrainedModel:
     """Loads through transformers: 8-bit bases, and families whose files must be converted."""
+    open_files(name, revision)  # of any form: transformers ends in a traceback for damaged ones
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             expanded(name),

@@ -20,8 +20,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
+from ..config.model_json import check_quantization_method, read_model_json
 from ..config.names import model_folder
 from ..config.quantization import BLOCK, Quantization
 from ..errors import UserError
@@ -44,7 +46,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """The fast tokenizer of a hub model or folder. Raises UserError when there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(expanded(name), **where_to_read(name, revision))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises plain ones for a file that is broken in content
         raise UserError(
             f"model.name {name}: the tokenizer cannot be read ({first_line(error)}); the folder or hub "
             "repository must contain tokenizer.json, or tokenizer.model with sentencepiece installed"
@@ -58,10 +60,16 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """config.json of a model. Raises UserError when it is missing or needs custom code."""
+    """config.json of a model. Raises UserError when it is missing, odd in any way, or needs custom code."""
+    source = where_to_read(name, revision)
+    options = {"revision": source["revision"], "local_files_only": source["local_files_only"]}
     try:
-        return AutoConfig.from_pretrained(expanded(name), **where_to_read(name, revision))
-    except (OSError, ValueError, KeyError) as error:
+        if (path := cached_file(expanded(name), CONFIG_NAME, **options)) is not None:
+            read_model_json(name, Path(path))
+        return AutoConfig.from_pretrained(expanded(name), **source)
+    except UserError:
+        raise
+    except Exception as error:  # a family's own checks raise anything
         hint = (
             "it needs custom code (trust_remote_code), which is never run here"
             if "trust_remote_code" in str(error)
@@ -102,7 +110,7 @@ def check_weight_files(name: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
 
 
 # --- quantization -----------------------------------------------------------------------------------------------------
@@ -138,9 +146,7 @@ def quantization_settings(
 
 
 def _check_stored_quantization(name: str, stored: dict[str, Any], quantization: str, double_quant: bool) -> None:
-    method = str(stored.get("quant_method", "unknown")).rsplit(".")[-1].lower()
-    if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
-        raise UserError(f"model.name {name}: the weights are quantized with {method}; use the 16-bit model instead")
+    check_quantization_method(name, stored)
     kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "fp4")
     nested = bool(stored.get("bnb_4bit_use_double_quant"))
     if kind != quantization or (kind != "int8" and nested != double_quant):

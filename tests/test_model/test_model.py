@@ -38,7 +38,9 @@ from qlora_dist.model import (
     output_head,
     set_recompute,
 )
+from qlora_dist.model.check_config import _check_experts
 from qlora_dist.model.loss import nll_sum
+from qlora_dist.model.pretrained import switch_dropout_off
 
 CPU = torch.device("cpu")
 
@@ -236,6 +238,16 @@ def test_experts_that_cannot_be_quantized_are_rejected(tmp_path: Path) -> None:
     check_config(str(tmp_path), quantization="none")
 
 
+def test_experts_that_are_plain_matrices_are_seen_and_other_weights_are_not_called_experts() -> None:
+    for name, message in (("experts", "are stacked experts"), ("conv", "are matrices outside of linear layers")):
+        model = tiny_model()
+        holder = torch.nn.Module()
+        holder.w1 = torch.nn.Parameter(torch.zeros(512, 512))
+        setattr(model.model.layers[0].mlp, name, holder)
+        with pytest.raises(UserError, match=message):
+            _check_experts("base", model)
+
+
 def test_models_that_need_custom_code_or_have_an_unknown_type_are_rejected(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     config = {"model_type": "nonsense", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
@@ -279,6 +291,7 @@ def test_rows_longer_than_learned_positions_are_an_error_but_than_rotary_ones_a_
 @torch.no_grad()
 def test_head_of_hidden_states_equals_the_models_own_logits(family: str) -> None:
     model = tiny_model(family)
+    switch_dropout_off(model)
     check_head(model)
     batch = random_batch((8,))
     own = tiny_model(family, attention="eager")(input_ids=batch.input_ids).logits[0]

@@ -8,13 +8,18 @@ ranks read is read from disk once.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+
+from ...errors import shortened
 
 LARGEST_HEADER = 100 * 2**20  # bytes; the format's limit
 TYPES = {
@@ -95,20 +100,49 @@ def _read_header(path: Path) -> dict[str, Entry]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(LARGEST_HEADER, size - 8):
             raise BadFile(f"{path} is not a safetensors file, or truncated")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise BadFile(f"{path} is not a safetensors file: its header is not JSON") from None
-    entries = {}
-    for name, tensor in header.items():
-        if name == "__metadata__":
-            continue
-        dtype = TYPES.get(tensor["dtype"])
-        if dtype is None:
-            raise BadFile(f"{path}: {name} has the type {tensor['dtype']}, which is not supported")
-        start, stop = tensor["data_offsets"]
-        entry = Entry(path, dtype, tuple(tensor["shape"]), 8 + length + start)
-        if 8 + length + stop > size or stop - start != entry.numel * dtype.itemsize:
-            raise BadFile(f"{path}: {name} is not where the header places it; the file is truncated or damaged")
-        entries[name] = entry
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"{path} is not a safetensors file: its header is not JSON ({shortened(str(error))})") from None
+    if not isinstance(header, dict):
+        raise BadFile(f"{path}: the header is {shortened(header)}; expected an object with one entry for each tensor")
+    entries = {
+        name: _checked_entry(path, name, entry, 8 + length, size - 8 - length)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    _check_overlaps(path, entries)
     return entries
+
+
+def _checked_entry(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) -> Entry:
+    """One tensor of a header, of any form. Raises BadFile naming the file, the tensor and what is wrong."""
+    where = f"{path}: {shortened(name)}"
+    if not isinstance(entry, dict):
+        raise BadFile(f"{where} is {shortened(entry)}; expected an object with dtype, shape and data_offsets")
+    found, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype = TYPES.get(found) if isinstance(found, str) else None
+    if dtype is None:
+        raise BadFile(f"{where} has the type {shortened(found)}, which is not supported")
+    if not _are_counts(shape):
+        raise BadFile(f"{where} has the shape {shortened(shape)}; expected a list of numbers")
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise BadFile(f"{where} has the data_offsets {shortened(offsets)}; expected where it starts and ends")
+    start, stop = offsets
+    if not start <= stop <= data_bytes or stop - start != math.prod(shape) * dtype.itemsize:
+        raise BadFile(f"{where} is not where the header places it; the file is truncated or damaged")
+    return Entry(path, dtype, tuple(shape), data_start + start)
+
+
+def _are_counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(one) is int and 0 <= one < 2**63 for one in value)
+
+
+def _check_overlaps(path: Path, entries: dict[str, Entry]) -> None:
+    ordered = sorted(
+        (entry.start, entry.start + entry.numel * entry.dtype.itemsize, name) for name, entry in entries.items()
+    )
+    for (_, end, name), (start, _, other) in pairwise(ordered):
+        if start < end:
+            raise BadFile(f"{path}: {shortened(name)} and {shortened(other)} overlap; the file is damaged")

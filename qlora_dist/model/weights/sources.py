@@ -8,6 +8,7 @@ read(name, a, b) elements a to b in the model's storage order
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from ...errors import UserError
+from ...errors import UserError, shortened
 from ..pretrained import expanded, first_line, where_to_read
 from .safetensors_files import BadFile, WeightFiles
 
@@ -157,11 +158,25 @@ def weight_paths(name: str, revision: str | None = None) -> list[Path]:
     index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, **options, **quiet)
     if index is None:
         raise OSError(f"there is no *.safetensors file: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
-    try:
-        paths, _ = get_checkpoint_shard_files(where, index, **options)
-    except (KeyError, ValueError) as error:
-        raise BadFile(f"{index} is not an index of safetensors files: {error!r}") from None
+    _check_index(Path(index))
+    paths, _ = get_checkpoint_shard_files(where, index, **options)
     return [Path(path) for path in paths]
+
+
+def _check_index(path: Path) -> None:
+    """Raises BadFile unless an index of any form names files beside it."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"{path} is not JSON ({shortened(str(error))})") from None
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not isinstance(index.get("metadata"), dict):
+        raise BadFile(f"{path} has no weight_map that gives the file of each weight, or no metadata")
+    for weight, file in names.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\0" in file:
+            raise BadFile(
+                f"{path}: {shortened(weight)} is in {shortened(file)}; expected a *.safetensors file beside it"
+            )
 
 
 def match_names(model: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str], str | None]:
