@@ -157,6 +157,14 @@ class RunDir:
                 "and start the same command again"
             )
 
+    def saved_fields(self) -> dict[str, Any] | None:
+        """The config of the run that is here, by dotted names; None in a new folder, and where `open` finds fault."""
+        try:
+            text, _ = self._saved_config()
+            return None if text is None else _resolved(text)
+        except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+
     def _holds_progress(self) -> bool:
         has_metrics = self.metrics.exists() and self.metrics.stat().st_size > 0
         has_results = any(path.exists() for path in (self.adapter, self.model, self.summary, self.completed))
@@ -167,7 +175,7 @@ class RunDir:
 
         Raises UserError when the folder is in use for something else, or the config cannot be read.
         """
-        if self.config.exists():
+        if self.config.is_file():
             return self.config.read_bytes().decode("utf-8", errors="replace"), str(self.config)
         for path in sorted(self.checkpoints.glob("step-*/state.json"), reverse=True):
             try:

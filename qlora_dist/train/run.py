@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from ..cluster.launcher import launched_job, require_own_strategy
 from ..cluster.run_lock import RunLock
 from ..cluster.stop_signal import StopRequested, StopSignal
 from ..cluster.world import World
-from ..config import RunConfig, dump_yaml, load_config
+from ..config import RunConfig, dump_yaml
 from ..config.run_dir import RunDir
 from ..data.loader import derive_accumulation
 from ..data.templates import today
@@ -134,33 +133,38 @@ def open_run_dir(config: RunConfig, world: World, resume: str) -> Iterator[tuple
     run_dir = RunDir(Path(config.run_dir))
     lock = RunLock(run_dir.lock, *launched_job())
 
-    def open_on_main() -> RunConfig:
+    def open_on_main() -> str | None:
         run_dir.make()
-        dated = with_date(config, run_dir)
         with os_errors(f"{run_dir.lock}: cannot be written", "Nothing that was saved there has changed"):
             lock.acquire()
-        run_dir.open(dump_yaml(dated), free_fields(config))
+        date = run_date(config, run_dir)
+        run_dir.open(dump_yaml(_dated(config, date)), free_fields(config))
         if resume == "never" and run_dir.checkpoints.is_dir() and any(run_dir.checkpoints.glob("step-*")):
             raise UserError(
                 f"--resume never, but {run_dir.checkpoints} holds checkpoints; remove {run_dir.path}, choose another "
                 "run_dir, or use --resume auto to continue"
             )
-        return dated
+        return date
 
     try:
-        yield run_dir, world.from_main(open_on_main)
+        date = world.from_main(open_on_main)
+        yield run_dir, _dated(config, date)  # each rank's own config: whether they are equal is checked later
     finally:
         lock.release()
 
 
-def with_date(config: RunConfig, run_dir: RunDir) -> RunConfig:
-    """The config with the date that its chat template is told: the day of the run's first start."""
-    date = config.data.date
-    if date is None and run_dir.config.exists():
-        with contextlib.suppress(UserError):  # `RunDir.open` says what is wrong with it
-            date = load_config(run_dir.config).data.date
-    elif date is None:
-        date = today()
+def run_date(config: RunConfig, run_dir: RunDir) -> str | None:
+    """The date that the run's chat template is told: the day of the run's first start.
+
+    None in runs of versions that did not record it.
+    """
+    if config.data.date is not None:
+        return config.data.date
+    saved = run_dir.saved_fields()
+    return today() if saved is None else saved.get("data.date")
+
+
+def _dated(config: RunConfig, date: str | None) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
 
 

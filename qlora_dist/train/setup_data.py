@@ -61,7 +61,7 @@ def documents_on_ranks(
 ) -> Documents:
     """Tokenized documents, equal on every rank. The store's lock also keeps other jobs from building them again."""
     if data.date is None:  # without a run; ranks on both sides of midnight would differ
-        data = data.model_copy(update={"date": world.from_main(today)})
+        data = data.model_copy(update={"date": world.from_main(lambda: today())})
     with world.stoppable(f"preparing {what}"), world.local_main_first(f"preparing {what}"):
         documents = documents_of(data, sources, tokenizer, seed)
     world.require_equal(documents.fingerprint, what)

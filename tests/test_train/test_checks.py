@@ -302,16 +302,16 @@ def test_a_run_keeps_the_date_of_its_first_start(raw, tmp_path):
     from qlora_dist.config import dump_yaml
     from qlora_dist.config.run_dir import RunDir
     from qlora_dist.data.templates import today
-    from qlora_dist.train.run import with_date
+    from qlora_dist.train.run import run_date
 
     config, run_dir = config_of(raw), RunDir(tmp_path / "run")
-    assert config.data.date is None and with_date(config, run_dir).data.date == today()
+    assert config.data.date is None and run_date(config, run_dir) == today()
     run_dir.open(dump_yaml(config_of(raw, data__date="2024-07-06")))
-    assert with_date(config, run_dir).data.date == "2024-07-06"
-    assert with_date(config_of(raw, data__date="2024-07-07"), run_dir).data.date == "2024-07-07"
+    assert run_date(config, run_dir) == "2024-07-06"
+    assert run_date(config_of(raw, data__date="2024-07-07"), run_dir) == "2024-07-07"
     # a run of before there was a date goes on without one
     run_dir.config.write_text(dump_yaml(config))
-    assert with_date(config, run_dir).data.date is None
+    assert run_date(config, run_dir) is None
 
 
 def test_a_step_whose_rows_have_no_label_is_found_before_the_model_is_read():
