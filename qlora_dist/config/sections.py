@@ -129,7 +129,8 @@ class SourceConfig(_Section):
     columns: dict[str, str] = {}
     """Maps a format's column names to yours, for example {instruction: question, output: answer}."""
     split: str | None = None
-    """Split of a hub dataset or folder. null: train; in data.eval, validation or else test, if present."""
+    """Split of a hub dataset, folder or file, or part of one: train[:90%], train[100:200]. null: train; in data.eval,
+    validation or else test, if present."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     revision: str | None = None

@@ -81,10 +81,12 @@ class Run:
         config, world, data = self.config, self.world, self.data
         batch, stats = config.batch, data.documents.stats
         accumulation = derive_accumulation(batch.rows_per_step, batch.resolved_micro_rows, world.size)
+        unread = [f"{source.path}: {source.unread_text()}" for source in stats.sources if source.unread]
+        note = f"fields that nothing reads (number of records): {'; '.join(unread)}\n" if unread else ""
         return (
             f"{len(data.documents):,} documents in {len(data.rows):,} rows of up to {config.data.row_tokens:,} tokens "
             f"({data.rows.efficiency:.1%} full; truncated {stats.total('truncated'):,}, dropped "
-            f"{stats.total('dropped'):,}, bad {stats.total('bad'):,})\n"
+            f"{stats.total('dropped'):,}, bad {stats.total('bad'):,})\n{note}"
             f"{self.num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps "
             f"x {batch.resolved_micro_rows} rows; strategy {config.strategy.name} on {world.device.type}: "
             f"{describe_strategy(config, world.size)}"

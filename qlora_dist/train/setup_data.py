@@ -8,7 +8,7 @@ from typing import Any
 
 from ..cluster.world import World
 from ..config import DataConfig, RunConfig, SourceConfig
-from ..data.documents import Documents, build_documents, split_sources
+from ..data.documents import Documents, build_documents, overlap_warning, split_sources
 from ..data.loader import Loader, eval_batches
 from ..data.packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..data.templates import today
@@ -51,6 +51,9 @@ def build_data(config: RunConfig, world: World) -> Data:
     if eval_sources:
         unseen = documents_on_ranks(config.data, eval_sources, tokenizer, world, "data.eval", config.seed)
         check_ids(unseen, tokenizer, vocabulary)
+        warning = overlap_warning(unseen.hashes, documents.hashes)
+        if warning and world.is_main:
+            print(f"warning: {warning}", flush=True)
         unseen_rows = build_rows(config.data, unseen, config.seed)
         held_out = eval_batches(unseen, unseen_rows, config.batch.resolved_micro_rows, world.rank, world.size)
     return Data(documents, rows, loader, held_out)

@@ -206,7 +206,7 @@ def hub(monkeypatch):
         return splits[split].to_iterable_dataset() if streaming else splits[split]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, subset: list(splits))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, subset, revision: list(splits))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...data.documents import Documents, SourceStats
+from ...data.documents import Documents, SourceStats, overlap_warning
 from ...data.packing import Rows, hashed_order
 from ...data.templates import CONTROL_TOKENS, control_tokens, tokenizer_template
 
@@ -125,6 +125,7 @@ def _source_warnings(documents: Documents) -> list[str]:
                 f"{source.truncated:,} conversations are truncated to data.row_tokens and lack their end token; "
                 "raise data.row_tokens, or set data.on_long=drop",
             ),
+            (len(source.unread), f"nothing reads these fields (number of records): {source.unread_text()}"),
             (source.dropped, f"{source.dropped:,} examples are dropped: too long, or no label within data.row_tokens"),
             (
                 source.duplicates > 0.01 * max(1, source.examples) and source.duplicates,
@@ -202,5 +203,5 @@ def _template_warnings(sources: Sequence[SourceStats], tokenizer: Any, template:
 
 
 def _overlap_warnings(documents: Documents, trained_on: Documents) -> list[str]:
-    both = int(np.isin(documents.hashes, trained_on.hashes).sum())
-    return [f"{both:,} of {len(documents):,} evaluation examples also occur in the training data"] if both else []
+    warning = overlap_warning(documents.hashes, trained_on.hashes)
+    return [] if warning is None else [warning]

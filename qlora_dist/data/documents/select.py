@@ -39,6 +39,12 @@ def select_documents(
     return np.concatenate(chosen)
 
 
+def overlap_warning(evaluated: np.ndarray, trained: np.ndarray) -> str | None:
+    """What to say if documents are evaluated that are also trained on. Both: hashes of documents, uint64."""
+    both = int(np.isin(evaluated, trained).sum())
+    return f"{both:,} of {len(evaluated):,} evaluation examples also occur in the training data" if both else None
+
+
 def _used_records(source: SourceConfig, num_records: int, seed: int) -> np.ndarray:
     """(num_records,) bool."""
     order = hashed_order(num_records, seed, _source_key(source), _RECORDS)

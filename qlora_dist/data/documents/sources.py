@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ...config import SourceConfig
+from ...errors import UserError
 from ...files import sha256
-from ..formats import RawRecord, available_splits, find_files, is_local, read_file, read_hub
+from ..formats import RawRecord, available_splits, find_files, is_local, parse_split, read_file, read_hub
 
 # files up to this size are hashed in full, larger ones at three offsets, with size and mtime
 _WHOLE_HASH_LIMIT = 256 * 2**20
@@ -36,10 +37,17 @@ def open_source(source: SourceConfig) -> OpenSource:
         key["max_examples"] = None
     records: Iterator[RawRecord]
     if is_local(source.path):
+        for option in ("subset", "revision"):
+            if getattr(source, option) is not None:
+                raise UserError(
+                    f"data source {source.path}: {option} is set, which only hub datasets have; remove it, or give the "
+                    "path of the files that it means"
+                )
         files = find_files(source.path, source.split)
         key |= {"path": "", "files": [[_file_key(file), file.suffix] for file in files]}
         num_bytes = sum(file.stat().st_size for file in files)
-        records = chain.from_iterable(map(read_file, files))
+        part = parse_split(source.path, source.split or "train")
+        records = part.select(lambda: chain.from_iterable(map(read_file, files)))
     else:
         records, fingerprint, num_bytes = read_hub(
             source.path,
@@ -85,7 +93,7 @@ _UNWEIGHTED = {"weight": 1.0, "max_examples": None, "shuffle": False}
 
 
 def _held_out_split(source: SourceConfig) -> str | None:
-    splits = available_splits(source.path, source.subset)
+    splits = available_splits(source.path, source.subset, source.revision)
     return splits.get("validation", splits.get("test"))
 
 

@@ -3,6 +3,7 @@
 from .detect import FORMATS, convert, detect_format, group_records, map_columns
 from .fields import BadRecord, Conversation, Document, Text, Tokens
 from .files import RawRecord, available_splits, find_files, is_local, read_file, read_hub
+from .slices import parse_split
 
 __all__ = [
     "FORMATS",
@@ -19,6 +20,7 @@ __all__ = [
     "group_records",
     "is_local",
     "map_columns",
+    "parse_split",
     "read_file",
     "read_hub",
 ]
