@@ -62,11 +62,13 @@ def test_labels_are_the_answers_and_their_end_token(tmp_path, alpaca):
 
 @pytest.mark.parametrize("num_workers", [2])
 def test_worker_processes_give_the_same_store_as_this_process(tmp_path, num_workers):
-    rows = [*ALPACA, {"instruction": "bad"}, *ALPACA[:7]]
+    rows = [*ALPACA, {"instruction": "bad"}, *(row | {"id": 1} for row in ALPACA[:7]), ALPACA[0] | {"lang": "en"}]
     source = SourceConfig(path=write(tmp_path / "a.jsonl", rows))
     alone = build(tmp_path, source, cache_dir=tmp_path / "one", on_bad="skip")
     many = build(tmp_path, source, cache_dir=tmp_path / "many", on_bad="skip", num_workers=num_workers)
     assert many.fingerprint == alone.fingerprint and many.stats == alone.stats
+    assert many.stats.sources[0].unread == {"id": 7, "lang": 1}
+    assert many.stats.sources[0].unread_text() == "id (7), lang (1)"
     for name in ("input_ids.bin", "is_label.bin", "record_of.npy"):
         paths = [tmp_path / place / alone._store.folder.name / name for place in ("one", "many")]
         assert paths[0].read_bytes() == paths[1].read_bytes()
