@@ -10,6 +10,7 @@ import traceback
 
 import click
 
+from ..cluster.heartbeat import READ_SECONDS
 from ..errors import RunFailed, UserError, explain_os_error, printable
 from . import on_config, on_result  # noqa: F401  (they register their commands)
 from .group import cli, rank
@@ -65,7 +66,7 @@ def invoke(arguments: list[str]) -> int:
         ended = explain_os_error("this command", error) if isinstance(error, OSError) else error
         own = rank()
         if own:
-            time.sleep(2.0)
+            time.sleep(READ_SECONDS + 2.0)
         click.echo(printable(f"{f'rank {own}: ' if own else ''}error: {ended}"), err=True)
         return ended.exit_code
 

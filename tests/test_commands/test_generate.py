@@ -86,7 +86,14 @@ def test_an_unfinished_run_gives_its_newest_good_checkpoint(run: Path, tmp_path:
             step,
             write_weights=lambda folder: save_random_adapter(folder, run.parent / "model", 1),
             optimizer_tensors={},
-            state={},
+            state={
+                "num_tokens": 1,
+                "num_labels": 1,
+                "config": "",
+                "data_fingerprint": "",
+                "layout": [],
+                "optimizer_numbers": {},
+            },
             keep=3,
         )
     assert find_trained(unfinished).adapter == unfinished / "checkpoints" / "step-00000005"
