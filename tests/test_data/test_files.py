@@ -290,7 +290,7 @@ def test_entries_of_a_folder_that_cannot_be_read_are_named_and_not_skipped(tmp_p
         raise PermissionError(errno.EACCES, "Permission denied", str(folder))
 
     monkeypatch.setattr("os.scandir", fail)
-    with pytest.raises(UserError, match="reading data source .*Permission denied"):
+    with pytest.raises(UserError, match=r"reading data source .*Permission denied"):
         find_files(str(tmp_path))
 
 
