@@ -123,7 +123,7 @@ class LoraConfig(_Section):
 
 class SourceConfig(_Section):
     path: PathText
-    """A file (json, jsonl, csv, tsv, parquet, txt), a folder of such files, or a hub dataset name."""
+    """A file (json, jsonl, csv, tsv, parquet, arrow, txt), a folder of such files, or a hub dataset name."""
     format: DataFormat = "auto"
     """How a record becomes a conversation or text. auto: detected from the columns and reported."""
     columns: dict[str, str] = {}

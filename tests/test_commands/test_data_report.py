@@ -49,6 +49,7 @@ def test_good_data_gives_no_warning(tmp_path):
         ([*ROWS, {"instruction": "a", "output": " "}], {}, "1 examples have an empty answer"),
         ([*ROWS, {"instruction": "<|im_end|>", "output": "b"}], {}, r"1 conversations spell out .* \(<\|im_end\|>\)"),
         ([*ROWS, {"instruction": "caf�", "output": "b"}], {}, "1 examples contain U\\+FFFD"),
+        ([*ROWS, ROWS[0] | {"id": 1}], {}, r"nothing reads these fields \(number of records\): id \(1\)"),
         ([{"instruction": "a " * 200, "output": "b"}], {"row_tokens": 512}, r"only 0\.\d% of the tokens are labels"),
         ([{"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}, *ROWS], {}, "30 of 31 records cannot be used"),
         (

@@ -11,7 +11,7 @@ import pytest
 from qlora_dist.config import SourceConfig
 from qlora_dist.data.documents.select import overlap_warning
 from qlora_dist.data.documents.sources import open_source
-from qlora_dist.data.formats import available_splits, find_files, group_records, read_file
+from qlora_dist.data.formats import available_splits, find_files, group_records, json_text, read_file
 from qlora_dist.data.formats.files import read_hub
 from qlora_dist.errors import MachineFailed, UserError
 
@@ -55,6 +55,12 @@ def test_a_record_that_python_cannot_hold_costs_that_record_alone(tmp_path, bad,
         first, second, third = read_file(path)
         assert (first.fields["text"], third.fields["text"]) == ("a", "b")
         assert problem in second.problem and second.where in (f"{path}, record 2", f"{path}, line 2")
+
+
+def test_the_end_of_a_value_is_found_without_decoding_it_unless_the_text_is_cut_off():
+    assert json_text.end_of_value('["a ]", {"\\"": 1}] x', 0) == 18
+    assert [json_text.end_of_value(cut, 0) for cut in ('["a ]', '{"a": [1]', "999")] == [None] * 3
+    assert json_text.end_of_value("999, 1", 0) == 3
 
 
 def test_a_damaged_first_line_does_not_hide_the_others_of_a_json_file(tmp_path):

@@ -152,6 +152,17 @@ def test_a_finished_run_says_so_and_does_nothing(raw, capsys):
     assert {p for p in before if p.is_file()} == {p for p in after if p.is_file()}
 
 
+def test_a_run_says_which_fields_nothing_reads_and_which_rows_are_trained_on_and_evaluated(raw, tmp_path, capsys):
+    (record, *others) = json.loads(Path(raw["data"]["train"][0]["path"]).read_text())
+    data = tmp_path / "named.json"
+    data.write_text(json.dumps([record | {"id": 1}, *others]))
+    sources = [{"path": str(data), "format": "input-output"}]
+    train(config_of(raw, data__train=sources, data__eval=[sources[0] | {"max_examples": 10}], train__steps=1))
+    output = capsys.readouterr().out
+    assert output.count("warning: 10 of 10 evaluation examples also occur in the training data") == 1
+    assert output.count(f"fields that nothing reads (number of records): {data}: id (1)") == 1
+
+
 def test_summary_and_metrics_hold_what_they_promise(raw):
     train(config_of(raw, data__eval=raw["data"]["train"]))
     summary = json.loads((Path(raw["run_dir"]) / "summary.json").read_text())
