@@ -50,7 +50,7 @@ def quantize_range(codes: Tensor, read: Read, part: Range, quant_type: str, dtyp
         weights = read(part.start + start, part.start + stop).to(device).to(dtype)
         packed, state = bitsandbytes.functional.quantize_4bit(weights, blocksize=BLOCK, quant_type=quant_type)
         codes[start // 2 : (stop + 1) // 2] = packed
-        # CUDA kernels take the maximum by fmaxf, which skips NaN: the block would look sound, the weight be another number
+        # CUDA kernels take the maximum by fmaxf, which skips NaN: a bad block would look sound
         is_bad = weights.isfinite().all().logical_not()
         absmax[start // BLOCK : -(-stop // BLOCK)] = state.absmax.masked_fill(is_bad, torch.nan)
     return absmax
