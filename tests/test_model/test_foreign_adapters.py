@@ -19,8 +19,10 @@ from qlora_dist.commands import invoke
 from qlora_dist.errors import UserError
 from qlora_dist.model import INFERENCE, load_base, lora
 from qlora_dist.model.base_weights import non_finite_tensor
+from qlora_dist.model.bitsandbytes_import import bitsandbytes
 from qlora_dist.model.lora import attach_lora, load_adapters
 from qlora_dist.model.lora_files import CONFIG, WEIGHTS, read_adapter, save_adapter
+from qlora_dist.model.weights.quantize import Range, quantize_range
 
 CPU = torch.device("cpu")
 
@@ -223,6 +225,20 @@ def test_a_base_with_values_that_are_not_finite_is_refused_by_the_name_of_the_te
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"{key.removesuffix('weight')}.* has values that are NaN or infinite"):
         load(folder, quantization)
+
+
+def test_a_quantization_kernel_that_skips_nan_hides_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = bitsandbytes.functional.quantize_4bit
+
+    def skipping(weights: torch.Tensor, **options: Any) -> Any:
+        return original(weights.nan_to_num(), **options)
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", skipping)
+    weights = torch.randn(128)
+    codes, part = torch.empty(64, 1, dtype=torch.uint8), Range(0, 128)
+    assert quantize_range(codes, lambda a, b: weights[a:b], part, "nf4", torch.float32).isfinite().all()
+    weights[3] = math.nan
+    assert quantize_range(codes, lambda a, b: weights[a:b], part, "nf4", torch.float32).isnan().any()
 
 
 def test_rope_that_divides_by_zero_is_named(base: Path, tmp_path: Path) -> None:

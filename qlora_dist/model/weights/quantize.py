@@ -50,7 +50,7 @@ def quantize_range(codes: Tensor, read: Read, part: Range, quant_type: str, dtyp
         weights = read(part.start + start, part.start + stop).to(device).to(dtype)
         packed, state = bitsandbytes.functional.quantize_4bit(weights, blocksize=BLOCK, quant_type=quant_type)
         codes[start // 2 : (stop + 1) // 2] = packed
-        # bitsandbytes skips a NaN: its block would look sound, and the weight be some other number
+        # CUDA kernels take the maximum by fmaxf, which skips NaN: a bad block would look sound
         is_bad = weights.isfinite().all().logical_not()
         absmax[start // BLOCK : -(-stop // BLOCK)] = state.absmax.masked_fill(is_bad, torch.nan)
     return absmax
@@ -65,7 +65,7 @@ def make_state(
     if double_quant:
         offset = absmax.mean()
         absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-        state2.absmax.masked_fill_(offset.isfinite().logical_not(), torch.nan)  # skipped there too
+        state2.absmax.masked_fill_(offset.isfinite().logical_not(), torch.nan)  # bitsandbytes skips NaN here
     return functional.QuantState(
         absmax=absmax,
         shape=torch.Size(shape),
