@@ -18,6 +18,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 LAUNCHER_ENDED = "the end of its launcher"  # in place of a signal's name
 _received_early: list[int] = []
 _parent_at_start: int | None = None
+_was_terminated = False
 
 
 class StopRequested(BaseException):
@@ -43,7 +44,18 @@ def _heard(signals: tuple[signal.Signals, ...]) -> list[signal.Signals]:
     return [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
+def was_terminated() -> bool:
+    """Whether SIGTERM has arrived, as it does when a launcher ends a rank because another has ended."""
+    return _was_terminated
+
+
+def _note(number: int) -> None:
+    global _was_terminated
+    _was_terminated = _was_terminated or number == signal.SIGTERM
+
+
 def _record(number: int, _frame: FrameType | None) -> None:
+    _note(number)
     _received_early.append(number)
 
 
@@ -99,6 +111,7 @@ class StopSignal:
         if os.getpid() != self._process:  # a forked tokenization worker: it has nothing to save
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        _note(number)
         if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
         if self.name != "SIGTERM":  # has the last word: a job that is told to end must not requeue itself

@@ -11,6 +11,7 @@ import traceback
 import click
 
 from ..cluster.heartbeat import READ_SECONDS
+from ..cluster.stop_signal import was_terminated
 from ..errors import RunFailed, UserError, explain_os_error, printable
 from . import on_config, on_result  # noqa: F401  (they register their commands)
 from .group import cli, rank
@@ -65,8 +66,10 @@ def invoke(arguments: list[str]) -> int:
             traceback.print_exc()
         ended = explain_os_error("this command", error) if isinstance(error, OSError) else error
         own = rank()
-        if own:
+        if own and not was_terminated():
             time.sleep(READ_SECONDS + 2.0)
+        if own and was_terminated():
+            return ended.exit_code  # another rank has said why
         click.echo(printable(f"{f'rank {own}: ' if own else ''}error: {ended}"), err=True)
         return ended.exit_code
 
