@@ -19,7 +19,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,6 +35,7 @@ from ..errors import MachineFailed, UserError, os_errors, shortened
 from ..files import (
     MANIFEST,
     DamagedFolder,
+    Hashing,
     check_manifest,
     folder_aside,
     read_manifest,
@@ -110,7 +110,7 @@ def _rotate(folder: Path, saved: Path, keep: int) -> None:
     counted = []
     for path in _complete(folder):
         try:
-            _check(path, hash_limit=-1)  # sizes only: hashing all of them at each save would take as long as the save
+            _check(path, "none")  # sizes only: hashing all of them at each save would take as long as the save
         except DamagedFolder as error:
             if path == saved:
                 raise OSError(errno.EIO, f"cannot be read back: {error}", str(saved)) from None
@@ -164,32 +164,16 @@ def verify_checkpoint(path: Path) -> None:
     _check(path)
 
 
-def _check(path: Path, hash_limit: float = math.inf) -> None:
+def _check(path: Path, hashing: Hashing = "all") -> None:
     try:
         manifest = read_manifest(path)
-        if manifest.get("format") == FORMAT:
-            _check_names(path, manifest["files"])
-        check_manifest(path, {"format": FORMAT}, hash_limit)
+        weights = [FULL] if FULL in manifest["files"] else [WEIGHTS, CONFIG]
+        check_manifest(path, {"format": FORMAT}, hashing=hashing, required=[STATE, OPTIMIZER, *weights])
         _check_state(load_state(path), manifest, checkpoint_step(path))
     except DamagedFolder:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedFolder(f"cannot be read ({type(error).__name__}: {shortened(str(error))})") from None
-
-
-def _check_names(path: Path, files: dict[str, Any]) -> None:
-    listed = set(files)
-    weights = {FULL} if FULL in listed else {WEIGHTS, CONFIG}
-    if missing := {STATE, OPTIMIZER, *weights} - listed:
-        raise DamagedFolder(f"{MANIFEST} does not list {', '.join(sorted(missing))}")
-    found = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {MANIFEST}
-    if unlisted := found - listed:
-        raise DamagedFolder(f"{MANIFEST} does not list {shortened(', '.join(sorted(unlisted)))}")
-    for name in sorted(found):
-        if not (path / name).is_file():  # a pipe would be read for ever
-            raise DamagedFolder(f"{shortened(name)} is not a file")
-    if absent := listed - found:
-        raise DamagedFolder(f"{min(absent)} is missing")
 
 
 def _check_state(state: Any, manifest: dict[str, Any], folder_step: int) -> None:

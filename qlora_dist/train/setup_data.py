@@ -66,13 +66,15 @@ def documents_on_ranks(
     if data.date is None:  # without a run; ranks on both sides of midnight would differ
         data = data.model_copy(update={"date": world.from_main(lambda: today())})
     with world.stoppable(f"preparing {what}"), world.local_main_first(f"preparing {what}"):
-        documents = documents_of(data, sources, tokenizer, seed)
+        documents = documents_of(data, sources, tokenizer, seed, is_checked=world.local_rank != 0)
     world.require_equal(documents.fingerprint, what)
     return documents
 
 
-def documents_of(data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, seed: int) -> Documents:
-    """Tokenized documents of some sources, by the settings of the data section."""
+def documents_of(
+    data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, seed: int, *, is_checked: bool = False
+) -> Documents:
+    """Tokenized documents of some sources, by the settings of the data section. See `build_documents`."""
     return build_documents(
         sources,
         tokenizer,
@@ -85,6 +87,7 @@ def documents_of(data: DataConfig, sources: Sequence[SourceConfig], tokenizer: A
         cache_dir=data.cache_dir,
         seed=seed,
         num_workers=data.num_workers,
+        is_checked=is_checked,
     )
 
 

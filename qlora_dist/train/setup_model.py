@@ -113,6 +113,7 @@ def _base_source(config: RunConfig, world: World) -> str:
             double_quant=settings.double_quant,
             compute_dtype=getattr(torch, settings.compute_dtype),
             device=world.device,
+            is_checked=world.local_rank != 0,
         )
 
 

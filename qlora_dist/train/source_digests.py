@@ -15,13 +15,10 @@ from typing import Any
 from ..config import RunConfig
 from ..config.names import model_folder
 from ..errors import os_errors
-from ..files import sha256
 from ..model.lora_files import CONFIG, WEIGHTS
-from ..model.weights.safetensors_files import WeightFiles
+from ..model.weights.safetensors_files import file_digest
 from ..model.weights.sources import weight_paths
 
-WHOLE_BYTES = 2**28  # files up to this size are hashed whole
-BLOCK, NUM_BLOCKS = 2**12, 16  # of each tensor in a larger one: bytes, and how many, evenly spaced
 UNREAD = ("transformers_version", "_name_or_path")  # keys of config.json that decide nothing
 
 Digests = dict[str, dict[str, str]]  # field of the config -> file -> digest
@@ -34,10 +31,10 @@ def source_digests(config: RunConfig) -> Digests:
         found = {"model.name": _base(config)}
         if lora is not None and lora.init_from is not None:
             folder = Path(lora.init_from).expanduser()
-            found["lora.init_from"] = {name: _digest(folder / name) for name in (CONFIG, WEIGHTS)}
+            found["lora.init_from"] = {name: file_digest(folder / name) for name in (CONFIG, WEIGHTS)}
         if strategy.ds_config is not None:  # by its path: another strategy may be chosen for a resume
             path = Path(strategy.ds_config).expanduser()
-            found[f"strategy.ds_config {strategy.ds_config}"] = {path.name: _digest(path)}
+            found[f"strategy.ds_config {strategy.ds_config}"] = {path.name: file_digest(path)}
         return found
 
 
@@ -58,20 +55,7 @@ def _base(config: RunConfig) -> dict[str, str]:
     paths = weight_paths(settings.name, settings.revision) if settings.weights == "files" else []
     folder = model_folder(settings.name) or (paths[0].parent if paths else None)
     described = {} if folder is None else {"config.json": _config_digest(folder / "config.json")}
-    return described | {path.name: _digest(path) for path in sorted(set(paths))}
-
-
-def _digest(path: Path) -> str:
-    """Of the whole file; of a large file of weights, of its tensors' names, types, shapes, and of a part of each."""
-    if path.stat().st_size <= WHOLE_BYTES or path.suffix != ".safetensors":
-        return sha256(path)
-    digest, files = hashlib.sha256(), WeightFiles([path])
-    for name, entry in sorted(files.entries.items()):
-        digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
-        size = entry.numel * entry.dtype.itemsize
-        for start in range(0, size, max(BLOCK, size // NUM_BLOCKS)):
-            digest.update(files.read_bytes(name, start, min(size, start + BLOCK)).numpy().data)
-    return f"sampled {digest.hexdigest()}"
+    return described | {path.name: file_digest(path) for path in sorted(set(paths))}
 
 
 def _config_digest(path: Path) -> str:

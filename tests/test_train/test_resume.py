@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from qlora_dist.commands import invoke
 from qlora_dist.config.run_dir import RunDir
 from qlora_dist.errors import RunFailed, UserError
+from qlora_dist.model.weights import safetensors_files
 from qlora_dist.train import source_digests, train
 from qlora_dist.train.checkpoint import find_newest
 
@@ -67,7 +68,7 @@ def test_a_run_goes_on_when_nothing_has_changed(copied):
 def test_other_weights_under_the_same_name_are_refused(copied, monkeypatch, limit, which):
     folder, raw = copied
     path = folder / "model" / "model.safetensors"
-    monkeypatch.setattr(source_digests, "WHOLE_BYTES", limit)
+    monkeypatch.setattr(safetensors_files, "WHOLE_BYTES", limit)
     if limit == 0:  # made again with this limit
         raw["run_dir"] = str(folder / "again")
         train(config_of(raw, train__steps=1))

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...cluster.file_lock import build_lock
+from ... import __version__
+from ...cluster.file_lock import build_once
 from ...config import SourceConfig
-from ...errors import UserError
-from ...files import folder_aside
+from ...errors import UserError, os_errors
+from ...files import folder_aside, sha256
 from ..formats import RawRecord, detect_format, group_records, map_columns
 from ..templates import template_key
 from .encode import Encoded, Encoder, check_tokenizer
 from .select import select_documents
 from .sources import OpenSource, open_source
-from .store import STORE_VERSION, Documents, SourceStats, Store, StoreWriter, has_store
+from .store import STORE_VERSION, Documents, SourceStats, Store, StoreWriter, check_store, open_store
 from .workers import EncodedRecord, choose_workers, encode_records
 
 logger = logging.getLogger(__name__)
@@ -39,27 +41,29 @@ def build_documents(
     cache_dir: str | Path,
     seed: int = 0,
     num_workers: int | None = None,
+    is_checked: bool = False,
 ) -> Documents:
     """The tokenized documents of all sources, one after another, selected by weights, caps and held-out records.
 
     The first call writes a store below `cache_dir`; later calls with the same data, tokenizer and settings read it.
     When several processes call at once, one builds and the others wait. Raises UserError with file, row and field
     for anything that cannot be used. `date` (YYYY-MM-DD): what templates that write the date are told; None is today.
+    `is_checked`: another process of this node has just called this, so that its files need not be hashed again.
     """
     check_tokenizer(tokenizer)
     opened = [open_source(source) for source in sources]
     settings: dict[str, Any] = {"row_tokens": row_tokens, "on_long": on_long, "on_bad": on_bad, "learn": learn}
     fingerprint = _fingerprint(opened, tokenizer, template_key(tokenizer, template, date), settings)
     folder = Path(cache_dir).expanduser() / fingerprint
-    if not has_store(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with build_lock(folder):
-            if not has_store(folder):  # another process may have built it while this one waited
-                build = Build(tokenizer, template=template, date=date, num_workers=num_workers, **settings)
-                build.run(sources, opened, folder)
-    else:
-        logger.info("tokenized data: read from %s", folder)
-    return _selected(Store(folder), sources, seed)
+    builds = Build(tokenizer, template=template, date=date, num_workers=num_workers, **settings)
+    build_once(
+        folder,
+        check=lambda: check_store(folder, "none" if is_checked else "recorded"),
+        build=lambda: builds.run(sources, opened, folder),
+        what="tokenizing the same data",
+        setting="data.cache_dir",
+    )
+    return _selected(open_store(folder), sources, seed)
 
 
 def _selected(store: Store, sources: Sequence[SourceConfig], seed: int) -> Documents:
@@ -92,11 +96,14 @@ class Build:
 
     def run(self, sources: Sequence[SourceConfig], opened: Sequence[OpenSource], folder: Path) -> None:
         stats = [SourceStats(source.path) for source in sources]
-        for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # of an interrupted build before version 0.2
-            shutil.rmtree(left, ignore_errors=True)
-        with folder_aside(folder) as aside, StoreWriter(aside) as writer:
+        with (
+            os_errors(f"data.cache_dir {folder.parent}: the tokenized data cannot be written", "Nothing is left there"),
+            folder_aside(folder, replaces=False) as aside,
+            StoreWriter(aside) as writer,
+        ):
             for i, source in enumerate(sources):
                 self._add_source(writer, i, source, opened[i], stats[i])
+                opened[i].require_unchanged()
             _check_not_empty(stats, self.row_tokens)
             writer.finish(stats)
         logger.info("tokenized data: written to %s", folder)
@@ -208,6 +215,8 @@ def _fingerprint(opened: Sequence[OpenSource], tokenizer: Any, template: list[An
     """Identifies a store by everything that determines its tokens."""
     key = {
         "version": STORE_VERSION,
+        "code": _code_digest(),
+        "libraries": [importlib.metadata.version(name) for name in ("tokenizers", "transformers")],
         "sources": [source.key for source in opened],
         "settings": settings,
         "template": template,
@@ -215,3 +224,13 @@ def _fingerprint(opened: Sequence[OpenSource], tokenizer: Any, template: list[An
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Of the code of this package that decides tokens and labels: another version of it makes another store."""
+    digest = hashlib.sha256(__version__.encode())
+    data = Path(__file__).parents[1]
+    for path in sorted(path for room in ("documents", "formats", "templates") for path in (data / room).glob("*.py")):
+        digest.update(f"{path.relative_to(data)} {sha256(path)}".encode())
+    return digest.hexdigest()

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from ...config import SourceConfig
-from ...errors import UserError
-from ...files import sha256
+from ...errors import MachineFailed, UserError
+from ...files import digests, identity
 from ..formats import RawRecord, available_splits, find_files, is_local, parse_split, read_file, read_hub
-
-# files up to this size are hashed in full, larger ones at three offsets, with size and mtime
-_WHOLE_HASH_LIMIT = 256 * 2**20
 
 # applied after tokenization (select.py): they do not change the tokens
 _SELECTION = {"weight", "shuffle", "hold_out", "part"}
@@ -28,6 +24,16 @@ class OpenSource:
     records: Iterator[RawRecord]
     key: dict[str, Any]
     num_bytes: int  # 0: unknown
+    files: Mapping[Path, tuple[int, ...]]  # what was hashed for the key -> its identity before
+
+    def require_unchanged(self) -> None:
+        """After the records were read: raises MachineFailed when they may not be those that the key is of."""
+        for file, before in self.files.items():
+            if identity(file.stat()) != before:
+                raise MachineFailed(
+                    f"data source {file} was written to or replaced while it was being read; nothing was kept of it. "
+                    "Start the same command again when the file is complete"
+                )
 
 
 def open_source(source: SourceConfig) -> OpenSource:
@@ -36,6 +42,7 @@ def open_source(source: SourceConfig) -> OpenSource:
     if source.shuffle:  # then the cap is part of the selection too
         key["max_examples"] = None
     records: Iterator[RawRecord]
+    identities = {}
     if is_local(source.path):
         for option in ("subset", "revision"):
             if getattr(source, option) is not None:
@@ -44,7 +51,8 @@ def open_source(source: SourceConfig) -> OpenSource:
                     "path of the files that it means"
                 )
         files = find_files(source.path, source.split)
-        key |= {"path": "", "files": [[_file_key(file), file.suffix] for file in files]}
+        identities = {file: identity(file.stat()) for file in files}
+        key |= {"path": "", "files": [[digest, file.suffix] for digest, file in zip(digests(files), files)]}
         num_bytes = sum(file.stat().st_size for file in files)
         part = parse_split(source.path, source.split or "train")
         records = part.select(lambda: chain.from_iterable(map(read_file, files)))
@@ -57,7 +65,7 @@ def open_source(source: SourceConfig) -> OpenSource:
             streaming=source.streaming,
         )
         key["hub"] = fingerprint
-    return OpenSource(islice(records, key["max_examples"]), key, num_bytes)
+    return OpenSource(islice(records, key["max_examples"]), key, num_bytes, identities)
 
 
 def split_sources(
@@ -95,15 +103,3 @@ _UNWEIGHTED = {"weight": 1.0, "max_examples": None, "shuffle": False}
 def _held_out_split(source: SourceConfig) -> str | None:
     splits = available_splits(source.path, source.subset, source.revision)
     return splits.get("validation", splits.get("test"))
-
-
-def _file_key(file: Path) -> str:
-    status = file.stat()
-    if status.st_size <= _WHOLE_HASH_LIMIT:
-        return sha256(file)
-    digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
-    with file.open("rb") as stream:
-        for offset in (0, status.st_size // 2, status.st_size - 2**20):
-            stream.seek(offset)
-            digest.update(stream.read(2**20))
-    return digest.hexdigest()

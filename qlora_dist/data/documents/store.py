@@ -16,17 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ...files import is_whole, read_manifest, write_manifest
+from ...errors import shortened
+from ...files import DamagedFolder, Hashing, check_manifest, read_manifest, write_manifest
 from ..packing import Example
 from .encode import Encoded
 
 # part of every fingerprint: increase it when the same inputs give different tokens or a different file layout
 STORE_VERSION = 4
 
-# files up to this size are hashed on each start, larger ones checked by size (the rename proves they were complete)
-_HASH_LIMIT = 64 * 2**20
 _MAX_NAMED = 8  # control tokens named per source
 HEAD = {"version": STORE_VERSION}  # of the manifest
+COLUMNS = {"lengths": "int32", "num_labels": "int32", "source_of": "int32", "record_of": "int32", "hashes": "uint64"}
+FILES = ("input_ids.bin", "is_label.bin", *(f"{name}.npy" for name in COLUMNS), "stats.json")
 
 
 @dataclasses.dataclass
@@ -79,22 +80,49 @@ class DataStats:
 
 
 class Store:
-    """One folder of tokenized documents, as written."""
+    """One folder of tokenized documents, as written. See `open_store`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.lengths = np.load(folder / "lengths.npy")  # (D,) int32
-        self.num_labels = np.load(folder / "num_labels.npy")  # (D,) int32
-        self.source_of = np.load(folder / "source_of.npy")  # (D,) int32, index into stats
-        self.record_of = np.load(folder / "record_of.npy")  # (D,) int32, record of its source
-        self.hashes = np.load(folder / "hashes.npy")  # (D,) uint64, of the tokens: equal documents, equal hashes
-        self.stats = [SourceStats(**source) for source in json.loads((folder / "stats.json").read_text())]
+        columns = {name: np.load(folder / f"{name}.npy") for name in COLUMNS}
+        self.lengths = columns["lengths"]  # (D,) int32
+        self.num_labels = columns["num_labels"]  # (D,) int32
+        self.source_of = columns["source_of"]  # (D,) int32, index into stats
+        self.record_of = columns["record_of"]  # (D,) int32, record of its source
+        self.hashes = columns["hashes"]  # (D,) uint64, of the tokens: equal documents, equal hashes
+        self.stats = [SourceStats(**source) for source in json.loads((folder / "stats.json").read_text("utf-8"))]
         files = read_manifest(folder)["files"]
         tokens = [files[name]["sha256"] for name in ("input_ids.bin", "is_label.bin", "lengths.npy")]
         self.content_digest = "".join(tokens).encode()
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
         self._input_ids = np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r")
         self._is_label = np.memmap(folder / "is_label.bin", dtype=np.bool_, mode="r")
+        for source in self.stats:
+            for field in dataclasses.fields(source):
+                value = getattr(source, field.name)
+                is_count = field.name == "unread" and type(value) is dict and {type(n) for n in value.values()} <= {int}
+                if not is_count and type(value).__name__ != field.type:
+                    raise DamagedFolder(f"stats.json: {field.name} is {shortened(value)}")
+        for name, values in columns.items():
+            if values.dtype != COLUMNS[name] or values.shape != (len(self.lengths),):
+                raise DamagedFolder(f"{name}.npy holds {values.dtype} {values.shape}")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Raises DamagedFolder when what is read by these numbers is not there: beside the digests, of their writer."""
+        last_record = [self.record_of[self.source_of == i].max(initial=-1) for i in range(len(self.stats))]
+        is_sound = (
+            self.lengths.min() > 0
+            and self._ends[-1] == len(self._input_ids) == len(self._is_label)
+            and self.num_labels.min() >= 0
+            and (self.num_labels <= self.lengths).all()
+            and self.source_of.min() >= 0
+            and self.source_of.max() < len(self.stats)
+            and self.record_of.min() >= 0
+            and all(last < source.records for last, source in zip(last_record, self.stats))
+        )
+        if not is_sound:
+            raise DamagedFolder("its lengths, sources and tokens do not belong together")
 
     @property
     def largest_id(self) -> int:
@@ -156,8 +184,10 @@ class StoreWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ids.close()
-        self._labels.close()
+        try:
+            self._ids.close()  # on a full disk both fail, and both must be closed for their space to be freed
+        finally:
+            self._labels.close()
 
     def add(self, encoded: Encoded, source: int, record: int) -> None:
         ids = encoded.input_ids.tobytes()
@@ -187,6 +217,17 @@ def _count_duplicates(stats: list[SourceStats], hashes: np.ndarray, source_of: n
         source.duplicates = int(is_repeated[source_of == i].sum())
 
 
-def has_store(folder: Path) -> bool:
-    """Whether a store of this name exists and is intact."""
-    return is_whole(folder, HEAD, _HASH_LIMIT)
+def check_store(folder: Path, hashing: Hashing) -> None:
+    """Raises DamagedFolder unless a whole store has this name: every file as it was written, and fit to be opened."""
+    check_manifest(folder, HEAD, hashing=hashing, required=FILES)
+    open_store(folder)
+
+
+def open_store(folder: Path) -> Store:
+    """A store whose files can be read, of whatever content. Raises DamagedFolder."""
+    try:
+        return Store(folder)
+    except DamagedFolder:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, MemoryError, RecursionError) as error:
+        raise DamagedFolder(f"cannot be opened ({type(error).__name__}: {shortened(str(error))})") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ...cluster.file_lock import build_lock
+from ...cluster.file_lock import build_once
 from ...config.quantization import Quantization
-from ...errors import UserError
-from ...files import folder_aside, is_whole, remove_leftovers, write_manifest
+from ...errors import MachineFailed, UserError
+from ...files import check_manifest, folder_aside, identity, write_manifest
 from ..bitsandbytes_import import bitsandbytes
 from ..pretrained import (
     expanded,
-    first_line,
     load_config,
     load_tokenizer,
     quantization_settings,
     where_to_read,
 )
 from .quantize import Range
+from .safetensors_files import file_digest
 from .sources import WeightSource, open_files, weight_paths
 from .stream import (
     Progress,
@@ -47,10 +46,11 @@ from .stream import (
     resolve_ties,
     weight_size,
 )
+from .write_errors import write_errors
 
 SHARD_BYTES = 512 * 2**20  # per file, which is in host memory twice while safetensors serializes it
 FORMAT = 1  # part of every fingerprint: increment it when the same inputs give another result
-HEAD = {"format": FORMAT}  # of the manifest
+INDEX = "model.safetensors.index.json"
 
 
 def quantize_model(
@@ -90,11 +90,27 @@ def quantize_model(
     tied = resolve_ties(skeleton.model, source)
     check_complete(name, skeleton.model, source, tied)
 
-    with folder_aside(out, replaces=False) as aside:
+    paths = weight_paths(name, revision)
+    before = [identity(path.stat()) for path in paths]
+    head = _head(name, revision)
+    with write_errors(f"writing {out}", "No part of the model was kept"), folder_aside(out, replaces=False) as aside:
         size = _write_weights(skeleton, source, tied, aside, device or torch.device("cpu"), shard_bytes)
         _write_rest(skeleton, name, revision, aside)
-        write_manifest(aside, HEAD, is_hashed=False)
+        if [identity(path.stat()) for path in paths] != before:
+            raise MachineFailed(
+                f"model.name {name}: its weights were written to or replaced while they were being quantized; nothing "
+                "was kept. Start the same command again when they are complete"
+            )
+        write_manifest(aside, head)
     return size
+
+
+def _head(name: str, revision: str | None) -> dict[str, Any]:
+    """What the manifest of a copy says of itself: its format, and of what weights it was made."""
+    digest = hashlib.sha256()
+    for path in sorted(set(weight_paths(name, revision))):
+        digest.update(f"{path.name} {file_digest(path)}".encode())
+    return {"format": FORMAT, "source": digest.hexdigest()}
 
 
 def _write_weights(
@@ -118,7 +134,7 @@ def _write_weights(
         total += size
     flush()
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return total
 
 
@@ -168,34 +184,37 @@ def cached_4bit(
     double_quant: bool,
     compute_dtype: torch.dtype,
     device: torch.device,
+    is_checked: bool = False,
 ) -> str:
     """Folder of the model's 4-bit copy, built now if there is none: what `load_base` gets instead of `name`.
 
     A model that is stored quantized, or not to be in 4 bits, is its own copy. One process builds, others wait for its
-    lock. Leftovers of a killed process, and copies that lost a file, are not used but rebuilt.
+    lock. Leftovers of a killed process, copies that changed in any file, and those made before version 0.2, which have
+    no digests, are not used but built again. `is_checked`: another process of this node has just called this, so that
+    its files need not be hashed again.
     """
     if quantization not in ("nf4", "fp4") or getattr(load_config(name, revision), "quantization_config", None):
         return name
-    root = Path(cache_dir).expanduser()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        folder = root / f"{Path(name).name}-{quantization}-{_fingerprint(name, revision, double_quant, compute_dtype)}"
-    except OSError as error:
-        raise UserError(f"model.cache_4bit {root}: {first_line(error)}; give a writable folder") from None
-    if not is_whole(folder, HEAD, hash_limit=-1):
-        with build_lock(folder, what="quantizing the same model"):
-            if not is_whole(folder, HEAD, hash_limit=-1):
-                shutil.rmtree(folder, ignore_errors=True)
-                remove_leftovers(folder)
-                quantize_model(
-                    name,
-                    folder,
-                    revision=revision,
-                    quantization=quantization,
-                    double_quant=double_quant,
-                    compute_dtype=compute_dtype,
-                    device=device,
-                )
+    fingerprint = _fingerprint(name, revision, double_quant, compute_dtype)
+    folder = Path(cache_dir).expanduser() / f"{Path(name).name}-{quantization}-{fingerprint}"
+    head = _head(name, revision)
+    build_once(
+        folder,
+        check=lambda: check_manifest(
+            folder, head, hashing="none" if is_checked else "recorded", required=[INDEX, "config.json"]
+        ),
+        build=lambda: quantize_model(
+            name,
+            folder,
+            revision=revision,
+            quantization=quantization,
+            double_quant=double_quant,
+            compute_dtype=compute_dtype,
+            device=device,
+        ),
+        what="quantizing the same model",
+        setting="model.cache_4bit",
+    )
     return str(folder)
 
 

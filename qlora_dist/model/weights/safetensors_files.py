@@ -7,6 +7,7 @@ ranks read is read from disk once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -20,8 +21,11 @@ import torch
 from torch import Tensor
 
 from ...errors import shortened
+from ...files import sha256
 
 LARGEST_HEADER = 100 * 2**20  # bytes; the format's limit
+WHOLE_BYTES = 2**28  # files up to this size are hashed whole
+BLOCK, NUM_BLOCKS = 2**12, 16  # of each tensor in a larger one: bytes, and how many, evenly spaced
 TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -146,3 +150,19 @@ def _check_overlaps(path: Path, entries: dict[str, Entry]) -> None:
     for (_, end, name), (start, _, other) in pairwise(ordered):
         if start < end:
             raise BadFile(f"{path}: {shortened(name)} and {shortened(other)} overlap; the file is damaged")
+
+
+def file_digest(path: Path) -> str:
+    """Of a whole file; of a large one of weights, of its tensors' names, types, shapes, and of a part of each.
+
+    Reads at most 256 MiB, or 64 KiB of each tensor. Raises OSError, BadFile.
+    """
+    if path.stat().st_size <= WHOLE_BYTES or path.suffix != ".safetensors":
+        return sha256(path)
+    digest, files = hashlib.sha256(), WeightFiles([path])
+    for name, entry in sorted(files.entries.items()):
+        digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+        size = entry.numel * entry.dtype.itemsize
+        for start in range(0, size, max(BLOCK, size // NUM_BLOCKS)):
+            digest.update(files.read_bytes(name, start, min(size, start + BLOCK)).numpy().data)
+    return f"sampled {digest.hexdigest()}"
