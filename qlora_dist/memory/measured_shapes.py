@@ -21,9 +21,12 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
     layers = decoder_layers(model)
     if not layers:
         raise UserError(f"model.name {name}: {type(model).__name__} has no known decoder layers")
-    if any(parameter.ndim > 2 for layer in layers for parameter in layer.parameters()):
+    deep = [key for layer in layers for key, parameter in layer.named_parameters() if parameter.ndim > 2]
+    if deep:
+        kind = "stacked experts" if "expert" in deep[0] else "weights of more than two dimensions"
         raise UserError(
-            f"model.name {name}: {type(model).__name__} has experts; memory is planned for dense models only"
+            f"model.name {name}: {type(model).__name__} has {kind} ({deep[0]}), whose memory cannot be planned yet; use "
+            "a dense model"
         )
     prefix = next(key for key, module in model.named_modules() if module is layers[0]).rpartition(".")[0]
     inside = linear_layers(model)

@@ -111,19 +111,22 @@ def _shape(layer: torch.nn.Module) -> tuple[int, int]:
 def _check_experts(name: str, model: PreTrainedModel) -> None:
     """Matrices outside of linear layers and tables stay in 16 bits: experts (3-D, in DBRX 2-D), convolutions."""
     loose = {
-        f"{owner}.{key}": value.numel()
+        f"{owner}.{key}": value
         for owner, module in model.named_modules()
         if not (isinstance(module, torch.nn.Linear | torch.nn.Embedding) or is_conv1d(module))
         for key, value in module.named_parameters(recurse=False)
         if value.ndim >= 2
     }
     total = sum(value.numel() for value in model.parameters())
-    if sum(loose.values()) > total // 20:
-        largest = max(loose, key=lambda key: loose[key])
+    num_loose = sum(value.numel() for value in loose.values())
+    if num_loose > total // 20:
+        largest = max(loose, key=lambda key: loose[key].numel())
         kind = "stacked experts" if "expert" in largest else "matrices outside of linear layers"
+        is_planned = all(value.ndim == 2 for value in loose.values())  # see memory/measured_shapes.py
         raise UserError(
-            f"model.name {name}: {100 * sum(loose.values()) // total} % of the weights are {kind} (such as "
-            f"{largest}), which bitsandbytes does not quantize; set model.quantization=none, or use a dense model"
+            f"model.name {name}: {100 * num_loose // total} % of the weights are {kind} (such as {largest}), which "
+            "bitsandbytes does not quantize; "
+            + ("set model.quantization=none, or use a dense model" if is_planned else "use a dense model")
         )
 
 
