@@ -53,6 +53,11 @@ _ADVICE = {
     errno.EROFS: "this file system is read-only: choose another place",
     errno.ENOTDIR: "a file stands where a folder is expected: move it away",
     errno.EISDIR: "a folder stands where a file is expected: move it away",
+    errno.EEXIST: "something else stands in its place: move it away, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "symbolic links lead in a circle, or a link stands where none is followed: choose another place",
+    errno.EINVAL: "the file system does not take this name or this operation: choose another place",
+    errno.ENXIO: "a pipe or a device stands where a file is expected: move it away",
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import click
 
@@ -15,6 +17,7 @@ from ..cluster.stop_signal import was_terminated
 from ..errors import RunFailed, UserError, explain_os_error, printable
 from . import on_config, on_result  # noqa: F401  (they register their commands)
 from .group import cli, rank
+from .screen import guard_terminals
 
 __all__ = ["cli", "invoke", "main"]
 
@@ -48,6 +51,7 @@ def doctor() -> None:
 def invoke(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code: 2 and one paragraph for the user's mistakes, 1 for a failed run.
 
+    An error that nothing in the package expects is a paragraph too, which says where it arose and asks for a report.
     Ranks other than 0 wait a moment before they print: what all ranks found is printed once, by rank 0, whose exit
     makes the launcher end them; what only they found they print themselves, with their rank.
     """
@@ -61,10 +65,10 @@ def invoke(arguments: list[str]) -> int:
     except click.Abort:
         click.echo("interrupted", err=True)
         return 130
-    except (UserError, RunFailed, OSError) as error:
+    except Exception as error:
         if "--debug" in arguments:
-            traceback.print_exc()
-        ended = explain_os_error("this command", error) if isinstance(error, OSError) else error
+            click.echo(printable(traceback.format_exc()), err=True)
+        ended = _expected(error)
         own = rank()
         if own and not was_terminated():
             time.sleep(READ_SECONDS + 2.0)
@@ -74,8 +78,27 @@ def invoke(arguments: list[str]) -> int:
         return ended.exit_code
 
 
+def _expected(error: Exception) -> UserError | RunFailed:
+    """The error that a command ends with."""
+    if isinstance(error, UserError | RunFailed):
+        return error
+    if isinstance(error, MemoryError):
+        error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    if isinstance(error, OSError):
+        return explain_os_error("this command", error)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(__file__).parents[1] in Path(frame.filename).parents]
+    place = (own or frames)[-1]
+    return RunFailed(
+        f"internal error: {type(error).__name__}: {str(error)[:500]} ({place.filename}, line {place.lineno}). This "
+        "is a fault of qlora-dist, not of yours; please report it with the output of `qlora-dist --debug ...`, the "
+        "same command once more"
+    )
+
+
 def main() -> None:
     """Entry point."""
+    guard_terminals()
     code = invoke(sys.argv[1:])
     # Not sys.exit. After a failure, threads of a broken process group could keep the process alive. After success under
     # a launcher everything is closed, and what libraries still tear down (groups that DeepSpeed keeps) can only fail

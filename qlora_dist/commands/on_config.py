@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from .group import SET, cli, rank
+from .group import SET, cli, output_file, rank
 
 
 @cli.command()
@@ -101,10 +101,11 @@ def data(config: str, overrides: tuple[str, ...], show: int, html: str | None) -
     from ..config import load_config
 
     loaded = load_config(config, overrides)
+    page = output_file(html) if html is not None else None
     from ..model import load_tokenizer
     from .data_report import run_data_command
 
-    run_data_command(loaded, load_tokenizer(loaded.model.name, loaded.model.revision), show, html)
+    run_data_command(loaded, load_tokenizer(loaded.model.name, loaded.model.revision), show, page)
 
 
 @cli.command()

@@ -25,8 +25,8 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
     if deep:
         kind = "stacked experts" if "expert" in deep[0] else "weights of more than two dimensions"
         raise UserError(
-            f"model.name {name}: {type(model).__name__} has {kind} ({deep[0]}), whose memory cannot be planned yet; use "
-            "a dense model"
+            f"model.name {name}: {type(model).__name__} has {kind} ({deep[0]}), whose memory cannot be planned yet; "
+            "use a dense model"
         )
     prefix = next(key for key, module in model.named_modules() if module is layers[0]).rpartition(".")[0]
     inside = linear_layers(model)

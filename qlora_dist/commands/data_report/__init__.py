@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,7 @@ __all__ = ["Audit", "Run", "Sample", "audit", "print_audit", "run_data_command",
 
 
 def run_data_command(
-    config: RunConfig, tokenizer: Any, show: int = 3, html: str | None = None, console: Console | None = None
+    config: RunConfig, tokenizer: Any, show: int = 3, html: str | Path | None = None, console: Console | None = None
 ) -> list[Audit]:
     """Builds (or reads) the documents of a config, prints their audits and, if `html` is set, writes the page."""
     train_sources, eval_sources = split_sources(config.data.train, config.data.eval)
