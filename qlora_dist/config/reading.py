@@ -84,8 +84,8 @@ def json_schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-4 as a number (YAML 1.1 requires 2.0e-4), rejects duplicate keys, and is bounded."""
+class BoundedLoader(yaml.SafeLoader):
+    """SafeLoader that rejects duplicate keys, and takes bounded time and memory."""
 
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
@@ -111,6 +111,10 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"key {shortened(key_node.value)} appears twice, again on line {line}")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+class _Loader(BoundedLoader):
+    """One that reads 2e-4 as a number (YAML 1.1 requires 2.0e-4)."""
 
 
 def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:

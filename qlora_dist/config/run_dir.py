@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from ..errors import MachineFailed, RunFailed, UserError, explain_os_error, os_errors, shortened
 from ..files import write_json, write_text
+from .reading import BoundedLoader
 from .sections import RunConfig
 
 log = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ def config_changes(
 def _resolved(text: str) -> dict[str, Any]:
     """The leaves of a config with today's defaults for the fields that it lacks. A value that today's fields do not
     take (another version wrote it) stands for itself."""
-    raw = yaml.safe_load(text)
+    raw = yaml.load(text, Loader=BoundedLoader)
     if not isinstance(raw, dict):
         raise ValueError(f"expected a mapping of sections, found {type(raw).__name__}")
     foreign: dict[str, Any] = {}
@@ -268,7 +269,7 @@ def _find(config: dict[str, Any], location: tuple[int | str, ...]) -> tuple[str,
 
 def _is_dumped(text: str) -> bool:
     """Whether a config was written by this package and not by hand."""
-    return yaml.safe_dump(yaml.safe_load(text), sort_keys=False, allow_unicode=True) == text
+    return yaml.safe_dump(yaml.load(text, Loader=BoundedLoader), sort_keys=False, allow_unicode=True) == text
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
