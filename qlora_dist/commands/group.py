@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import click
 
 from .. import __version__
 from ..cluster.launcher import launched_ranks
 from ..errors import UserError
+from .screen import PlainFormatter
 
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a config value; may be repeated."
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Carried(Exception):
+    """Its cause is an error that click would take for something else."""
+
+
+class _Group(click.Group):
+    """Carries errors past click, which takes any EOFError for Ctrl-D and any broken pipe for that of stdout."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EOFError, BrokenPipeError) as error:
+            raise Carried from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show the traceback of user errors too, and debug logs.")
 def cli(debug: bool) -> None:
     """Distributed QLoRA fine-tuning: exact over ranks, packed, resumable, measured."""
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
     # transformers imports DeepSpeed wherever it is installed, even for unrelated commands
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
     logging.getLogger("qlora_dist").setLevel(logging.DEBUG if debug else _log_level())

@@ -1,4 +1,4 @@
-"""An audit on a terminal."""
+"""An audit on a terminal. All text from data and names passes `printable` before it is coloured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...errors import printable
 from .measure import Audit, Sample
 
 COLUMNS = ("records", "examples", "tokens", "labels", "truncated", "dropped", "bad", "duplicates")
@@ -24,7 +25,7 @@ def print_audit(audit: Audit, console: Console) -> None:
         highlight=False,
     )
     for warning in audit.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"))
+        console.print(Text(printable(f"warning: {warning}"), style="yellow"))
     for sample in audit.samples:
         console.print(_sample(sample))
 
@@ -36,7 +37,7 @@ def _print_sources(audit: Audit, console: Console) -> None:
         table.add_column(head, justify="right", no_wrap=True)
     for number, source in enumerate(audit.sources, 1):
         text = f"{number}  {source.path}: format {source.format} ({source.why}), template {source.template}"
-        console.print(Text(text))
+        console.print(Text(printable(text)))
         share = f"{source.labels / max(1, source.tokens):.1%}"
         table.add_row(str(number), *(f"{getattr(source, column):,}" for column in COLUMNS), share)
     console.print()
@@ -54,12 +55,10 @@ def _histogram(audit: Audit, width: int = 50) -> Text:
 
 
 def _sample(sample: Sample) -> Text:
-    text = Text(
-        f"\nexample {sample.index} of {sample.source}: {sample.num_tokens:,} tokens, {sample.num_labels:,} learned\n",
-        style="bold",
-    )
+    title = f"example {sample.index} of {sample.source}: {sample.num_tokens:,} tokens, {sample.num_labels:,} learned"
+    text = Text(f"\n{printable(title)}\n", style="bold")
     for run in sample.runs:
         # learned text is green, context dim; special tokens are shown reversed
         style = "green" if run.is_label else "dim"
-        text.append(run.text, style=f"not bold {style}{' reverse' if run.is_special else ''}")
+        text.append(printable(run.text), style=f"not bold {style}{' reverse' if run.is_special else ''}")
     return text.append("\n")
