@@ -112,6 +112,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def printable_json(text: str) -> str:
+    """JSON text of the same value, safe for a terminal."""
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def shortened(value: Any) -> str:
     """`repr` of a value from outside, at most 200 characters, in bounded time."""
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import json
+import io
 import os
 import sys
 import time
@@ -16,10 +17,13 @@ from ..cluster.heartbeat import READ_SECONDS
 from ..cluster.stop_signal import was_terminated
 from ..errors import RunFailed, UserError, explain_os_error, printable
 from . import on_config, on_result  # noqa: F401  (they register their commands)
-from .group import cli, rank
-from .screen import guard_terminals
+from .group import Carried, cli, rank
+from .screen import guarded, write_json
 
 __all__ = ["cli", "invoke", "main"]
+
+PACKAGE = Path(__file__).parents[1]
+PIPE_CODE = 141  # 128 + SIGPIPE, a shell's code for it
 
 
 @cli.command()
@@ -32,7 +36,7 @@ def schema() -> None:
     """
     from ..config import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=2))
+    write_json(json_schema(), indent=2)
 
 
 @cli.command()
@@ -51,59 +55,76 @@ def doctor() -> None:
 def invoke(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code: 2 and one paragraph for the user's mistakes, 1 for a failed run.
 
-    An error that nothing in the package expects is a paragraph too, which says where it arose and asks for a report.
     Ranks other than 0 wait a moment before they print: what all ranks found is printed once, by rank 0, whose exit
     makes the launcher end them; what only they found they print themselves, with their rank.
     """
-    try:
-        # click catches its own Exit and returns the code
-        code = cli.main(arguments, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except click.Abort:
-        click.echo("interrupted", err=True)
-        return 130
-    except Exception as error:
-        if "--debug" in arguments:
-            click.echo(printable(traceback.format_exc()), err=True)
-        ended = _expected(error)
-        own = rank()
-        if own and not was_terminated():
-            time.sleep(READ_SECONDS + 2.0)
-        if own and was_terminated():
-            return ended.exit_code  # another rank has said why
-        click.echo(printable(f"{f'rank {own}: ' if own else ''}error: {ended}"), err=True)
-        return ended.exit_code
+    with guarded() as out:
+        try:
+            # click catches its own Exit and returns the code
+            code = cli.main(arguments, standalone_mode=False)
+            out.flush()
+            return code if isinstance(code, int) else 0
+        except click.ClickException as error:
+            said = io.StringIO()
+            error.show(said)
+            _say(said.getvalue().rstrip("\n"))
+            return 2
+        except (click.Abort, KeyboardInterrupt):
+            _say("interrupted")
+            return 130
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, Carried) and error.__cause__ is not None else error
+            if isinstance(cause, BrokenPipeError) and out.is_broken:
+                return PIPE_CODE  # as of any program whose output nobody reads any more, such as under `head`
+            return _end(cause, "--debug" in arguments)
 
 
-def _expected(error: Exception) -> UserError | RunFailed:
-    """The error that a command ends with."""
-    if isinstance(error, UserError | RunFailed):
-        return error
+def _end(error: BaseException, is_debug: bool) -> int:
+    """Says why the command ends, in one paragraph, and returns the exit code."""
+    if is_debug:
+        _say("".join(traceback.format_exception(error)).rstrip("\n"))
+    text, code = _explained(error)
+    own = rank()
+    if own and not was_terminated():
+        time.sleep(READ_SECONDS + 2.0)
+    if own and was_terminated():
+        return code  # another rank has said why
+    _say(f"{f'rank {own}: ' if own else ''}{text}")
+    return code
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    """(paragraph, exit code)"""
     if isinstance(error, MemoryError):
         error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     if isinstance(error, OSError):
-        return explain_os_error("this command", error)
+        error = explain_os_error("this command", error)
+    if isinstance(error, UserError | RunFailed):
+        return f"error: {error}", error.exit_code
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(__file__).parents[1] in Path(frame.filename).parents]
-    place = (own or frames)[-1]
-    return RunFailed(
-        f"internal error: {type(error).__name__}: {str(error)[:500]} ({place.filename}, line {place.lineno}). This "
-        "is a fault of qlora-dist, not of yours; please report it with the output of `qlora-dist --debug ...`, the "
-        "same command once more"
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)] or frames
+    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    return (
+        f"internal error: {type(error).__name__}: {error}{where}. This is a mistake of this program, not of yours: "
+        "please report it with the output of the same command with --debug (qlora-dist --debug ...)",
+        1,
     )
+
+
+def _say(text: str) -> None:
+    """To stderr; when that is a pipe without a reader, or a full disk, there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def main() -> None:
     """Entry point."""
-    guard_terminals()
     code = invoke(sys.argv[1:])
     # Not sys.exit. After a failure, threads of a broken process group could keep the process alive. After success under
     # a launcher everything is closed, and what libraries still tear down (groups that DeepSpeed keeps) can only fail
     # when another rank has already exited
     if code or "WORLD_SIZE" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a pipe without a reader, a full disk
+                stream.flush()
         os._exit(code)

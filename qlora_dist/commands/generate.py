@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ import torch
 from ..cluster.world import own_device
 from ..config import DataConfig
 from ..data.templates import Template, apply_template, resolve_template
-from ..errors import UserError, printable
+from ..errors import UserError, printable_json
 from ..model import Sampling, generate_ids, lora
 from ..train.prompt_format import PromptFormat, find_stops
+from .screen import write_data
 from .trained import Trained, find_trained, first_documents, load_trained_base
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ def generate(
     `adapters` and `weights` are name=folder and name=number. `read` returns the user's next line, None at the end.
     """
     sampling = sampling or Sampling()
-    emit, plain = write or _print, write or (lambda text: print(text, end="", flush=True))
+    emit = write or write_data
     if prompt is not None and prompts is not None:
         raise UserError("--prompt and --prompts were both given; give one of them, or neither for a chat")
     conversations = read_prompts(prompts) if prompts is not None else None  # before the model is loaded
@@ -215,7 +215,8 @@ def generate(
     if conversations is not None:
         answers = writer.answer(conversations, sampling, batch_size=batch_size)
         for messages, text in zip(conversations, answers, strict=True):
-            plain(json.dumps({"messages": messages, "completion": text}, ensure_ascii=False) + "\n")
+            record = json.dumps({"messages": messages, "completion": text}, ensure_ascii=False)
+            emit(printable_json(record) + "\n")
     elif prompt is not None:
         list(writer.answer([[{"role": "user", "content": prompt}]], sampling, on_text=emit))
         emit("\n")
@@ -235,11 +236,6 @@ def chat(writer: Writer, sampling: Sampling, read: Callable[[], str | None], emi
         (answer,) = writer.answer([messages], sampling, on_text=emit)
         emit("\n")
         messages.append({"role": "assistant", "content": answer})
-
-
-def _print(text: str) -> None:
-    """A terminal obeys control characters, and a model may write any; a file or a program gets the text itself."""
-    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _read_line() -> str | None:

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
-import tempfile
-from pathlib import Path
+from typing import Any
 
 import click
 
 from .. import __version__
 from ..cluster.launcher import launched_ranks
-from ..errors import UserError, os_errors
-from .screen import PrintableFormatter
+from ..errors import UserError
+from .screen import PlainFormatter
 
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a config value; may be repeated."
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Carried(Exception):
+    """Its cause is an error that click would take for something else."""
+
+
+class _Group(click.Group):
+    """Carries errors past click, which takes any EOFError for Ctrl-D and any broken pipe for that of stdout."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EOFError, BrokenPipeError) as error:
+            raise Carried from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show the traceback of user errors too, and debug logs.")
 def cli(debug: bool) -> None:
     """Distributed QLoRA fine-tuning: exact over ranks, packed, resumable, measured."""
     handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
+    handler.setFormatter(PlainFormatter("%(name)s: %(message)s"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
     # transformers imports DeepSpeed wherever it is installed, even for unrelated commands
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
@@ -43,18 +54,3 @@ def rank() -> int:
         return launched_ranks().rank
     except UserError:  # `World.init` reports it
         return 0
-
-
-def output_file(path: str) -> Path:
-    """A file that a command will write, checked before its work is done: its folder exists now and can be written to.
-
-    Raises UserError or MachineFailed.
-    """
-    file = Path(path).expanduser()
-    with os_errors(f"{file} cannot be written"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    return file

@@ -40,6 +40,7 @@ from ..model import (
 )
 from ..train.prompt_format import PromptFormat, export_tokenizer
 from .generate import find_template
+from .outputs import check_output_folder
 from .trained import Trained, find_trained, first_documents, load_trained
 
 log = logging.getLogger(__name__)
@@ -82,9 +83,7 @@ def merge(
     the other target (None: only for small models). Holds one copy of the 16-bit model at a time.
     Raises UserError for an output that exists, a base in 4 bits, an adapter of another kind.
     """
-    out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; name a new folder")
+    out = check_output_folder("OUT", out)
     trained = find_trained(path, base)
     if trained.adapter is None:
         raise UserError(f"{path}: a full fine-tuning run has no adapter to merge; {trained.model.name} is its model")

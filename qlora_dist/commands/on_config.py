@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 
 import click
 
-from .group import SET, cli, output_file, rank
+from .group import SET, cli, rank
+from .outputs import check_output_file
+from .screen import write_json
 
 
 @cli.command()
@@ -98,14 +99,15 @@ def data(config: str, overrides: tuple[str, ...], show: int, html: str | None) -
     Example:
       qlora-dist data launch/recipes/alpaca-7b.yaml --show 5 --html data.html
     """
+    if html is not None:
+        html = str(check_output_file("--html", html))
     from ..config import load_config
 
     loaded = load_config(config, overrides)
-    page = output_file(html) if html is not None else None
     from ..model import load_tokenizer
     from .data_report import run_data_command
 
-    run_data_command(loaded, load_tokenizer(loaded.model.name, loaded.model.revision), show, page)
+    run_data_command(loaded, load_tokenizer(loaded.model.name, loaded.model.revision), show, html)
 
 
 @cli.command()
@@ -131,6 +133,9 @@ def verify(config: str, overrides: tuple[str, ...], steps: int, ranks: int, as_j
         from .verify import prove
 
         report = prove(loaded, steps=steps, ranks=ranks)
-    click.echo(json.dumps(report.as_json(), indent=2) if as_json else f"{report.table()}\n{report.sentence()}")
+    if as_json:
+        write_json(report.as_json(), indent=2)
+    else:
+        click.echo(f"{report.table()}\n{report.sentence()}")
     if report.failures:
         raise click.exceptions.Exit(1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from ..errors import UserError
 from ..files import format_bytes
 from .group import cli, rank
+from .outputs import check_output_folder
+from .screen import write_json
 
 
 @cli.command()
@@ -65,7 +65,7 @@ def evaluate(
     if rank():
         return
     if as_json:
-        click.echo(json.dumps({name: asdict(result) for name, result in results.items()}))
+        write_json({name: asdict(result) for name, result in results.items()})
         return
     for name, result in results.items():
         for line in describe(result):
@@ -187,6 +187,7 @@ def quantize(model: str, out: str, quantization: str, double_quant: bool, dtype:
     Example:
       qlora-dist quantize meta-llama/Llama-2-7b-hf models/llama-2-7b-nf4
     """
+    check_output_folder("OUT", out)
     import torch
 
     from ..cluster.world import own_device

@@ -1,197 +1,291 @@
-"""Nothing from outside moves a cursor, sets a title or hides text; an error that nobody expected is one paragraph."""
+"""What a command writes: nothing that a terminal would obey, and one paragraph for each kind of end."""
 
-import errno
+from __future__ import annotations
+
+import contextlib
 import io
 import json
 import logging
 import os
 import pty
-import select
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
+import click
 import pytest
-from helpers.ranks import clean_environment
+from helpers.ranks import ROOT, clean_environment
 from helpers.tiny_run import make_inputs, write_config
+from rich.console import Console
+from rich.text import Text
 
 from qlora_dist import commands
-from qlora_dist.commands import invoke
-from qlora_dist.commands.data_report import html as page
-from qlora_dist.commands.data_report import terminal
-from qlora_dist.commands.screen import PrintableFormatter, Screen, guard_terminals
-from qlora_dist.errors import UserError
+from qlora_dist.commands.data_report import html, print_audit
+from qlora_dist.commands.data_report.measure import Audit, Run, Sample
+from qlora_dist.commands.outputs import check_output_file, check_output_folder
+from qlora_dist.commands.screen import PlainFormatter, guarded, styled, write_data, write_json
+from qlora_dist.data.documents import SourceStats
+from qlora_dist.errors import RunFailed, UserError
 
-CLIPBOARD, TITLE, CLEAR, OVERRIDE = "\x1b]52;c;aGk=\x07", "\x1b]0;title\x07", "\x1b[2J\x1b[H", "\u202e"
-EVIL = f"a{CLIPBOARD}{TITLE}{CLEAR}{OVERRIDE}\x1b[31mred\x9b31m\x00\ud800b"
+# a colour, the clipboard, the title, clearing, up a line, C1's CSI, a right-to-left override, half a surrogate pair
+HOSTILE = "\x1b[31m\x1b]52;c;aGk=\x07\x1b]0;t\x07\x1b[2J\x1b[1A\x9b1m\u202e\ud83d\rX"
+SHOWN = r"\x1b[31m\x1b]52;c;aGk=\x07\x1b]0;t\x07\x1b[2J\x1b[1A\x9b1m\u202e\ud83d\rX"
+OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class Terminal(io.StringIO):
-    def isatty(self):
+    def isatty(self) -> bool:
         return True
 
-    def fileno(self):
-        return 7
 
-
-def shown(text):
-    stream = Terminal()
-    assert Screen(stream).write(text) == len(text)
-    return stream.getvalue()
-
-
-def test_a_screen_lets_colours_and_progress_through_and_nothing_else():
-    own = "\x1b[1m\x1b[38;5;9mred\x1b[0m\t1\r\x1b[K\n\x1b[A\x1b[2Kdone \u00e9 \u4e2d"
-    assert shown(own) == own
-    for sequence in (CLIPBOARD, TITLE, CLEAR, "\x1bP1$r\x1b\\\\", "\x1b[?1049h", "\x1b[6n", "\x1bc", "\x9b2J"):
-        left = shown(f"a{sequence}b")
-        assert "\x1b" not in left and "\x9b" not in left and left.startswith("a\\x") and left.endswith("b")
-    assert shown("a\x1b") + shown("[2J") == "a\\x1b[2J"  # in two pieces
-    assert shown("\ud800 \u202e \u2066 \x00 \x07") == "\\ud800 \\u202e \\u2066 \\x00 \\x07"
-
-
-def test_a_screen_is_the_stream_that_it_guards():
-    stream = Terminal()
-    screen = Screen(stream)
-    screen.writelines(["a", "\x07"])
-    assert screen.getvalue() == "a\\x07" and screen.isatty() and screen.fileno() == 7
-
-
-def test_terminals_are_guarded_and_pipes_get_every_byte(monkeypatch):
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="utf-8"))
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    guard_terminals()
-    print("\x1b[2J\ud800", flush=True)  # a lone surrogate would be an error
-    print("\x1b[2J", file=sys.stderr)
-    assert raw.getvalue() == b"\x1b[2J\\ud800\n" and sys.stderr.getvalue() == "\\x1b[2J\n"
-
-
-def test_log_records_hold_no_control_characters():
-    record = logging.LogRecord("name", logging.WARNING, "file", 1, "columns %s", (EVIL,), None)
-    assert PrintableFormatter("%(name)s: %(message)s").format(record).isprintable()
+@contextlib.contextmanager
+def screen(out: TextIO | None = None) -> Iterator[tuple[Any, Any]]:
+    """stdout and stderr as a command finds them, both guarded; gives what lies behind them, a terminal unless `out`."""
+    streams = out or Terminal(), Terminal()
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]), guarded():
+        yield streams
 
 
 @pytest.fixture
-def evil(tmp_path):
-    """The config of a run whose data try everything: texts, a column, a file name."""
-    raw = make_inputs(tmp_path)
-    file = tmp_path / "da\x1b[31mta\x1b]0;t\x07.jsonl"
-    file.write_text(json.dumps({"input": f"w6 {EVIL}", "output": f"w7 {EVIL}", f"c{EVIL}": 1}) + "\n")
-    raw["data"]["train"] = [{"path": str(file), "format": "input-output"}]
-    raw["data"]["on_bad"] = "skip"
-    return raw
+def command(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Adds a command `act` that does what the test says."""
+
+    def add(act: Any) -> None:
+        monkeypatch.setitem(commands.cli.commands, "act", click.Command("act", callback=act))
+
+    return add
 
 
-def on_a_terminal(*arguments):
-    """What a command writes to a terminal, as bytes, and its exit code."""
-    ours, theirs = pty.openpty()
-    environment = {**clean_environment(), "TERM": "xterm-256color", "COLUMNS": "200"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora_dist", *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    os.close(theirs)
-    written = b""
-    while select.select([ours], [], [], 120)[0]:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError as error:
-            assert error.errno == errno.EIO  # the other side is closed
-            break
-        written += piece
-    os.close(ours)
-    return written, process.wait(60)
+# --- the guard --------------------------------------------------------------------------------------------------------
 
 
-def test_an_audit_shows_what_data_hold_and_obeys_none_of_it(tmp_path, evil):
-    good = tmp_path / "gute\x1b[31m.jsonl"
-    # the tiny tokenizer has words only: what cannot be decoded again is not shown, so the column and names carry it
-    good.write_text(json.dumps({"input": "w6", "output": "w7", f"c{CLIPBOARD}": 1}) + "\n")
-    evil["data"]["train"].append({"path": str(good), "format": "input-output"})
-    written, code = on_a_terminal("data", str(write_config(tmp_path / "config.yaml", evil)), "--show", "2")
-    assert code == 0, written
-    assert b"\x1b[" in written  # the guard: there are colours of our own
-    assert b"\x1b]" not in written and b"\x07" not in written and b"\x1b[31m." not in written
-    assert b"\\x1b]52;c;aGk=\\x07" in written and b"gute\\x1b[31m.jsonl" in written
+def test_no_control_character_passes_to_stdout_but_the_return_before_a_progress_line():
+    before = sys.stdout
+    with screen() as streams:
+        print(HOSTILE)
+        print("\rstep 1", end="")
+        sys.stdout.writelines([HOSTILE])
+    assert streams[0].getvalue() == f"{SHOWN}\n\rstep 1{SHOWN}"
+    assert sys.stdout is before
 
 
-def test_the_command_line_guards_what_any_library_prints(monkeypatch):
-    stream = Terminal()
-    monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(commands, "invoke", lambda _: print(TITLE) or 0)
-    commands.main()
-    assert stream.getvalue() == "\\x1b]0;title\\x07\n"
+def test_progress_bars_and_colours_of_libraries_pass_to_stderr_and_nothing_else():
+    with screen() as streams:
+        bar = "\r 50%|\x1b[32m###\x1b[0m|\x1b[A\x1b[2K\n"
+        sys.stderr.write(bar)
+        sys.stderr.write("\x1b]0;title\x07\x1b[2J\x1b[5;5H\x1b[?1049h\x1b[31")
+    assert streams[1].getvalue() == bar + r"\x1b]0;title\x07\x1b[2J\x1b[5;5H\x1b[?1049h\x1b[31"
 
 
-def test_a_sample_is_shown_with_its_own_colours_as_text(tmp_path):
-    from rich.console import Console
+def test_a_bar_of_tqdm_is_what_it_was():
+    from tqdm import tqdm
 
-    sample = _sample(EVIL)
-    stream = Terminal()
-    Console(file=stream, force_terminal=True, width=200).print(terminal._sample(sample))
-    text = stream.getvalue()
-    assert "\x1b[31m" not in text and "\\x1b[31mred" in text and CLIPBOARD not in text and OVERRIDE not in text
-    html = page._sample(sample)
-    assert "\x1b" not in html and OVERRIDE not in html and "\ud800" not in html and "\\x1b[31mred" in html
+    def bars() -> None:
+        with tqdm(
+            range(3), ncols=40, mininterval=0, miniters=1, bar_format="{n}/{total}|{bar}|", colour="green"
+        ) as one:
+            for _ in one:
+                list(tqdm(range(2), position=1, ncols=40, mininterval=0, miniters=1, bar_format="{n}|{bar}|"))
 
-
-def _sample(text):
-    from qlora_dist.commands.data_report.measure import Run, Sample
-
-    return Sample(index=0, source=text, num_tokens=1, num_labels=1, runs=[Run(text, is_label=True, is_special=False)])
-
-
-def test_an_error_names_what_it_found_without_obeying_it(tmp_path, evil, capsys):
-    evil["data"]["on_bad"] = "error"
-    assert invoke(["train", str(write_config(tmp_path / "config.yaml", evil))]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and "\x1b" not in said and "\\x1b[31mta" in said
+    with contextlib.redirect_stderr(Terminal()) as plain:
+        bars()
+    before = plain.getvalue()
+    with screen() as streams:
+        bars()
+    assert streams[1].getvalue() == before and "\x1b[A" in before and "\x1b[32m" in before
 
 
-@pytest.mark.parametrize("error", [KeyError("nobody expected this"), RuntimeError("x" * 10_000), MemoryError()])
-def test_an_error_that_nothing_expects_is_one_paragraph_and_a_traceback_with_debug(
-    tmp_path, monkeypatch, capsys, error
-):
-    def fails(*_):
+def test_rich_keeps_its_colours_and_the_text_in_them_its_harmless_form():
+    with screen() as streams:
+        Console(file=styled(), force_terminal=True, color_system="standard").print(Text("x", style="green"))
+    assert streams[0].getvalue() == "\x1b[32mx\x1b[0m\n"
+
+
+def test_a_character_that_the_encoding_lacks_is_shown_as_an_escape():
+    raw = io.BytesIO()
+    wrapper = io.TextIOWrapper(raw, encoding="latin-1")
+    with screen(wrapper):
+        print("é 🙂")
+        write_data("🙂")
+    assert raw.getvalue() == b"\xe9 \\U0001f642\n\\U0001f642"
+
+
+def test_data_for_programs_is_exact_in_a_pipe_and_harmless_on_a_terminal():
+    for out in (Terminal(), io.StringIO()):
+        with screen(out):
+            write_data(HOSTILE)
+        assert out.getvalue() == (SHOWN if out.isatty() else HOSTILE)
+
+
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_json_holds_the_same_value_without_control_characters(kind):
+    with screen(kind()) as (out, _):
+        write_json({"a": HOSTILE + "\x7f\u2028"}, ensure_ascii=False, indent=1)
+    assert json.loads(out.getvalue()) == {"a": HOSTILE + "\x7f\u2028"}
+    assert not OBEYED.search(out.getvalue())
+
+
+def test_a_log_record_and_its_traceback_have_no_escape():
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        record = logging.LogRecord("a", logging.WARNING, "f", 1, "%s", (HOSTILE,), sys.exc_info())
+    text = PlainFormatter("%(message)s").format(record)
+    assert text.startswith(SHOWN + "\nTraceback") and text.endswith(f"ValueError: {SHOWN}")
+
+
+def test_names_and_samples_of_data_are_shown_as_text_in_both_reports(tmp_path):
+    source = SourceStats(path=HOSTILE, format="alpaca", why=HOSTILE, template=HOSTILE)
+    sample = Sample(0, HOSTILE, 2, 1, [Run(HOSTILE, False, False), Run(HOSTILE, True, True)])
+    audit = Audit("data.train", [source], [(1, 2, 1)], 1, 8, 1.0, 1.0, 1.0, 2, [HOSTILE], [sample])
+    with screen() as streams:
+        print_audit(audit, Console(file=styled(), force_terminal=True, color_system="standard", width=400))
+    said = streams[0].getvalue()
+    assert said.count(SHOWN) == 7 and "\x1b[31m" not in said and "\x1b[2;" not in said
+    assert not OBEYED.search(re.sub("\x1b\\[[0-9;]*m", "", said))
+    html.write_html([audit], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count(SHOWN) == 7 and not OBEYED.search(page)
+
+
+# --- the ends of a command --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError(HOSTILE), 2, f"error: {SHOWN}"),
+        (RunFailed(HOSTILE), 1, f"error: {SHOWN}"),
+        (PermissionError(13, "Permission denied", HOSTILE), 2, f"error: this command: Permission denied ({SHOWN})"),
+        (MemoryError(), 1, "error: this command: Cannot allocate memory; host memory is used up"),
+        (KeyError(HOSTILE), 1, "internal error: KeyError: "),
+        (EOFError("no data left in file"), 1, "internal error: EOFError: no data left in file"),
+        (BrokenPipeError(32, "Broken pipe"), 1, "error: this command: Broken pipe"),  # of a worker, not of stdout
+        (click.ClickException("a\x07\u202e"), 2, r"Error: a\x07\u202e"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RecursionError("too deep"), 1, "internal error: RecursionError: too deep"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_error_ends_in_one_paragraph(capsys, command, error, code, said):
+    def act() -> None:
         raise error
 
-    monkeypatch.setattr("qlora_dist.config.load_config", fails)
-    assert invoke(["plan", str(tmp_path / "config.yaml")]) == 1
+    command(act)
+    assert commands.invoke(["act"]) == code
+    streams = capsys.readouterr()
+    text = streams.err.strip()
+    assert text.startswith(said) and "Traceback" not in text and streams.out == ""
+    assert len(text.splitlines()) == 1 and not OBEYED.search(text)
+    if said.startswith("internal error"):
+        assert re.search(r"\(\w+\.py:\d+\)\. .*please report it .*--debug", text)
+    assert commands.invoke(["--debug", "act"]) == code
+    traced = capsys.readouterr().err
+    assert ("Traceback" in traced) == (not isinstance(error, KeyboardInterrupt | click.ClickException))
+    assert not OBEYED.search(traced)
+
+
+def test_an_unknown_option_with_escapes_is_shown_as_text(capsys):
+    assert commands.invoke(["data", "--" + HOSTILE, "x"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 1200 and "Traceback" not in said
-    if isinstance(error, MemoryError):
-        assert "host memory is used up" in said
-    else:
-        assert (
-            f"internal error: {type(error).__name__}" in said and "on_config.py, line" in said and "report it" in said
-        )
-    assert invoke(["--debug", "plan", str(tmp_path / "config.yaml")]) == 1
-    assert "Traceback" in capsys.readouterr().err
+    assert "No such option" in said and r"\x1b]52;c;aGk" in said and not OBEYED.search(said)
 
 
-def test_an_output_file_is_refused_before_the_work_is_done(tmp_path, monkeypatch, capsys):
-    config = str(write_config(tmp_path / "config.yaml", make_inputs(tmp_path)))
-    monkeypatch.setattr("qlora_dist.commands.data_report.run_data_command", None)  # would be called afterwards
-    for html, reason in ((tmp_path, "Is a directory"), (tmp_path / "config.yaml" / "a.html", "move it away")):
-        assert invoke(["data", config, "--html", str(html)]) == 2
-        assert reason in capsys.readouterr().err
+def test_an_error_inside_of_the_package_names_its_own_line(capsys, command):
+    command(lambda: PlainFormatter("%(x)s").format(logging.makeLogRecord({})))
+    assert commands.invoke(["act"]) == 1
+    assert re.match(r"internal error: .*\(screen\.py:\d+\)", capsys.readouterr().err)
 
 
-def test_a_reader_that_stops_reading_ends_the_command_quietly(tmp_path):
-    command = f"{sys.executable} -m qlora_dist schema | head -c 10"
-    done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, env=clean_environment(), timeout=120,
-        cwd=Path(__file__).parents[2],
+def _run(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    environment = clean_environment() | {"TERM": "xterm-256color", "COLUMNS": "200"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "qlora_dist", *arguments], env=environment, cwd=ROOT, **options
     )  # fmt: skip
-    assert len(done.stdout) == 10 and "Traceback" not in done.stderr and "rror" not in done.stderr
 
 
-def test_user_errors_keep_their_exit_code(monkeypatch, capsys):
-    def fails(*_):
-        raise UserError("this is yours")
+def _on_a_terminal(*arguments: str) -> tuple[int, str]:
+    """Exit code and what the terminal receives."""
+    own, theirs = pty.openpty()
+    process = _run(*arguments, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    received = b""
+    while True:
+        try:
+            piece = os.read(own, 65536)
+        except OSError:  # the other side is closed
+            break
+        if not piece:
+            break
+        received += piece
+    os.close(own)
+    return process.wait(60), received.decode("utf-8", errors="replace")
 
-    monkeypatch.setattr("qlora_dist.config.load_config", fails)
-    assert invoke(["plan", "x.yaml"]) == 2 and capsys.readouterr().err == "error: this is yours\n"
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def test_hostile_data_names_and_keys_reach_no_terminal_raw(inputs, tmp_path):
+    odd = HOSTILE.replace("\ud83d", "")
+    folder = tmp_path / odd
+    folder.mkdir()
+    rows = [{"instruction": odd + str(i), "output": odd, odd: odd} for i in range(4)]
+    (folder / "data.json").write_text(json.dumps([*rows, {odd: 1}]))
+    config = write_config(
+        tmp_path / "c.yaml", inputs, run_dir=str(tmp_path / "run"), data__train=[{"path": str(folder / "data.json")}],
+        data__on_bad="skip", data__cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    code, said = _on_a_terminal("data", str(config), "--show", "2")
+    assert code == 0 and said.count(r"\x1b]52;c;aGk=\x07") > 8, said
+    assert "\x1b[31m" not in said and "\x1b[7;32m" in said  # what is learned is green, what was red is text
+    assert not OBEYED.search(re.sub("\x1b\\[[0-9;]*m", "", said))
+    for arguments in (["data", str(config), "--set", f"{odd}=1"], ["data", str(config), f"--{odd}"], ["train", odd]):
+        code, said = _on_a_terminal(*arguments)
+        assert code == 2 and r"\x1b]52;c;aGk" in said and not OBEYED.search(said), said
+
+
+def test_output_that_nobody_reads_ends_the_command_without_a_word():
+    process = _run("schema", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # as `head` does, before anything is written
+    assert (process.stderr.read(), process.wait(60)) == (b"", 141)
+    process.stderr.close()
+
+
+# --- where a command writes -------------------------------------------------------------------------------------------
+
+
+def test_a_place_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    for path, said in [
+        (tmp_path, "this is a folder, expected a file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (tmp_path / "file" / "page.html", "file is not a folder"),
+        (tmp_path / "file" / "new" / "page.html", "file is not a folder"),
+        ("a\0b", "not a path"),
+        ("~nosuchuser/page.html", "not a path"),
+    ]:
+        with pytest.raises(UserError, match=said) as error:
+            check_output_file("--html", path)
+        assert len(str(error.value).splitlines()) == 1 and str(error.value).startswith("--html ")
+    for path, said in [(tmp_path / "file", "not empty"), (tmp_path, "not empty"), (tmp_path / "file" / "x", "folder")]:
+        with pytest.raises(UserError, match=said):
+            check_output_folder("OUT", path)
+    assert check_output_file("--html", tmp_path / "file") == tmp_path / "file"
+    assert check_output_folder("OUT", tmp_path / "new" / "model") == tmp_path / "new" / "model"
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    with pytest.raises(UserError, match="is not writable"):
+        check_output_file("--html", tmp_path / "new" / "page.html")
+
+
+@pytest.mark.parametrize("arguments", [["data", "x.yaml", "--html"], ["merge", "x"], ["quantize", "x"]], ids=" ".join)
+def test_a_command_checks_where_it_writes_before_it_reads_anything(arguments, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert commands.invoke([*arguments, str(tmp_path / "file" / "page")]) == 2
+    assert "file is not a folder; name another place" in capsys.readouterr().err

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from ...config import RunConfig
 from ...data.documents import Documents, split_sources
+from ...errors import printable
 from ...train.setup_data import build_rows, documents_of
+from ..screen import styled
 from .html import write_html
 from .measure import Audit, Run, Sample, audit, sample_of
 from .terminal import print_audit
@@ -27,12 +30,12 @@ def run_data_command(
     if eval_sources:
         held_out = documents_of(config.data, eval_sources, tokenizer, config.seed)
         audits.append(_audit(config, "data.eval", held_out, tokenizer, show, trained))
-    console = console or Console()
+    console = console or Console(file=styled())
     for one in audits:
         print_audit(one, console)
     if html is not None:
         write_html(audits, html)
-        console.print(f"written to {html}")
+        console.print(Text(printable(f"written to {html}")))
     return audits
 
 

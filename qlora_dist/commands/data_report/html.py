@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from ...errors import os_errors, printable
@@ -34,9 +34,9 @@ def write_html(audits: Sequence[Audit], file: str | Path) -> None:
         write_text(Path(file), page)
 
 
-def _text(text: str) -> str:
-    """Text from outside: no tags, and no characters that reorder or hide what follows."""
-    return html.escape(printable(text))
+def _shown(text: str) -> str:
+    """Text from outside without tags, and without what HTML cannot hold (NUL, lone surrogates) or would obey."""
+    return escape(printable(text))
 
 
 def _section(audit: Audit) -> str:
@@ -46,9 +46,9 @@ def _section(audit: Audit) -> str:
         (f"padded to {audit.row_tokens:,}", audit.full_share),
     ]
     histogram = [(f"{low:,} - {high:,}", count, f"{count:,}") for low, high, count in audit.histogram]
-    warnings = "".join(f"<p class='warning'>{_text(warning)}</p>" for warning in audit.warnings)
+    warnings = "".join(f"<p class='warning'>{_shown(warning)}</p>" for warning in audit.warnings)
     return (
-        f"<h2>{_text(audit.name)}</h2>{warnings}{_sources(audit)}"
+        f"<h2>{_shown(audit.name)}</h2>{warnings}{_sources(audit)}"
         f"<h3>Tokens per document</h3>{_bars(histogram)}"
         f"<h3>Slots that hold a token</h3><p>{audit.num_rows:,} rows of {audit.row_tokens:,} tokens</p>"
         f"{_bars([(name, share, f'{share:.2%}') for name, share in shares], largest=1.0)}"
@@ -62,7 +62,7 @@ def _sources(audit: Audit) -> str:
     body = ""
     for source in audit.sources:
         names = (source.path, f"{source.format} ({source.why})", source.template)
-        cells = "".join(f"<td>{_text(name)}</td>" for name in names)
+        cells = "".join(f"<td>{_shown(name)}</td>" for name in names)
         cells += "".join(f"<td class='n'>{getattr(source, column):,}</td>" for column in COLUMNS)
         body += f"<tr>{cells}</tr>"
     return f"<table><tr><th>source</th><th>format</th><th>template</th>{head}</tr>{body}</table>"
@@ -72,9 +72,9 @@ def _bars(rows: Sequence[tuple[str, float, str]], largest: float | None = None) 
     """A horizontal bar chart as inline SVG."""
     top = largest or max(value for _, value, _ in rows) or 1
     lines = "".join(
-        f"<text x='190' y='{20 * i + 14}' text-anchor='end'>{_text(name)}</text>"
+        f"<text x='190' y='{20 * i + 14}' text-anchor='end'>{_shown(name)}</text>"
         f"<rect x='200' y='{20 * i + 3}' width='{400 * value / top:.1f}' height='14' fill='#2a7fbf'/>"
-        f"<text x='{206 + 400 * value / top:.1f}' y='{20 * i + 14}'>{_text(label)}</text>"
+        f"<text x='{206 + 400 * value / top:.1f}' y='{20 * i + 14}'>{_shown(label)}</text>"
         for i, (name, value, label) in enumerate(rows)
     )
     return f"<svg role='img' width='700' height='{20 * len(rows) + 4}'>{lines}</svg>"
@@ -83,8 +83,8 @@ def _bars(rows: Sequence[tuple[str, float, str]], largest: float | None = None) 
 def _sample(sample: Sample) -> str:
     runs = "".join(
         f"<span class='{'label' if run.is_label else 'context'}{' special' if run.is_special else ''}'>"
-        f"{_text(run.text)}</span>"
+        f"{_shown(run.text)}</span>"
         for run in sample.runs
     )
     title = f"example {sample.index} of {sample.source}: {sample.num_tokens:,} tokens, {sample.num_labels:,} learned"
-    return f"<p>{_text(title)}</p><pre>{runs}</pre>"
+    return f"<p>{_shown(title)}</p><pre>{runs}</pre>"

@@ -1,4 +1,4 @@
-"""An audit on a terminal."""
+"""An audit on a terminal. All text from data and names passes `printable` before it is coloured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HEADS = {"truncated": "trun-\ncated", "duplicates": "dupli-\ncates"}  # ten col
 
 def print_audit(audit: Audit, console: Console) -> None:
     """Prints sources, lengths, packing, warnings and samples, in this order."""
-    console.rule(Text(printable(audit.name)))
+    console.rule(audit.name)
     _print_sources(audit, console)
     console.print(_histogram(audit))
     console.print(
@@ -55,11 +55,8 @@ def _histogram(audit: Audit, width: int = 50) -> Text:
 
 
 def _sample(sample: Sample) -> Text:
-    text = Text(
-        f"\nexample {sample.index} of {printable(sample.source)}: {sample.num_tokens:,} tokens, "
-        f"{sample.num_labels:,} learned\n",
-        style="bold",
-    )
+    title = f"example {sample.index} of {sample.source}: {sample.num_tokens:,} tokens, {sample.num_labels:,} learned"
+    text = Text(f"\n{printable(title)}\n", style="bold")
     for run in sample.runs:
         # learned text is green, context dim; special tokens are shown reversed
         style = "green" if run.is_label else "dim"

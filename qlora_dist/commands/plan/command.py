@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 from ...config import RunConfig
+from ...errors import printable
 from ...files import format_bytes
 from ...memory import MemoryPlan, ModelShapes, choose, largest_micro_rows, largest_row_tokens, plan_memory
 from ...memory.gpus import GPUS, Gpu, Speed, estimate_speed, parse_gpu
 from ...memory.read_shapes import read_shapes
 from ...memory.table import plan_lines
+from ..screen import styled, write_json
 
 
 def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
@@ -27,7 +28,7 @@ def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json:
     speed = None if device is None else estimate_speed(config, shapes, plan, device)
     trace = _simulation(config, plan) if simulate else None
     if as_json:
-        print(json.dumps(plan.to_json() | _extra_json(device, limits, speed, trace), indent=1))
+        write_json(plan.to_json() | _extra_json(device, limits, speed, trace), indent=1)
         return
     lines = list(plan_lines(plan))
     lines += _where_it_fits(plan) if device is None else _limit_lines(limits, speed)
@@ -96,9 +97,9 @@ def _show(lines: list[str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(file=styled(), highlight=False, soft_wrap=True)
     for line in lines:
-        text = Text(line)
+        text = Text(printable(line))
         text.highlight_regex("█+", "cyan")
         text.highlight_regex("·{2,}", "dim")
         text.highlight_regex(r"^(Fits|Longest|Largest|About)[^;(]*", "green")

@@ -88,7 +88,7 @@ def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal,
             has_begun.touch()
         why = f"exit code {code}" if outcome is None else outcome.kind.replace("_", " ")
         if outcome is not None and outcome.text:
-            why += f" ({printable(outcome.text.splitlines()[0][:300])})"
+            why += f" ({outcome.text.splitlines()[0][:300]})"
         _log(f"job {job.id}, restart {job.restarts}, attempt {attempt}: {why}; newest checkpoint: {before} -> {after}")
 
         if outcome is not None and outcome.kind == "finished":
@@ -176,4 +176,4 @@ def _filled(command: Sequence[str], job: Job, attempt: int, outcome: Path) -> li
 
 
 def _log(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervise: {text}", file=sys.stderr, flush=True)
+    print(printable(f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervise: {text}"), file=sys.stderr, flush=True)
