@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..config import DataConfig, ModelConfig, RunConfig, load_config
+from ..config.names import is_model_path
 from ..config.run_dir import RunDir
 from ..data.documents import Documents, build_documents
 from ..errors import UserError
@@ -97,6 +98,11 @@ def _of_run(run: RunDir, config: RunConfig) -> Trained:
 
 def _with_base(trained: Trained, base: str | None) -> Trained:
     if base is None:
+        if is_model_path(trained.model.name) and not Path(trained.model.name).is_dir():
+            raise UserError(
+                f"the base that was trained on was {trained.model.name}, and there is no such folder now; put it back, "
+                "or name its new place with --base"
+            )
         return trained
     model = trained.model.model_copy(update={"name": base})
     return replace(trained, model=model, read_by=trained.read_by and model)

@@ -1,11 +1,32 @@
-"""Resolves names in the config: a model's folder, the linear layers that get adapters. Does not import torch."""
+"""Resolves names in the config: what is a local path, a model's folder, the linear layers that get adapters. Does not
+import torch."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
+
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+_PATH_STARTS = (".", "/", "~")
+
+
+def is_model_path(name: str) -> bool:
+    """Whether `model.name` is a local path: it names a folder, or has the form of no name on the hub."""
+    return name.startswith(_PATH_STARTS) or name.count("/") > 1 or os.path.isdir(name)
+
+
+def is_data_path(name: str) -> bool:
+    """Whether the path of a source is local, not the name of a hub dataset: it exists, or has the form of no such
+    name."""
+    return name.startswith(_PATH_STARTS) or name.endswith(DATA_SUFFIXES) or os.path.exists(name)
+
+
+def is_template_path(name: str) -> bool:
+    """Whether `data.template` is a file, not one of the named templates."""
+    return name.endswith(".jinja")
 
 
 def model_folder(name: str) -> Path | None:
@@ -16,7 +37,7 @@ def model_folder(name: str) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if is_model_path(name):
         raise UserError(f"model.name {name}: there is no such folder (looked in {folder.resolve()})")
     return None
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ FREE_FIELDS = (
     "data.require_eos",
 )
 
+# Fields that name files whose content a checkpoint records: after a move of the files their paths differ alone
+BY_CONTENT = ("model.name", "lora.init_from", "data.train", "data.eval", "data.template")
+
 
 class RunDir:
     """Folder of a run and the paths in it."""
@@ -56,13 +59,19 @@ class RunDir:
         self.model = path / "model"  # of full fine-tuning
         self.summary = path / "summary.json"
         self.completed = path / "completed"
+        self._unconfirmed: str | None = None  # the config of this start, see `open`
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint by folder name, -1 if there is none. Verifies nothing, uses no clock."""
         return max((checkpoint_step(path.parent) for path in self.checkpoints.glob("step-*/manifest.json")), default=-1)
 
     def completed_steps(self, length: dict[str, Any]) -> int | None:
-        """Number of steps if the run was completed with this length (train.steps, train.epochs), else None."""
+        """Number of steps if the run was completed with this length (train.steps, train.epochs), else None.
+
+        None as well while the files of this start must still be compared with those of the run.
+        """
+        if self._unconfirmed is not None:
+            return None
         try:
             written = json.loads(self.completed.read_text(encoding="utf-8"))
             step, written_length = written["step"], written["length"]
@@ -87,7 +96,8 @@ class RunDir:
         """Creates the folder and writes the resolved config. Raises UserError if it holds another config's run.
 
         `free_fields` may differ in addition to FREE_FIELDS. The lock is held: what earlier starts left half-written is
-        removed, and a config that was written by a start that saved nothing is replaced.
+        removed, and a config that was written by a start that saved nothing is replaced. Where only the paths of
+        BY_CONTENT differ, the checkpoints decide: the config is written by `confirm`, once their files are the same.
         """
         self.make()
         with os_errors(f"run_dir {self.path}: cannot be prepared", "Nothing that was saved there has changed"):
@@ -95,7 +105,8 @@ class RunDir:
             self._require_kinds()
             saved, origin = self._saved_config()
             if saved is not None:
-                changed = config_changes(saved, config_text, free_fields, origin)
+                by_content = BY_CONTENT if self.newest_step() >= 0 else ()
+                changed = config_changes(saved, config_text, free_fields, origin, by_content)
                 if changed and (self._holds_progress() or not _is_dumped(saved)):
                     raise UserError(
                         f"run_dir {self.path} holds a run with a different config:\n"
@@ -107,7 +118,16 @@ class RunDir:
                         "run_dir %s: an earlier start saved nothing; its config is replaced (%d changes, first:%s)",
                         self.path, len(changed), changed[0],
                     )  # fmt: skip
+                elif moved_paths(saved, config_text):
+                    self._unconfirmed, config_text = config_text, saved
             write_text(self.config, config_text)
+
+    def confirm(self) -> None:
+        """The files that this start's config names are those of the run: the config is written with their paths."""
+        if self._unconfirmed is not None:
+            with os_errors(f"run_dir {self.path}: {self.config.name} cannot be written", "Checkpoints are intact"):
+                write_text(self.config, self._unconfirmed)
+            self._unconfirmed = None
 
     def make(self) -> None:
         """Creates the folder. Raises UserError if it is not writable, MachineFailed if the disk is full or fails."""
@@ -211,13 +231,40 @@ def checkpoint_step(path: Path) -> int:
 
 
 def config_changes(
-    saved: str, current: str, free_fields: tuple[str, ...] = (), origin: str = "the saved config"
+    saved: str,
+    current: str,
+    free_fields: tuple[str, ...] = (),
+    origin: str = "the saved config",
+    by_content: tuple[str, ...] = (),
 ) -> list[str]:
     """One line per key in which two resolved configs (YAML) differ, except FREE_FIELDS and `free_fields`.
 
-    They are compared as models: a field that one of them lacks has its default there. Raises UserError, naming
-    `origin`, when the saved one cannot be read.
+    They are compared as models: a field that one of them lacks has its default there. Two paths of one file are equal,
+    and in fields of `by_content` any two local paths. Raises UserError, naming `origin`, when the saved one cannot be
+    read.
     """
+    old, new = _compared(saved, current, origin)
+    free = FREE_FIELDS + free_fields
+    return [
+        f"  {key}: was {shortened(old.get(key))}, now {shortened(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and not any(key == field or key.startswith(field + ".") for field in free)
+        and not (key in by_content and _without_paths(old.get(key)) == _without_paths(new.get(key)))
+    ]
+
+
+def moved_paths(saved: str, current: str) -> list[str]:
+    """The fields of BY_CONTENT in which two resolved configs differ by local paths alone."""
+    old, new = _compared(saved, current, "the saved config")
+    return [
+        key
+        for key in BY_CONTENT
+        if old.get(key) != new.get(key) and _without_paths(old.get(key)) == _without_paths(new.get(key))
+    ]
+
+
+def _compared(saved: str, current: str, origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         old = _resolved(saved)
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -225,12 +272,22 @@ def config_changes(
             f"{origin} is damaged: it is not the config of a run ({shortened(str(error))}). Restore it; if it is a "
             "config.yaml beside checkpoints it may be deleted instead: they hold the config, too"
         ) from None
-    new, free = _resolved(current), FREE_FIELDS + free_fields
-    return [
-        f"  {key}: was {shortened(old.get(key))}, now {shortened(new.get(key))}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(key == field or key.startswith(field + ".") for field in free)
-    ]
+    new = _resolved(current)
+    for key in BY_CONTENT:
+        if _mapped(old.get(key), os.path.realpath) == _mapped(new.get(key), os.path.realpath):
+            old.pop(key, None), new.pop(key, None)
+    return old, new
+
+
+def _without_paths(value: Any) -> Any:
+    return _mapped(value, lambda _: "/")
+
+
+def _mapped(value: Any, function: Callable[[str], str]) -> Any:
+    """The value of a BY_CONTENT field (a name or path, or a list of sources), a function applied to its local paths."""
+    if isinstance(value, list):
+        return [{**one, "path": _mapped(one.get("path"), function)} if isinstance(one, dict) else one for one in value]
+    return function(value) if isinstance(value, str) and value.startswith("/") else value
 
 
 def _resolved(text: str) -> dict[str, Any]:

@@ -2,18 +2,19 @@
 
 The docstring below each field gives its meaning and unit; it is also the description in the JSON schema
 (`qlora-dist schema`). Unknown keys are errors. Checks of one section are in that section, checks across sections in
-`RunConfig`. Below the trainer, functions take the values that they use, never these models.
+`RunConfig`. Types that make local paths absolute are in `paths`. Below the trainer, functions take the values that they
+use, never these models.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from .paths import DataPath, LocalPath, ModelPath, TemplatePath
 from .quantization import Quantization
 
 DataFormat = Literal[  # one function per format in data.formats
@@ -65,26 +66,8 @@ def _allows_bool(annotation: Any) -> bool:
     return annotation is bool or any(map(_allows_bool, get_args(annotation)))
 
 
-def _check_path(path: str) -> str:
-    if not path.strip():
-        raise ValueError("expected a name or path, found none")
-    try:
-        Path(path).expanduser()
-    except RuntimeError:
-        user = path.split("/")[0]
-        raise ValueError(f"{user}: there is no such user; write ./{path} for a folder of that name") from None
-    return path
-
-
-def _expand(path: str) -> str:
-    return str(Path(path).expanduser())
-
-
-PathText = Annotated[str, AfterValidator(_check_path)]  # also for what can be a name on the hub
-
-
 class ModelConfig(_Section):
-    name: PathText
+    name: ModelPath
     """Hub name or local folder of a causal language model with safetensors weights."""
     revision: str | None = None
     """Hub branch, tag or commit. None: the default branch."""
@@ -94,7 +77,7 @@ class ModelConfig(_Section):
     """Also quantize the quantization constants (QLoRA, section 3). 4-bit bases only; saves 0.373 bit per parameter."""
     weights: Literal["files", "random"] = "files"
     """random: drawn from `seed` in the shapes given by config.json alone, for benchmarks and dry runs of any size."""
-    cache_4bit: PathText | None = None
+    cache_4bit: LocalPath | None = None
     """Folder for a 4-bit copy of the base: the first start on a node writes it, later ones read it. null: no copy."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations, dequantized matrices, and everything that is not quantized (norms, embeddings, head). Not
@@ -117,12 +100,12 @@ class LoraConfig(_Section):
     """`all-linear` (all linear layers except the output head), or names that each match at least one linear layer."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """rslora scales by alpha / sqrt(r); dora learns magnitude and direction separately (slower)."""
-    init_from: PathText | None = None
+    init_from: LocalPath | None = None
     """Folder of a PEFT adapter to start from; its rank and target modules must match those set here."""
 
 
 class SourceConfig(_Section):
-    path: PathText
+    path: DataPath
     """A file (json, jsonl, csv, tsv, parquet, arrow, txt), a folder of such files, or a hub dataset name."""
     format: DataFormat = "auto"
     """How a record becomes a conversation or text. auto: detected from the columns and reported."""
@@ -175,7 +158,7 @@ class DataConfig(_Section):
     """What to do with a record that cannot be read. Skipped records are counted."""
     learn: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens are labels: every answer, the last answer, or everything. End-of-turn tokens are labels too."""
-    template: PathText = "auto"
+    template: TemplatePath = "auto"
     """How a conversation becomes text: a named template (chatml, llama2, llama3, mistral, gemma, alpaca, vicuna,
     zephyr, none), tokenizer, or the path of a .jinja file. auto: the tokenizer's own; if it has none, alpaca for
     instructions, none for input-output and prompt-completion, vicuna for conversations."""
@@ -186,7 +169,7 @@ class DataConfig(_Section):
     """Refuse data whose answers never end in a special token: the model would not learn to stop. Texts are exempt."""
     num_workers: int | None = Field(None, ge=1, le=1024)
     """Number of tokenizer processes. null: one for small data, up to eight for large data."""
-    cache_dir: PathText = "~/.cache/qlora_dist"
+    cache_dir: LocalPath = "~/.cache/qlora_dist"
     """Cache of tokenized data, keyed by a fingerprint of everything that affects them: per node, or shared."""
 
     @field_validator("date", mode="before")
@@ -290,7 +273,7 @@ class StrategyConfig(_Section):
     name: Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp"] = "ddp"
     """What is sharded. ddp: nothing; zero1: optimizer states; zero2: gradients too (zero2_offload: in host memory);
     zero3: everything, if the base is not quantized; fsdp: the base, also in 4 bit, gathered bit-exactly by layer."""
-    ds_config: PathText | None = None
+    ds_config: LocalPath | None = None
     """DeepSpeed config of a zero strategy. null: the one shipped for that strategy (ds_configs/)."""
     offload: bool = False
     """fsdp: keep each rank's shard of the base in (pinned) host memory between uses."""
@@ -309,7 +292,7 @@ class LoggingConfig(_Section):
 
 
 class RunConfig(_Section):
-    run_dir: Annotated[PathText, AfterValidator(_expand)]
+    run_dir: LocalPath
     """Folder of this run: config, metrics, checkpoints, adapter."""
     seed: int = Field(0, ge=0, le=LARGEST)
     """Seed for row order, adapter initialization and dropout."""

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ class Facts:
 def check_run(config: RunConfig, world: World, run_dir: RunDir, plan: MemoryPlan) -> None:
     """Checks everything that can be known before data or weights are read: same config and code on all ranks, batch,
     model, target modules, devices, network, disk. Rank 0 prints where the run starts."""
-    world.require_equal(dump_yaml(config), "the resolved config")
+    check_same_config(world.gather((socket.gethostname(), dump_yaml(config))))
     derive_accumulation(config.batch.rows_per_step, config.batch.resolved_micro_rows, world.size)
     check_update(config, world)
     check_model(config, world)
@@ -148,6 +149,19 @@ def time_collective(world: World) -> tuple[float, float]:
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def check_same_config(configs: Sequence[tuple[str, str]]) -> None:
+    """Raises RunFailed, naming the first line that differs, unless all ranks read the same config. `configs`: (host,
+    the resolved config) by rank."""
+    for rank, (host, text) in enumerate(configs):
+        for first, other in zip_longest(configs[0][1].splitlines(), text.splitlines(), fillvalue="nothing"):
+            if first != other:
+                raise RunFailed(
+                    f"the resolved config differs between rank 0 and rank {rank} ({host}); it must be equal on all "
+                    f"ranks. Rank 0 ({configs[0][0]}) has `{first.strip()}`, this one `{other.strip()}`. Start all "
+                    "ranks with the same file, in the same working directory, where the same files exist"
+                )
 
 
 def check_code(codes: Sequence[tuple[str, str]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..cluster.provenance import code_digest, commit, device_name, versions
 from ..config import dump_yaml
-from ..config.run_dir import config_changes, read_metrics
+from ..config.run_dir import config_changes, moved_paths, read_metrics
 from ..errors import UserError
 from ..files import GIB, DamagedFolder, folder_aside, write_json
 from ..memory import MemoryPlan
@@ -76,13 +76,21 @@ def _choose_checkpoint(run: Run, choice: str, base: dict[str, str]) -> tuple[str
     if path is None:
         return None, notes, reasons
     state = checkpoint.load_state(path)
-    _require_same(run, path, state, base)
+    moved = _require_same(run, path, state, base)
+    run.dir.confirm()
+    if moved:
+        notes = [*notes, f"other paths than before, with the same content: {', '.join(moved)}"]
     return str(path), [*notes, f"resuming from {path} (step {state['step']})"], reasons
 
 
-def _require_same(run: Run, path: Path, state: dict[str, Any], base: dict[str, str]) -> None:
-    """Raises UserError unless config, data, and all that is named by a path are those of the checkpoint."""
-    changed = config_changes(state["config"], dump_yaml(run.config), free_fields(run.config), f"{path}: its config")
+def _require_same(run: Run, path: Path, state: dict[str, Any], base: dict[str, str]) -> list[str]:
+    """Raises UserError unless config, data, and all that is named by a path are those of the checkpoint.
+
+    Returns the fields that name the same content by another path.
+    """
+    saved_config, config = state["config"], dump_yaml(run.config)
+    recorded = ("data.train", "data.template", *state.get("sources", {}))  # content that this checkpoint tells
+    changed = config_changes(saved_config, config, free_fields(run.config), f"{path}: its config", recorded)
     if changed:
         raise UserError(f"checkpoint {path} was made with another config:\n" + "\n".join(changed))
     if state["data_fingerprint"] != run.data.documents.fingerprint:
@@ -100,6 +108,7 @@ def _require_same(run: Run, path: Path, state: dict[str, Any], base: dict[str, s
             + "\n".join(changed)
             + "\nrestore them, or start over in another run_dir with lora.init_from"
         )
+    return moved_paths(saved_config, config)
 
 
 def _base_in_memory(run: Run, model: TrainingModel) -> dict[str, str]:

@@ -61,7 +61,7 @@ ROW = '{"input": "w6 w7", "output": "w8"}'
         ({"data__train": [{"path": "nowhere/data.json"}]}, ["nowhere/data.json", "no such file"]),
         ({"batch__rows_per_step": 5, "batch__micro_rows": 2}, ["nearest multiples: 4 or 6"]),
         ({"lora__target_modules": ["q_proj", "no_such"]}, ["no_such", "q_proj", "down_proj"]),
-        ({"model__name": "./nowhere"}, ["model.name ./nowhere: there is no such folder"]),
+        ({"model__name": "./nowhere"}, ["model.name /", "nowhere: there is no such folder"]),
     ],
     ids=["unknown key", "missing data", "batch", "targets", "missing model"],
 )

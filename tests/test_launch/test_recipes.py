@@ -43,7 +43,7 @@ def test_a_recipe_parses_and_its_resolved_form_gives_the_same_config(path: Path,
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_a_recipes_run_directory_has_its_name(path: Path) -> None:
-    assert load_config(path).run_dir == f"runs/{path.stem}"
+    assert load_config(path).run_dir == str(Path.cwd() / "runs" / path.stem)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)

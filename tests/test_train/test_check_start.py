@@ -100,7 +100,7 @@ def test_the_start_line_names_ranks_nodes_devices_time_and_disk():
 
 
 FAULTS = {
-    "config": ("RunFailed", "the resolved config differs between rank 0 and rank 1 ("),
+    "config": ("RunFailed", "has `lr: 0.01`, this one `lr: 0.5`. Start all ranks"),
     "code": ("RunFailed", "has code digest0, torch"),
     "sum": ("RunFailed", "a sum over the 2 ranks should be 3, but rank 1 ("),
     "disk": ("UserError", "0.00 GiB are free"),

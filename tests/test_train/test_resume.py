@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers.tiny_run import config_of, losses_of, make_inputs, metrics_of, write_config
 from safetensors.torch import load_file, save_file
 
 from qlora_dist.commands import invoke
 from qlora_dist.config.run_dir import RunDir
 from qlora_dist.errors import RunFailed, UserError
+from qlora_dist.files import write_manifest
 from qlora_dist.model.weights import safetensors_files
 from qlora_dist.train import source_digests, train
 from qlora_dist.train.checkpoint import find_newest
@@ -44,15 +46,10 @@ def copied(begun, tmp_path):
 
 def _name_again(folder: Path, before: Path) -> None:
     """Writes the new place of everything into config and checkpoints, which compare the names."""
-    from qlora_dist.files import write_manifest
-
     config = folder / "run" / "config.yaml"
     config.write_text(config.read_text().replace(str(before), str(folder)))
     for path in (folder / "run" / "checkpoints").iterdir():
-        state = path / "state.json"
-        state.write_text(state.read_text().replace(str(before), str(folder)))
-        (path / "manifest.json").unlink()
-        write_manifest(path, {"format": 1, "step": int(path.name.removeprefix("step-"))})
+        _rewrite(path, (path / "state.json").read_text().replace(str(before), str(folder)))
 
 
 def test_a_run_goes_on_when_nothing_has_changed(copied):
@@ -61,6 +58,66 @@ def test_a_run_goes_on_when_nothing_has_changed(copied):
     assert len(losses_of(folder / "run")) == 4
     recorded = json.loads((folder / "run" / "summary.json").read_text())["sources"]
     assert set(recorded["model.name"]) == {"config.json", "model.safetensors"}
+
+
+def _moved(begun, tmp_path):
+    """(folder, plain config of two more steps) of a run that was moved with its files, whose checkpoints name the old
+    ones."""
+    folder, raw = begun
+    shutil.copytree(folder, tmp_path / "moved")
+    moved = json.loads(json.dumps(raw).replace(str(folder), str(tmp_path / "moved")))
+    moved["train"] = {"steps": 4, "save_every": 1}
+    return tmp_path / "moved", moved
+
+
+def test_a_run_that_was_moved_with_its_files_goes_on(begun, tmp_path, capsys):
+    folder, raw = _moved(begun, tmp_path)
+    assert train(config_of(raw)).step == 4
+    assert capsys.readouterr().out.count("other paths than before, with the same content: model.name, data.train") == 1
+    assert yaml.safe_load((folder / "run" / "config.yaml").read_text())["model"]["name"] == str(folder / "model")
+    assert train(config_of(raw)).step == 4 and "other paths" not in capsys.readouterr().out
+
+
+def test_a_finished_run_that_was_moved_is_compared_before_it_is_called_finished(begun, tmp_path, capsys):
+    folder, raw = _moved(begun, tmp_path)
+    raw["train"]["steps"] = 2
+    assert train(config_of(raw)).step == 2
+    assert "other paths than before" in capsys.readouterr().out
+    assert train(config_of(raw)).step == 2 and "this run is finished" in capsys.readouterr().out
+    assert (folder / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "model" / "config.json").write_text("{}"), None),
+        (lambda folder: shutil.copy(folder / "held_out.json", folder / "train.json"), "with other training data"),
+    ],
+    ids=["base", "data"],
+)
+def test_other_content_under_another_path_is_refused_and_the_run_keeps_its_config(begun, tmp_path, spoil, message):
+    folder, raw = _moved(begun, tmp_path)
+    spoil(folder)
+    before = (folder / "run" / "config.yaml").read_text()
+    with pytest.raises(UserError, match=message):
+        train(config_of(raw))
+    assert (folder / "run" / "config.yaml").read_text() == before
+
+
+def test_another_path_is_refused_where_the_checkpoint_does_not_tell_the_content(begun, tmp_path):
+    folder, raw = _moved(begun, tmp_path)
+    for path in (folder / "run" / "checkpoints").iterdir():  # of a version that did not record it
+        state = json.loads((path / "state.json").read_text())
+        del state["sources"]
+        _rewrite(path, json.dumps(state))
+    with pytest.raises(UserError, match=r"made with another config:\n  model\.name: was .*now"):
+        train(config_of(raw))
+
+
+def _rewrite(checkpoint: Path, state: str) -> None:
+    (checkpoint / "state.json").write_text(state)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, {"format": 1, "step": int(checkpoint.name.removeprefix("step-"))})
 
 
 @pytest.mark.parametrize("limit", [2**28, 0])  # 0: weights are sampled, as large ones are

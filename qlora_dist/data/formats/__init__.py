@@ -1,8 +1,9 @@
 """Step 1 of the data pipeline: files or hub datasets in any format -> conversations, texts or token ids."""
 
+from ...config.names import is_data_path as is_local
 from .detect import FORMATS, convert, detect_format, group_records, map_columns
 from .fields import BadRecord, Conversation, Document, Text, Tokens
-from .files import RawRecord, available_splits, find_files, is_local, read_file, read_hub
+from .files import RawRecord, available_splits, find_files, read_file, read_hub
 from .slices import parse_split
 
 __all__ = [

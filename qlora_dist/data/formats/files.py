@@ -6,20 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...config.names import is_data_path
 from ...errors import UserError, explain_os_error
 from .folders import SPLITS, files_by_split, first_word, split_of
 from .readers import READERS, RawRecord, plain_value
 from .slices import parse_split
-
-
-def is_local(path: str) -> bool:
-    """Whether a source path is local, not the name of a hub dataset.
-
-    `org/name` is a hub name unless it exists as a path; anything with a known suffix or a leading dot, slash or
-    tilde is local.
-    """
-    suffixes = tuple(READERS)
-    return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.endswith(suffixes)
 
 
 def find_files(path: str, split: str | None = None) -> list[Path]:
@@ -55,7 +46,7 @@ def find_files(path: str, split: str | None = None) -> list[Path]:
 
 def available_splits(path: str, subset: str | None = None, revision: str | None = None) -> dict[str, str]:
     """The splits of a folder or hub dataset: train, validation, test -> its own name for each."""
-    if is_local(path):
+    if is_data_path(path):
         root = Path(path).expanduser()
         return {name: name for name in files_by_split(root)} if root.is_dir() else {}
     import datasets
