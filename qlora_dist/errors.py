@@ -53,6 +53,11 @@ _ADVICE = {
     errno.EROFS: "this file system is read-only: choose another place",
     errno.ENOTDIR: "a file stands where a folder is expected: move it away",
     errno.EISDIR: "a folder stands where a file is expected: move it away",
+    errno.EEXIST: "something else has that name: move it away, or choose another name",
+    errno.ENAMETOOLONG: "choose a shorter name or path",
+    errno.ELOOP: "its symbolic links lead in a circle: remove them, or choose another place",
+    errno.EINVAL: "this file system refuses it: choose a place on another one, or another name",
+    errno.ENXIO: "it is a device or a pipe that nothing serves: give an ordinary file or folder",
 }
 
 

@@ -5,6 +5,7 @@ import errno
 import pytest
 
 from qlora_dist.errors import (
+    _LASTING,
     MachineFailed,
     RunFailed,
     UserError,
@@ -32,6 +33,12 @@ def test_what_stays_wrong_until_it_is_changed_is_the_users_to_mend(code):
     error = explain_os_error("saving", OSError(code, "reason", "/disk/file"), kept="Checkpoints are intact")
     assert isinstance(error, UserError) and error.exit_code == 2
     assert "/disk/file" in str(error) and str(error).endswith("Checkpoints are intact")
+
+
+@pytest.mark.parametrize("code", sorted(_LASTING), ids=errno.errorcode.get)
+def test_the_advice_is_to_change_something_where_the_same_command_would_fail_again(code):
+    text = str(explain_os_error("saving", OSError(code, "reason", "/disk/file")))
+    assert "the same command" not in text and text.startswith("saving: reason (/disk/file); "), text
 
 
 @pytest.mark.parametrize(

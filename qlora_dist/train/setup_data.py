@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..cluster.world import World
@@ -12,6 +13,7 @@ from ..data.documents import Documents, build_documents, overlap_warning, split_
 from ..data.loader import Loader, eval_batches
 from ..data.packing import Batch, Rows, one_document_per_row, pack_best_fit
 from ..data.templates import today
+from ..errors import os_errors
 from ..memory.read_shapes import read_shapes
 from ..model import load_tokenizer
 from .checks.learning import check_ends_are_learned, check_every_step_has_labels, check_ids
@@ -73,6 +75,8 @@ def documents_on_ranks(
 
 def documents_of(data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, seed: int) -> Documents:
     """Tokenized documents of some sources, by the settings of the data section."""
+    with os_errors(f"data.cache_dir {data.cache_dir}: the folder cannot be created"):
+        Path(data.cache_dir).mkdir(parents=True, exist_ok=True)
     return build_documents(
         sources,
         tokenizer,
