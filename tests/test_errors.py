@@ -36,6 +36,12 @@ def test_what_stays_wrong_until_it_is_changed_is_the_users_to_mend(code):
     assert "again" not in str(error)  # it would fail in the same way
 
 
+@pytest.mark.parametrize("code", sorted(_LASTING), ids=errno.errorcode.get)
+def test_the_advice_is_to_change_something_where_the_same_command_would_fail_again(code):
+    text = str(explain_os_error("saving", OSError(code, "reason", "/disk/file")))
+    assert "the same command" not in text and text.startswith("saving: reason (/disk/file); "), text
+
+
 @pytest.mark.parametrize(
     "error, kind",
     [

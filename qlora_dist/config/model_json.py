@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, shortened
+from .json_file import read_json_object
 
 # Key (families use different ones) -> the largest value that any model could have
 _LIMITS = (
@@ -22,13 +22,8 @@ _HEAD_SIZES = ("head_dim", "head_size", "kv_channels", "attention_head_size", "q
 
 def read_model_json(name: str, path: Path) -> dict[str, Any]:
     """config.json as plain data. Raises UserError naming the file, the key, what was found and what was expected."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"model.name {name}: {path} cannot be read ({shortened(str(error))})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"model.name {name}: {path} is not a JSON object")
     where = f"model.name {name}: {path}"
+    config = read_json_object(path, where)
     _check_values(where, config)
     if isinstance(config.get("text_config"), dict):
         _check_values(f"{where}, text_config", config["text_config"])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import UserError, shortened
+from .json_file import regular_bytes
 from .sections import RunConfig
 
 # PyYAML is linear in the size of what it reads once aliases and numbers are bounded: seconds for the largest config
@@ -39,18 +38,9 @@ def read_yaml(path: str | Path, what: str = "config") -> Any:
     """Plain data of a YAML file, in bounded time and memory. Raises UserError, which names the file as `what`."""
     where = f"{what} {path}"
     try:
-        # a FIFO would wait for its writer
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UserError(f"{where}: cannot be read (it is not a regular file)")
-            content = file.read(MAX_BYTES + 1)
-        text = content.decode("utf-8")
-    except UserError:
-        raise
+        text = regular_bytes(path, MAX_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         raise UserError(f"{where}: cannot be read ({error})") from None
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{where}: larger than {MAX_BYTES:,} bytes, which no config is; is it the right file?")
     return parse_yaml(text, where)
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from ..errors import MachineFailed, RunFailed, UserError, explain_os_error, os_errors, shortened
 from ..files import write_json, write_text
+from .json_file import read_json_object
 from .reading import BoundedLoader
 from .sections import RunConfig
 
@@ -73,9 +74,9 @@ class RunDir:
         if self._unconfirmed is not None:
             return None
         try:
-            written = json.loads(self.completed.read_text(encoding="utf-8"))
+            written = read_json_object(self.completed, str(self.completed))
             step, written_length = written["step"], written["length"]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (UserError, KeyError):
             return None  # damaged: the results are written once more
         return step if type(step) is int and written_length == length else None
 
@@ -200,8 +201,8 @@ class RunDir:
             return self.config.read_bytes().decode("utf-8", errors="replace"), str(self.config)
         for path in sorted(self.checkpoints.glob("step-*/state.json"), reverse=True):
             try:
-                text = json.loads(path.read_text(encoding="utf-8"))["config"]
-            except (OSError, ValueError, TypeError, KeyError, RecursionError):
+                text = read_json_object(path, str(path))["config"]
+            except (UserError, KeyError):
                 continue
             if isinstance(text, str):
                 return text, str(path)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..config.json_file import read_json_object
 from ..errors import RunFailed, UserError, shortened
 from .base_weights import same_bits
 from .forward import strip_wrappers
@@ -172,12 +173,7 @@ _KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 def read_adapter_config(folder: str | Path) -> LoraConfig:
     """adapter_config.json of a LoRA adapter. Raises UserError for anything else, and for what is not honoured here."""
     path = Path(folder) / CONFIG
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder}: {CONFIG} cannot be read ({error}); give the folder of a PEFT adapter") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected an object of settings, found {shortened(raw)}")
+    raw = read_json_object(path, f"{folder}: {CONFIG}", "give the folder of a PEFT adapter")
     if raw.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {shortened(raw.get('peft_type'))}, expected LORA")
     _check_honoured(path, raw)

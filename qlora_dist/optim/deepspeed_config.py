@@ -6,11 +6,11 @@ values (bucket sizes, overlap_comm, ...) are the user's and are passed to DeepSp
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from ..config.json_file import read_json_object
 from ..errors import UserError
 
 STAGES = {"zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3}
@@ -130,11 +130,8 @@ def fill_ds_config(
     max_grad_norm: float | None,
 ) -> dict[str, Any]:
     """The config for DeepSpeed. Raises UserError for a value that contradicts the run config, giving both."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+    config = read_json_object(file, str(file), "give a DeepSpeed config")
+    if not isinstance(config.get("zero_optimization"), dict):
         raise UserError(f"{file}: expected a DeepSpeed config with a zero_optimization section")
     owned = {
         "train_batch_size": (rows_per_step, "batch.rows_per_step"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +13,9 @@ from typing import Protocol
 import torch
 
 from ..cluster.stop_signal import StopRequested
+from ..config.json_file import read_json_object
 from ..data.packing import Batch
-from ..errors import os_errors
+from ..errors import UserError, os_errors
 from ..files import write_json
 from ..model import evaluation_mode
 from .metrics import format_evaluation
@@ -120,10 +120,9 @@ def evaluate_at_start(run: Run, model: TrainingModel, state: TrainState) -> dict
 def _kept_values(file: Path) -> dict[str, float]:
     """The values in the file; none when it is absent or damaged: they are for the summary alone."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(file, str(file))
+    except UserError:
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def evaluate_missed(run: Run, model: TrainingModel, state: TrainState) -> None:

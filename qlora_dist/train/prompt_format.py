@@ -9,13 +9,14 @@ export_tokenizer   tokenizer and generation_config with which other programs wri
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.json_file import read_json_object
 from ..data.documents.encode import Encoder
 from ..data.templates import Template, render, tokenizer_template
 from ..errors import UserError
@@ -53,20 +54,19 @@ class PromptFormat:
         """None where an earlier version wrote the folder. Raises UserError when the file cannot be read."""
         path = folder / FILE
         known = {field.name for field in dataclasses.fields(Template)}
+        if not os.path.lexists(path):
+            return None
+        advice = "restore it, or remove it: then the template is found by the run's config and data"
+        content = read_json_object(path, str(path), advice)
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))["template"]
+            stored = content["template"]
             if stored is None:
                 return cls(None)
             template = Template(**{key: value for key, value in stored.items() if key in known})
             if not isinstance(template.source, str):
                 raise TypeError("its source is not text")
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({error}); restore it, or remove it: then the template is found by the run's "
-                "config and data"
-            ) from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); {advice}") from None
         return cls(template)
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from ..config import RunConfig
+from ..config.json_file import read_json_object
 from ..config.names import model_folder
 from ..errors import os_errors
 from ..model.lora_files import CONFIG, WEIGHTS
@@ -54,11 +54,11 @@ def _base(config: RunConfig) -> dict[str, str]:
     settings = config.model
     paths = weight_paths(settings.name, settings.revision) if settings.weights == "files" else []
     folder = model_folder(settings.name) or (paths[0].parent if paths else None)
-    described = {} if folder is None else {"config.json": _config_digest(folder / "config.json")}
+    described = {} if folder is None else {"config.json": _config_digest(settings.name, folder / "config.json")}
     return described | {path.name: file_digest(path) for path in sorted(set(paths))}
 
 
-def _config_digest(path: Path) -> str:
-    content: Any = json.loads(path.read_bytes())
+def _config_digest(name: str, path: Path) -> str:
+    content = read_json_object(path, f"model.name {name}: {path}")
     kept = {key: value for key, value in content.items() if key not in UNREAD}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

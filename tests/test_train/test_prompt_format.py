@@ -149,7 +149,9 @@ def test_the_file_is_read_strictly_and_its_absence_is_an_earlier_version(tmp_pat
     for text in ("", "[]", "{}", '{"template": 3}', '{"template": {"name": "a"}}', "[" * 10**5,
                  '{"template": {"name": "a", "source": 3}}'):  # fmt: skip
         (tmp_path / FILE).write_text(text)
-        with pytest.raises(UserError, match=rf"{FILE}: cannot be read .*; restore it, or remove it"):
+        with pytest.raises(
+            UserError, match=rf"{FILE} (cannot be read|is not a JSON object).*; restore it, or remove it"
+        ):
             PromptFormat.read(tmp_path)
 
 

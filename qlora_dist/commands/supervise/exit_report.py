@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ...config.json_file import read_json_object
 from ...errors import MachineFailed, UserError, explain_os_error
 from ...files import write_json
 
@@ -57,8 +57,8 @@ def _failure(error: BaseException) -> Outcome:
 def read_outcome(path: Path) -> Outcome | None:
     """The outcome, or None when the run was killed before it could say anything, or the file is damaged."""
     try:
-        outcome = Outcome(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        outcome = Outcome(**read_json_object(path, str(path)))
+    except (UserError, TypeError):  # TypeError: other fields
         return None
     is_known = outcome.kind in FAILURES + GOOD_ENDS
     is_sound = is_known and isinstance(outcome.text, str) and isinstance(outcome.signal, str | None)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...config.json_file import read_json
 from ...errors import UserError, explain_os_error, os_errors, shortened
 from .readers import READERS
 
@@ -123,12 +123,4 @@ def _refuse_several_configurations(root: Path) -> None:
 
 
 def _json_of(path: Path) -> Any:
-    try:
-        with os_errors(f"reading {path}"):
-            return json.loads(path.read_text(encoding="utf-8"))
-    except UserError:
-        raise
-    except (ValueError, RecursionError):
-        raise UserError(
-            f"{path}: not valid JSON; repair it, or move it away if the folder is none of `datasets`"
-        ) from None
+    return read_json(path, f"{path}:", "repair it, or move it away if the folder is none of `datasets`")

@@ -8,7 +8,6 @@ read(name, a, b) elements a to b in the model's storage order
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from ...config.json_file import read_json_object
 from ...errors import UserError, shortened
 from ..pretrained import expanded, first_line, where_to_read
 from .safetensors_files import BadFile, WeightFiles
@@ -166,10 +166,10 @@ def weight_paths(name: str, revision: str | None = None) -> list[Path]:
 def _check_index(path: Path) -> None:
     """Raises BadFile unless an index of any form names files beside it."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BadFile(f"{path} is not JSON ({shortened(str(error))})") from None
-    names = index.get("weight_map") if isinstance(index, dict) else None
+        index = read_json_object(path, str(path))
+    except UserError as error:
+        raise BadFile(str(error)) from None
+    names = index.get("weight_map")
     if not isinstance(names, dict) or not names or not isinstance(index.get("metadata"), dict):
         raise BadFile(f"{path} has no weight_map that gives the file of each weight, or no metadata")
     for weight, file in names.items():
