@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 from .shapes import Linear, ModelShapes
 
 
@@ -269,11 +269,23 @@ def shapes_from_config(config: dict[str, Any]) -> ModelShapes | None:
     if family not in FAMILIES:
         return None
     try:
-        return FAMILIES[family](config)
+        shapes = FAMILIES[family](config)
+        _check_sizes(shapes)
     except _Unlisted:
         return None
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"config.json of a {family} model: {error!r} is missing or not a number; expected the config.json "
+            f"config.json of a {family} model: {shortened(error)} is missing or not a number; expected the config.json "
             "that transformers writes next to the weights"
         ) from None
+    return shapes
+
+
+def _check_sizes(shapes: ModelShapes) -> None:
+    """Raises ValueError for a size that is none: not every key that a family reads is checked when it is read."""
+    sizes = [size for linear in shapes.linears for size in (linear.inputs, linear.outputs)]
+    for size in (*sizes, shapes.embedding_weights, shapes.norm_weights):
+        if type(size) is not int or not 1 <= size < 2**63:
+            raise ValueError(f"a size of {shortened(size)}")
+    if not 0 <= shapes.rotary_dim <= shapes.head_dim:
+        raise ValueError(f"a rotary part of {shapes.rotary_dim} of {shapes.head_dim}")
