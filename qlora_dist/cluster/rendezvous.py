@@ -15,17 +15,21 @@ from ..errors import MachineFailed
 from .bounded import within
 from .heartbeat import NAMED_RANKS
 from .launcher import Ranks, meeting_place
+from .own_address import resolve
 
 JOIN_SECONDS = 120.0
+NAME_SECONDS = 6.0  # until a name that does not resolve is given up: a name server may be busy
 _POLL_SECONDS = 0.05
 
 
 def join_store(ranks: Ranks, seconds: float = JOIN_SECONDS) -> dist.Store:
-    """The job's store, after all ranks have come to it. Raises MachineFailed after `seconds`, or when the port is used.
+    """The job's store, after all ranks have come to it. Raises MachineFailed after `seconds`, when the port is used, or
+    when the store's name does not resolve.
 
     The ranks are counted here and not by torch, which knows their number on rank 0 only.
     """
     address, port, is_served = meeting_place()
+    _require_name(ranks, address)
     place = f"{address}:{port} (MASTER_ADDR:MASTER_PORT)"
     keys = [f"qlora_dist/joined/{rank}" for rank in range(ranks.size)]
     limit = datetime.timedelta(seconds=seconds)
@@ -56,6 +60,24 @@ def join_store(ranks: Ranks, seconds: float = JOIN_SECONDS) -> dist.Store:
     except (RuntimeError, OSError) as error:
         raise MachineFailed(_explain(ranks, place, port, seconds, absent, error)) from error
     return store
+
+
+def _require_name(ranks: Ranks, address: str) -> None:
+    """torch would look for it until the end of its own limit."""
+    deadline = time.monotonic() + NAME_SECONDS
+    while True:
+        try:
+            resolve(address)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise MachineFailed(
+                    f"rank {ranks.rank} ({socket.gethostname()}): MASTER_ADDR={address}, where the ranks meet, does "
+                    f"not resolve on this node ({error.strerror or error}). Start every node with `qlora-dist torchrun "
+                    "FIRST_NODE:PORT ...`, which uses addresses, or give addresses yourself (torchrun --local-addr, "
+                    "accelerate launch --main_process_ip)"
+                ) from None
+        time.sleep(10 * _POLL_SECONDS)
 
 
 def _explain(

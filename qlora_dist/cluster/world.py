@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import MachineFailed, RunFailed, UserError, explain_os_error, pack_error, unpack_error
 from .heartbeat import BEAT_SECONDS, LOOK_SECONDS, STORE_SECONDS, Heartbeat
 from .launcher import launched_ranks, launcher_process
+from .node_links import connect_nodes
 from .rendezvous import join_store
 from .shard_group import ShardGroup
 from .stop_signal import StopRequested, StopSignal
@@ -104,7 +105,7 @@ class World:
 
         `stop` can interrupt the `stoppable` parts. `timeout_seconds` limits a wait within a training step, three times
         that any other wait. Raises UserError when the launcher's variables contradict each other or the machine, and
-        MachineFailed when not all ranks have come within two minutes.
+        MachineFailed when not all ranks have come within two minutes, or when nodes cannot reach each other.
         """
         has_cuda = torch.cuda.is_available()
         ranks = launched_ranks()
@@ -119,6 +120,7 @@ class World:
         joined: dict[str, Any] = {}
         if ranks.size > 1 and not dist.is_initialized():
             store = join_store(ranks)
+            connect_nodes(store, ranks, has_cuda)
             store.set_timeout(timeout)
             store = dist.PrefixStore("default_pg", store)  # as torch does for a store that it creates
             joined = {"store": store, "rank": ranks.rank, "world_size": ranks.size}
@@ -130,8 +132,8 @@ class World:
             cause = str(error).strip().splitlines()[0]
             raise MachineFailed(
                 f"rank {ranks.rank} ({socket.gethostname()}): all {ranks.size} ranks joined, but could not connect to "
-                "each other: check that each node's own name resolves to an address which the others reach "
-                f"(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME name the interface). It reported: {cause}"
+                "each other: check that the nodes reach each other on every port (GLOO_SOCKET_IFNAME and "
+                f"NCCL_SOCKET_IFNAME name the interface). It reported: {cause}"
             ) from error
         if has_cuda:
             torch.cuda.set_device(own_device(state.device))

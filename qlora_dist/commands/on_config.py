@@ -67,6 +67,23 @@ def supervise(
     raise click.exceptions.Exit(code)
 
 
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("first_node", metavar="FIRST_NODE:PORT")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="TORCHRUN_OPTIONS...")
+def torchrun(first_node: str, options: tuple[str, ...]) -> None:
+    """Start torchrun on this node of several: the same command on every node, whatever their names resolve to.
+
+    FIRST_NODE is an address of the first node that all others reach, or a name that resolves to one on them.
+
+    \b
+    Example:
+      qlora-dist torchrun 10.0.0.1:29500 --nnodes 4 --nproc-per-node 8 -m qlora_dist train launch/recipes/alpaca-7b.yaml
+    """
+    from .torchrun import run_torchrun
+
+    run_torchrun(first_node, options)
+
+
 @cli.command()
 @click.argument("config", type=click.Path())
 @SET

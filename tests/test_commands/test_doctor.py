@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,7 @@ from qlora_dist.commands.doctor import Finding, doctor
 from qlora_dist.commands.doctor import devices as doctor_devices
 from qlora_dist.commands.doctor.devices import NF4_ERROR_RANGE, check_round_trip, nf4_relative_error
 from qlora_dist.commands.doctor.finding import guarded
-from qlora_dist.commands.doctor.machine import check_hub
+from qlora_dist.commands.doctor.machine import check_hub, check_network
 from qlora_dist.commands.doctor.packages import check_packages, requires
 from qlora_dist.model.bitsandbytes_import import bitsandbytes
 
@@ -140,3 +141,40 @@ def test_a_check_that_fails_in_an_unforeseen_way_is_a_line_of_the_report() -> No
     assert first.status == "ok"
     assert (second.status, second.subject) == ("warn", "something")
     assert "RuntimeError: the driver" in second.found
+
+
+@pytest.mark.parametrize(
+    ("addresses", "status", "text"),
+    [
+        (["10.0.0.7"], "ok", "nodea is 10.0.0.7"),
+        (["127.0.1.1"], "warn", "nodea is 127.0.1.1, an address of every node itself; on several nodes start with"),
+        (
+            [],
+            "warn",
+            "nodea does not resolve (Name or service not known); on several nodes start with qlora-dist torchrun",
+        ),
+    ],
+)
+def test_a_host_name_that_other_nodes_could_not_use_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, addresses: list[str], status: str, text: str
+) -> None:
+    def getaddrinfo(*_: object, **__: object) -> list[tuple[object, ...]]:
+        if not addresses:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, 2, 17, "", (address, 9)) for address in addresses]
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "nodea")
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    name, network = check_network()
+    assert name.status == status and text in str(name) and not name.blocks
+    assert network.status == "ok" and "lo 127.0.0.1" in network.found and "route to the first node" in network.advice
+
+
+def test_a_chosen_interface_that_is_not_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "absent0")
+    *_, network = check_network()
+    assert network.status == "warn" and "GLOO_SOCKET_IFNAME=absent0 chooses none of them" in network.advice
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    *_, network = check_network()
+    assert network.status == "ok" and network.advice == "GLOO_SOCKET_IFNAME=lo chooses"

@@ -2,7 +2,7 @@
 
     packages   Python and libraries: versions against the supported range, and whether they can be imported
     devices    GPUs and CPU: driver, NCCL, bitsandbytes, a 4-bit round trip on each device, paged memory, attention
-    machine    disk, shared memory, the hub's cache, limits, Slurm
+    machine    disk, shared memory, the hub's cache, limits, host name and interfaces, Slurm
 
 The checks really run: a tensor is quantized to 4 bits and back on each device, paged memory is written by the GPU and
 read by the CPU. Libraries are imported inside the checks, so that a missing one is a line of the report.
@@ -14,7 +14,7 @@ import contextlib
 
 from .devices import check_attention, check_bitsandbytes, check_cuda, check_devices, check_paged_memory
 from .finding import Finding, guarded
-from .machine import check_hub, check_machine
+from .machine import check_hub, check_machine, check_network
 from .packages import check_packages, check_python
 
 __all__ = ["Finding", "doctor"]
@@ -28,6 +28,7 @@ CHECKS = (
     check_paged_memory,
     check_attention,
     check_machine,
+    check_network,
     check_hub,
 )
 

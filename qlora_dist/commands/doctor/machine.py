@@ -1,12 +1,15 @@
-"""Disk, shared memory, the hub's cache, limits, Slurm."""
+"""Disk, shared memory, the hub's cache, limits, network, Slurm."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...cluster.own_address import described_interfaces, interfaces, is_loopback, resolve
 from ...files import GIB
 from .finding import Finding
 
@@ -31,6 +34,31 @@ def _check_space(subject: str, path: Path, least: int, advice: str) -> Finding:
     if usage.free < least:
         return Finding("warn", subject, f"{found}, less than {least / GIB:.0f} GiB", advice)
     return Finding("ok", subject, found)
+
+
+def check_network() -> Iterator[Finding]:
+    """Matters to runs on several nodes only, so it never blocks."""
+    name = socket.gethostname()
+    advice = "on several nodes start with qlora-dist torchrun, or give addresses: --local-addr, --main_process_ip"
+    try:
+        found = resolve(name)
+    except OSError as error:
+        yield Finding("warn", "host name", f"{name} does not resolve ({error.strerror or error})", advice)
+    else:
+        is_own_only = all(map(is_loopback, found))
+        why = ", an address of every node itself" if is_own_only else ""
+        yield Finding(
+            "warn" if is_own_only else "ok",
+            "host name", f"{name} is {', '.join(found)}{why}", advice if is_own_only else "",
+        )  # fmt: skip
+    rule = "ranks on several nodes use the one on the route to the first node"
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+    if chosen is not None:
+        rule = f"GLOO_SOCKET_IFNAME={chosen} chooses"
+        if chosen.split(",")[0] not in interfaces():
+            yield Finding("warn", "network", described_interfaces(), f"{rule} none of them: unset it")
+            return
+    yield Finding("ok", "network", described_interfaces(), rule)
 
 
 def check_hub() -> Iterator[Finding]:

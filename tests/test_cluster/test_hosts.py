@@ -1,0 +1,197 @@
+"""Ranks on two hosts meet whatever their names resolve to; where they cannot, the start says within seconds why.
+
+Two sets of namespaces stand in for the hosts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+
+import pytest
+import torch
+from helpers.ranks import outcome
+from helpers.two_hosts import ADDRESSES, NAMES, PORT, Hosts, why_not
+
+from qlora_dist.cluster.world import World
+
+REASON = why_not()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
+SECONDS = 10.0  # within which a start that cannot work says so
+OTHER_NETWORK = (
+    "ip link add other0 type veth peer name other1; ip address add 10.88.0.2/24 dev other0; "
+    "ip link set other0 up; ip link set other1 up"
+)
+
+
+@pytest.fixture
+def hosts(tmp_path, request):
+    with Hosts(tmp_path, request.param) as hosts:
+        yield hosts
+
+
+def _sum():
+    world = World.init()
+    total = world.sum(torch.tensor([world.rank + 1.0])).item()
+    world.close()
+    return total, os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]
+
+
+def _init():
+    started = time.monotonic()
+    return *outcome(World.init), time.monotonic() - started
+
+
+@pytest.mark.parametrize("hosts", NAMES, indirect=True)
+def test_ranks_that_know_an_address_of_the_first_host_work_together_whatever_the_names_are(hosts):
+    assert hosts.call(_sum) == [(3.0, "eth0", "=eth0")] * 2
+
+
+@pytest.mark.parametrize("hosts", ["debian"], indirect=True)
+def test_the_first_host_may_be_a_loopback_address_to_itself(hosts):
+    assert hosts.call(_sum, master="hosta") == [(3.0, "eth0", "=eth0")] * 2
+
+
+@pytest.mark.parametrize("hosts", ["none"], indirect=True)
+def test_hosts_of_an_ipv6_network_work_together(hosts):
+    for number in range(2):
+        hosts.inside(number, f"ip address flush dev eth0; ip address add fd77::{number + 1}/64 dev eth0 nodad")
+    assert hosts.call(_sum, master="fd77::1") == [(3.0, "eth0", "=eth0")] * 2
+
+
+@pytest.mark.parametrize("hosts", ["none"], indirect=True)
+def test_who_cannot_reach_whom_is_said_by_all_ranks_within_seconds(hosts):
+    """The second host uses a network that the first has no way into."""
+    hosts.inside(1, OTHER_NETWORK)
+    results = hosts.call(_init, variables=({}, {"GLOO_SOCKET_IFNAME": "other0"}))
+    for kind, text, seconds in results:
+        assert kind == "MachineFailed" and seconds < SECONDS
+        assert (
+            "rank 0 (hosta) at 10.77.0.1 on eth0 cannot connect to rank 1 (hostb) at 10.88.0.2 on other0: "
+            "Network is unreachable. hosta has lo 127.0.0.1, eth0 10.77.0.1; hostb has lo 127.0.0.1, eth0 10.77.0.2, "
+            "other0 10.88.0.2"
+        ) in text
+        assert "GLOO_SOCKET_IFNAME" in text and "--local-addr" in text and "firewall" in text
+
+
+@pytest.mark.parametrize("hosts", ["none"], indirect=True)
+def test_packets_that_are_dropped_are_named_within_seconds(hosts):
+    """As by a firewall: what the first host sends to the other network of the second reaches nobody."""
+    hosts.inside(1, OTHER_NETWORK)
+    hosts.inside(0, "ip route add 10.88.0.0/24 dev eth0")
+    hosts.inside(0, "ip neighbour add 10.88.0.2 lladdr 02:00:00:00:00:99 dev eth0 nud permanent")
+    for kind, text, seconds in hosts.call(_init, variables=({}, {"GLOO_SOCKET_IFNAME": "other0"})):
+        assert kind == "MachineFailed" and seconds < SECONDS
+        assert "cannot connect to rank 1 (hostb) at 10.88.0.2 on other0: timed out" in text
+
+
+@pytest.mark.parametrize("hosts", ["none"], indirect=True)
+def test_an_interface_that_does_not_exist_is_the_users_mistake(hosts):
+    results = hosts.call(_init, variables=({"GLOO_SOCKET_IFNAME": "eth7"}, {"GLOO_SOCKET_IFNAME": "eth7"}))
+    assert [kind for kind, *_ in results] == ["UserError"] * 2
+    for _, text, _ in results:
+        assert "GLOO_SOCKET_IFNAME=eth7 names no interface with an address; this node has lo 127.0.0.1, eth0" in text
+
+
+@pytest.mark.parametrize("hosts", ["own name only"], indirect=True)
+def test_a_meeting_place_whose_name_does_not_resolve_is_named_within_seconds(hosts):
+    """As torchrun publishes it without the addresses that `qlora-dist torchrun` adds."""
+    started = time.monotonic()
+    first, second = hosts.call(_joins_briefly, master="hosta")
+    assert second[0] == "MachineFailed" and "rank 1 (hostb): MASTER_ADDR=hosta, where the ranks meet" in second[1]
+    assert "does not resolve on this node" in second[1] and "qlora-dist torchrun" in second[1]
+    assert first[0] == "MachineFailed" and "without rank 1" in first[1] and time.monotonic() - started < 20
+
+
+def _joins_briefly():
+    from qlora_dist.cluster import rendezvous
+    from qlora_dist.cluster.launcher import launched_ranks
+
+    return outcome(rendezvous.join_store, launched_ranks(), 7.0)
+
+
+# --- the launchers ----------------------------------------------------------------------------------------------------
+
+SUM = """
+import torch
+from qlora_dist.cluster.world import World
+
+world = World.init()
+total = world.sum(torch.tensor([world.rank + 1.0])).item()
+print(f"rank {world.rank}: sum {total}", flush=True)
+world.close()
+"""
+
+
+def _torchrun(first_node: str, *words: str, nodes: int = 2) -> list[str]:
+    return ["-m", "qlora_dist", "torchrun", first_node, f"--nnodes={nodes}", "--nproc-per-node=1", *words]
+
+
+def _launched(hosts, commands, timeout=150.0):
+    """Starts a command on each host and waits; returns (exit code, output) of each."""
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as slurm/train.sbatch: rank 0 serves a store of its own
+    processes = [hosts.start(number, *command, **variables) for number, command in enumerate(commands)]
+    deadline = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes):
+        outputs = [hosts.output(process) for process in processes]
+        assert time.monotonic() < deadline, "\n==\n".join(outputs)
+        time.sleep(0.1)
+    return [(process.returncode, hosts.output(process)) for process in processes]
+
+
+def _require_sums(hosts, commands):
+    ends = _launched(hosts, commands)
+    assert [code for code, _ in ends] == [0, 0], ends
+    found = sorted(re.findall(r"rank \d: sum [\d.]+", ends[0][1] + ends[1][1]))
+    assert found == ["rank 0: sum 3.0", "rank 1: sum 3.0"], ends
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "sum.py").write_text(SUM)
+    return str(tmp_path / "sum.py")
+
+
+@pytest.mark.parametrize("hosts", ["debian, own name only"], indirect=True)
+def test_torchrun_works_on_two_hosts_that_know_only_their_own_names_as_loopback_addresses(hosts, script):
+    _require_sums(hosts, [_torchrun(f"{ADDRESSES[0]}:{PORT}", script)] * 2)
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("hosts", [names for names in NAMES if names != "debian, own name only"], indirect=True)
+def test_torchrun_works_in_every_situation(hosts, script):
+    _require_sums(hosts, [_torchrun(f"{ADDRESSES[0]}:{PORT}", script)] * 2)
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("hosts", ["names", "debian"], indirect=True)
+def test_torchrun_works_with_the_first_nodes_name(hosts, script):
+    _require_sums(hosts, [_torchrun(f"hosta:{PORT}", script)] * 2)
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("hosts", NAMES, indirect=True)
+def test_accelerate_launch_works_in_every_situation(hosts, script):
+    launch = ["-m", "accelerate.commands.launch", "--config_file=launch/accelerate/nodes-2.yaml", "--num_processes=2"]
+    launch += [f"--main_process_ip={ADDRESSES[0]}", f"--main_process_port={PORT}"]
+    _require_sums(hosts, [[*launch, f"--machine_rank={number}", script] for number in range(2)])
+
+
+@pytest.mark.parametrize("hosts", ["own name only"], indirect=True)
+def test_a_first_node_whose_name_does_not_resolve_is_a_users_mistake(hosts):
+    process = hosts.start(1, *_torchrun(f"hosta:{PORT}", "absent.py"))
+    assert process.wait(30) == 2
+    text = hosts.output(process)
+    assert "error: hostb finds no way to the first node, hosta: " in text
+    assert "Give it as an address that all nodes reach. This node has lo 127.0.0.1, eth0 10.77.0.2" in text
+
+
+@pytest.mark.parametrize("hosts", ["none"], indirect=True)
+def test_a_node_that_waits_for_the_first_one_says_so_within_seconds(hosts):
+    started = time.monotonic()
+    process = hosts.start(1, *_torchrun(f"{ADDRESSES[0]}:{PORT}", "absent.py"))
+    expected = f"hostb (10.77.0.2 on eth0) cannot connect to the first node at 10.77.0.1:{PORT}: Connection refused"
+    while expected not in hosts.output(process):
+        assert time.monotonic() - started < SECONDS + 10 and process.poll() is None, hosts.output(process)
+        time.sleep(0.1)
