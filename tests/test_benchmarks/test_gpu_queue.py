@@ -161,7 +161,8 @@ write = "import sys, time, pathlib; pathlib.Path(sys.argv[1], 'raw.json').write_
 here = {"needs": (), "device": "cpu", "part": 1}
 queue.ITEMS = (
     Item("first", f'python -c "{write}" {{out}}', 30, "a test", **here),
-    Item("second", f'python -c "{write} print(5, flush=True); time.sleep(float(sys.argv[2]))" {{out}} 600', 900,
+    # its file comes last: who sees it has the output as well
+    Item("second", f'python -c "print(5, flush=True); {write} time.sleep(float(sys.argv[2]))" {{out}} 600', 900,
          "a test", **here),
     Item("third", f'python -c "{write}" {{out}}', 30, "a test", **here),
     Item("later", f'python -c "{write}" {{out}}', 30, "a test", **here | {"part": 4}),
