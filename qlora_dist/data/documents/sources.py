@@ -18,7 +18,7 @@ from ..formats import RawRecord, available_splits, find_files, is_local, parse_s
 _WHOLE_HASH_LIMIT = 256 * 2**20
 
 # applied after tokenization (select.py): they do not change the tokens
-_SELECTION = {"weight", "shuffle", "hold_out", "part"}
+_SELECTION = {"weight", "shuffle", "hold_out", "part", "name"}
 
 
 @dataclass(frozen=True)
