@@ -47,7 +47,12 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     if not colon or endpoint.endswith("]"):
         host, port = endpoint, str(DEFAULT_PORT)
     host = host.removeprefix("[").removesuffix("]")
-    if not host or host[0] == "-" or (":" in host and "[" not in endpoint) or not (port.isascii() and port.isdigit() and len(port) < 6):
+    if (
+        not host
+        or host[0] == "-"
+        or (":" in host and "[" not in endpoint)
+        or not (port.isascii() and port.isdigit() and len(port) < 6)
+    ):
         raise UserError(f"{endpoint}: expected the first node as HOST:PORT, an IPv6 address as [ADDRESS]:PORT")
     return host, int(port)
 

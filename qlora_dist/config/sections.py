@@ -132,6 +132,15 @@ class SourceConfig(_Section):
     part: Literal["all", "train", "held_out"] = "all"
     """Which side of `hold_out` to read. all: both sides in data.eval; all but held-out records in data.train."""
 
+    name: str | None = None
+    """What hold_out, shuffle and fractions of weights are drawn by, besides the seed. null: `path` as it is written, so
+    that a run which was moved, or is started in another folder, draws the same records."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, raw: Any) -> Any:
+        return {**raw, "name": raw.get("path")} if isinstance(raw, dict) and raw.get("name") is None else raw
+
     @model_validator(mode="after")
     def _consistent(self) -> SourceConfig:
         if self.part == "held_out" and self.hold_out is None:

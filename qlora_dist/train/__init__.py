@@ -63,6 +63,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
             metrics.print(run.describe() + fit.text)
 
             # 4. model: 4-bit base -> adapters -> optimizer
+            run.read_sources()
             progress.model = model = build_model(config, world)
             metrics.print(check_base(config, world, model))
             model.build_peak_bytes = restart_peak(world.device)

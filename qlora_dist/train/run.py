@@ -53,8 +53,16 @@ class Run:
 
     @cached_property
     def sources(self) -> Digests:
-        """Digests of what the config names by a path, of when the run resumed. Rank 0 only."""
+        """Digests of what the config names by a path, of when `read_sources` was called. Rank 0 only."""
         return source_digests(self.config)
+
+    def read_sources(self) -> None:
+        """Takes `sources`, before the model is read: a file that is unreadable, or replaced while it is loaded, is
+        noticed. The other ranks wait without a limit."""
+        what = "reading the files of the base and of lora.init_from"
+        with self.world.stoppable(what):
+            if self.world.is_main:
+                _ = self.sources
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of 0-based update `step`."""

@@ -89,7 +89,9 @@ def _require_same(run: Run, path: Path, state: dict[str, Any], base: dict[str, s
     Returns the fields that name the same content by another path.
     """
     saved_config, config = state["config"], dump_yaml(run.config)
-    recorded = ("data.train", "data.template", *state.get("sources", {}))  # content that this checkpoint tells
+    # fields whose content this checkpoint tells: versions before recorded less
+    recorded = ("data.train", "data.template", *state.get("sources", {}))
+    recorded += ("data.eval",) if "eval_fingerprint" in state else ()
     changed = config_changes(saved_config, config, free_fields(run.config), f"{path}: its config", recorded)
     if changed:
         raise UserError(f"checkpoint {path} was made with another config:\n" + "\n".join(changed))
@@ -97,6 +99,12 @@ def _require_same(run: Run, path: Path, state: dict[str, Any], base: dict[str, s
         raise UserError(
             f"checkpoint {path} was made with other training data (a source or the tokenizer has changed); restore "
             "the data, or start over in another run_dir with lora.init_from"
+        )
+    if state.get("eval_fingerprint", run.data.held_out_fingerprint) != run.data.held_out_fingerprint:
+        raise UserError(
+            f"checkpoint {path} was made with other held-out data behind data.eval (or hold_out): its evaluations "
+            "could not be compared with those that follow. Restore the data; to evaluate on other data, finish this "
+            "run and use `qlora-dist evaluate --config`, or start over in another run_dir with lora.init_from"
         )
     changed = changed_sources(state.get("sources", {}), run.sources)
     saved = state.get("base_in_memory", base)  # versions before did not record it
@@ -156,6 +164,7 @@ def save(run: Run, model: TrainingModel, state: TrainState) -> None:
                 "num_labels": state.num_labels,
                 "config": dump_yaml(config),
                 "data_fingerprint": run.data.documents.fingerprint,
+                "eval_fingerprint": run.data.held_out_fingerprint,
                 "sources": run.sources,
                 "base_in_memory": base,
                 "layout": model.update.layout(),

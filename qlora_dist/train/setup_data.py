@@ -25,6 +25,7 @@ class Data:
     rows: Rows
     loader: Loader
     held_out: list[Batch]  # this rank's
+    held_out_fingerprint: str | None  # None: nothing is held out
 
 
 def build_data(config: RunConfig, world: World) -> Data:
@@ -47,16 +48,17 @@ def build_data(config: RunConfig, world: World) -> Data:
         seed=config.seed,
         total_rows=None if config.train.epochs is None else max(1, round(config.train.epochs * len(rows))),
     )
-    held_out = []
+    held_out, held_out_fingerprint = [], None
     if eval_sources:
         unseen = documents_on_ranks(config.data, eval_sources, tokenizer, world, "data.eval", config.seed)
+        held_out_fingerprint = unseen.fingerprint
         check_ids(unseen, tokenizer, vocabulary)
         warning = overlap_warning(unseen.hashes, documents.hashes)
         if warning and world.is_main:
             print(f"warning: {warning}", flush=True)
         unseen_rows = build_rows(config.data, unseen, config.seed)
         held_out = eval_batches(unseen, unseen_rows, config.batch.resolved_micro_rows, world.rank, world.size)
-    return Data(documents, rows, loader, held_out)
+    return Data(documents, rows, loader, held_out, held_out_fingerprint)
 
 
 def documents_on_ranks(

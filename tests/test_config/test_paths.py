@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.tiny_run import changed
 from pydantic import BaseModel
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from qlora_dist.config import RunConfig, dump_yaml, load_config, parse_config
 from qlora_dist.config.names import DATA_SUFFIXES
 from qlora_dist.config.run_dir import BY_CONTENT, RunDir, config_changes, moved_paths
+from qlora_dist.data.documents.select import select_documents
 from qlora_dist.data.formats.readers import READERS
 from qlora_dist.errors import UserError
 
@@ -114,7 +116,8 @@ def test_each_field_of_text_is_one_that_is_made_absolute_or_names_no_file():
     """A new field of text must be put into one of the two sets."""
     no_files = {
         "model.revision", "data.date", "logging.project", "logging.trackers", "data.train.columns",
-        *(f"data.{part}.{field}" for part in ("train", "eval") for field in ("split", "subset", "revision", "columns")),
+        *(f"data.{part}.{field}" for part in ("train", "eval") for field in
+          ("split", "subset", "revision", "columns", "name")),
     }  # fmt: skip
     paths = {
         "run_dir", "model.name", "model.cache_4bit", "lora.init_from", "data.train.path", "data.eval.path",
@@ -150,6 +153,24 @@ def test_another_path_alone_is_left_to_the_content_where_a_checkpoint_tells_it(h
     assert run.config.read_text() == old and run.completed_steps({"steps": 1}) is None
     run.confirm()
     assert run.config.read_text() == new and run.completed_steps({"steps": 1}) == 1
+
+
+def test_the_records_that_are_held_out_do_not_depend_on_where_the_file_lies(here, monkeypatch):
+    raw = changed(RAW, data__train=[{"path": "data/a.jsonl", "hold_out": 5}])
+    drawn = []
+    for folder in (here, here / "folder"):
+        monkeypatch.chdir(folder)
+        source = parse_config(raw).data.train[0].model_copy(update={"part": "train"})
+        of = np.arange(50)
+        drawn.append(select_documents([source], [50], np.zeros(50, dtype=np.int64), of, 0).tolist())
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 45
+    again = load_config_of(here, parse_config(raw)).data.train[0]
+    assert again.name == "data/a.jsonl" and again.path == f"{here}/folder/data/a.jsonl"
+
+
+def load_config_of(folder: Path, config: RunConfig) -> RunConfig:
+    (folder / "written.yaml").write_text(dump_yaml(config))
+    return load_config(folder / "written.yaml")
 
 
 def test_another_name_on_the_hub_and_another_setting_of_a_source_are_changes(here):

@@ -160,7 +160,54 @@ def test_a_base_that_differs_in_memory_alone_is_refused(copied, monkeypatch):
         train(config_of(raw))
 
 
-def test_each_field_that_names_files_is_compared(tmp_path):
+def test_other_held_out_data_are_refused_and_an_old_checkpoint_does_not_tell(copied):
+    folder, raw = copied
+    raw["data"]["eval"] = [{"path": str(folder / "held_out.json"), "format": "input-output"}]
+    raw["run_dir"] = str(folder / "evaluated")
+    train(config_of(raw, train__steps=1))
+    records = json.loads((folder / "held_out.json").read_text())
+    (folder / "held_out.json").write_text(json.dumps(records[1:]))
+    with pytest.raises(UserError, match=r"other held-out data behind data\.eval.*another run_dir"):
+        train(config_of(raw))
+    shutil.copy(folder / "held_out.json", folder / "elsewhere.json")
+    raw["data"]["eval"][0]["path"] = str(folder / "elsewhere.json")
+    with pytest.raises(UserError, match=r"other held-out data behind data\.eval"):
+        train(config_of(raw))
+    raw["data"]["eval"][0]["path"] = str(folder / "held_out.json")
+    checkpoint = folder / "evaluated" / "checkpoints" / "step-00000001"
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["eval_fingerprint"]
+    _rewrite(checkpoint, json.dumps(state))
+    assert train(config_of(raw, train__steps=2)).step == 2
+
+
+def test_files_are_read_before_the_model_is_and_one_that_is_replaced_while_it_loads_is_noticed(copied, monkeypatch):
+    folder, raw = copied
+    from qlora_dist.train import setup_model
+
+    load, adapter = setup_model.load_base, folder / "begin"
+    raw |= {"lora": {**raw["lora"], "init_from": str(adapter)}, "run_dir": str(folder / "replaced")}
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"lora\.init_from .*begin: there is no file adapter_config\.json"),
+    ):
+        patch.setattr(setup_model, "load_base", lambda *_, **__: pytest.fail("the model was read first"))
+        train(config_of(raw))
+    shutil.copytree(folder / "run" / "adapter", adapter)
+
+    def replace_and_load(*arguments, **options):
+        config = adapter / "adapter_config.json"
+        config.write_text(config.read_text() + "\n")
+        return load(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup_model, "load_base", replace_and_load)
+        train(config_of(raw, train__steps=1))
+    with pytest.raises(UserError, match=r"lora\.init_from: other content in adapter_config\.json"):
+        train(config_of(raw))
+
+
+def test_each_field_that_names_files_is_compared(tmp_path, monkeypatch):
     raw = make_inputs(tmp_path, num_examples=4)
     adapter, ds_config = tmp_path / "adapter", tmp_path / "ds.json"
     adapter.mkdir()
@@ -171,12 +218,16 @@ def test_each_field_that_names_files_is_compared(tmp_path):
     before = source_digests.source_digests(config)
     assert source_digests.changed_sources(before, source_digests.source_digests(config)) == []
     assert source_digests.changed_sources({}, before) == []  # of a version that recorded nothing
+    monkeypatch.chdir(tmp_path)
+    as_given = {field.replace(f"{tmp_path}/", ""): digests for field, digests in before.items()}  # the same
+    assert "strategy.ds_config ds.json" in as_given
     (adapter / "adapter_model.safetensors").write_text("b")
     ds_config.write_text("{ }")
-    assert source_digests.changed_sources(before, source_digests.source_digests(config)) == [
-        "  lora.init_from: other content in adapter_model.safetensors",
-        f"  strategy.ds_config {ds_config}: other content in ds.json",
-    ]
+    for saved in (before, as_given):
+        assert source_digests.changed_sources(saved, source_digests.source_digests(config)) == [
+            "  lora.init_from: other content in adapter_model.safetensors",
+            f"  strategy.ds_config {ds_config}: other content in ds.json",
+        ]
 
 
 def test_a_branch_that_was_left_is_never_taken_again(copied, capsys):

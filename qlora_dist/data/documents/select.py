@@ -73,5 +73,5 @@ def _num_held_out(source: SourceConfig, num_records: int) -> int:
 
 
 def _source_key(source: SourceConfig) -> int:
-    name = f"{source.path}\n{source.subset}\n{source.split}"
+    name = f"{source.name}\n{source.subset}\n{source.split}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

@@ -14,7 +14,7 @@ from ...files import digests, identity
 from ..formats import RawRecord, available_splits, find_files, is_local, parse_split, read_file, read_hub
 
 # applied after tokenization (select.py): they do not change the tokens
-_SELECTION = {"weight", "shuffle", "hold_out", "part"}
+_SELECTION = {"weight", "shuffle", "hold_out", "part", "name"}
 
 
 @dataclass(frozen=True)
