@@ -101,6 +101,9 @@ def _explained(error: BaseException) -> tuple[str, int]:
         error = explain_os_error("this command", error)
     if isinstance(error, UserError | RunFailed):
         return f"error: {error}", error.exit_code
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not have been imported here
+        reason = str(error).split(". ")[0]
+        return f"error: {reason}; end what else uses this device, take less at a time, or a larger device", 1
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)] or frames
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""

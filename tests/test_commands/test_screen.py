@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import click
 import pytest
+import torch
 from helpers.ranks import ROOT, clean_environment
 from helpers.tiny_run import make_inputs, write_config
 from rich.console import Console
@@ -167,6 +168,7 @@ def test_names_and_samples_of_data_are_shown_as_text_in_both_reports(tmp_path):
         (click.ClickException("a\x07\u202e"), 2, r"Error: a\x07\u202e"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (RecursionError("too deep"), 1, "internal error: RecursionError: too deep"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 1, "error: CUDA out of memory; end what else uses"),
     ],
     ids=lambda value: type(value).__name__,
 )
