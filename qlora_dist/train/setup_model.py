@@ -20,6 +20,7 @@ from ..model import (
     load_base,
     output_head,
     set_recompute,
+    unwrap,
 )
 from ..model.activation_offload import ActivationOffload
 from ..model.dropout import dropout_rows
@@ -132,6 +133,7 @@ def check_base(config: RunConfig, world: World, model: TrainingModel) -> str:
         quantization=settings.quantization,
         double_quant=settings.double_quant,
         dtype=dtype,
+        has_own_head=model.head.weight is not unwrap(model.module).get_input_embeddings().weight,
     )
     strategy = config.strategy.name
     expected = promised.on_each_rank(strategy, world.size)

@@ -294,6 +294,30 @@ class _BadGradient(torch.autograd.Function):
         return grad * float("inf")
 
 
+def test_full_fine_tuning_under_zero3_exports_the_model_that_one_process_trains(raw, zero3_config, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    full = changed(raw, model__quantization="none", lora=None, train__steps=4, optim__lr=3e-3)
+    zero3 = {"strategy__name": "zero3", "strategy__ds_config": zero3_config, "run_dir": str(tmp_path / "zero3")}
+    on_ranks(_train, RANKS, changed(full, **zero3))
+    on_ranks(_train, 1, full)
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "zero3" / "model", output_loading_info=True)
+    assert not any(loading.values()), loading
+    stored = load_file(tmp_path / "zero3" / "model" / "model.safetensors")
+    expected, base = (load_file(Path(folder) / "model.safetensors") for folder in
+                      (Path(full["run_dir"]) / "model", full["model"]["name"]))  # fmt: skip
+    assert stored.keys() == expected.keys() == base.keys() == model.state_dict().keys()
+    for name, value in expected.items():
+        assert torch.equal(model.state_dict()[name], stored[name]) and stored[name].dtype == value.dtype
+        torch.testing.assert_close(stored[name], value, rtol=1e-3, atol=1e-5)  # Adam divides small numbers
+        assert (value - base[name]).norm() > 1e-3  # the guard: each weight has moved, by more than the tolerance
+    torch.testing.assert_close(_metrics(tmp_path / "zero3"), _metrics(full["run_dir"]), rtol=1e-5, atol=0)
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        checkpoints = [Path(run) / "checkpoints/step-00000004" / name for run in (tmp_path / "zero3", full["run_dir"])]
+        mine, theirs = map(load_file, checkpoints)
+        assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
+
+
 # --- what is refused, and the shipped files ---------------------------------------------------------------------------
 
 OWNED = [

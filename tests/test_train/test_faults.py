@@ -1,7 +1,7 @@
 """What is done to a run, and what becomes of it: nothing saved is lost, every rank ends, the error names the culprit.
 
 Ranks here are processes without a launcher: they must end by themselves. With QLORA_DIST_FAULTS_TABLE=FILE the measured
-results are written there as the README's table.
+results are written there, for benchmarks/faults.py.
 """
 
 from __future__ import annotations
@@ -50,13 +50,17 @@ def config(inputs, tmp_path):
 @pytest.fixture(scope="module")
 def table():
     """Takes (fault, outcome, steps lost, seconds until all ranks had exited)."""
-    rows: list[tuple[str, str, str, str]] = []
+    rows: list[dict[str, str]] = []
     yield lambda fault, what, lost, seconds: rows.append(
-        (fault, what, str(lost), "-" if seconds is None else f"{seconds:.1f}")
+        {
+            "fault": fault,
+            "outcome": what,
+            "steps_lost": str(lost),
+            "seconds": "-" if seconds is None else f"{seconds:.1f}",
+        }
     )
     if path := os.environ.get("QLORA_DIST_FAULTS_TABLE"):
-        head = "| fault | outcome | steps lost | seconds to stop |\n|---|---|---|---|\n"
-        Path(path).write_text(head + "".join(f"| {' | '.join(row)} |\n" for row in rows))
+        Path(path).write_text(json.dumps(rows))
 
 
 def _config(inputs, folder, **changes):

@@ -107,7 +107,10 @@ def resolve_ties(model: PreTrainedModel, source: WeightSource) -> set[str]:
     without: set[str] = set()
     for target, origin in list(ties.items()):
         if target in source.names and not same_in_source(source, target, origin, PIECE):
-            log.warning("%s and %s are tied by the config but differ in the files: they stay untied", target, origin)
+            log.warning(
+                "%s and %s are tied by the config but differ in the files: they stay untied (a memory plan, which "
+                "reads the config alone, counts one of them)", target, origin,
+            )  # fmt: skip
             ties.pop(target)
         elif origin in source.names:
             without.add(target)

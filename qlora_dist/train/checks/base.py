@@ -40,9 +40,18 @@ class BaseBytes:
 
 
 def promised_base_bytes(
-    name: str, *, revision: str | None = None, quantization: Quantization, double_quant: bool, dtype: torch.dtype
+    name: str,
+    *,
+    revision: str | None = None,
+    quantization: Quantization,
+    double_quant: bool,
+    dtype: torch.dtype,
+    has_own_head: bool = False,
 ) -> BaseBytes:
-    """Bytes by the shapes: half a byte per 4-bit weight, plus its constants; `dtype` for what is not quantized."""
+    """Bytes by the shapes: half a byte per 4-bit weight, plus its constants; `dtype` for what is not quantized.
+
+    `has_own_head`: the files hold an output head besides the embedding, whatever the config says of the two.
+    """
     config = load_config(name, revision)
     skipped = tuple((getattr(config, "quantization_config", None) or {}).get("llm_int8_skip_modules") or ())
     model = build_on_meta(name, config)
@@ -62,6 +71,9 @@ def promised_base_bytes(
             matrices += parameter.numel() * dtype.itemsize
         else:
             vectors += parameter.numel() * dtype.itemsize
+    head = model.get_output_embeddings().weight
+    if has_own_head and head is model.get_input_embeddings().weight:
+        matrices += head.numel() * dtype.itemsize
     return BaseBytes(matrices, constants, vectors, nested)
 
 
