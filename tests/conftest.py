@@ -1,5 +1,6 @@
 """Shared by all tests: nothing is fetched, nothing is written outside the test's own folder."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -17,3 +18,9 @@ sys.dont_write_bytecode = True
 import torch  # noqa: E402  (after the environment is set)
 
 torch.set_num_threads(1)  # tiny tensors: a thread pool costs more than it gives
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: a run collects garbage twice, and would visit all of it each time."""
+    gc.collect()
+    gc.freeze()

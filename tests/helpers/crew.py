@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.ranks import process_context
+from helpers.ranks import process_context, redirect
+from helpers.renderer import stand_by
 
 Fault = dict[str, Any]  # as tests/faults/sitecustomize.py explains
 
@@ -86,10 +87,7 @@ class Crew:
 
 
 def _main(rank: int, ranks: int, port: int, config: str, log: str, faults: tuple[Fault, ...], job: str) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    redirect(log, log)
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -98,6 +96,8 @@ def _main(rank: int, ranks: int, port: int, config: str, log: str, faults: tuple
     import torch
 
     torch.set_num_threads(1)
+    if rank == 0:
+        stand_by()
     sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
     kit = importlib.import_module("sitecustomize")
     for module in {where for where, _ in kit.PLACES.values()}:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from helpers.renderer import stand_by
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,6 +62,47 @@ def run_python(
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def run_forked(code: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """As `run_python` without `check`, in a process forked from the server that has done the imports: for code that
+    needs a process of its own, but not a fresh interpreter."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(Path(folder) / name) for name in ("out", "err")]
+        process = process_context().Process(target=_forked_main, args=(code, arguments, *files), daemon=True)
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise AssertionError(f"not finished after {timeout} s\n{Path(files[1]).read_text()}")
+        out, err = (Path(file).read_text() for file in files)
+    return subprocess.CompletedProcess([code, *arguments], process.exitcode or 0, out, err)
+
+
+def _forked_main(code: str, arguments: tuple[str, ...], *files: str) -> None:
+    redirect(*files)
+    torch.set_num_threads(1)
+    stand_by()
+    sys.argv = ["-c", *arguments]
+    ended = 0
+    try:
+        exec(compile(textwrap.dedent(code), "<forked>", "exec"), {"__name__": "__main__"})
+    except BaseException:
+        traceback.print_exc()
+        ended = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended)
+
+
+def redirect(out: str, err: str) -> None:
+    """Sends what this process prints to files, from here on."""
+    for number, file in ((1, out), (2, err)):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
 
 
 def on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout: float = 120) -> list[Any]:
@@ -122,6 +166,8 @@ def _rank_main(
     import torch
 
     torch.set_num_threads(1)
+    if rank == 0:
+        stand_by()
     try:
         sender.send((True, function(*arguments)))
     except BaseException:
