@@ -71,7 +71,7 @@ def promised_base_bytes(
             matrices += parameter.numel() * dtype.itemsize
         else:
             vectors += parameter.numel() * dtype.itemsize
-    head = model.get_output_embeddings().weight
+    head: torch.Tensor = model.get_output_embeddings().weight
     if has_own_head and head is model.get_input_embeddings().weight:
         matrices += head.numel() * dtype.itemsize
     return BaseBytes(matrices, constants, vectors, nested)
