@@ -71,8 +71,9 @@ def promised_base_bytes(
             matrices += parameter.numel() * dtype.itemsize
         else:
             vectors += parameter.numel() * dtype.itemsize
-    head = model.get_output_embeddings().weight
-    if has_own_head and head is model.get_input_embeddings().weight:
+    ends: Any = model
+    head = ends.get_output_embeddings().weight
+    if has_own_head and head is ends.get_input_embeddings().weight:
         matrices += head.numel() * dtype.itemsize
     return BaseBytes(matrices, constants, vectors, nested)
 
