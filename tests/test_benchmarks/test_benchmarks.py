@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cells, dataset, figures, inputs, profiling, provenance, report, throughput, work, worker
+from benchmarks import cells, dataset, faults, figures, inputs, profiling, provenance, report, throughput, work, worker
 from benchmarks.cells import Cell, Group, Preset
 from benchmarks.conductor import Conductor
 from benchmarks.shapes import SHAPES, shape_of
@@ -280,6 +280,12 @@ def test_the_committed_report_is_generated_from_the_committed_raw_files():
     parts = report.build(ROOT / "benchmarks" / "results")
     assert (ROOT / "benchmarks" / "RESULTS.md").read_text() == report.to_markdown(parts)
     assert (ROOT / "benchmarks" / "results.html").read_text() == report.to_html(parts)
+
+
+def test_the_readmes_faults_are_those_of_the_raw_file():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "faults.json").read_text())["results"]
+    table = (ROOT / "README.md").read_text()
+    assert rows and all(f"\n{faults.line(row)}\n" in table for row in rows)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
