@@ -17,6 +17,7 @@ from typing import Any
 
 from helpers.ranks import process_context, redirect
 from helpers.renderer import stand_by
+from helpers.two_hosts import ADDRESSES, Hosts, enter_host
 
 Fault = dict[str, Any]  # as tests/faults/sitecustomize.py explains
 
@@ -31,19 +32,32 @@ class Ended:
 
 
 class Crew:
-    """Context manager: ranks that train a config. `late_seconds`: how much later the last one starts."""
+    """Context manager: ranks that train a config. `late_seconds`: how much later the last one starts. `hosts`: each
+    rank on one of them.
+    """
 
     def __init__(
-        self, config: Path, folder: Path, *faults: Fault, ranks: int = 2, late_seconds: float = 0.0, job: str = ""
+        self,
+        config: Path,
+        folder: Path,
+        *faults: Fault,
+        ranks: int = 2,
+        late_seconds: float = 0.0,
+        job: str = "",
+        hosts: Hosts | None = None,
     ) -> None:
         context = process_context()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         folder.mkdir(exist_ok=True)
+        places = hosts.pids if hosts is not None else [0] * ranks
         self._logs = [folder / f"rank-{rank}-{time.monotonic_ns()}.log" for rank in range(ranks)]
         self.processes = [
-            context.Process(target=_main, args=(rank, ranks, port, str(config), str(self._logs[rank]), faults, job))
+            context.Process(
+                target=_main,
+                args=(rank, ranks, port, str(config), str(self._logs[rank]), faults, job, places[rank]),
+            )
             for rank in range(ranks)
         ]
         for rank, process in enumerate(self.processes):
@@ -86,11 +100,17 @@ class Crew:
         return "\n".join(f"== {log.name}\n{log.read_text()}" for log in self._logs if log.exists())
 
 
-def _main(rank: int, ranks: int, port: int, config: str, log: str, faults: tuple[Fault, ...], job: str) -> None:
+def _main(
+    rank: int, ranks: int, port: int, config: str, log: str, faults: tuple[Fault, ...], job: str, host: int
+) -> None:
+    if host:
+        enter_host(host)
     redirect(log, log)
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if host:
+            os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": ADDRESSES[0]}
     if job:
         os.environ["SLURM_JOB_ID"] = job
     import torch

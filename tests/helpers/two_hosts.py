@@ -137,10 +137,15 @@ def _on_host(
     pids: list[int], launched: dict[str, str], variables: Any, function: Callable[..., Any], *arguments: Any
 ) -> Any:
     rank = int(os.environ["RANK"])
-    libc = ctypes.CDLL(None, use_errno=True)
-    for kind in ("net", "uts", "mnt"):
-        with open(f"/proc/{pids[rank]}/ns/{kind}") as namespace:
-            if libc.setns(namespace.fileno(), 0):
-                raise OSError(ctypes.get_errno(), f"setns {kind}")
+    enter_host(pids[rank])
     os.environ |= {**launched, **variables[rank]}
     return function(*arguments)
+
+
+def enter_host(pid: int) -> None:
+    """Moves this process, which has one thread, to the host whose first process is `pid`; it keeps its process id."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in ("net", "uts", "mnt"):
+        with open(f"/proc/{pid}/ns/{kind}") as namespace:
+            if libc.setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), f"setns {kind}")

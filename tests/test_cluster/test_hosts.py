@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 
 import pytest
 import torch
+from helpers.crew import Crew
 from helpers.ranks import outcome
+from helpers.tiny_run import losses_of, make_inputs, write_config
 from helpers.two_hosts import ADDRESSES, NAMES, PORT, Hosts, why_not
 
+from qlora_dist.cluster import node_links, rendezvous
+from qlora_dist.cluster.launcher import launched_ranks
 from qlora_dist.cluster.world import World
+from qlora_dist.config import load_config
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
@@ -38,8 +44,8 @@ def _sum():
     return total, os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]
 
 
-def _init():
-    started = time.monotonic()
+def _init(connect_seconds=node_links.CONNECT_SECONDS):
+    started, node_links.CONNECT_SECONDS = time.monotonic(), connect_seconds
     return *outcome(World.init), time.monotonic() - started
 
 
@@ -81,17 +87,17 @@ def test_packets_that_are_dropped_are_named_within_seconds(hosts):
     hosts.inside(1, OTHER_NETWORK)
     hosts.inside(0, "ip route add 10.88.0.0/24 dev eth0")
     hosts.inside(0, "ip neighbour add 10.88.0.2 lladdr 02:00:00:00:00:99 dev eth0 nud permanent")
-    for kind, text, seconds in hosts.call(_init, variables=({}, {"GLOO_SOCKET_IFNAME": "other0"})):
+    for kind, text, seconds in hosts.call(_init, 1.0, variables=({}, {"GLOO_SOCKET_IFNAME": "other0"})):
         assert kind == "MachineFailed" and seconds < SECONDS
         assert "cannot connect to rank 1 (hostb) at 10.88.0.2 on other0: timed out" in text
 
 
 @pytest.mark.parametrize("hosts", ["none"], indirect=True)
 def test_an_interface_that_does_not_exist_is_the_users_mistake(hosts):
-    results = hosts.call(_init, variables=({"GLOO_SOCKET_IFNAME": "eth7"}, {"GLOO_SOCKET_IFNAME": "eth7"}))
-    assert [kind for kind, *_ in results] == ["UserError"] * 2
-    for _, text, _ in results:
-        assert "GLOO_SOCKET_IFNAME=eth7 names no interface with an address; this node has lo 127.0.0.1, eth0" in text
+    (first, text, seconds), (second, own_text, _) = hosts.call(_init, variables=({}, {"GLOO_SOCKET_IFNAME": "eth7"}))
+    assert (first, second) == ("MachineFailed", "UserError") and seconds < SECONDS, "the other host hears of it"
+    expected = "rank 1 (hostb): GLOO_SOCKET_IFNAME=eth7 names no interface with an address; this node has lo 127.0.0.1"
+    assert expected in own_text and expected in text
 
 
 @pytest.mark.parametrize("hosts", ["own name only"], indirect=True)
@@ -105,10 +111,8 @@ def test_a_meeting_place_whose_name_does_not_resolve_is_named_within_seconds(hos
 
 
 def _joins_briefly():
-    from qlora_dist.cluster import rendezvous
-    from qlora_dist.cluster.launcher import launched_ranks
-
-    return outcome(rendezvous.join_store, launched_ranks(), 7.0)
+    rendezvous.NAME_SECONDS = 0.5
+    return outcome(rendezvous.join_store, launched_ranks(), 3.0)
 
 
 # --- the launchers ----------------------------------------------------------------------------------------------------
@@ -128,7 +132,7 @@ def _torchrun(first_node: str, *words: str, nodes: int = 2) -> list[str]:
     return ["-m", "qlora_dist", "torchrun", first_node, f"--nnodes={nodes}", "--nproc-per-node=1", *words]
 
 
-def _launched(hosts, commands, timeout=150.0):
+def _launched(hosts, commands, timeout=270.0):
     """Starts a command on each host and waits; returns (exit code, output) of each."""
     variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as slurm/train.sbatch: rank 0 serves a store of its own
     processes = [hosts.start(number, *command, **variables) for number, command in enumerate(commands)]
@@ -154,12 +158,19 @@ def script(tmp_path):
 
 
 @pytest.mark.parametrize("hosts", ["debian, own name only"], indirect=True)
-def test_torchrun_works_on_two_hosts_that_know_only_their_own_names_as_loopback_addresses(hosts, script):
-    _require_sums(hosts, [_torchrun(f"{ADDRESSES[0]}:{PORT}", script)] * 2)
+def test_torchrun_gives_the_ranks_an_address_though_own_names_are_loopback_addresses(hosts, tmp_path):
+    """What ranks do with it is tested above, and with torchrun itself below."""
+    (tmp_path / "show.py").write_text(
+        "from os import environ as e; print('rank', e['RANK'], 'meets', e['MASTER_ADDR'])"
+    )
+    ends = _launched(hosts, [_torchrun(f"{ADDRESSES[0]}:{PORT}", str(tmp_path / "show.py"))] * 2)
+    found = re.findall(r"rank (\d) meets (\S+)", ends[0][1] + ends[1][1])
+    assert [code for code, _ in ends] == [0, 0] and sorted(rank for rank, _ in found) == ["0", "1"], ends
+    assert len({address for _, address in found}) == 1 and found[0][1] in ADDRESSES, ends
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize("hosts", [names for names in NAMES if names != "debian, own name only"], indirect=True)
+@pytest.mark.parametrize("hosts", NAMES, indirect=True)
 def test_torchrun_works_in_every_situation(hosts, script):
     _require_sums(hosts, [_torchrun(f"{ADDRESSES[0]}:{PORT}", script)] * 2)
 
@@ -195,3 +206,72 @@ def test_a_node_that_waits_for_the_first_one_says_so_within_seconds(hosts):
     while expected not in hosts.output(process):
         assert time.monotonic() - started < SECONDS + 10 and process.poll() is None, hosts.output(process)
         time.sleep(0.1)
+
+
+# --- a run that loses a host ------------------------------------------------------------------------------------------
+
+STEPS = 10
+SLOW = {"do": "sleep", "seconds": 0.3, "at": "step"}
+
+
+@pytest.fixture
+def config(tmp_path):
+    raw = make_inputs(tmp_path)
+    changes = {"train__steps": STEPS, "train__save_every": 2, "strategy__timeout_seconds": 8}
+    return write_config(tmp_path / "config.yaml", raw, **changes)
+
+
+def _num_steps(run_dir):
+    return len(losses_of(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+
+
+def _until_step(crew, run_dir, step):
+    deadline = time.monotonic() + 120
+    while _num_steps(run_dir) < step:
+        assert time.monotonic() < deadline, crew.output()
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def undisturbed(config, tmp_path):
+    """Losses of the same run on one host."""
+    raw = load_config(config).model_dump(mode="json") | {"run_dir": str(tmp_path / "undisturbed")}
+    with Crew(write_config(tmp_path / "undisturbed.yaml", raw), tmp_path / "undisturbed-logs") as crew:
+        assert [end.code for end in crew.wait()] == [0, 0], crew.output()
+    return losses_of(tmp_path / "undisturbed")
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("hosts", ["debian, own name only"], indirect=True)
+def test_a_cable_that_is_out_for_seconds_costs_nothing(hosts, config, tmp_path, undisturbed):
+    patient = write_config(config, load_config(config).model_dump(mode="json"), strategy__timeout_seconds=60)
+    with Crew(patient, tmp_path / "logs", SLOW, hosts=hosts) as crew:
+        _until_step(crew, tmp_path / "run", 3)
+        hosts.plug(False)
+        time.sleep(5)  # what is tested
+        hosts.plug(True)
+        assert [end.code for end in crew.wait()] == [0, 0], crew.output()
+    assert losses_of(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("is_killed", [True, False])
+@pytest.mark.parametrize("hosts", ["debian, own name only"], indirect=True)
+def test_a_host_that_is_lost_is_named_the_cut_off_side_ends_too_and_nothing_is_lost(
+    hosts, config, tmp_path, undisturbed, is_killed
+):
+    with Crew(config, tmp_path / "logs", SLOW, hosts=hosts) as crew:
+        _until_step(crew, tmp_path / "run", 3)
+        hosts.plug(False)
+        lost = time.monotonic()
+        if is_killed:
+            crew.send(1, signal.SIGKILL)
+        first, second = crew.wait()
+    assert first.code == 1 and "rank 1 (hostb" in first.output and first.at - lost < 45, first
+    if not is_killed:
+        assert second.code and "rank 0 (hosta)" in second.output and second.at - lost < 45, second
+    hosts.plug(True)
+    with Crew(config, tmp_path / "logs", hosts=hosts) as crew:
+        assert [end.code for end in crew.wait()] == [0, 0], crew.output()
+        assert "resuming from" in crew.output()
+    assert losses_of(tmp_path / "run") == undisturbed
