@@ -35,7 +35,9 @@ NAMES = {
 
 def why_not() -> str:
     """Why there can be no hosts here; empty if there can."""
-    if missing := [name for name in ("unshare", "nsenter", "ip", "mount", "hostname") if shutil.which(name) is None]:
+    if missing := [
+        name for name in ("unshare", "setpriv", "nsenter", "ip", "mount", "hostname") if shutil.which(name) is None
+    ]:
         return f"two hosts need {', '.join(missing)} (util-linux, iproute2, hostname)"
     if os.geteuid():
         return "two hosts need root, for network namespaces"
@@ -81,6 +83,7 @@ class Hosts:
 
     def _hold(self) -> int:
         command = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child"]
+        command = ["setpriv", "--pdeathsig", "KILL", *command]  # it ends with these tests, however they end
         holder = subprocess.Popen([*command, "sleep", str(LIFE_SECONDS)], stderr=subprocess.DEVNULL)
         self._holders.append(holder)
         children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children")

@@ -217,7 +217,7 @@ SLOW = {"do": "sleep", "seconds": 0.3, "at": "step"}
 @pytest.fixture
 def config(tmp_path):
     raw = make_inputs(tmp_path)
-    changes = {"train__steps": STEPS, "train__save_every": 2, "strategy__timeout_seconds": 8}
+    changes = {"train__steps": STEPS, "train__save_every": 2, "strategy__timeout_seconds": 20}
     return write_config(tmp_path / "config.yaml", raw, **changes)
 
 
@@ -267,9 +267,9 @@ def test_a_host_that_is_lost_is_named_the_cut_off_side_ends_too_and_nothing_is_l
         if is_killed:
             crew.send(1, signal.SIGKILL)
         first, second = crew.wait()
-    assert first.code == 1 and "rank 1 (hostb" in first.output and first.at - lost < 45, first
+    assert first.code == 1 and "rank 1 (hostb" in first.output and first.at - lost < 75, first
     if not is_killed:
-        assert second.code and "rank 0 (hosta)" in second.output and second.at - lost < 45, second
+        assert second.code and "rank 0 (hosta)" in second.output and second.at - lost < 75, second
     hosts.plug(True)
     with Crew(config, tmp_path / "logs", hosts=hosts) as crew:
         assert [end.code for end in crew.wait()] == [0, 0], crew.output()
