@@ -4,7 +4,8 @@ import sys
 
 from .cluster.stop_signal import listen
 
-if "train" in sys.argv or "supervise" in sys.argv:
+# the first word is the command: others may come after it (torchrun ... -m qlora_dist train)
+if next((word for word in sys.argv[1:] if not word.startswith("-")), "") in ("train", "supervise"):
     listen()  # before anything heavy is imported: launchers start their workers with SIGUSR1 ignored
 
 from .commands import main

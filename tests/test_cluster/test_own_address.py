@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
-from helpers.ranks import on_ranks, outcome, run_python
+from helpers.ranks import clean_environment, on_ranks, outcome, run_python
 
 from qlora_dist.cluster import node_links, own_address
 from qlora_dist.cluster.own_address import address_towards, interface_of, interfaces, is_loopback, network_id, resolve
 from qlora_dist.cluster.world import World
 from qlora_dist.commands import torchrun as command
 from qlora_dist.errors import MachineFailed, UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_way_to_a_loopback_address_is_lo():
@@ -126,3 +133,21 @@ def test_the_command_becomes_torchrun_with_these_options():
     expected += ["--nnodes=2", "--nproc-per-node", "4", "-m", "qlora_dist", "train", "c"]
     assert json.loads(done.stdout) == expected
     assert "torch" not in run_python("import sys, qlora_dist.commands.torchrun; print(*sys.modules)").stdout.split()
+
+
+def test_torchrun_keeps_the_signals_that_its_shell_ignores(tmp_path):
+    """The sbatch file has torchrun ignore the stop signals: its workers save, and it ends when they have."""
+    fake = tmp_path / "torch" / "distributed"
+    fake.mkdir(parents=True)
+    for folder in (fake.parent, fake):
+        (folder / "__init__.py").touch()
+    (fake / "run.py").write_text("print(open('/proc/self/status').read())")
+    command = f"trap '' USR1 TERM; exec {sys.executable} -m qlora_dist torchrun localhost:1 -m qlora_dist train x.yaml"
+    environment = clean_environment()
+    environment["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path
+    )
+    ignored = int(re.search(r"SigIgn:\s*(\w+)", done.stdout)[1], 16)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        assert ignored & (1 << (number - 1)), done.stdout + done.stderr
