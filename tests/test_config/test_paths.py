@@ -69,7 +69,7 @@ def test_what_was_written_down_means_the_same_in_another_folder_and_for_another_
     written = tmp_path / "config.yaml"
     config = parse_config(RAW)
     written.write_text(dump_yaml(config))
-    monkeypatch.setenv("HOME", "/root/other")
+    monkeypatch.setenv("HOME", "/home/other")
     monkeypatch.chdir("/")
     assert load_config(written) == config
     assert config_changes(dump_yaml(config), written.read_text()) == []
