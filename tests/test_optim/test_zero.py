@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.ranks import ROOT, clean_environment, on_ranks, outcome, run_python
+from helpers.ranks import ROOT, clean_environment, on_ranks, outcome, run_forked
 from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of, write_config
 from safetensors.torch import load_file
 
@@ -472,7 +472,8 @@ def test_one_process_without_a_launcher_trains_under_one_strategy_after_another(
         for path in sys.argv[1:]:
             train(load_config(path))
     """
-    done = run_python(code, *(str(tmp_path / f"{strategy}.yaml") for strategy, _ in plan), timeout=200)
+    done = run_forked(code, *(str(tmp_path / f"{strategy}.yaml") for strategy, _ in plan), timeout=200)
+    assert done.returncode == 0, done.stderr
     zero3, ddp, zero1 = (torch.tensor(losses_of(run)) for _, run in plan)
     torch.testing.assert_close(zero3, ddp, rtol=1e-5, atol=0)  # fp32 sums in another order
     torch.testing.assert_close(zero1, ddp, rtol=1e-5, atol=0)
