@@ -10,11 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.crew import Crew
 from helpers.ranks import ROOT, clean_environment, run_command, torchrun
 from helpers.tiny_run import changed, losses_of, make_inputs, metrics_of, write_config
 
 from qlora_dist import commands as cli
-from qlora_dist import model as base_model
+from qlora_dist.train import setup_model
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def no_model(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the model was read")
 
-    monkeypatch.setattr(base_model, "load_base", refuse)
+    monkeypatch.setattr(setup_model, "load_base", refuse)
 
 
 def _fails(capsys, config: Path, *arguments: str) -> str:
@@ -260,8 +261,9 @@ def test_a_killed_run_goes_on_with_the_losses_of_a_whole_one(raw, tmp_path):
             victim.kill()
     killed_at = len(losses_of(run))
     assert 5 <= killed_at < 400
-    stop = killed_at + 3
-    assert run_command([*command, "--set", f"train.steps={stop}"]).returncode == 0
-    whole = write_config(tmp_path / "w.yaml", raw, run_dir=str(tmp_path / "whole"), train__steps=stop)
-    assert run_command([*torchrun(2), "-m", "qlora_dist", "train", str(whole)]).returncode == 0
+    raw = changed(raw, train__steps=killed_at + 3)
+    for folder in (run, tmp_path / "whole"):
+        start = write_config(tmp_path / f"{folder.name}.yaml", raw, run_dir=str(folder))
+        with Crew(start, tmp_path / f"{folder.name}-log") as crew:
+            assert [end.code for end in crew.wait()] == [0, 0], crew.output()
     assert losses_of(run) == losses_of(tmp_path / "whole")

@@ -199,7 +199,7 @@ _PEAK = """
         line = next(line for line in open("/proc/self/status") if line.startswith(field))
         return int(line.split()[1]) * 1024
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     what, source, out = sys.argv[1:]
     before, peak, is_done = status("VmRSS"), [0], []
 

@@ -22,7 +22,7 @@ from qlora_dist.cluster.world import World
 from qlora_dist.errors import UserError
 from qlora_dist.model import base_weights
 from qlora_dist.optim.deepspeed_config import STAGES, fill_ds_config, find_ds_config
-from qlora_dist.train import train
+from qlora_dist.train import setup_model, train
 from qlora_dist.train.strategy import build_update
 
 ZERO = ["zero1", "zero2", "zero2_offload", "zero3"]
@@ -390,12 +390,10 @@ def test_a_ds_config_that_contradicts_the_run_config_is_refused(tmp_path, key, v
     ids=["offload", "zero3 8-bit", "zero3 int8", "zero3 recompute", "zero3 dora", "ddp", "missing"],
 )
 def test_an_unsupported_combination_is_refused_before_the_model_is_read(raw, monkeypatch, changes, messages):
-    from qlora_dist import model as base_model
-
     def refuse(*_, **__):
         raise AssertionError("the model was read")
 
-    monkeypatch.setattr(base_model, "load_base", refuse)
+    monkeypatch.setattr(setup_model, "load_base", refuse)
     with pytest.raises(UserError) as caught:
         train(config_of(raw, **changes))
     for message in messages:
