@@ -19,9 +19,9 @@ TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# Two workers, each with whole files: half of the suite's time is waiting for processes
+# Two workers, each with whole files, in the order of tests/conftest.py: the longest first
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The oldest supported versions, in a separate environment: the CUDA build of torch, several GB.
 OLDEST := build/oldest

@@ -15,9 +15,21 @@ from helpers.ranks import python_path  # noqa: E402
 os.environ["PYTHONPATH"] = python_path()
 sys.dont_write_bytecode = True
 
+import pytest  # noqa: E402
 import torch  # noqa: E402  (after the environment is set)
 
 torch.set_num_threads(1)  # tiny tensors: a thread pool costs more than it gives
+
+# The files that take longest. They come first, and the many short ones then fill both workers to the end
+LONGEST = (
+    "test_gpu_smoke", "test_faults", "test_verify", "test_zero", "test_launchers", "test_shard_training",
+    "test_benchmarks", "test_stream_memory", "test_shard", "test_train", "test_fit_memory", "test_checks",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first; within a file the order stays (tests share what its fixtures have built)."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish() -> None:

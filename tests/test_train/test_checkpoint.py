@@ -6,13 +6,11 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.ranks import clean_environment
+from helpers.ranks import run_forked
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -126,23 +124,13 @@ print(count)
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_that_verifies(tmp_path):
-    def run(folder: Path, moment: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", KILL, str(folder), str(moment)],
-            env=clean_environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=Path(__file__).parents[2],
-        )
-
-    whole = run(tmp_path / "whole", 0)
+    whole = run_forked(KILL, str(tmp_path / "whole"), "0")
     assert whole.returncode == 0, whole.stderr
     num_moments = int(whole.stdout)
     assert num_moments >= 10
     for moment in range(1, num_moments + 1, 2 if num_moments > 12 else 1):
         folder = tmp_path / str(moment)
-        assert run(folder, moment).returncode == -signal.SIGKILL
+        assert run_forked(KILL, str(folder), str(moment)).returncode == -signal.SIGKILL
         found, rejected = find_newest(folder)
         assert found is not None and rejected == [], moment
         state = load_checkpoint(found).state["step"]
@@ -306,14 +294,7 @@ try:
 except RunFailed as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=Path(__file__).parents[2],
-    )
+    done = run_forked(code, str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "step-00000002 could not be written" in done.stdout
     assert f"the last good checkpoint is {tmp_path / 'step-00000001'}" in done.stdout
