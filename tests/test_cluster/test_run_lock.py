@@ -14,7 +14,7 @@ import time
 import pytest
 from helpers.ranks import ROOT, clean_environment
 
-from qlora_dist.cluster.run_lock import MISSED_BEATS, RunLock
+from qlora_dist.cluster.run_lock import MISSED_BEATS, RunLock, _machine
 from qlora_dist.errors import MachineFailed, UserError
 
 LOCK = "lock"
@@ -113,6 +113,65 @@ def test_of_two_that_take_over_together_one_gets_it(tmp_path, holder):
     assert sorted(outcomes) == ["held", "refused"]
     for lock in locks:
         lock.release()
+
+
+def test_of_two_that_find_a_lock_stale_at_the_same_time_the_last_to_write_gets_it(tmp_path):
+    (tmp_path / LOCK).write_bytes(_valid())
+    both = threading.Barrier(2, timeout=30)
+    locks, outcomes = [RunLock(tmp_path / LOCK, beat_seconds=5.0) for _ in range(2)], {}
+
+    def take(number):
+        lock, write = locks[number], locks[number]._write
+        lock._require_stale = both.wait  # stale, says either
+
+        def late():
+            time.sleep(0.05 * number)
+            write()
+
+        lock._write = late
+        try:
+            lock.acquire()
+            outcomes[number] = "held"
+        except UserError:
+            outcomes[number] = "refused"
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == {0: "refused", 1: "held"}
+    for lock in locks:
+        lock.release()
+
+
+def test_another_process_with_the_holders_number_is_not_the_holder(tmp_path):
+    (tmp_path / LOCK).write_bytes(_valid(machine=_machine(), pid=os.getpid(), started="1"))
+    lock = RunLock(tmp_path / LOCK, beat_seconds=100)
+    lock.acquire()
+    lock.release()
+
+
+def test_two_processes_of_one_start_of_a_job_do_not_share_a_directory(tmp_path, holder):
+    with pytest.raises(UserError, match=rf"is in use by job 7, process {holder.pid}"):
+        RunLock(tmp_path / LOCK, job="7", restarts=0, beat_seconds=0.5).acquire()
+
+
+def test_a_lock_that_another_has_taken_over_is_left_to_it(tmp_path):
+    lock = RunLock(tmp_path / LOCK, beat_seconds=100)
+    lock.acquire()
+    (tmp_path / LOCK).write_bytes(_valid())
+    lock.release()
+    assert (tmp_path / LOCK).read_bytes() == _valid()
+
+
+def test_what_other_hosts_read_is_on_the_disk(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda one: (synced.append(os.readlink(f"/proc/self/fd/{one}")), sync(one)))
+    lock = RunLock(tmp_path / LOCK, beat_seconds=100)
+    lock.acquire()
+    assert synced == [str(tmp_path / LOCK)]
+    lock.release()
 
 
 PLACED = {
