@@ -40,6 +40,13 @@ def holder(tmp_path):
     process.communicate()
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """No heartbeat is waited for: with beats of 100 s only the second look after a take-over sleeps for a second."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds) if seconds <= 1 else pytest.fail("it waits"))
+
+
 def _as_of_another_machine(folder):
     """The lock as it looks from another host: process ids say nothing."""
     holder = json.loads((folder / LOCK).read_bytes())
@@ -52,15 +59,17 @@ def test_a_run_directory_in_use_is_refused_and_its_holder_is_named(tmp_path, hol
     assert holder.poll() is None
 
 
+@pytest.mark.usefixtures("at_once")
 def test_the_lock_of_a_process_killed_on_this_machine_is_taken_over_at_once(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    lock = RunLock(tmp_path / LOCK, beat_seconds=100)  # one beat would be longer than the test
+    lock = RunLock(tmp_path / LOCK, beat_seconds=100)
     lock.acquire()
     lock.release()
     assert not (tmp_path / LOCK).exists()
 
 
+@pytest.mark.usefixtures("at_once")
 def test_the_lock_of_this_jobs_last_life_is_taken_over_at_once_wherever_it_ran(tmp_path, holder):
     holder.kill()
     holder.wait()
@@ -145,6 +154,7 @@ def test_of_two_that_find_a_lock_stale_at_the_same_time_the_last_to_write_gets_i
         lock.release()
 
 
+@pytest.mark.usefixtures("at_once")
 def test_another_process_with_the_holders_number_is_not_the_holder(tmp_path):
     (tmp_path / LOCK).write_bytes(_valid(machine=_machine(), pid=os.getpid(), started="1"))
     lock = RunLock(tmp_path / LOCK, beat_seconds=100)

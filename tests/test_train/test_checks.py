@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_dist
 from qlora_dist import commands as cli
-from qlora_dist.errors import RunFailed
+from qlora_dist.errors import RunFailed, UserError
 from qlora_dist.model import base_checksum, held_bytes, load_base, own_part, unwrap
 from qlora_dist.train import train
 from qlora_dist.train.checks.base import check_base_bytes, check_base_unchanged, check_source_bits, promised_base_bytes
+from qlora_dist.train.trained_weights import restore_trained, save_trained, verify_trained
 
 CPU = torch.device("cpu")
 PACKAGE = Path(qlora_dist.__file__).parent
@@ -92,6 +93,16 @@ def test_a_base_that_is_not_quantized_or_not_sharded_is_named_with_rank_and_host
     # a rank of two that holds everything
     with pytest.raises(RunFailed, match=r"strategy fsdp promises .* rank 0 \(a\) holds .*; rank 1 \(b\) holds"):
         check_base_bytes([("a", whole), ("b", whole)], promised.on_each_rank("fsdp", 2), "fsdp")
+
+
+@pytest.mark.parametrize("promised", [2**30, 70 * 2**30])
+def test_one_layer_of_a_hundred_left_in_16_bits_is_noticed(promised):
+    """It adds 3 % in nf4; what no shape tells (alignment, a few buffers) is less than one."""
+    for share in (0.991, 1.0, 1.009):
+        check_base_bytes([("a", promised), ("b", int(share * promised))], promised, "ddp")
+    for share in (0.98, 1.02):
+        with pytest.raises(RunFailed, match=r"but rank 1 \(b\) holds"):
+            check_base_bytes([("a", promised), ("b", int(share * promised))], promised, "ddp")
 
 
 def _shared_base(raw, strategy):
@@ -394,6 +405,24 @@ def test_an_adapter_that_does_not_reload_ends_the_run_and_no_checkpoint_is_lost(
     # keep is 1: the earlier checkpoint goes only when the later one is good
     kept = [path.name for path in (Path(raw["run_dir"]) / "checkpoints").glob("step-*")]
     assert kept == ["step-00000002"]
+
+
+def test_all_weights_are_read_back_bit_by_bit(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_model()
+    save_trained(model, tmp_path, "base", is_full=True)
+    verify_trained(model, tmp_path, is_full=True)
+    stored = load_file(tmp_path / "weights.safetensors")
+    for name in (next(iter(stored)), list(stored)[-1]):
+        changed_weight = stored[name].clone()
+        changed_weight.view(-1)[-1] += 1e-6
+        save_file({**stored, name: changed_weight}, tmp_path / "weights.safetensors")
+        with pytest.raises(RunFailed, match=f"differs from what is in memory: 1 tensors, first {name}"):
+            verify_trained(model, tmp_path, is_full=True)
+    save_file(stored | {"more": torch.ones(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="its weights belong to another model"):
+        restore_trained(model, tmp_path, is_full=True)
 
 
 # --- the checks cost a step nothing -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from helpers.ranks import on_ranks, outcome
 from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of
 
+from qlora_dist.errors import RunFailed
 from qlora_dist.train import setup_model, train
 
 
@@ -63,6 +64,76 @@ def _num_rows(config):
     from qlora_dist.train.setup_data import build_data
 
     return len(build_data(config, World.init()).rows)
+
+
+def test_a_run_in_two_starts_has_the_rates_and_the_summary_of_one(raw, tmp_path):
+    held_out = [{**raw["data"]["train"][0], "path": raw["data"]["train"][0]["path"].replace("train", "held_out")}]
+    raw = changed(raw, data__eval=held_out, optim__warmup_steps=2, optim__schedule="constant", optim__lr=1e-2)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(config_of(raw, run_dir=str(whole), train__steps=4))
+    for steps in (2, 4):  # with a constant rate a run may be extended
+        train(config_of(raw, run_dir=str(broken), train__steps=steps))
+    for run in (whole, broken):
+        assert [line["lr"] for line in metrics_of(run)] == [5e-3, 1e-2, 1e-2, 1e-2]
+    first, second = (json.loads((run / "summary.json").read_text()) for run in (whole, broken))
+    for key in ("step", "total_tokens", "total_labels", "loss", "eval_loss", "eval_loss_start"):
+        assert second[key] == first[key], key
+    assert first["total_tokens"] == sum(line["tokens"] for line in metrics_of(whole))
+    assert first["total_labels"] == sum(line["num_labels"] for line in metrics_of(whole)) != first["total_tokens"]
+
+
+def test_a_stopped_run_says_by_what(raw, monkeypatch):
+    import os
+    import signal
+
+    import qlora_dist.train as trainer
+
+    step = trainer.train_step
+
+    def stopping(*arguments, **options):
+        if options["step"] == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "train_step", stopping)
+    stopped = train(config_of(raw))
+    monkeypatch.undo()
+    assert stopped.stopped_by == "SIGUSR1" and stopped.step in (2, 3)  # the step at hand, or the next one
+    names = [path.name for path in (Path(raw["run_dir"]) / "checkpoints").iterdir()]
+    assert names == [f"step-{stopped.step:08d}"]
+    whole = train(config_of(raw))
+    assert (whole.step, whole.stopped_by) == (5, None)
+
+
+def test_an_adapter_that_gets_no_gradient_ends_a_run_after_its_first_update(raw, monkeypatch):
+    import qlora_dist.train as trainer
+
+    step = trainer.train_step
+
+    def losing(world, model, rows, **options):
+        stats = step(world, model, rows, **options)
+        next(weight for name, weight in model.update.each_weight() if "lora_B" in name).data.zero_()
+        return stats
+
+    monkeypatch.setattr(trainer, "train_step", losing)
+    with pytest.raises(RunFailed, match=r"after the first update 1 of 14 LoRA B matrices are still zero"):
+        train(config_of(raw))
+    assert metrics_of(raw["run_dir"]) == []
+
+
+def test_ranks_that_would_begin_with_other_adapters_end_together(raw):
+    results = on_ranks(_begins_otherwise, 2, raw)
+    assert {name for name, _ in results} == {"RunFailed"}
+    assert all("the initial trainable weights differs between rank 0 and rank 1 (" in text for _, text in results)
+
+
+def _begins_otherwise(raw):
+    import os
+
+    attach = setup_model.attach_lora
+    rank = int(os.environ["RANK"])
+    setup_model.attach_lora = lambda module, **options: attach(module, **{**options, "seed": options["seed"] + rank})
+    return outcome(train, config_of(raw))
 
 
 # one optimizer is enough for 4 ranks: it runs the same code on each; 2 ranks would show nothing (a + b = b + a)
