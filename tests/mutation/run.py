@@ -14,13 +14,18 @@ checkout below build/mutation; results are kept there, by the texts of the mutan
 from __future__ import annotations
 
 import argparse
+import compileall
+import contextlib
 import hashlib
 import json
+import math
 import os
+import py_compile
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -86,40 +91,98 @@ def make_copy(number: int) -> Path:
             shutil.copy2(ROOT / name, copy / name)
     if (ROOT.parent / "shared").exists() and not (COPIES / "shared").exists():  # real data of some tests
         (COPIES / "shared").symlink_to(ROOT.parent / "shared")
+    # checked by content: a changed file is compiled again, all others once
+    compileall.compile_dir(copy / "qlora_dist", quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
     return copy
 
 
-def run_tests(copy: Path, tests: Iterable[str], *options: str, seconds: float | None = None) -> tuple[int, str]:
-    """(pytest's exit code, what it printed). A timeout ends what the tests have started, too, and is raised."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *options]
-    with subprocess.Popen(
-        [*command, *(f"tests/{name}" for name in tests)],
-        cwd=copy,
-        env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
+class Server:
+    """Runs pytest in processes forked from one that has imported libraries but nothing of the package."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--serve"],
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, copy: Path, tests: Iterable[str], *options: str, seconds: float = math.inf) -> tuple[int, str]:
+        """(pytest's exit code, what it printed). Raises TimeoutError; what the tests have started ends, too."""
+        arguments = ["-q", "-p", "no:cacheprovider", "-n", "0", *options, *(f"tests/{name}" for name in tests)]
+        said, code = copy.with_suffix(".log"), copy.with_suffix(".code")
+        code.unlink(missing_ok=True)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with self._lock:
+            print(json.dumps([str(copy), arguments]), file=self._process.stdin, flush=True)
+            process = int(self._process.stdout.readline())
+        deadline = time.monotonic() + seconds
         try:
-            said, _ = process.communicate(timeout=seconds)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return process.returncode, said
+            while _is_alive(process):
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                time.sleep(0.2)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
+        # no code: a test's process was ended by what it tests
+        return int(code.read_text()) if code.exists() else 1, said.read_text(errors="replace")
+
+    def close(self) -> None:
+        """Ends it."""
+        self._process.communicate()
 
 
-def try_mutant(mutant: Mutant, copy: Path) -> dict[str, object]:
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def serve() -> None:
+    """Answers each request (a copy, arguments of pytest) with the id of the process that serves it."""
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    import pytest
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            copy = Path(name)
+            output = os.open(copy.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
+                os.dup2(descriptor, target)
+            os.chdir(copy)
+            os.environ["PYTHONPATH"] = name
+            sys.path.insert(0, name)
+            code = int(pytest.main(arguments))
+            sys.stdout.flush()
+            copy.with_suffix(".code").write_text(str(code))
+            os._exit(0)
+        print(child, flush=True)
+
+
+def try_mutant(mutant: Mutant, copy: Path, server: Server) -> dict[str, object]:
     """Runs the tests of one mutant in the copy, which is restored afterwards."""
     path = copy / "qlora_dist" / mutant.file
     original = path.read_text(encoding="utf-8")
     started = time.monotonic()
     try:
         path.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
-        code, said = run_tests(copy, mutant.tests, "-x", seconds=SECONDS)
+        code, said = server.run(copy, mutant.tests, "-x", seconds=SECONDS)
         outcome = {0: "survived", 1: "caught"}.get(code, f"no result (pytest exit {code})")
         failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         outcome, failed = "caught", [f"no end within {SECONDS} s"]
     finally:
         path.write_text(original, encoding="utf-8")
@@ -129,6 +192,7 @@ def try_mutant(mutant: Mutant, copy: Path) -> dict[str, object]:
 
 def try_all(mutants: list[Mutant], results: dict[str, dict[str, object]], jobs: int) -> None:
     """Adds to the results, `jobs` mutants at a time, each in a copy of its own."""
+    server = Server()
     free: SimpleQueue[Path] = SimpleQueue()
     for number in range(jobs):
         free.put(make_copy(number))
@@ -136,7 +200,7 @@ def try_all(mutants: list[Mutant], results: dict[str, dict[str, object]], jobs: 
     def try_one(mutant: Mutant) -> tuple[Mutant, dict[str, object]]:
         copy = free.get()
         try:
-            return mutant, try_mutant(mutant, copy)
+            return mutant, try_mutant(mutant, copy, server)
         finally:
             free.put(copy)
 
@@ -146,6 +210,7 @@ def try_all(mutants: list[Mutant], results: dict[str, dict[str, object]], jobs: 
             results[mutant.key] = result
             print(result, flush=True)
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    server.close()
 
 
 def report(mutants: list[Mutant], results: dict[str, dict[str, object]]) -> int:
@@ -171,13 +236,19 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also those that have a result")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time")
     parser.add_argument("--sound", action="store_true", help="run the tests of these mutants on the package as it is")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        serve()
+        return
     mutants = read_mutants()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     chosen = [mutant for mutant in mutants if not options.ids or mutant.id in options.ids]
     if options.sound:
         tests = sorted({name for mutant in chosen for name in mutant.tests})
-        code, said = run_tests(make_copy(0), tests)
+        server = Server()
+        code, said = server.run(make_copy(0), tests)
+        server.close()
         print(said)
         sys.exit(code)
     if not options.again:

@@ -15,6 +15,7 @@ import torch
 from helpers.ranks import on_ranks, outcome
 
 from qlora_dist.cluster import world as world_module
+from qlora_dist.cluster.heartbeat import Failure
 from qlora_dist.cluster.stop_signal import StopRequested, StopSignal
 from qlora_dist.cluster.trackers import Trackers
 from qlora_dist.cluster.world import World, own_device
@@ -121,6 +122,14 @@ def test_when_the_builder_fails_the_others_fail_at_once_for_the_same_reason():
     assert results[0][0] == ("UserError", "line 3 is broken")
     kind, text = results[1][0]
     assert kind == "UserError" and re.fullmatch(r"rank 0 \(.+\) failed: line 3 is broken", text)
+
+
+def test_a_wait_on_the_store_ends_at_once_with_the_failure_of_another_rank(monkeypatch):
+    monkeypatch.setattr(world_module, "LOOK_SECONDS", 1e9)
+    world, looks = World.init(), iter([False] * 5)
+    world._heartbeat.failure = Failure(1, "b", "user", "line 3 is broken")
+    with pytest.raises(UserError, match=r"rank 1 \(b\) failed: line 3 is broken"):
+        world._wait(lambda: next(looks), until_stop=False)
 
 
 def _until_first_waits(world):
