@@ -12,6 +12,7 @@ import torch
 import yaml
 from helpers.tiny_models import shared_model, tiny_model, tiny_tokenizer
 from helpers.tiny_run import changed, make_inputs
+from tokenizers.processors import TemplateProcessing
 
 from qlora_dist.commands.generate import (
     Trained,
@@ -174,6 +175,13 @@ def test_a_run_on_plain_text_continues_the_prompt_as_it_is(run: Path, tmp_path: 
     tokenizer = load_tokenizer(raw["model"]["name"])
     trained = Trained(parse_config(raw).model, None, parse_config(raw).data)
     assert find_template(trained, tokenizer) is None
+    assert Writer(torch.nn.Module(), tokenizer, None).encode(ask("w6 w7")[0]) == [6, 7]
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_what_is_continued() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    assert tokenizer("w6 w7")["input_ids"] == [6, 7, 2], "the guard: it does so"
     assert Writer(torch.nn.Module(), tokenizer, None).encode(ask("w6 w7")[0]) == [6, 7]
 
 

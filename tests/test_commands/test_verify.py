@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny_run import changed, config_of, make_inputs, metrics_of, write_config
+from safetensors.torch import load_file, save_file
 
 from qlora_dist import commands as cli
 from qlora_dist.cluster.world import World
@@ -241,6 +242,23 @@ def test_runs_that_differ_in_rows_losses_or_weights_are_told_apart(raw, tmp_path
     rate = runs.compare_runs("claim", folders["a"], folders["rate"], 1e-2, "here")
     assert rate.verdict == "FAILED" and rate.difference > 0.1
     assert runs.compare_weights(folders["a"], folders["rate"]) > 0.1
+    last = max(folders["same"].checkpoints.iterdir()) / "optimizer.safetensors"
+    states = load_file(last)
+    save_file({key: value + 1e-9 for key, value in states.items()}, last)
+    states_alone = runs.compare_runs("claim", folders["a"], folders["same"], 0.0, "here")
+    assert states_alone.verdict == "FAILED" and "differ in their optimizer states" in states_alone.note
+    lines = metrics_of(folders["same"].path)
+    lines[-1]["loss"] *= 1.5
+    folders["same"].metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    last_loss = runs.compare_runs("claim", folders["a"], folders["same"], 1e-2, "here")
+    assert last_loss.verdict == "FAILED" and last_loss.difference == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_difference_is_relative_to_what_is_expected(scale):
+    expected = scale * torch.tensor([3.0, 4.0])
+    assert relative_difference(1.5 * expected, expected) == pytest.approx(0.5)
+    assert relative_difference(expected, expected) == 0.0
 
 
 def test_ranks_run_on_gpus_where_there_are_enough_else_on_the_cpu_where_the_model_is_small():
