@@ -232,7 +232,7 @@ def report(mutants: list[Mutant], results: dict[str, dict[str, object]]) -> int:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ids", nargs="*", metavar="ID", help="only these")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="only these, in this order")
     parser.add_argument("--again", action="store_true", help="also those that have a result")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time")
     parser.add_argument("--sound", action="store_true", help="run the tests of these mutants on the package as it is")
@@ -244,6 +244,8 @@ def main() -> None:
     mutants = read_mutants()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     chosen = [mutant for mutant in mutants if not options.ids or mutant.id in options.ids]
+    if options.ids:
+        chosen.sort(key=lambda mutant: options.ids.index(mutant.id))
     if options.sound:
         tests = sorted({name for mutant in chosen for name in mutant.tests})
         server = Server()
