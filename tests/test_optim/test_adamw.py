@@ -14,7 +14,8 @@ NAMES = ["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
 def _flat(seed: int = 0) -> FlatParameters:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"a.weight": (96, 64), "b.weight": (64, 33), "b.bias": (64,)}
+    # the first ends within a block of 256
+    shapes = {"a.weight": (64, 33), "b.weight": (96, 64), "b.bias": (64,)}
     return FlatParameters(
         {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}, decays
     )
