@@ -116,6 +116,40 @@ def test_a_field_within_a_source_counts_as_well(monkeypatch):
     assert len(config_changes(yaml.safe_dump(new), old)) == 1
 
 
+def _leaves(node: dict, prefix: str = "") -> dict[str, tuple[dict, str]]:
+    """Dotted name -> (section, key) of every value of plain data."""
+    found: dict[str, tuple[dict, str]] = {}
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        found |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: (node, key)}
+    return found
+
+
+def test_between_two_starts_just_these_fields_may_differ():
+    """All others decide what is learned: a new field belongs to them until it is written down here as well."""
+    text = _text()
+    passed = set()
+    for name in _leaves(yaml.safe_load(text)):
+        changed = yaml.safe_load(text)
+        section, key = _leaves(changed)[name]
+        section[key] = "another value"  # which a field does not take counts as well
+        if not config_changes(text, yaml.safe_dump(changed)):
+            passed.add(name)
+    assert passed == {
+        "run_dir", "batch.micro_rows", "memory.recompute", "memory.offload_activations", "strategy.name",
+        "strategy.ds_config", "strategy.offload", "strategy.mixed_devices", "strategy.timeout_seconds",
+        "logging.trackers", "logging.project", "model.attention", "model.kernels", "model.cache_4bit",
+        "train.save_every", "train.eval_every", "train.keep", "train.longest_first", "data.num_workers",
+        "data.cache_dir", "data.require_eos",
+    }  # fmt: skip
+
+
+def test_a_free_field_frees_itself_and_what_is_below_it_alone():
+    changed = _text(steps=6)
+    assert len(config_changes(_text(), changed)) == len(config_changes(_text(), changed, ("train.step",))) == 1
+    assert config_changes(_text(), changed, ("train.steps",)) == config_changes(_text(), changed, ("train",)) == []
+
+
 def test_a_field_that_is_gone_and_a_value_that_is_no_longer_taken_are_named_unless_free():
     old = yaml.safe_load(_text())
     old["optim"] |= {"momentum": 0.9, "betas": [2.0, "x"]}
@@ -194,7 +228,7 @@ def test_results_are_not_written_through_a_link_but_checkpoints_may_be_elsewhere
 def test_a_damaged_mark_of_completion_means_that_the_results_are_written_again(tmp_path, text):
     run = _begun(tmp_path / "run")
     run.mark_completed(5, {"steps": 5})
-    assert run.completed_steps({"steps": 5}) == 5
+    assert run.completed_steps({"steps": 5}) == 5 and run.completed_steps({"steps": 6}) is None
     run.completed.write_text(text)
     assert run.completed_steps({"steps": 5}) is None
 
