@@ -68,6 +68,16 @@ def test_sixteen_bit_inputs_give_a_sum_in_fp32():
     assert nll_sum(h.detach(), OutputHead(weight.detach()), positions, labels).requires_grad is False
 
 
+def test_the_gradient_of_a_sixteen_bit_head_is_summed_over_chunks_in_fp32():
+    h, weight, _, positions, labels = _case(torch.bfloat16, tokens=2000, vocabulary=5)
+    nll_sum(h, OutputHead(weight), positions, labels, chunk=1).backward()
+    exact = weight.detach().double().requires_grad_()
+    _reference(h.detach().double(), exact, None, positions, labels, 1.0, None).backward()
+    assert weight.grad is not None and exact.grad is not None and weight.grad.dtype == torch.bfloat16
+    # each of 1,000 terms is rounded to bf16, the sum once: 2^-9 each; a sum in bf16 would stand still at 2^8 terms
+    torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=1e-2, atol=1e-2 * exact.grad.abs().max().item())
+
+
 def test_a_frozen_head_gets_no_gradient():
     h, weight, _, positions, labels = _case(torch.float32)
     nll_sum(h, OutputHead(weight.detach()), positions, labels).backward()

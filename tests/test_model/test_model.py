@@ -107,6 +107,11 @@ def test_the_checksum_changes_with_one_bit_of_codes_or_constants(folder: Path) -
     model.model.norm.weight.data[0] += 1e-3
     seen.add(base_checksum(model))
     assert len(seen) == 4
+    for bit in range(64):  # of one of the words that are summed, up to its highest
+        weight.data[16 + bit // 8] ^= 1 << bit % 8
+        seen.add(base_checksum(model))
+        weight.data[16 + bit // 8] ^= 1 << bit % 8
+    assert len(seen) == 68
     assert base_checksum(load(folder)) == base_checksum(load(folder))
 
 
