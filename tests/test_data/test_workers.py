@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.tiny_tokenizers import byte_level_tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_dist.data.documents.encode import Encoded, Encoder
 from qlora_dist.data.documents.workers import EncodedRecord, encode_records
 from qlora_dist.data.formats import RawRecord
+from qlora_dist.data.templates import template
 
 # writes a last answer in another way than an earlier one: each gets a document of its own
 UNROLLS = (
@@ -21,6 +23,17 @@ UNROLLS = (
     "{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def _rendered_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in a process of its own, of which each worker would start one: seconds of imports, and tested elsewhere."""
+
+    def render(source: str, messages: Any, tools: Any, variables: Any) -> str:
+        texts, _ = render_jinja_template(conversations=[messages], tools=tools, chat_template=source, **variables)
+        return str(texts[0])
+
+    monkeypatch.setattr(template, "render_limited", render)
 
 
 def _chat(*contents: str, **extra: Any) -> dict[str, Any]:
