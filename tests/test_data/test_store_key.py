@@ -61,6 +61,15 @@ def test_another_role_of_a_token_makes_another_store(tmp_path: Path, source: Sou
     assert second[0].input_ids[-1] == other.eos_token_id != first[0].input_ids[-1]
 
 
+def test_another_vocabulary_with_the_same_roles_makes_another_store(tmp_path: Path, source: SourceConfig) -> None:
+    other = copy.deepcopy(byte_level_tokenizer())
+    other.add_tokens(["q1"])
+    assert other.special_tokens_map == byte_level_tokenizer().special_tokens_map
+    first, second = (built(tmp_path, source, tokenizer) for tokenizer in (None, other))
+    assert first[1].input_ids.tolist() != second[1].input_ids.tolist()
+    assert len(second[1]) < len(first[1])  # its token of two characters is used
+
+
 def test_each_way_to_read_a_source_makes_another_store(tmp_path: Path, source: SourceConfig) -> None:
     changes: list[dict[str, Any]] = [
         {}, {"format": "prompt-completion"}, {"columns": {"completion": "answer"}}, {"max_examples": 2},
