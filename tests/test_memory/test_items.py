@@ -10,6 +10,8 @@ from qlora_dist.config import RunConfig, parse_config
 from qlora_dist.memory import MemoryPlan, ModelShapes, choose, plan_memory, shapes_from_config
 from qlora_dist.memory.choosing import changed_config, relative_time
 from qlora_dist.memory.constants import OFFLOAD_AHEAD_BYTES
+from qlora_dist.memory.layers import dequantized_bytes
+from qlora_dist.memory.shapes import Linear
 
 HIDDEN, INNER, LAYERS, HEADS, VOCABULARY = 4096, 11008, 32, 32, 32_000
 RANK, TOKENS, RANKS = 64, 512, 8
@@ -99,6 +101,19 @@ def test_zero3_shards_a_base_that_is_not_quantized_and_says_that_it_counts_anoth
     assert sharded.items["base"].size == whole.items["base"].size // share
     assert any("counted in full" in remark for remark in sharded.remarks) == (quantization != "none")
     assert not any("counted in full" in remark for remark in whole.remarks)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "double_quant", "constants"),
+    [("nf4", True, 4), ("fp4", True, 4), ("nf4", False, 0), ("int8", True, 0), ("none", True, -1)],
+)
+def test_a_product_needs_its_matrix_and_the_constants_that_are_quantized_themselves(
+    quantization: str, double_quant: bool, constants: int
+) -> None:
+    """16 bits per weight, and while they are restored one more fp32 for each 64 weights."""
+    linear = Linear("x", 96, 50)  # 75 blocks
+    found = dequantized_bytes(linear, quantization, double_quant, 2)
+    assert found == (0 if quantization == "none" else 2 * 96 * 50 + constants * 75)
 
 
 # --- what comes and goes ----------------------------------------------------------------------------------------------

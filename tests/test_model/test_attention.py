@@ -217,6 +217,28 @@ def test_varlen_calls_of_torch_2_10_to_2_13_are_equivalent(
     torch.testing.assert_close(out, _reference(q, k, v, 0.7, window), atol=1e-5, rtol=1e-5)  # fp32 sums
 
 
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_values_narrower_than_queries_come_back_in_their_own_width(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latent attention: the kernels take one width, so the values are padded, and the output is cut again."""
+    q, k, v = _qkv()
+    v = v[..., :5]
+
+    def kernel(q, k, v, *_: object, **given: object):  # type: ignore[no-untyped-def]
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        return _reference(*(tensor.transpose(0, 1)[None] for tensor in (q, k, v)), 0.7)[0]
+
+    module = SimpleNamespace(__name__="flash_attn", flash_attn_varlen_func=kernel)
+    monkeypatch.setattr(attention, "_flash_module", lambda device, is_plain: module)
+    monkeypatch.setattr(attention, "_varlen_keywords", lambda: frozenset({"scale", "window_size", "enable_gqa"}))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    documents = documents_of(random_batch(LENGTHS), backend)
+    out, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.7, packed=documents)
+    assert out.shape[-1] == 5
+    torch.testing.assert_close(out, _reference(q, k, v, 0.7), atol=1e-5, rtol=1e-5)  # fp32 sums
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("version", [2, 4])

@@ -165,9 +165,10 @@ def test_in_bfloat16_masters_and_gradients_stay_fp32(folder: Path) -> None:
 
 
 def test_the_scale_is_alpha_over_rank_and_alpha_over_its_root_for_rslora() -> None:
-    for variant, expected in (("lora", 16 / 4), ("rslora", 16 / 4**0.5)):
-        model = attach_lora(tiny_model(), rank=4, alpha=16, variant=variant)  # type: ignore[arg-type]
-        assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {expected}
+    for alpha in (16, 2.5, 0.5):
+        for variant, expected in (("lora", alpha / 4), ("rslora", alpha / 4**0.5)):
+            model = attach_lora(tiny_model(), rank=4, alpha=alpha, variant=variant)  # type: ignore[arg-type]
+            assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {expected}
 
 
 def test_a_new_adapter_changes_nothing_and_switching_it_off_gives_the_base(folder: Path) -> None:

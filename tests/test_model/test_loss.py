@@ -34,11 +34,14 @@ def test_chunked_loss_equals_cross_entropy_in_value_and_gradient(chunk, scale, s
     expected = _reference(h, weight, bias, positions, labels, scale, softcap)
     expected_grads = torch.autograd.grad(expected, inputs)
     found = nll_sum(h, OutputHead(weight, bias, softcap, scale), positions, labels, chunk=chunk)
-    found_grads = torch.autograd.grad(found, inputs)
+    found_grads = torch.autograd.grad(found, inputs, retain_graph=True)
     # fp64: only the summation order differs
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for found_grad, expected_grad in zip(found_grads, expected_grads):
         torch.testing.assert_close(found_grad, expected_grad, rtol=1e-10, atol=1e-12)
+    # what the loss is divided by later multiplies every gradient
+    for scaled, expected_grad in zip(torch.autograd.grad(found / 7, inputs), expected_grads):
+        torch.testing.assert_close(scaled, expected_grad / 7, rtol=1e-10, atol=1e-12)
 
 
 def test_the_loss_uses_the_heads_logits():

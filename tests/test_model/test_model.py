@@ -164,6 +164,8 @@ def test_a_base_saved_in_4_bits_loads_to_the_same_bits_and_must_match_the_config
     assert base_checksum(again) == base_checksum(model)
     with pytest.raises(UserError, match="stored as nf4 with double_quant=True, the run requests fp4"):
         load(tmp_path, "fp4")
+    with pytest.raises(UserError, match=r"requests nf4 with double_quant=False; set .* to the stored values"):
+        load(tmp_path, double_quant=False)
     with pytest.raises(UserError, match="the run requests none"):
         load(tmp_path, "none")
 
