@@ -70,12 +70,13 @@ def _layers(config: RunConfig, shapes: ModelShapes, tokens: int) -> list[LayerBy
         longest=config.data.row_tokens,
     )
     chosen = [frozenset()] * shapes.num_layers if lora is None else adapted_linears(shapes, lora.target_modules)
+    first = next((index for index, adapted in enumerate(chosen) if adapted), 0)
     known: dict[tuple[frozenset[str], bool], LayerBytes] = {}
     layers = []
     for index, adapted in enumerate(chosen):
-        key = (adapted, index > 0)  # the embedding is frozen: nothing before the first adapter has a gradient
+        key = (adapted, index > first)  # nothing before the first adapter has a gradient
         if key not in known:
-            known[key] = layer_bytes(shapes, replace(settings, adapted=adapted), has_grad_input=index > 0)
+            known[key] = layer_bytes(shapes, replace(settings, adapted=adapted), has_grad_input=index > first)
         layers.append(known[key])
     return layers
 

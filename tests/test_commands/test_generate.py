@@ -29,6 +29,7 @@ from qlora_dist.config import parse_config
 from qlora_dist.data.documents import build_documents
 from qlora_dist.errors import UserError
 from qlora_dist.model import Sampling, load_tokenizer
+from qlora_dist.model.generation import generate_ids
 from qlora_dist.model.lora import attach_lora, trainable_parameters
 from qlora_dist.model.lora_files import save_adapter
 
@@ -55,6 +56,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_random_adapter(folder / "run" / "adapter", folder / "model", 1)
     save_random_adapter(folder / "second", folder / "model", 2)
     return folder / "run"
+
+
+@pytest.mark.parametrize("place", [0, 2, 5])
+def test_new_tokens_end_before_the_first_stop_token(place: int) -> None:
+    model, tokenizer = tiny_model(attention="sdpa"), tiny_tokenizer()
+    (whole,) = generate_ids(model, tokenizer, [[5, 6, 7]], Sampling(max_new_tokens=6))
+    assert len(whole) == 6
+    (ended,) = generate_ids(model, tokenizer, [[5, 6, 7]], Sampling(max_new_tokens=6), stop_ids=[whole[place]])
+    assert ended == whole[: whole.index(whole[place])]
 
 
 def ask(*texts: str) -> list[list[dict[str, Any]]]:

@@ -144,6 +144,12 @@ def test_only_what_changes_no_result_may_differ_between_two_starts():
     assert len(places) > 60 and set(free) == set(FREE.split())
 
 
+def test_a_free_field_frees_itself_and_what_is_below_it_alone():
+    changed = _text(steps=6)
+    assert len(config_changes(_text(), changed)) == len(config_changes(_text(), changed, ("train.step",))) == 1
+    assert config_changes(_text(), changed, ("train.steps",)) == config_changes(_text(), changed, ("train",)) == []
+
+
 def test_a_field_that_is_gone_and_a_value_that_is_no_longer_taken_are_named_unless_free():
     old = yaml.safe_load(_text())
     old["optim"] |= {"momentum": 0.9, "betas": [2.0, "x"]}
@@ -222,7 +228,7 @@ def test_results_are_not_written_through_a_link_but_checkpoints_may_be_elsewhere
 def test_a_damaged_mark_of_completion_means_that_the_results_are_written_again(tmp_path, text):
     run = _begun(tmp_path / "run")
     run.mark_completed(5, {"steps": 5})
-    assert run.completed_steps({"steps": 5}) == 5
+    assert run.completed_steps({"steps": 5}) == 5 and run.completed_steps({"steps": 6}) is None
     run.completed.write_text(text)
     assert run.completed_steps({"steps": 5}) is None
 

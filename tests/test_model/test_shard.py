@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.ranks import on_ranks, outcome
 from helpers.tiny_models import random_batch, save_model, tiny_model
+from torch.distributed.tensor import DTensor, Replicate
 
 from qlora_dist.model import (
     base_checksum,
@@ -341,22 +342,26 @@ def test_one_changed_bit_on_one_rank_stops_all_ranks_naming_the_weight(what: str
         assert "the gathered weight model.layers.0.mlp.up_proj.weight differs from its source (1 weights" in text
 
 
-def _check_with_a_whole_weight(folder: str, name: str) -> tuple[str, str]:
+def _check_with_a_whole_weight(folder: str, name: str, is_replicated: bool) -> tuple[str, str]:
     world, shards = world_and_shards()
     model = load(folder, shards)
     check_sharding(model)
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    module._parameters[attribute] = torch.nn.Parameter(gathered(getattr(module, attribute)), requires_grad=False)
+    whole = gathered(getattr(module, attribute))
+    if is_replicated:  # a DTensor, whose local part is all of it
+        whole = DTensor.from_local(whole, shards.mesh, [Replicate()], run_check=False)
+    module._parameters[attribute] = torch.nn.Parameter(whole, requires_grad=False)
     result = outcome(check_sharding, model)
     world.close()
     return result
 
 
+@pytest.mark.parametrize("is_replicated", [False, True])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
-def test_a_weight_that_is_whole_on_a_rank_is_an_error_naming_it(name: str, tmp_path: Path) -> None:
+def test_a_weight_that_is_whole_on_a_rank_is_an_error_naming_it(name: str, is_replicated: bool, tmp_path: Path) -> None:
     save_model(tmp_path, tokenizer=False)
-    for kind, text in on_ranks(_check_with_a_whole_weight, 2, str(tmp_path), name):
+    for kind, text in on_ranks(_check_with_a_whole_weight, 2, str(tmp_path), name, is_replicated):
         assert kind == "RunFailed"
         assert (
             f"1 large weights are whole on rank {'0' if 'rank 0' in text else '1'} instead of sharded over 2 ranks"
