@@ -126,10 +126,12 @@ def test_the_command_becomes_torchrun_with_these_options():
         import json, os, sys
         from qlora_dist.commands import invoke
 
-        os.execv = lambda file, words: print(json.dumps(words[1:]))
+        store = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+        os.environ.pop(store, None)
+        os.execv = lambda file, words: print(json.dumps([os.environ[store], *words[1:]]))
         invoke(["torchrun", "127.0.0.1:1234", "--nnodes=2", "--nproc-per-node", "4", "-m", "qlora_dist", "train", "c"])
     """)
-    expected = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:1234"]
+    expected = ["1", "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:1234"]
     expected += ["--nnodes=2", "--nproc-per-node", "4", "-m", "qlora_dist", "train", "c"]
     assert json.loads(done.stdout) == expected
     assert "torch" not in run_python("import sys, qlora_dist.commands.torchrun; print(*sys.modules)").stdout.split()
