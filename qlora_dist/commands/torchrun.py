@@ -39,7 +39,7 @@ def run_torchrun(endpoint: str, options: Sequence[str]) -> NoReturn:
     if "--rdzv-conf=is_host=0" in own:
         wait_for_first_node(host, port)
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # rank 0 serves a store of its own
-    command = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", *own, *options]
+    command = ["-m", "qlora_dist.cluster.agent", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", *own, *options]
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *command])  # the same process: signals reach torchrun, its parent stays

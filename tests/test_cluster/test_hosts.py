@@ -5,6 +5,7 @@ Two sets of namespaces stand in for the hosts.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import pytest
 import torch
 from helpers import slow_cable
 from helpers.crew import Crew
-from helpers.ranks import outcome
+from helpers.ranks import ROOT, outcome, python_path
 from helpers.tiny_run import losses_of, make_inputs, write_config
 from helpers.two_hosts import ADDRESSES, NAMES, PORT, Hosts, why_not
 
@@ -304,3 +305,23 @@ def test_a_host_that_is_lost_is_named_the_cut_off_side_ends_too_and_nothing_is_l
         assert [end.code for end in crew.wait()] == [0, 0], crew.output()
         assert f"resuming from {newest} " in crew.output(), "the last checkpoint is whole"
     assert losses_of(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.hosts
+@pytest.mark.timeout(900)  # four interpreters import, and the side that is cut off waits for minutes
+@pytest.mark.parametrize("hosts", ["debian, own name only"], indirect=True)
+def test_torchrun_leaves_no_process_on_either_side_of_a_cable_that_is_out_for_good(hosts, config, tmp_path):
+    long = write_config(config, load_config(config).model_dump(mode="json"), train__steps=1000)
+    faults = {"FAULTS": json.dumps([SLOW]), "PYTHONPATH": f"{ROOT / 'tests' / 'faults'}:{python_path()}"}
+    command = _torchrun(f"{ADDRESSES[0]}:{PORT}", "-m", "qlora_dist", "train", str(long))
+    nodes = [hosts.start(number, *command, **faults) for number in range(2)]
+    deadline = time.monotonic() + 400
+    while _num_steps(tmp_path / "run") < 3:
+        assert time.monotonic() < deadline, [hosts.output(node) for node in nodes]
+        time.sleep(0.1)
+    hosts.plug(False)
+    assert [node.wait(200) for node in nodes] == [1, 1]
+    _require_nothing_left(hosts)
+    first, second = map(hosts.output, nodes)
+    rank = 0 if "2 ranks on 2 nodes" in first else 1  # the one on the first node: torchrun may place either there
+    assert f"rank {1 - rank} (hostb" in first and f"rank {rank} (hosta" in second
