@@ -106,6 +106,8 @@ def _main(
     if host:
         enter_host(host)
     redirect(log, log)
+    # as for all ranks of tests: accelerate would choose it by the ranks of a node, and sums on more threads are others
+    os.environ["OMP_NUM_THREADS"] = "1"
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -358,7 +358,7 @@ def test_two_nodes_of_accelerate_train_with_zero2_from_another_folder(raw, runs,
     for rank, log in enumerate(logs):
         with open(log, "w") as stream:
             command = [*start, "--machine_rank", str(rank), *train_it]
-            # as in slurm/: workers that share the agents' store depend on the order in which agents exit
+            # as `qlora-dist torchrun`: workers that share the agents' store depend on the order in which agents exit
             environment = {**clean_environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             nodes.append(
                 subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=stream, stderr=subprocess.STDOUT)
