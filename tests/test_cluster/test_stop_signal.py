@@ -44,7 +44,7 @@ def test_a_stop_can_be_requested_from_a_thread_and_says_why():
         with pytest.raises(StopRequested), stop.interrupting():
             thread.start()
             thread.join(10)
-            time.sleep(10)
+            threading.Event().wait(30)
         assert stop.name == LAUNCHER_ENDED
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.name == "SIGTERM"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import signal
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from helpers.crew import Crew
-from helpers.ranks import ROOT, clean_environment, run_command, torchrun
+from helpers.ranks import run_command, torchrun
+from helpers.slurm_cluster import wait_for
 from helpers.tiny_run import changed, losses_of, make_inputs, write_config
 
 
@@ -45,28 +44,23 @@ def test_accelerate_torchrun_and_one_plain_process_give_the_same_run(raw, tmp_pa
     assert found["accelerate"] == pytest.approx(found["plain"], rel=1e-5)
 
 
-def test_a_mistake_under_a_launcher_is_said_once_without_a_traceback_of_ours(raw, tmp_path):
+def test_a_mistake_is_said_by_one_of_two_ranks_without_a_traceback_of_ours(raw, tmp_path):
     config = write_config(tmp_path / "c.yaml", raw, batch__rows_per_step=3)
-    done = run_command([*torchrun(2), "-m", "qlora_dist", "train", str(config)])
-    assert done.returncode != 0
-    assert done.stderr.count("nearest multiples: 2 or 4") == 1
-    assert "qlora_dist/train" not in done.stderr
+    with Crew(config, tmp_path) as crew:
+        assert [end.code for end in crew.wait()] == [2, 2]
+        assert crew.output().count("nearest multiples: 2 or 4") == 1
+        assert "qlora_dist/train" not in crew.output()
 
 
 def test_a_killed_run_goes_on_with_the_losses_of_a_whole_one(raw, tmp_path):
+    """Killed at any moment; test_faults chooses it."""
     raw = changed(raw, train__steps=400, train__save_every=5, train__keep=2)
-    config = write_config(tmp_path / "c.yaml", raw)
-    command = [*torchrun(2), "-m", "qlora_dist", "train", str(config)]
     run = Path(raw["run_dir"])
-    with subprocess.Popen(
-        command, env=clean_environment(), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not list(run.glob("checkpoints/step-*")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        # torchrun's workers have sessions of their own: killing the agent alone would let them train on
-        for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-            victim.kill()
+    with Crew(write_config(tmp_path / "c.yaml", raw), tmp_path) as crew:
+        wait_for(lambda: list(run.glob("checkpoints/step-*")), 120, "a checkpoint", crew.output)
+        for rank in range(2):
+            crew.send(rank, signal.SIGKILL)
+        crew.wait()
     killed_at = len(losses_of(run))
     assert 5 <= killed_at < 400
     raw = changed(raw, train__steps=killed_at + 3)

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from helpers.tiny_tokenizers import byte_level_tokenizer, sentencepiece_tokenize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_dist.cluster import file_lock
 from qlora_dist.config import SourceConfig
 from qlora_dist.data.documents import build as build_module
 from qlora_dist.data.documents import build_documents, split_sources
@@ -367,23 +367,28 @@ def test_a_damaged_store_is_built_again(tmp_path, alpaca):
     assert answers(build(tmp_path, alpaca)) == expected
 
 
-def _build_and_report(tmp_path, source, queue):
+def _build_and_report(tmp_path, source, queue, arrived):
     built = []
-    original = build_module.Build.run
+    original, acquire = build_module.Build.run, file_lock._acquire
+
+    def acquiring(*args):
+        arrived.release()
+        acquire(*args)
 
     def run(self, *args):
         built.append(True)
-        time.sleep(0.5)  # meanwhile the other process arrives
+        for _ in range(2):  # the other process is at the lock too
+            arrived.acquire(timeout=30)
         original(self, *args)
 
-    build_module.Build.run = run
+    build_module.Build.run, file_lock._acquire = run, acquiring
     queue.put((len(build(tmp_path, source)), len(built)))
 
 
 def test_two_processes_with_a_cold_cache_build_it_once(tmp_path, alpaca):
     context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=_build_and_report, args=(tmp_path, alpaca, queue)) for _ in range(2)]
+    queue, arrived = context.Queue(), context.Semaphore(0)
+    processes = [context.Process(target=_build_and_report, args=(tmp_path, alpaca, queue, arrived)) for _ in range(2)]
     for process in processes:
         process.start()
     results = [queue.get(timeout=60) for _ in processes]
@@ -398,7 +403,7 @@ def _build_and_hang(tmp_path, source, reached):
 
     def hang(*_):
         reached.set()
-        time.sleep(600)
+        signal.pause()
 
     store._count_duplicates = hang  # all tokens are written, the store has no name yet
     build(tmp_path, source)
