@@ -1,9 +1,9 @@
 """Faults for real runs, injected from outside the package: Python imports this module if its folder is on PYTHONPATH.
 
 FAULTS holds a JSON list of {"do": ..., "at": ..., "rank": ..., "step": ..., "once": file}.
-do    sleep (with "seconds"), wait (until "file" exists), be seen (until this rank's sign of life says what it does; in
-      a step), exit, disk full, out of memory, wrong clock, or the name of a signal that the process sends to itself
-      ("times" times)
+do    sleep (with "seconds"), wait (until "file" exists), be seen (until the signs of life of all ranks say what this
+      one does; in a step), exit, disk full, out of memory, wrong clock, or the name of a signal that the process sends
+      to itself ("times" times)
 at    a key of PLACES: before each call of that function; or import: before the trainer is imported
 rank  only on this rank; step (0-based): only in this step; nth: only at this call, from 1; without them on all ranks,
       at each call
@@ -65,8 +65,9 @@ def strike(fault, *arguments):
             time.sleep(0.05)
     elif fault["do"] == "be seen":
         world = arguments[0]
-        while json.loads(world._store.get(f"heartbeat/{world.rank}"))["what"] != world._heartbeat.what:
-            time.sleep(0.05)
+        for rank in range(world.size):
+            while json.loads(world._store.get(f"heartbeat/{rank}"))["what"] != world._heartbeat.what:
+                time.sleep(0.05)
     elif fault["do"] == "exit":
         os._exit(3)
     elif fault["do"] == "disk full":  # writes beyond the first bytes fail

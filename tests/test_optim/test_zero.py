@@ -219,7 +219,7 @@ def _loads_in_stock_peft(base, adapter):
 @pytest.mark.parametrize("strategy", ["zero2", "zero2_offload"])
 def test_an_interrupted_run_resumes_bit_identically(runs, raw, strategy):
     raw = changed(raw, strategy__name=strategy)
-    for steps in (3, 6):
+    for steps in (4, 6):
         on_ranks(_train, RANKS, changed(raw, train__steps=steps))
     whole, _ = runs(strategy)
     assert losses_of(raw["run_dir"]) == losses_of(whole)
@@ -228,7 +228,7 @@ def test_an_interrupted_run_resumes_bit_identically(runs, raw, strategy):
 
 
 def test_any_strategy_and_number_of_ranks_resumes_from_the_checkpoints_of_another(runs, raw):
-    plan = [("ddp", 2, 1), ("zero2", 2, 2), ("zero3", 2, 3), ("zero1", 1, 4), ("ddp", 2, 6)]
+    plan = [("ddp", 2, 1), ("zero2", 2, 2), ("zero3", 2, 4), ("zero1", 1, 5), ("ddp", 2, 6)]
     for strategy, num_ranks, steps in plan:
         on_ranks(_train, num_ranks, changed(raw, strategy__name=strategy, train__steps=steps))
     ddp, _ = runs("ddp")
