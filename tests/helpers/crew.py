@@ -61,8 +61,9 @@ class Crew:
             for rank in range(ranks)
         ]
         for rank, process in enumerate(self.processes):
-            if rank == ranks - 1:
-                time.sleep(late_seconds)
+            if rank == ranks - 1 and late_seconds:
+                self.processes[0].join(late_seconds)
+                assert self.processes[0].is_alive(), f"the first rank did not wait\n{self.output()}"
             process.start()
 
     def __enter__(self) -> Crew:

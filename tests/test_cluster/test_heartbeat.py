@@ -56,6 +56,11 @@ class Exits:
 
     def __init__(self):
         self.codes, self.event = [], threading.Event()
+        self.parent, self.num_looks = os.getppid(), 0
+
+    def getppid(self):
+        self.num_looks += 1
+        return self.parent
 
     def __call__(self, code):
         self.codes.append(code)
@@ -66,8 +71,7 @@ class Exits:
 @pytest.fixture
 def exits(monkeypatch):
     exits = Exits()
-    monkeypatch.setattr(heartbeat, "os", SimpleNamespace(_exit=exits, getpid=os.getpid, getppid=lambda: exits.parent))
-    exits.parent = os.getppid()
+    monkeypatch.setattr(heartbeat, "os", SimpleNamespace(_exit=exits, getpid=os.getpid, getppid=exits.getppid))
     for name, seconds in (("BEAT", 0.02), ("LOOK", 0.06), ("STORE", 0.1), ("REPORT", 0.3), ("SILENT", 0.4)):
         monkeypatch.setattr(heartbeat, f"{name}_SECONDS", seconds)
     monkeypatch.setattr(heartbeat, "READ_SECONDS", 5.0)
@@ -232,11 +236,11 @@ def test_the_end_of_the_launcher_asks_one_process_to_stop_once(start, exits):
     asked = []
     stop = SimpleNamespace(name=None, is_listening=True, request=asked.append)
     alone = start(None, rank=0, size=1, launcher=os.getppid(), stop=stop)
-    time.sleep(3 * heartbeat.BEAT_SECONDS)
+    _until(lambda: exits.num_looks >= 3)
     assert asked == []
     exits.parent = 1
     _until(lambda: asked)
-    time.sleep(3 * heartbeat.BEAT_SECONDS)
+    assert not alone._ended.wait(3 * heartbeat.BEAT_SECONDS)
     assert asked == [LAUNCHER_ENDED] and exits.codes == []
     alone.close()
 

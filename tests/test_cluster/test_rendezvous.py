@@ -113,9 +113,10 @@ def test_all_ranks_join_and_a_rank_that_comes_late_is_waited_for(port):
         stores[number] = join_store(Ranks(number, 2, number, 2), seconds=20)
 
     threads = [threading.Thread(target=join, args=(number,)) for number in (1, 0)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.1)
+    threads[0].start()
+    threads[0].join(0.2)
+    assert threads[0].is_alive(), "the first did not wait"
+    threads[1].start()
     for thread in threads:
         thread.join(30)
     stores[1].set("x", "of 1")
@@ -128,7 +129,7 @@ def test_a_rank_that_never_joins_is_named_soon(port):
         join_store(Ranks(0, 3, 0, 3), seconds=0.3)
     text = str(found.value)
     assert f"1 of 3 ranks joined at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT) within 0 s; without rank 1, 2." in text
-    assert "same MASTER_ADDR" in text and time.monotonic() - started < 5
+    assert "same MASTER_ADDR" in text and time.monotonic() - started < 60
 
 
 def test_a_rank_that_finds_no_rank_0_says_where_it_looked(port):

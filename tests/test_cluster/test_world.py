@@ -98,12 +98,18 @@ def test_collectives_agree_and_failures_of_rank_0_reach_all():
 
 def _first_builds(fails):
     world = World.init()
-    times = []
+    times, wait = [], world._wait
+
+    def waiting(*arguments, **options):
+        world._store.set("test/waits", "")
+        wait(*arguments, **options)
 
     def run():
+        if world.rank == 1:
+            world._wait = waiting
         with world.local_main_first("building"):
             if world.rank == 0:
-                time.sleep(0.5)
+                world._store.get("test/waits")  # returns when the other rank waits, here or for the end
                 if fails:
                     raise UserError("line 3 is broken")
             times.append(time.time())
