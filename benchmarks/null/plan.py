@@ -55,12 +55,10 @@ GRID = (
 def measured(points: tuple[Point, ...], out: Path, work: Path) -> list[dict[str, Any]]:
     """All points, kept in `out` as they are found. Raises UserError for a point that fails."""
     found = _earlier(out)
-    for point in points:
-        if point.name not in found:
-            found[point.name] = measure(point, work)
-            _write(out, [found[one.name] for one in points if one.name in found])
-        one = found[point.name]
-        print(f"{one['plan_error']:+.2%}  {one['peak_bytes'] / 2**30:7.3f} GiB  {point.name}", flush=True)
+    for one in measure([point for point in points if point.name not in found], work):
+        found[one["name"]] = one
+        _write(out, [found[point.name] for point in points if point.name in found])
+        print(f"{one['plan_error']:+.2%}  {one['peak_bytes'] / 2**30:7.3f} GiB  {one['name']}", flush=True)
     return [found[point.name] for point in points]
 
 

@@ -1,9 +1,8 @@
-"""One point: a few training steps of one configuration on the null device, with what they allocate and launch.
-
-    build/null/python -m benchmarks.null.steps SPEC.json OUT.json
+"""Points: a few training steps of one configuration each on the null device, with what they allocate and launch.
 
 `measure` is called from any interpreter; it starts this module in the one that sees the device, with the patches of
-tests/null (plausible values for what the trainer reads back).
+tests/null (plausible values for what the trainer reads back). One process runs all points of a call, one after another:
+starting it takes longer than most of them.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,20 +111,28 @@ def interpreter() -> str:
     return str(path)
 
 
-def measure(point: Point, work: Path, *, gib: float = 1000.0, timeout: float = 600) -> dict[str, Any]:
-    """Runs a point in its own process; `work` keeps the inputs. Raises UserError with the process's last lines."""
+def measure(points: Iterable[Point], work: Path, *, gib: float = 1000.0) -> Iterator[dict[str, Any]]:
+    """Runs points in one process; yields each result as it comes. `work` keeps the inputs; gib: the card's size.
+
+    Raises UserError with the process's last lines if it ends early.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    spec, out = work / "spec.json", work / "out.json"
-    spec.write_text(json.dumps(dataclasses.asdict(point)))
-    out.unlink(missing_ok=True)
-    done = subprocess.run(
-        [interpreter(), "-m", "benchmarks.null.steps", str(spec), str(out)],
-        env=environment(gib), cwd=provenance.ROOT, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    if done.returncode or not out.exists():
-        raise UserError(f"{point.name}: exit code {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    specs, log = json.dumps([dataclasses.asdict(point) for point in points]), work / "log.txt"
+    command = [interpreter(), "-m", "benchmarks.null.steps", str(work)]
+    with log.open("w") as errors, subprocess.Popen(
+        command, env=environment(gib), cwd=provenance.ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(specs)
+            process.stdin.close()
+            yield from map(json.loads, process.stdout)
+        except GeneratorExit:  # the caller wants no more
+            process.kill()
+            raise
+    if process.returncode:
+        raise UserError(f"a point on the null device ended with code {process.returncode}\n{log.read_text()[-3000:]}")
 
 
 # --- in the process on the null device --------------------------------------------------------------------------------
@@ -156,6 +164,7 @@ def run(point: Point, work: Path) -> dict[str, Any]:
     config, counters = parse_config(point.config(inputs)), Counters()
     steps: list[dict[str, Any]] = []
     with StopSignal() as stop, join_ranks(config, stop) as world:
+        held = torch.cuda.memory_allocated()  # an earlier point's cuBLAS workspaces
         plan = plan_memory(config, read_shapes(config.model.name, None), world_size=1, device_bytes=None)
         data = build_data(config, world)
         started = time.process_time()
@@ -175,6 +184,7 @@ def run(point: Point, work: Path) -> dict[str, Any]:
         "provenance": provenance.collect(provenance.this_command("benchmarks.null.steps"), torch.device("cuda", 0)),
         "peak_bytes": peak,
         "reserved_bytes": reserved,
+        "held_before_bytes": held,
         "build_peak_bytes": build_peak,
         "planned_bytes": plan.tensor_bytes,
         "plan_error": plan.tensor_bytes / peak - 1,
@@ -193,9 +203,11 @@ def _write_inputs(point: Point, folder: Path) -> None:
 
 
 def main() -> None:
-    spec, out = Path(sys.argv[1]), Path(sys.argv[2])
-    found = run(Point(**json.loads(spec.read_text())), spec.parent)
-    out.write_text(json.dumps(found, indent=1))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # keeps the libraries' output apart from the answers
+    for spec in json.load(sys.stdin):
+        answers.write(json.dumps(run(Point(**spec), Path(sys.argv[1]))) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

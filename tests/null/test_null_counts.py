@@ -16,20 +16,17 @@ pytestmark = [
     pytest.mark.skipif("QLORA_DIST_NULL_PYTHON" not in os.environ, reason="needs a null CUDA device"),
 ]
 
-# Launches of a decoder layer in one step, forward and backward: today's counts, which may only fall
-MOST_LAUNCHES = {"none": 0, "full": 0}
+# Launches of a decoder layer in one step, forward and backward: 275 and 356 were counted. Lower them when they fall
+MOST_LAUNCHES = {"none": 280, "full": 362}
 DEPTHS = (2, 4)
 
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
     """The last step of each number of layers and recompute level."""
-    work = tmp_path_factory.mktemp("counted")
-    return {
-        (layers, recompute): measure(Point("1b", 512, recompute, layers=layers), work)["steps"][-1]
-        for layers in DEPTHS
-        for recompute in MOST_LAUNCHES
-    }
+    keys = [(layers, recompute) for layers in DEPTHS for recompute in MOST_LAUNCHES]
+    points = [Point("1b", 512, recompute, layers=layers) for layers, recompute in keys]
+    return dict(zip(keys, (one["steps"][-1] for one in measure(points, tmp_path_factory.mktemp("counted")))))
 
 
 @pytest.mark.parametrize("recompute", MOST_LAUNCHES)
@@ -50,8 +47,10 @@ def test_a_step_multiplies_exactly_what_the_formula_says(counted, layers, recomp
     assert step["product_flops"] == expected
 
 
-@pytest.mark.parametrize("point", [point for point in GRID if point.shape == "1b"], ids=lambda point: point.name)
-def test_the_plan_is_within_one_percent_of_the_allocators_peak(point, tmp_path):
-    found = measure(point, tmp_path)
-    assert abs(found["plan_error"]) <= 0.01, found["plan_items"]
-    assert found["build_peak_bytes"] <= found["peak_bytes"]
+def test_the_plan_is_within_one_percent_of_the_allocators_peak(tmp_path):
+    """The small part of the grid of benchmarks.null.plan."""
+    points = [point for point in GRID if point.shape == "1b"]
+    found = list(measure(points, tmp_path))
+    assert len(found) == len(points) >= 5
+    assert all(abs(one["plan_error"]) <= 0.01 for one in found), {one["name"]: one["plan_error"] for one in found}
+    assert all(one["build_peak_bytes"] <= one["peak_bytes"] for one in found)
