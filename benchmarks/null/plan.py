@@ -4,7 +4,8 @@
 
 Each point is three training steps with PyTorch's own CUDA allocator. `plan_error` is (plan - peak) / peak, with the
 peak that torch.cuda.max_memory_allocated gives for the steps. The file is written after each point, and points that it
-already has for the same code are not run again.
+already has for the same code are not run again; with --keep, points of an earlier commit (which they name) are kept
+where the plan is the same.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from qlora_dist.config import parse_config
 from qlora_dist.errors import UserError
+from qlora_dist.memory import plan_memory, shapes_from_config
 
 from .. import provenance
+from ..shapes import config_json, shape_of
 from .steps import Point, measure
 
 # Every value of every setting occurs, every shape once at full depth; few layers where only the working set matters
@@ -47,32 +51,45 @@ GRID = (
     Point("65b", 1024, "full", layers=10, rank=64, optimizer="adamw_8bit", offload=True),
     Point("70b", 2048, "full", optimizer="paged_adamw_32bit"),
     Point("70b", 4096, "none", layers=8),
+    Point("13b", 2048, "none", layers=10, offload=True),
+    Point("8b", 4096, "half", layers=8, offload=True),
+    Point("65b", 2048, "none", layers=10, offload=True),
     Point("70b", 512, "full", layers=8, rank=64, optimizer="paged_adamw_8bit", offload=True),
     Point("70b", 1024, "half", layers=8, rank=64, micro_rows=2),
 )
 
 
-def measured(points: tuple[Point, ...], out: Path, work: Path) -> list[dict[str, Any]]:
+def measured(points: tuple[Point, ...], out: Path, work: Path, keep: bool = False) -> list[dict[str, Any]]:
     """All points, kept in `out` as they are found. Raises UserError for a point that fails."""
-    found = _earlier(out)
+    found = _earlier(points, out, keep)
     for one in measure([point for point in points if point.name not in found], work):
-        found[one["name"]] = one
-        _write(out, [found[point.name] for point in points if point.name in found])
+        found[one["name"]] = one | {"commit": one["provenance"]["commit"]}
+        _write(out, [found[point.name] for point in points if point.name in found], one["provenance"])
         print(f"{one['plan_error']:+.2%}  {one['peak_bytes'] / 2**30:7.3f} GiB  {one['name']}", flush=True)
     return [found[point.name] for point in points]
 
 
-def _earlier(out: Path) -> dict[str, dict[str, Any]]:
+def planned_bytes(point: Point) -> int:
+    """What the plan counts as tensors now."""
+    shapes = shapes_from_config(config_json(shape_of(point.shape, point.layers)))
+    assert shapes is not None
+    config = parse_config(point.config(Path("unused")))
+    return plan_memory(config, shapes, world_size=1, device_bytes=None).tensor_bytes
+
+
+def _earlier(points: tuple[Point, ...], out: Path, keep: bool) -> dict[str, dict[str, Any]]:
     if not out.exists():
         return {}
     content = json.loads(out.read_text())
-    if content["provenance"]["code_hash"] != provenance.code_hash():
-        return {}
-    return {one["name"]: one for one in content["points"]}
+    known = {one["name"]: one for one in content["points"]}
+    if content["provenance"]["code_hash"] == provenance.code_hash():
+        return known
+    same = [p for p in points if keep and p.name in known and known[p.name]["planned_bytes"] == planned_bytes(p)]
+    return {point.name: known[point.name] for point in same}
 
 
-def _write(out: Path, points: list[dict[str, Any]]) -> None:
-    origin = points[0]["provenance"] | {"command": provenance.this_command("benchmarks.null.plan")}
+def _write(out: Path, points: list[dict[str, Any]], newest: dict[str, Any]) -> None:
+    origin = newest | {"command": provenance.this_command("benchmarks.null.plan")}
     largest = max(points, key=lambda one: abs(one["plan_error"]))
     content = {
         "benchmark": "null_plan",
@@ -91,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=provenance.ROOT / "benchmarks" / "results" / "null")
     parser.add_argument("--only", default="", help="Points whose name contains this.")
+    parser.add_argument("--keep", action="store_true", help="Keep points of earlier commits whose plan is the same.")
     parser.add_argument("--work", type=Path, help="Folder for the inputs (default: a temporary one).")
     parser.add_argument("--allow-dirty", action="store_true")
     arguments = parser.parse_args()
@@ -98,7 +116,7 @@ def main() -> None:
     try:
         provenance.require_clean(arguments.allow_dirty)
         with tempfile.TemporaryDirectory(prefix="null-plan-") as folder:
-            measured(points, arguments.out / "plan.json", arguments.work or Path(folder))
+            measured(points, arguments.out / "plan.json", arguments.work or Path(folder), arguments.keep)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
