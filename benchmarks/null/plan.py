@@ -4,8 +4,8 @@
 
 Each point is three training steps with PyTorch's own CUDA allocator. `plan_error` is (plan - peak) / peak, with the
 peak that torch.cuda.max_memory_allocated gives for the steps. The file is written after each point, and points that it
-already has for the same code are not run again; with --keep, points of an earlier commit (which they name) are kept
-where the plan is the same.
+already has for the same code are not run again; with --keep, peaks that an earlier commit measured are kept, with that
+commit's name, and compared with the plan of now.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qlora_dist.memory import plan_memory, shapes_from_config
 
 from .. import provenance
 from ..shapes import config_json, shape_of
-from .steps import Point, measure
+from .steps import Point, against_plan, measure
 
 # Every value of every setting occurs, every shape once at full depth; few layers where only the working set matters
 GRID = (
@@ -69,12 +69,12 @@ def measured(points: tuple[Point, ...], out: Path, work: Path, keep: bool = Fals
     return [found[point.name] for point in points]
 
 
-def planned_bytes(point: Point) -> int:
-    """What the plan counts as tensors now."""
+def planned_again(point: Point, one: dict[str, Any]) -> dict[str, Any]:
+    """A measured point with the plan of now."""
     shapes = shapes_from_config(config_json(shape_of(point.shape, point.layers)))
     assert shapes is not None
     config = parse_config(point.config(Path("unused")))
-    return plan_memory(config, shapes, world_size=1, device_bytes=None).tensor_bytes
+    return one | against_plan(plan_memory(config, shapes, world_size=1, device_bytes=None), one["peak_bytes"])
 
 
 def _earlier(points: tuple[Point, ...], out: Path, keep: bool) -> dict[str, dict[str, Any]]:
@@ -82,10 +82,14 @@ def _earlier(points: tuple[Point, ...], out: Path, keep: bool) -> dict[str, dict
         return {}
     content = json.loads(out.read_text())
     known = {one["name"]: one for one in content["points"]}
-    if content["provenance"]["code_hash"] == provenance.code_hash():
-        return known
-    same = [p for p in points if keep and p.name in known and known[p.name]["planned_bytes"] == planned_bytes(p)]
-    return {point.name: known[point.name] for point in same}
+    if not keep and content["provenance"]["code_hash"] != provenance.code_hash():
+        return {}
+    found = {point.name: planned_again(point, known[point.name]) for point in points if point.name in known}
+    if found:
+        # the plan's commit; each point names the one that measured it
+        now = {"commit": provenance.commit(), "code_hash": provenance.code_hash()}
+        _write(out, list(found.values()), content["provenance"] | now)
+    return found
 
 
 def _write(out: Path, points: list[dict[str, Any]], newest: dict[str, Any]) -> None:

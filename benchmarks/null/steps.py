@@ -25,7 +25,7 @@ import torch
 from qlora_dist.cluster.stop_signal import StopSignal
 from qlora_dist.config import parse_config
 from qlora_dist.errors import UserError
-from qlora_dist.memory import plan_memory
+from qlora_dist.memory import MemoryPlan, plan_memory
 from qlora_dist.memory.read_shapes import read_shapes
 from qlora_dist.train import step as training
 from qlora_dist.train.metrics import peak_bytes, restart_peak
@@ -186,13 +186,20 @@ def run(point: Point, work: Path) -> dict[str, Any]:
         "reserved_bytes": reserved,
         "held_before_bytes": held,
         "build_peak_bytes": build_peak,
+        **against_plan(plan, peak),
+        "build_cpu_seconds": build_seconds,
+        "step_cpu_seconds": statistics.median(step["cpu_seconds"] for step in steps[1:]),
+        "steps": steps,
+    }
+
+
+def against_plan(plan: MemoryPlan, peak: int) -> dict[str, Any]:
+    """What the plan counts as tensors, and its error, relative to the allocator's peak."""
+    return {
         "planned_bytes": plan.tensor_bytes,
         "plan_error": plan.tensor_bytes / peak - 1,
         "planned_peak_at": plan.peak_at,
         "plan_items": {name: item.size for name, item in plan.items.items() if item.is_tensor},
-        "build_cpu_seconds": build_seconds,
-        "step_cpu_seconds": statistics.median(step["cpu_seconds"] for step in steps[1:]),
-        "steps": steps,
     }
 
 
