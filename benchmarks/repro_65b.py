@@ -6,8 +6,7 @@
 With `--random-weights` memory and speed are measured without the 130 GB checkpoint and without a network: the model is
 created tensor by tensor from its shapes and quantized immediately, and the data are random tokens that fill every row,
 the most work that a row can be. Training, memory and checkpoints are those of
-`qlora-dist train launch/recipes/repro_65b_48gb.yaml`. `--zero-weights` also reads a checkpoint: files of the full size
-whose content is a hole, for a device that computes nothing (benchmarks.null).
+`qlora-dist train launch/recipes/repro_65b_48gb.yaml`.
 
 The card is limited to `--cap-gib` (47.54 GiB, as reported by an RTX A6000): PyTorch may not allocate more, including
 the CUDA context. Paged optimizer states are outside PyTorch's allocator and stay on a larger card while it has space;
@@ -41,8 +40,6 @@ from qlora_dist.memory.read_shapes import read_shapes
 from qlora_dist.train import train
 
 from . import memory, provenance
-from .null.hollow import write_holes
-from .shapes import Shape
 
 GIB = 2**30
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "repro_65b_48gb.yaml"
@@ -95,18 +92,15 @@ def configure(arguments: argparse.Namespace) -> RunConfig:
     """The recipe with the changes of the command line."""
     run = [f"run_dir={arguments.work / 'run'}", "logging.trackers=[]"]
     config = load_config(RECIPE, (*arguments.overrides, *run))
-    if arguments.weights is None:
+    if not arguments.random_weights:
         steps = [] if arguments.steps is None else [f"train.steps={arguments.steps}"]
         return load_config(RECIPE, (*arguments.overrides, *run, *steps))
     steps = MEASURED_STEPS if arguments.steps is None else arguments.steps
     shapes = llama_65b(arguments.layers, arguments.hidden)
     write_inputs(arguments.work, shapes, config.data.row_tokens, config.batch.rows_per_step * min(steps, 16))
-    if arguments.weights == "zeros":
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        write_holes(arguments.work / "model", Shape(*(shapes[name] for name in (*names, "vocab_size"))))
     inputs = (
         f"model.name={arguments.work / 'model'}",
-        f"model.weights={'files' if arguments.weights == 'zeros' else 'random'}",
+        "model.weights=random",
         f"data.train=[{{path: {arguments.work / 'rows.jsonl'}, format: tokens}}]",
         "data.eval=[]",
         f"data.cache_dir={arguments.work / 'cache'}",
@@ -197,7 +191,7 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
             provenance.this_command("benchmarks.repro_65b", arguments.command),
             torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         ),
-        "weights": arguments.weights or "files",
+        "weights": "random" if arguments.random_weights else "files",
         "is_full_size": is_full_size,
         "config": config.model_dump(mode="json"),
         "base_parameters": summary["base_parameters"],
@@ -223,13 +217,7 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made = parser.add_mutually_exclusive_group()
-    made.add_argument(
-        "--random-weights", dest="weights", action="store_const", const="random", help="Random model and random data."
-    )
-    made.add_argument(
-        "--zero-weights", dest="weights", action="store_const", const="zeros", help="Read files of zeros; random data."
-    )
+    parser.add_argument("--random-weights", action="store_true", help="Create a random model and random data.")
     parser.add_argument("--cap-gib", type=float, default=A6000_GIB, help="Memory of the emulated card.")
     parser.add_argument(
         "--crowd",
@@ -256,7 +244,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         provenance.commit_and_source()  # an invalid stated commit is reported before the run, not after it
     except UserError as error:
         raise SystemExit(str(error)) from None
-    if arguments.weights is not None:  # a reproduction that takes days is resumed, not restarted
+    if arguments.random_weights:  # a reproduction that takes days is resumed, not restarted
         shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True, exist_ok=True)
     config = configure(arguments)

@@ -2,7 +2,6 @@
 
     steps    one point: a few training steps of one configuration, counted, in its own process
     plan     the allocator's peak against the memory plan, over a grid of points
-    host     host time of a step beside transformers' Trainer and TRL
 
 Real there: bytes of PyTorch's CUDA allocator, launches, copies, synchronizations, FLOPs of matrix products, host time.
 Not there: values, and time on the device.

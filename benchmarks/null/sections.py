@@ -58,28 +58,4 @@ def large_model(raw: Any) -> Section | None:
     return Section(f"{raw.name}: 65B on a 48 GB card", text, [Table("", ["what", "GiB", "raw"], rows)])
 
 
-def host(raw: Any) -> Section | None:
-    content = raw.others.get("host")
-    if content is None:
-        return None
-    rows = []
-    for one in content["results"]:
-        cell = one["cell"]
-        layers = cell["layers"] or "all"
-        rows.append(
-            [one["label"], cell["shape"], layers, cell["row_tokens"] * cell["micro_rows"], one["cpu_seconds_median"],
-             one["cpu_seconds_least"], one["seconds_median"], one["seconds_least"], one["launches"],
-             one["synchronizations"], Link("raw", raw.paths["host"])]
-        )  # fmt: skip
-    header = ["engine", "shape", "layers", "tokens", "CPU s", "least", "elapsed s", "least", "launches",
-              "synchronizations", "raw"]  # fmt: skip
-    text = (
-        f"{MARK} What Python, autograd and the dispatch of kernels take per step: a step on any device takes at least "
-        "this. Engines of the same tokens and recomputation are loaded together and step in turns; medians over the "
-        "timed steps, and the least. CPU seconds are those of all threads of the engine's process and are less "
-        "affected by other load on the machine than elapsed ones."
-    )
-    return Section(f"{raw.name}: host time of a step", text, [Table("", header, rows)])
-
-
-ALL = (plan, large_model, host)
+ALL = (plan, large_model)
