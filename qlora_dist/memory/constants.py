@@ -15,6 +15,8 @@ OFFLOAD_AHEAD_BYTES = 256 * MIB
 """model.activation_offload.AHEAD_BYTES: offloaded activations that are prefetched before they are needed."""
 OFFLOAD_LEAST_BYTES = MIB
 """model.activation_offload.MIN_BYTES: smaller activations stay on the device."""
+OFFLOAD_IN_FLIGHT = 2
+"""model.activation_offload.IN_FLIGHT: tensors on the device while they are copied to the host."""
 WORKSPACE_BYTES = 2 * 32 * MIB
 """cuBLAS workspaces on Hopper (:4096:8; 8 MiB each on earlier GPUs): PyTorch allocates one for the thread of the
 forward pass and one for the thread of the backward pass, and keeps them."""

@@ -32,6 +32,7 @@ class LayerSettings:
     quantization: Quantization = "nf4"
     double_quant: bool = True
     attention: Attention = "flash"  # flash includes varlen
+    is_offloaded: bool = False  # saved activations go to the host
     longest: int = 0  # tokens in the longest document, for materialized scores; 0: a document may span all
 
 
@@ -53,6 +54,7 @@ class LayerTape:
     def __init__(self, shapes: ModelShapes, settings: LayerSettings, has_grad_input: bool = True) -> None:
         self.shapes, self.settings = shapes, settings
         self.tape = Tape()
+        self.has_grad_input = has_grad_input
         self.row = settings.tokens * shapes.hidden * settings.compute_size  # a (T, H) tensor
         self.start = self.tape.input(self.row, needs_grad=has_grad_input)
         self.before_last: Live | None = None  # peak up to the last product, where recomputation can stop there
@@ -68,8 +70,13 @@ class LayerTape:
         saved = tape.saved
         kept_input = self.row if self.start.refs > 1 else 0
         held = {id(value): value.size for operation in tape.operations for value in operation.saves if value.is_owned}
-        sizes = tuple(held.values())
-        return LayerBytes(saved, sizes, kept_input, forward, self.before_last or forward, tape.backward(output))
+        recomputed = self.before_last or forward  # saved tensors of a recomputation stay on the device
+        if self.settings.is_offloaded:
+            again = LayerTape(self.shapes, self.settings, self.has_grad_input)
+            again.tape.is_offloaded = True
+            again._layer(again.start)
+            forward = again.tape.peak.copy()
+        return LayerBytes(saved, tuple(held.values()), kept_input, forward, recomputed, tape.backward(output))
 
     # --- the layer ----------------------------------------------------------------------------------------------------
 

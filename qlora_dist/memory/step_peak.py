@@ -68,6 +68,7 @@ def _layers(config: RunConfig, shapes: ModelShapes, tokens: int) -> list[LayerBy
         quantization=config.model.quantization,
         double_quant=config.model.double_quant,
         attention="sdpa" if config.model.attention == "sdpa" or config.model.compute_dtype == "float32" else "flash",
+        is_offloaded=config.memory.offload_activations,
         longest=config.data.row_tokens,
     )
     chosen = [frozenset()] * shapes.num_layers if lora is None else adapted_linears(shapes, lora.target_modules)
@@ -99,16 +100,18 @@ def _layer_moments(
     layer: LayerBytes, held: Held, row: int, is_recomputed: bool, steady: dict[str, Item]
 ) -> Iterator[Moment]:
     """One layer's forward (or recomputation) and backward, over what the layers before it keep."""
-    for name, live, saved, extra in (
-        ("a layer's forward pass", layer.recompute_peak if is_recomputed else layer.forward_peak, held.forward, row),
-        ("a layer's backward pass", layer.backward_peak, held.backward, 0),
+    forward = layer.recompute_peak if is_recomputed else layer.forward_peak
+    backward = layer.backward_peak
+    for name, live, saved, own in (
+        ("a layer's forward pass", forward, held.forward, forward.activations + row),
+        ("a layer's backward pass", backward, held.backward, max(0, backward.activations - held.on_host)),
     ):
         again = "recomputed and " if is_recomputed else ""
         yield Moment(
             name,
             {
                 "saved activations": Item(saved, "of the layers before it, and its input"),
-                "one layer's activations": Item(live.activations + extra, f"{again}alive in one layer at a time"),
+                "one layer's activations": Item(own, f"{again}alive in one layer at a time"),
                 "one layer's gradients": Item(live.gradients, "of activations"),
                 "dequantized matrix": Item(live.weights, "and adapters in the compute type"),
                 **steady,
@@ -148,6 +151,7 @@ class Held:
 
     forward: int
     backward: int
+    on_host: int = 0  # bytes that the peak of its backward pass counts
 
 
 def whole(before: Sequence[Kept], own: Kept) -> Held:
@@ -166,15 +170,17 @@ def held_in_layer(before: Sequence[Kept], own: Kept, is_recomputed: bool) -> Hel
     """With offload: small tensors, and what is prefetched.
 
     A recomputed layer reads its input and drops it when the recomputation ends. Another layer's peak counts all of its
-    tensors; on the device are the one that is read (say the largest) and those prefetched, its own before others'.
+    tensors; on the device are one that is read (say the largest) and as many prefetched ones as the limit allows: which
+    of them changes from operation to operation, so the whole limit is counted.
     """
     stays = sum(kept.stays for kept in before)
     earlier = [size for kept in before for size in kept.moved]
     if is_recomputed:
         ahead = stays + prefetched(earlier)
         return Held(ahead + own.own_input, ahead)
-    ahead = max(own.moved, default=0) + prefetched(earlier + own.moved)
-    return Held(stays + own.own_input, stays + own.own_input + ahead - sum(own.moved))
+    read = max(own.moved, default=0)
+    ahead = read + min(OFFLOAD_AHEAD_BYTES, sum(earlier) + sum(own.moved) - read)
+    return Held(stays + own.own_input, stays + own.own_input + ahead, on_host=sum(own.moved))
 
 
 def prefetched(earlier: Sequence[int]) -> int:

@@ -8,8 +8,11 @@ PyTorch's memory rules:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from .constants import OFFLOAD_IN_FLIGHT, OFFLOAD_LEAST_BYTES
 
 
 @dataclass(eq=False)
@@ -64,6 +67,8 @@ class Tape:
     live: Live = field(default_factory=Live)
     peak: Live = field(default_factory=Live)
     operations: list[Operation] = field(default_factory=list)
+    is_offloaded: bool = False  # saved tensors go to the host: a forward pass alone
+    in_flight: deque[Value] = field(default_factory=deque)  # whose copies may still run
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -101,7 +106,7 @@ class Tape:
         self._note(weights=weights, activations=work)
         kept = [] if not needs_grad else [*saves, out] if saves_output else list(saves)
         for value in kept:
-            value.refs += 1
+            self._save(value)
         for value in saves:
             if value.refs == 0:  # an unused extra
                 self._free(value)
@@ -109,6 +114,15 @@ class Tape:
             Operation(out, inputs, kept, shares, weights if back_weights is None else back_weights, back_work)
         )
         return out
+
+    def _save(self, value: Value) -> None:
+        if self.is_offloaded and value.size >= OFFLOAD_LEAST_BYTES:
+            if value in self.in_flight:
+                return
+            self.in_flight.append(value)
+        value.refs += 1
+        if len(self.in_flight) > OFFLOAD_IN_FLIGHT:
+            self.drop(self.in_flight.popleft())
 
     def drop(self, *values: Value) -> None:
         """Python variables that go out of scope."""

@@ -131,7 +131,8 @@ def test_offloaded_activations_are_on_the_host_and_a_few_on_the_device(recompute
     one = (plan(recompute=0, memory={"offload_activations": True}).host_items["saved activations"].size) // LAYERS
     # the first layer saves less: nothing before its adapters has a gradient
     assert kept == pytest.approx(recompute * row + (LAYERS - recompute) * one, rel=0.02)
-    assert there.items["saved activations"].size <= OFFLOAD_AHEAD_BYTES + row
+    # what is prefetched, the widest tensor, which is read, and those too small to be moved: under 1 MiB a layer
+    assert there.items["saved activations"].size <= OFFLOAD_AHEAD_BYTES + TOKENS * INNER * 2 + LAYERS * 2**20
     if recompute == 0:
         assert here.items["saved activations"].size > 4 * there.items["saved activations"].size
     assert "saved activations" not in here.host_items

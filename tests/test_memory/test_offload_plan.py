@@ -9,9 +9,10 @@ import pytest
 from qlora_dist.config import parse_config
 from qlora_dist.files import MIB
 from qlora_dist.memory import plan_memory, shapes_from_config
-from qlora_dist.memory.constants import OFFLOAD_LEAST_BYTES
+from qlora_dist.memory.constants import OFFLOAD_AHEAD_BYTES, OFFLOAD_IN_FLIGHT, OFFLOAD_LEAST_BYTES
 from qlora_dist.memory.layers import LayerSettings, layer_bytes
 from qlora_dist.memory.step_peak import Kept, held_at_loss, held_in_layer, prefetched
+from qlora_dist.memory.tape import Tape
 from qlora_dist.model import activation_offload
 
 LLAMA_8B = {
@@ -24,7 +25,7 @@ LAYER = Kept((4 * MIB, 1000, 8 * MIB), 4 * MIB)
 
 def test_the_limits_are_those_of_the_offload():
     assert activation_offload.MIN_BYTES["cuda"] == OFFLOAD_LEAST_BYTES
-    assert activation_offload.IN_FLIGHT == 2  # the last norm's and one more, as `held_at_loss` counts
+    assert activation_offload.IN_FLIGHT == OFFLOAD_IN_FLIGHT == 2  # the last norm's and one more: `held_at_loss`
 
 
 @pytest.mark.parametrize("settings", [LayerSettings(512, rank=16), LayerSettings(512, rank=8, dropout=0.1)])
@@ -48,8 +49,8 @@ def test_a_recomputed_layer_keeps_its_input_until_the_recomputation_ends():
 def test_a_layer_that_keeps_its_tensors_has_only_the_nearest_on_the_device():
     own = Kept((0, *[100 * MIB] * 5, 1000), 0)
     held = held_in_layer([LAYER], own, is_recomputed=False)
-    # its peak counts 500 MiB; the one that is read and two prefetched are there
-    assert held.backward == 1000 + 100 * MIB + 200 * MIB - 500 * MIB
+    # its peak counts 500 MiB; the one that is read and those prefetched are there
+    assert held.backward == 1000 + 100 * MIB + OFFLOAD_AHEAD_BYTES and held.on_host == 500 * MIB
     assert held.forward == 1000
 
 
@@ -58,6 +59,17 @@ def test_prefetching_stops_at_its_limit_but_takes_one_tensor():
     assert prefetched([100 * MIB, 300 * MIB]) == 300 * MIB
     assert prefetched([100 * MIB, 56 * MIB, 200 * MIB]) == 256 * MIB
     assert prefetched([]) == 0
+
+
+def test_a_forward_pass_keeps_only_the_last_two_copies():
+    tape = Tape(is_offloaded=True)
+    x = tape.input(MIB)
+    for _ in range(5):
+        y = tape.op([x], MIB, saves_output=True)
+        tape.drop(y)
+    small = tape.op([x], 100, saves_output=True)
+    tape.drop(small)
+    assert tape.live.activations == 2 * MIB + 100 and tape.peak.activations == 3 * MIB
 
 
 @pytest.mark.parametrize("recompute", ["none", "full", 16])
