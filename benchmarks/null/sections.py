@@ -26,10 +26,12 @@ def plan(raw: Any) -> Section | None:
         )  # fmt: skip
     header = ["shape", "layers", "rows x tokens", "recompute", "offload", "r", "optimizer", "peak GiB", "planned GiB",
               "plan error", "reserved GiB", "raw"]  # fmt: skip
+    commits = sorted({one["commit"][:12] for one in content["points"]})
     text = (
         f"{MARK} Peak bytes that PyTorch's CUDA allocator reports for three training steps, and what the memory plan "
         f"counts as tensors; paged optimizer states are outside of both. Largest error of the plan: "
-        f"{content['largest_error']:+.2%} ({content['largest_error_at']})."
+        f"{content['largest_error']:+.2%} ({content['largest_error_at']}). Peaks were measured at {', '.join(commits)}, "
+        f"the plan is that of {content['provenance']['commit'][:12]}."
     )
     return Section(f"{raw.name}: the allocator's peak against the plan", text, [Table("", header, rows)])
 
