@@ -30,8 +30,8 @@ def plan(raw: Any) -> Section | None:
     text = (
         f"{MARK} Peak bytes that PyTorch's CUDA allocator reports for three training steps, and what the memory plan "
         f"counts as tensors; paged optimizer states are outside of both. Largest error of the plan: "
-        f"{content['largest_error']:+.2%} ({content['largest_error_at']}). Peaks were measured at {', '.join(commits)}, "
-        f"the plan is that of {content['provenance']['commit'][:12]}."
+        f"{content['largest_error']:+.2%} ({content['largest_error_at']}). Peaks were measured at "
+        f"{', '.join(commits)}, the plan is that of {content['provenance']['commit'][:12]}."
     )
     return Section(f"{raw.name}: the allocator's peak against the plan", text, [Table("", header, rows)])
 
