@@ -5,6 +5,7 @@ Legend: T tokens, H hidden, F inner width, K inputs, N outputs and R adapter col
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config.joint_products import BLOCK_FAMILIES, padded_columns, split_product
@@ -46,7 +47,7 @@ class _Product:
 class BlockTape(LayerTape):
     """Records one layer."""
 
-    def _product(self, linears: list[Linear]) -> _Product:
+    def _product(self, linears: Sequence[Linear]) -> _Product:
         settings = self.settings
         size, tokens, inputs = settings.compute_size, settings.tokens, linears[0].inputs
         adapted = [linear for linear in linears if linear.name in settings.adapted]

@@ -70,13 +70,13 @@ def use_decoder_blocks(model: nn.Module) -> int:
     for layer in found:
         layer.__class__ = _block_class(type(layer))
     if found and len(found) == len(layers):
-        norm = unwrap(model).base_model.norm
+        norm: Any = unwrap(model).base_model.norm
         norm.forward = MethodType(_norm_forward, norm)
     return len(found)
 
 
 @lru_cache
-def _block_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _block_class(kind: Any) -> Any:
     """A subclass with `_forward`. Not an attribute of each layer: transformers wraps the forward pass of its layers'
     classes to recompute it."""
     return type(kind.__name__, (kind,), {"forward": _forward, "plain_class": kind})
@@ -152,14 +152,11 @@ def _forward(
     if not getattr(attention, "use_rope", True):  # SmolLM 3: some layers have no positions
         cos, sin = cos[:, :0], sin[:, :0]
     q, k, v, x = _Queries.apply(x, cos, sin, block, *block.queries.parameters)
+    query, key, value = (heads[None].transpose(1, 2) for heads in (q, k, v))
+    # of the layer where layers differ, else of the whole model
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     attended, _ = packed_attention(
-        attention,
-        *(heads[None].transpose(1, 2) for heads in (q, k, v)),
-        None,
-        scaling=attention.scaling,
-        # of the layer where layers differ, else of the whole model
-        sliding_window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
-        packed=packed,
+        attention, query, key, value, None, scaling=attention.scaling, sliding_window=window, packed=packed
     )
     adapters = [*block.output.parameters, *block.gate.parameters, *block.down.parameters]
     token, middle, opened = _Gate.apply(attended[0].flatten(1), x, block, *adapters)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.joint_products import padded_columns, split_product
 from .bitsandbytes_import import bitsandbytes
@@ -32,14 +32,14 @@ from .kernels.registry import wide
 class SharedInput:
     """Layers with the same input, in the order of their outputs. `layers` are PEFT's LoRA layers or plain ones."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = tuple(layers)
         self.bases: tuple[Any, ...] = tuple(getattr(layer, "base_layer", layer) for layer in layers)
         self.inputs: int = self.bases[0].in_features
         widths = [base.out_features for base in self.bases]
         self.first_rows = [sum(widths[:index]) for index in range(len(widths))]
         self.outputs = sum(widths)
-        self.adapters: list[tuple[nn.Parameter, nn.Parameter]] = []  # (A, B) of each adapted layer
+        self.adapters: list[tuple[Tensor, Tensor]] = []  # (A, B) of each adapted layer
         self.adapter_rows: list[int] = []  # the first row of its layer's outputs
         self.scale = 1.0
         for layer, first in zip(self.layers, self.first_rows, strict=True):
@@ -150,9 +150,14 @@ class SharedInput:
             row += base.out_features
 
     def _write_b(self, first: int, last: int, out: Tensor) -> None:
-        """s B of the rows first to last of all outputs."""
-        own = [(b.detach(), row - first) for (_, b), row in zip(self.adapters, self.adapter_rows, strict=True)]
-        write_b([b for b, _ in own], [row for _, row in own], self.scale, out)
+        """s B of the rows first to last of all outputs, in the columns of all adapters."""
+        own = [index for index, row in enumerate(self.adapter_rows) if first <= row < last]
+        before = sum(len(a) for a, _ in self.adapters[: own[0]]) if own else self.columns
+        if before:
+            out[:, :before].zero_()
+        if own:
+            rows = [self.adapter_rows[index] - first for index in own]
+            write_b([self.adapters[index][1].detach() for index in own], rows, self.scale, out[:, before:])
 
     def _bias(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
         """(N of these layers,), or None if none of them has one."""
