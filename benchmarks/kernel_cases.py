@@ -5,7 +5,9 @@ Rows are strided as in training: adapters add ADAPTER_COLUMNS columns to what a 
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +29,22 @@ def operands(
     `+single` (without double quantization), `rms_norm_backward` also with `+residual`.
     """
     return _MAKERS[name.partition("+")[0]](name.partition("+")[2], shape, tokens, _Maker(device, dtype))
+
+
+# the file of an operation by its name's first word
+_FILES = {"rms": "norm", "rotate": "rotary", "swiglu": "swiglu", "dequantize": "dequantize", "write": "adapters"}
+
+
+def reference_of(operation: str) -> Callable[..., None]:
+    """The plain PyTorch function behind an operation."""
+    module = importlib.import_module(f"qlora_dist.model.kernels.{_FILES[operation.split('_')[0]]}")
+    return getattr(module, f"_{operation}")  # type: ignore[no-any-return]
+
+
+def kernel_of(operation: str) -> Callable[..., bool]:
+    """The function that launches its Triton kernel, or returns False."""
+    module = importlib.import_module(f"qlora_dist.model.kernels.{_FILES[operation.split('_')[0]]}_triton")
+    return getattr(module, operation)  # type: ignore[no-any-return]
 
 
 class _Maker:

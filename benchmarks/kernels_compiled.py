@@ -1,12 +1,11 @@
 """What the Triton kernels compile to, without a GPU: registers, spills, shared memory, loads and stores by width.
 
-    python -m benchmarks.kernels_compiled --shapes 8b 70b --architectures 80 90
+python -m benchmarks.kernels_compiled --shapes 8b 70b --architectures 80 90
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import re
 import subprocess
@@ -21,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernel_cases import NAMES, operands
+from .kernel_cases import NAMES, kernel_of, operands
 from .shapes import SHAPES, Shape
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int32: "i32",
 }  # fmt: skip
-MODULES = {"rms": "norm", "rotate": "rotary", "swiglu": "swiglu", "dequantize": "dequantize", "write": "adapters"}
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,7 @@ def recorded(name: str, arguments: Sequence[Any]) -> Launch:
 
     real, launching.start = launching.start, record
     try:
-        module = importlib.import_module(f"qlora_dist.model.kernels.{MODULES[name.split('_')[0]]}_triton")
-        if not getattr(module, name)(*arguments):
+        if not kernel_of(name)(*arguments):
             raise ValueError(f"the kernel of {name} leaves these arguments to the reference")
     finally:
         launching.start = real
