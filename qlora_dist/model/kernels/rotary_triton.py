@@ -17,11 +17,18 @@ BACKWARD_STEPS = ["q_token", "q_head", "k_token", "k_head", "v_token", "v_head",
 
 
 @triton.jit
+def _for_heads(table, columns, inside):
+    """A row of `table` for every head of the program. Each thread loads the columns that it holds of a head, from the
+    L1 cache after the first: distributing one copy over the threads would need shared memory and barriers."""
+    at = tl.broadcast_to(columns[None, :], inside.shape)
+    return tl.load(table + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _weights(q_weight, k_weight, is_query, columns, inside):
-    """The norm weights of each head's columns."""
-    of_query = tl.load(q_weight + columns, mask=inside, other=0.0).to(tl.float32)
-    of_key = tl.load(k_weight + columns, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(is_query[:, None], of_query[None, :], of_key[None, :])
+    """The norm weights of each head's columns: one of two, the other is masked away."""
+    of_query = _for_heads(q_weight, columns, inside & is_query[:, None])
+    return of_query + _for_heads(k_weight, columns, inside & (is_query == 0)[:, None])
 
 
 @triton.jit(do_not_specialize=["x_step", "out_step", "cos_step", "sin_step"])
@@ -53,14 +60,14 @@ def _rotate_heads(
             squares += tl.sum(rest * rest, 1)
         scale = tl.rsqrt(squares / DIM + eps)[:, None]
         is_query = head < QUERIES
-        first *= scale * _weights(q_weight, k_weight, is_query, column, column < half)
-        second *= scale * _weights(q_weight, k_weight, is_query, half + column, column < half)
+        first *= scale * _weights(q_weight, k_weight, is_query, column, inside)
+        second *= scale * _weights(q_weight, k_weight, is_query, half + column, inside)
         if TURNED < DIM:
-            rest *= scale * _weights(q_weight, k_weight, is_query, last, last < DIM)
-    cos_first = tl.load(cos + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
-    sin_first = tl.load(sin + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
-    cos_second = tl.load(cos + half + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
-    sin_second = tl.load(sin + half + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
+            rest *= scale * _weights(q_weight, k_weight, is_query, last, behind)
+    cos_first = _for_heads(cos, column, inside)
+    sin_first = _for_heads(sin, column, inside)
+    cos_second = _for_heads(cos, half + column, inside)
+    sin_second = _for_heads(sin, half + column, inside)
     kind = out.dtype.element_ty
     tl.store(out + at, (first * cos_first - second * sin_first).to(kind), mask=inside)
     tl.store(out + half + at, (second * cos_second + first * sin_second).to(kind), mask=inside)
@@ -108,24 +115,24 @@ def _rotate_heads_backward(
     if not is_value:
         cos += token * cos_step * UNIT
         sin += token * sin_step * UNIT
-        cos_first = tl.load(cos + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
-        sin_first = tl.load(sin + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
-        cos_second = tl.load(cos + half + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
-        sin_second = tl.load(sin + half + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
+        cos_first = _for_heads(cos, column, inside)
+        sin_first = _for_heads(sin, column, inside)
+        cos_second = _for_heads(cos, half + column, inside)
+        sin_second = _for_heads(sin, half + column, inside)
         turned = first * cos_first + second * sin_second
         second = second * cos_second - first * sin_first
         first = turned
         if x is not None:
             x += token * x_step * UNIT
             is_query = before + head < QUERIES
-            first *= _weights(q_weight, k_weight, is_query, column, column < half)
-            second *= _weights(q_weight, k_weight, is_query, half + column, column < half)
+            first *= _weights(q_weight, k_weight, is_query, column, inside)
+            second *= _weights(q_weight, k_weight, is_query, half + column, inside)
             x_first = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
             x_second = tl.load(x + half + at, mask=inside, other=0.0).to(tl.float32)
             squares = tl.sum(x_first * x_first, 1) + tl.sum(x_second * x_second, 1)
             products = tl.sum(first * x_first, 1) + tl.sum(second * x_second, 1)
             if TURNED < DIM:
-                rest *= _weights(q_weight, k_weight, is_query, last, last < DIM)
+                rest *= _weights(q_weight, k_weight, is_query, last, behind)
                 x_rest = tl.load(x + at_last, mask=behind, other=0.0).to(tl.float32)
                 squares += tl.sum(x_rest * x_rest, 1)
                 products += tl.sum(rest * x_rest, 1)
