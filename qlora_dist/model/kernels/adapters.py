@@ -30,7 +30,9 @@ def _write_b(adapters: list[Tensor], first_rows: list[int], scale: float, out: T
 
 
 # (r, K) each -> out (R, K); rows beyond the ranks become zero
-write_a = register("write_a(Tensor[] adapters, Tensor(a!) out) -> ()", _write_a)
+write_a = register("write_a(Tensor[] adapters, Tensor(a!) out) -> ()", _write_a, "adapters_triton")
 
 # (n, r) each, with the first of its rows -> out (N, R), zero elsewhere
-write_b = register("write_b(Tensor[] adapters, int[] first_rows, float scale, Tensor(a!) out) -> ()", _write_b)
+write_b = register(
+    "write_b(Tensor[] adapters, int[] first_rows, float scale, Tensor(a!) out) -> ()", _write_b, "adapters_triton"
+)

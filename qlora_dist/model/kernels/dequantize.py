@@ -41,4 +41,5 @@ dequantize_4bit = register(
     "dequantize_4bit(Tensor codes, Tensor code, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
     "Tensor? nested_offset, Tensor(a!) out) -> ()",
     _dequantize_4bit,
+    "dequantize_triton",
 )

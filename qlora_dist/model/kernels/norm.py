@@ -31,10 +31,11 @@ def _rms_norm_backward(
 
 
 # (T, H), (H,) -> out (T, H)
-rms_norm = register("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()", _rms_norm)
+rms_norm = register("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()", _rms_norm, "norm_triton")
 
 # Gradient of the input; `residual` (T, H) is a second gradient of x, added. `out` may be `grad`.
 rms_norm_backward = register(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, Tensor? residual, Tensor(a!) out) -> ()",
     _rms_norm_backward,
+    "norm_triton",
 )

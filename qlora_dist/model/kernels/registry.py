@@ -6,6 +6,7 @@ where Triton is missing; the Triton kernel gives the same values.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -16,16 +17,30 @@ import torch
 _LIBRARY = torch.library.Library("qlora_dist", "FRAGMENT")
 
 
-def register(schema: str, reference: Callable[..., None], kernel: Callable[..., None] | None = None) -> Any:
-    """Defines `qlora_dist::NAME` by its schema; returns the operation. `kernel` is used on CUDA if Triton is there."""
+def register(schema: str, reference: Callable[..., None], module: str | None = None) -> Any:
+    """Defines `qlora_dist::NAME` by its schema; returns the operation.
+
+    On CUDA with Triton it is the function NAME of `module`, a file of this folder. That returns False, having written
+    nothing, for arguments that it leaves to the reference.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    on_gpu = reference if kernel is None or importlib.util.find_spec("triton") is None else kernel
+    has_kernel = module is not None and importlib.util.find_spec("triton") is not None
     _LIBRARY.impl(name, reference, "CPU")
-    _LIBRARY.impl(name, on_gpu, "CUDA")
+    _LIBRARY.impl(name, partial(_run, f".{module}", name, reference) if has_kernel else reference, "CUDA")
     # outputs are the caller's: under fake tensors nothing remains to be done
     torch.library.register_fake(f"qlora_dist::{name}", partial(_nothing), lib=_LIBRARY)
     return getattr(torch.ops.qlora_dist, name).default
+
+
+def _run(module: str, name: str, reference: Callable[..., None], *arguments: Any) -> None:
+    # at the first call: a CPU installation has no Triton, and importing it takes a second
+    kernel = getattr(importlib.import_module(module, __package__), name)
+    # Triton launches on the current device; the last argument of every operation is a tensor that it writes
+    with torch.cuda.device_of(arguments[-1]):
+        is_done = kernel(*arguments)
+    if not is_done:
+        reference(*arguments)
 
 
 def _nothing(*_args: Any, **_keywords: Any) -> None:

@@ -78,6 +78,7 @@ rotate_heads = register(
     "rotate_heads(Tensor x, Tensor? q_weight, Tensor? k_weight, float eps, Tensor cos, Tensor sin, int num_q, "
     "int head_dim, Tensor(a!) out) -> ()",
     _rotate_heads,
+    "rotary_triton",
 )
 
 # Gradients (T, heads, D) of any strides over T and heads -> out (T, (Hq + Hk + Hv) D), gradient of the product's
@@ -86,4 +87,5 @@ rotate_heads_backward = register(
     "rotate_heads_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor? x, Tensor? q_weight, "
     "Tensor? k_weight, float eps, Tensor cos, Tensor sin, Tensor(a!) out) -> ()",
     _rotate_heads_backward,
+    "rotary_triton",
 )

@@ -33,8 +33,8 @@ def _swiglu_backward(grad: Tensor, both: Tensor) -> None:
 
 
 # both (T, >= 2 F): gate, then up -> out (T, F) = silu(gate) * up
-swiglu = register("swiglu(Tensor both, Tensor(a!) out) -> ()", _swiglu)
+swiglu = register("swiglu(Tensor both, Tensor(a!) out) -> ()", _swiglu, "swiglu_triton")
 
 # grad (T, F) of the result. Afterwards `both` holds the gradients of gate and up, and `grad` the result itself, which
 # the caller needs for the gradient of the next layer's adapter and has not kept.
-swiglu_backward = register("swiglu_backward(Tensor(a!) grad, Tensor(b!) both) -> ()", _swiglu_backward)
+swiglu_backward = register("swiglu_backward(Tensor(a!) grad, Tensor(b!) both) -> ()", _swiglu_backward, "swiglu_triton")
