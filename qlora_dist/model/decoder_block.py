@@ -68,7 +68,8 @@ def use_decoder_blocks(model: nn.Module) -> int:
     layers = decoder_layers(model)
     found = [layer for layer in layers if fits(layer)]
     for layer in found:
-        layer.__class__ = _block_class(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _block_class(kind)
     if found and len(found) == len(layers):
         norm: Any = unwrap(model).base_model.norm
         norm.forward = MethodType(_norm_forward, norm)
@@ -87,13 +88,20 @@ def fits(layer: Any) -> bool:
     # FSDP makes a subclass of each layer's class
     if hasattr(layer, "plain_class") or not any(kind.__name__ in FAMILY for kind in type(layer).__mro__):
         return False
-    linears = [getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"]
-    linears += [getattr(layer.mlp, f"{name}_proj") for name in ("gate", "up", "down")]
+    linears = _linears(layer)
     return (
         layer.mlp.config.hidden_act == "silu"
         and all(_is_supported(one) for one in linears)
         and all(getattr(one, "base_layer", one).bias is None for one in linears[3:])
     )
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    ]
 
 
 def _is_supported(layer: Any) -> bool:
@@ -147,8 +155,9 @@ def _forward(
         return layer.plain_class.forward(layer, hidden_states, *args, **given, **keywords)
     attention = layer.self_attn
     block = read_block(layer)
-    x = hidden_states[0]
-    cos, sin = (table[0] for table in position_embeddings)
+    # squeeze, not [0]: the gradient of an index is written into zeros
+    x = hidden_states.squeeze(0)
+    cos, sin = (table.squeeze(0) for table in position_embeddings)
     if not getattr(attention, "use_rope", True):  # SmolLM 3: some layers have no positions
         cos, sin = cos[:, :0], sin[:, :0]
     q, k, v, x = _Queries.apply(x, cos, sin, block, *block.queries.parameters)
@@ -159,7 +168,7 @@ def _forward(
         attention, query, key, value, None, scaling=attention.scaling, sliding_window=window, packed=packed
     )
     adapters = [*block.output.parameters, *block.gate.parameters, *block.down.parameters]
-    token, middle, opened = _Gate.apply(attended[0].flatten(1), x, block, *adapters)
+    token, middle, opened = _Gate.apply(attended.squeeze(0).flatten(1), x, block, *adapters)
     return _Down.apply(token, middle, opened, block)[None]
 
 
@@ -169,7 +178,7 @@ def _is_active(layer: Any, hidden_states: Tensor) -> bool:
         return False
     return all(
         not one.disable_adapters and not one.merged and len(one.active_adapters) == 1
-        for one in layer.modules()
+        for one in _linears(layer)
         if hasattr(one, "base_layer")
     )
 
@@ -329,7 +338,7 @@ class _Norm(torch.autograd.Function):
 def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
     if hidden_states.shape[0] != 1 or torch.is_autocast_enabled(hidden_states.device.type):
         return type(norm).forward(norm, hidden_states)
-    return _Norm.apply(hidden_states[0], norm.weight, norm.variance_epsilon)[None]
+    return _Norm.apply(hidden_states.squeeze(0), norm.weight, norm.variance_epsilon)[None]
 
 
 def uses_blocks(model: nn.Module) -> bool:

@@ -103,7 +103,7 @@ class SharedInput:
         if self.adapters:
             matrix = joined.new_empty(self.outputs, self.columns)
             self._write_b(0, self.outputs, matrix)
-            joined[:, self.outputs :].copy_(torch.mm(joined[:, : self.outputs], matrix))
+            torch.mm(joined[:, : self.outputs], matrix, out=joined[:, self.outputs :])
 
     def grad_input(self, joined: Tensor) -> Tensor:
         """dX (T, K) from [G | G']."""
