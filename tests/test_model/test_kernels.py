@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import kernels as benchmark
 from benchmarks.kernel_cases import NAMES, operands, reference_of
 from benchmarks.shapes import SHAPES, Shape
 from qlora_dist.model import kernels
@@ -163,6 +165,16 @@ def test_under_fake_tensors_each_is_one_operation_that_allocates_nothing(name: s
     operation = getattr(kernels, name.partition("+")[0])
     with FakeTensorMode():
         assert operation(*operands(name, SMALL, 6, torch.device("cpu"))) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+def test_the_benchmark_needs_a_gpu_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.argv", ["kernels", "--allow-dirty", "--out", str(tmp_path / "kernels.json")])
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main()
+    assert "there is no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.gpu
