@@ -131,7 +131,7 @@ def test_kernels_of_a_small_function():
         assert free.t().shape[1] == 3
         x.t_()
         x.t_()
-        torch.zeros(0)
+        torch.zeros(0), torch.empty(3), x.new_empty(3), torch.empty_strided((2,), (1,))
         y = x @ w  # 1
         y.add_(1)  # 2
         y.to(y.dtype).contiguous()
@@ -192,6 +192,25 @@ def test_time_is_the_largest_of_computing_moving_and_launching():
     assert ROUND.seconds(Kernel(MEMORY_BOUND, 1)) == 1e-9
     found = traced(lambda x: (x + 1, x.new_zeros(1)), torch.zeros(1000))
     assert found.total().seconds == pytest.approx(8e-9 + 1e-9)  # kernels do not overlap
+
+
+@pytest.mark.parametrize(
+    ("product", "tensors", "flops"),
+    [
+        (torch.mm, [F, torch.zeros(8, 2)], 2 * 4 * 8 * 2),
+        (torch.addmm, [torch.zeros(2), F, torch.zeros(8, 2)], 2 * 4 * 8 * 2),  # a layer's bias
+        (torch.bmm, [torch.zeros(3, 4, 8), torch.zeros(3, 8, 2)], 3 * 2 * 4 * 8 * 2),
+        (torch.baddbmm, [torch.zeros(1, 1, 2), torch.zeros(3, 4, 8), torch.zeros(3, 8, 2)], 3 * 2 * 4 * 8 * 2),
+        (
+            lambda x, y: torch.mm(x, y, out_dtype=torch.float32),
+            [F.bfloat16(), torch.zeros(8, 2).bfloat16()],
+            2 * 4 * 8 * 2,
+        ),
+        (torch.add, [F, F], 0),
+    ],
+)
+def test_flops_of_products(product, tensors, flops):
+    assert traced(product, *tensors).total().flops == flops
 
 
 def test_products_in_fp32_have_their_own_rate():
@@ -264,6 +283,8 @@ def test_an_unknown_operation_is_its_inputs_and_outputs(library):
     assert (found.total(MEMORY_BOUND).kernels, found.total().num_bytes) == (1, 128 + 32 + 20)
     found = traced(lambda x: operations.told(x), F)
     assert (found.total().kernels, found.total().num_bytes) == (1, 128)
+    found = traced(torch.ops.aten._assert_async, torch.ones(1))  # torch's own, which returns nothing
+    assert (found.total().kernels, found.total().num_bytes) == (1, 4)
     found = traced(lambda x: operations.changed(x), F)
     assert (found.total().kernels, found.total().num_bytes) == (1, 256)
 
@@ -272,13 +293,13 @@ def test_a_kernel_of_this_package_is_one_kernel_that_may_know_its_bytes(monkeypa
     own = torch.library.Library("qlora_dist", "FRAGMENT")
     try:
         for name in ("dequantize_roofline_test", "roofline_test"):
-            own.define(f"{name}(Tensor x, Tensor(a!) out) -> ()")
-            own.impl(name, lambda x, out: None, "Meta")
+            own.define(f"{name}(Tensor x, Tensor(a!) out, int times=3) -> ()")
+            own.impl(name, lambda x, out, times=3: None, "Meta")
         operations, pair = torch.ops.qlora_dist, (F, torch.zeros(4, 8).bfloat16())
         monkeypatch.setattr(launches, "_own_traffic", lambda: None)
         found = traced(operations.roofline_test, *pair)
         assert (found.total(MEMORY_BOUND).kernels, found.total().num_bytes) == (1, 128 + 64)  # `out` is only written
-        known = {"dequantize_roofline_test": lambda x, out: 3 * x.numel() + out.element_size()}
+        known = {"dequantize_roofline_test": lambda x, out, times: times * x.numel() + out.element_size()}
         monkeypatch.setattr(launches, "_own_traffic", lambda: lambda name, arguments: known[name](*arguments))
         found = traced(lambda x, out: operations.dequantize_roofline_test(x, out=out), *pair)
         assert (found.total(DEQUANTIZATION).kernels, found.total().num_bytes) == (1, 3 * 32 + 2)
@@ -308,6 +329,7 @@ def test_real_bytes_are_those_of_the_storage():
     assert real_bytes(torch.zeros(0, 3)) == 0
     assert real_bytes(torch.zeros(3).expand(5, 0, 3)) == 0
     assert real_bytes(torch.zeros(1, 3).expand(5, 3)) == 12
+    assert real_bytes(torch.zeros(9, 3)[:1].expand(5, 3)) == 12
     assert real_bytes(torch.zeros(6).unfold(0, 3, 1)) == 24  # windows that overlap
 
 
