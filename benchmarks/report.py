@@ -18,6 +18,7 @@ from typing import Any
 from qlora_dist.errors import UserError
 
 from . import sections
+from .null import sections as null_sections
 from .provenance import FIELDS, ROOT
 
 LEAST_FIELDS = ("commit", "command", "date", "versions")
@@ -71,7 +72,7 @@ def build(results: Path) -> list[sections.Section]:
     """The parts of the report, in order."""
     parts = []
     for raw in read_results(results):
-        for make in sections.ALL:
+        for make in (*sections.ALL, *null_sections.ALL):
             section = make(raw)
             if section is not None:
                 parts.append(section)

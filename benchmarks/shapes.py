@@ -67,7 +67,27 @@ class Shape:
         attention = 3 * self.layers * sum(4 * self.hidden * n * (n + 1) / 2 for n in lengths)
         return weights + attention
 
+    def product_flops(self, tokens: int, labels: int, rank: int, recomputed_layers: int) -> int:
+        """FLOPs of all matrix products of one QLoRA step with adapters on every linear layer, attention not counted.
 
+        2 per weight and token for a product. A frozen matrix has one in the forward pass and one for the gradient of
+        its input, which the first layer's q, k and v do not need: nothing before them is trained. Each adapter has two
+        forward and four backward (one fewer there). A recomputed layer repeats its forward products except the last
+        frozen one and what is added to its output. The rotary angles are an outer product.
+        """
+        total = 4 * labels * self.vocabulary * self.hidden + self.head_dim * tokens
+        for layer in range(self.layers):
+            for name, (outputs, inputs) in self.matrices().items():
+                has_input_gradient = layer > 0 or name not in FIRST_PRODUCTS
+                is_last, is_repeated = name == "mlp.down_proj", layer < recomputed_layers
+                frozen = 1 + has_input_gradient + (is_repeated and not is_last)
+                down = 2 + has_input_gradient + is_repeated  # A: forward, its gradient, its input's gradient
+                up = 3 + (is_repeated and not is_last)  # B: forward, its gradient, its input's gradient
+                total += 2 * tokens * (frozen * outputs * inputs + rank * (down * inputs + up * outputs))
+        return total
+
+
+FIRST_PRODUCTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 SHAPES = {
     "tiny": Shape(128, 256, 2, 4, 2, 512),
     "cpu-40m": Shape(768, 2048, 5, 12, 6, 4096),

@@ -20,10 +20,12 @@ import torch  # noqa: E402  (after the environment is set)
 
 torch.set_num_threads(1)  # tiny tensors: a thread pool costs more than it gives
 
-# The files that take longest. They come first, and the many short ones then fill both workers to the end
+# The files that take longest: first the one that mostly waits, for Slurm. The many short ones then fill both workers to
+# the end
 LONGEST = (
-    "test_gpu_smoke", "test_faults", "test_verify", "test_zero", "test_launchers", "test_shard_training",
-    "test_benchmarks", "test_stream_memory", "test_shard", "test_train", "test_fit_memory", "test_checks",
+    "test_slurm", "test_zero", "test_faults", "test_gpu_smoke", "test_train", "test_verify", "test_benchmarks",
+    "test_stream_memory", "test_shard_training", "test_launchers", "test_fit_memory", "test_resume", "test_checks",
+    "test_checkpoint", "test_shard", "test_shard_gather", "test_gpu_queue",
 )  # fmt: skip
 
 

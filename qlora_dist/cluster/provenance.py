@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 import subprocess
@@ -21,8 +22,14 @@ def device_name(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     """Installed versions of the libraries that determine the results."""
     names = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
-    found = {name: metadata.version(name) for name in names}
+    found = {name: _version(name) for name in names}
     return {"qlora_dist": __version__, "python": platform.python_version(), **found}
+
+
+@functools.cache
+def _version(name: str) -> str:
+    """Parsing a package's metadata takes ten milliseconds, and a run asks several times."""
+    return metadata.version(name)
 
 
 def commit() -> str | None:

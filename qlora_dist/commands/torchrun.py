@@ -3,6 +3,9 @@
 torchrun itself asks host names. It publishes the node's own name as the address where the ranks meet, and compares what
 that name resolves to with the endpoint to know who serves the rendezvous: where names do not resolve, or the own name
 is a loopback address (Debian's default), it ends with a traceback or waits for minutes. Given addresses it asks none.
+
+Its ranks would meet in a store that the first node's agent keeps. Ranks that --max-restarts starts again would read
+there what the previous ones wrote, and rank 0, which need not run on the first node, would be blamed for that node.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ def run_torchrun(endpoint: str, options: Sequence[str]) -> NoReturn:
     own = node_options(host)
     if "--rdzv-conf=is_host=0" in own:
         wait_for_first_node(host, port)
-    command = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", *own, *options]
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # rank 0 serves a store of its own
+    command = ["-m", "qlora_dist.cluster.agent", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", *own, *options]
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *command])  # the same process: signals reach torchrun, its parent stays

@@ -12,9 +12,12 @@ CONTEXT_BYTES = 500 * MIB
 NCCL_BYTES = 350 * MIB
 """A communicator's channel buffers (up to 32 channels of 10 MiB over NVLink), outside PyTorch."""
 OFFLOAD_AHEAD_BYTES = 256 * MIB
-"""model.activation_offload.AHEAD_BYTES: offloaded activations that are on the device at a time."""
-WORKSPACE_BYTES = 32 * MIB
-"""cuBLAS workspace on Hopper (:4096:8; 8 MiB on earlier GPUs); PyTorch allocates one per stream."""
+"""model.activation_offload.AHEAD_BYTES: offloaded activations that are prefetched before they are needed."""
+OFFLOAD_LEAST_BYTES = MIB
+"""model.activation_offload.MIN_BYTES: smaller activations stay on the device."""
+WORKSPACE_BYTES = 2 * 32 * MIB
+"""cuBLAS workspaces on Hopper (:4096:8; 8 MiB each on earlier GPUs): PyTorch allocates one for the thread of the
+forward pass and one for the thread of the backward pass, and keeps them."""
 RESERVE_SHARE = 0.02
 """Fraction of all tensors lost to split blocks too small for the next request. Assumes expandable segments."""
 HOST_PROCESS_BYTES = 3 * GIB

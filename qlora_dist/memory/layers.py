@@ -41,6 +41,7 @@ class LayerBytes:
     """Memory of one decoder layer."""
 
     saved: Live  # between forward and backward, without its input
+    saved_sizes: tuple[int, ...]  # of the tensors in `saved`, in the order in which they are saved
     kept_input: int  # bytes of its input if an operation saves it unchanged; else 0
     forward_peak: Live  # during its forward pass, without its input
     recompute_peak: Live  # during recomputation in the backward pass, which stops before the last product
@@ -67,7 +68,9 @@ class LayerTape:
         tape.live.activations -= output.size
         saved = tape.saved
         kept_input = self.row if self.start.refs > 1 else 0
-        return LayerBytes(saved, kept_input, forward, self.before_last or forward, tape.backward(output))
+        held = {id(value): value.size for operation in tape.operations for value in operation.saves if value.is_owned}
+        sizes = tuple(held.values())
+        return LayerBytes(saved, sizes, kept_input, forward, self.before_last or forward, tape.backward(output))
 
     # --- the layer ----------------------------------------------------------------------------------------------------
 

@@ -139,7 +139,8 @@ def plan_memory(
     head = shapes.vocabulary * shapes.hidden * compute_size(config)
     buffers = shared.buffers(4 * aligned, (base + constants) // shapes.num_layers, head)
     items = persistent(config, shapes, aligned, shared) | moment.items | buffers
-    items["cuBLAS workspace"] = Item(WORKSPACE_BYTES, "allocated once by PyTorch; 32 MiB on Hopper, else 8 MiB")
+    what = "one for the forward, one for the backward thread; 32 MiB each on Hopper, else 8 MiB"
+    items["cuBLAS workspace"] = Item(WORKSPACE_BYTES, what)
     tensors = sum(item.size for item in items.values() if item.is_tensor)
     items["CUDA context"] = Item(CONTEXT_BYTES, "driver kernels and stacks, outside PyTorch", is_tensor=False)
     if groups := shared.num_communicators:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..config import RunConfig
 from .block import is_block, layer_bytes
-from .constants import OFFLOAD_AHEAD_BYTES, Item
+from .constants import OFFLOAD_AHEAD_BYTES, OFFLOAD_LEAST_BYTES, Item
 from .layers import LayerBytes, LayerSettings, LayerTape
 from .resident import compute_size
 from .shapes import ModelShapes, adapted_linears
@@ -36,26 +36,27 @@ def largest_moment(config: RunConfig, shapes: ModelShapes, rows: int, recompute:
     layers = _layers(config, shapes, settings)
     # between forward and backward a recomputed layer keeps its input, others what they saved (including their input
     # if a norm saves it unchanged)
-    keeps = [row if index < recompute else layer.saved.total + layer.kept_input for index, layer in enumerate(layers)]
-    all_saved = sum(keeps)
-    head = head_bytes(shapes, settings)
+    keeps = [
+        Kept((row,), row) if index < recompute else Kept((layer.kept_input, *layer.saved_sizes), layer.kept_input)
+        for index, layer in enumerate(layers)
+    ]
     steady = {
         "batch": Item(
             5 * 8 * tokens + 2 * tokens * shapes.rotary_dim * size, "token ids, positions, labels, rotary tables"
         )
     }
-    limit = OFFLOAD_AHEAD_BYTES if config.memory.offload_activations else all_saved
-    moments = [_loss_moment(head, min(limit, all_saved), steady)]
-    below = all_saved
-    for index in reversed(range(len(layers))):
-        layer, is_recomputed = layers[index], index < recompute
-        below -= keeps[index]
+    is_offloaded = config.memory.offload_activations
+    at_loss = held_at_loss(keeps) if is_offloaded else sum(kept.size for kept in keeps)
+    moments = [_loss_moment(head_bytes(shapes, settings), at_loss, steady)]
+    for index, layer in enumerate(layers):
         if index in (len(layers) - 1, recompute - 1):
-            moments += _layer_moments(
-                layer, min(limit, below), row if is_recomputed else layer.kept_input, row, is_recomputed, steady
+            before = keeps[:index]
+            held = (
+                held_in_layer(before, keeps[index], index < recompute) if is_offloaded else whole(before, keeps[index])
             )
+            moments += _layer_moments(layer, held, row, index < recompute, steady)
     largest = max(moments, key=lambda moment: moment.size)
-    return replace(largest, saved_bytes=all_saved)
+    return replace(largest, saved_bytes=sum(kept.size for kept in keeps))
 
 
 def _settings(config: RunConfig, tokens: int) -> LayerSettings:
@@ -84,12 +85,13 @@ def _settings(config: RunConfig, tokens: int) -> LayerSettings:
 def _layers(config: RunConfig, shapes: ModelShapes, settings: LayerSettings) -> list[LayerBytes]:
     lora = config.lora
     chosen = [frozenset()] * shapes.num_layers if lora is None else adapted_linears(shapes, lora.target_modules)
+    first = next((index for index, adapted in enumerate(chosen) if adapted), 0)
     known: dict[tuple[frozenset[str], bool], LayerBytes] = {}
     layers = []
     for index, adapted in enumerate(chosen):
-        key = (adapted, index > 0)  # the embedding is frozen: nothing before the first adapter has a gradient
+        key = (adapted, index > first)  # nothing before the first adapter has a gradient
         if key not in known:
-            known[key] = layer_bytes(shapes, replace(settings, adapted=adapted), has_grad_input=index > 0)
+            known[key] = layer_bytes(shapes, replace(settings, adapted=adapted), has_grad_input=index > first)
         layers.append(known[key])
     return layers
 
@@ -108,26 +110,95 @@ def _loss_moment(head: HeadBytes, saved: int, steady: dict[str, Item]) -> Moment
 
 
 def _layer_moments(
-    layer: LayerBytes, below: int, own_input: int, row: int, is_recomputed: bool, steady: dict[str, Item]
+    layer: LayerBytes, held: Held, row: int, is_recomputed: bool, steady: dict[str, Item]
 ) -> Iterator[Moment]:
     """One layer's forward (or recomputation) and backward, over what the layers before it keep."""
-    kept = {"saved activations": Item(below + own_input, "of the layers before it, and its input")}
-    for name, live, extra in (
-        ("a layer's forward pass", layer.recompute_peak if is_recomputed else layer.forward_peak, row),
-        ("a layer's backward pass", layer.backward_peak, 0),
+    for name, live, saved, extra in (
+        ("a layer's forward pass", layer.recompute_peak if is_recomputed else layer.forward_peak, held.forward, row),
+        ("a layer's backward pass", layer.backward_peak, held.backward, 0),
     ):
         again = "recomputed and " if is_recomputed else ""
         yield Moment(
             name,
             {
-                **kept,
+                "saved activations": Item(saved, "of the layers before it, and its input"),
                 "one layer's activations": Item(live.activations + extra, f"{again}alive in one layer at a time"),
                 "one layer's gradients": Item(live.gradients, "of activations"),
                 "dequantized matrix": Item(live.weights, "and adapters in the compute type"),
                 **steady,
             },
-            below,
+            saved,
         )
+
+
+# --- saved activations ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one layer keeps between forward and backward."""
+
+    sizes: tuple[int, ...]  # of its tensors, in the order in which they are saved
+    own_input: int  # one of them: the layer's input
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def moved(self) -> list[int]:
+        """Tensors that offload moves to the host."""
+        return [size for size in self.sizes if size >= OFFLOAD_LEAST_BYTES]
+
+    @property
+    def stays(self) -> int:
+        """Bytes of those that it leaves on the device."""
+        return self.size - sum(self.moved)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Saved activations on the device in one layer's passes, besides what the layer's own peak counts."""
+
+    forward: int
+    backward: int
+
+
+def whole(before: Sequence[Kept], own: Kept) -> Held:
+    """Without offload: of all layers before it, and its input."""
+    held = sum(kept.size for kept in before) + own.own_input
+    return Held(held, held)
+
+
+def held_at_loss(keeps: Sequence[Kept]) -> int:
+    """With offload: small tensors, and one whose copy to the host may still run. The other one in flight is the last
+    norm's, which is counted there."""
+    return sum(kept.stays for kept in keeps) + next(iter(keeps[-1].moved[::-1]), 0)
+
+
+def held_in_layer(before: Sequence[Kept], own: Kept, is_recomputed: bool) -> Held:
+    """With offload: small tensors, and what is prefetched.
+
+    A recomputed layer reads its input and drops it when the recomputation ends. Another layer's peak counts all of its
+    tensors; on the device are the one that is read (say the largest) and those prefetched, its own before others'.
+    """
+    stays = sum(kept.stays for kept in before)
+    earlier = [size for kept in before for size in kept.moved]
+    if is_recomputed:
+        ahead = stays + prefetched(earlier)
+        return Held(ahead + own.own_input, ahead)
+    ahead = max(own.moved, default=0) + prefetched(earlier + own.moved)
+    return Held(stays + own.own_input, stays + own.own_input + ahead - sum(own.moved))
+
+
+def prefetched(earlier: Sequence[int]) -> int:
+    """Bytes fetched before they are needed, as `ActivationOffload` does: backwards, one tensor at least."""
+    total = 0
+    for size in reversed(earlier):
+        if total and total + size > OFFLOAD_AHEAD_BYTES:
+            break
+        total += size
+    return total
 
 
 # --- the last norm and the loss ---------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from ..cluster.own_address import network_id
 from ..cluster.provenance import code_digest, device_name
 from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
@@ -41,6 +42,7 @@ class Facts:
     """The facts of one rank."""
 
     host: str
+    network: str  # equal for the ranks of one node; two nodes may have the same host name
     device: str  # name of the GPU, or the processor kind
     device_type: str  # cuda or cpu
     device_bytes: int  # memory of the GPU, 0 on a CPU
@@ -110,6 +112,7 @@ def own_facts(world: World, run_dir: Path, patience_seconds: float) -> Facts:
     total, seconds = time_collective(world)
     return Facts(
         host=socket.gethostname(),
+        network=network_id(),
         device=device_name(world.device),
         device_type=world.device.type,
         device_bytes=torch.cuda.get_device_properties(world.device).total_memory if on_cuda else 0,
@@ -256,7 +259,7 @@ def checkpoint_bytes(num_trainable: int, optimizer: str) -> int:
 
 def describe_start(facts: Sequence[Facts], free_bytes: int) -> str:
     """One line: ranks, nodes, devices, time of a collective, disk."""
-    nodes = len({fact.host for fact in facts})
+    nodes = len({fact.network for fact in facts})
     kinds = Counter(fact.device for fact in facts)
     devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     slowest_ms = 1000 * max(fact.collective_seconds for fact in facts)

@@ -1,8 +1,9 @@
 """Faults for real runs, injected from outside the package: Python imports this module if its folder is on PYTHONPATH.
 
 FAULTS holds a JSON list of {"do": ..., "at": ..., "rank": ..., "step": ..., "once": file}.
-do    sleep (with "seconds"), wait (until "file" exists), exit, disk full, wrong clock, or the name of a signal that the
-      process sends to itself ("times" times)
+do    sleep (with "seconds"), wait (until "file" exists), be seen (until the signs of life of all ranks say what this
+      one does; in a step), exit, disk full, out of memory, wrong clock, or the name of a signal that the process sends
+      to itself ("times" times)
 at    a key of PLACES: before each call of that function; or import: before the trainer is imported
 rank  only on this rank; step (0-based): only in this step; nth: only at this call, from 1; without them on all ranks,
       at each call
@@ -24,6 +25,7 @@ PLACES = {
     "save": ("qlora_dist.train.checkpoint", "write_json"),
     "data": ("qlora_dist.train.setup_data", "build_documents"),
     "load": ("qlora_dist.train.setup_model", "load_base"),
+    "loss": ("qlora_dist.train.step", "nll_sum"),
     "evaluate": ("qlora_dist.train.evaluation", "evaluate"),
 }
 
@@ -38,7 +40,7 @@ def wrap(fault, function):
         rank = int(os.environ.get("RANK", 0))
         found = {"rank": rank, "step": options.get("step"), "nth": num_calls}
         if all(fault.get(key, value) == value for key, value in found.items()) and is_first(fault):
-            strike(fault)
+            strike(fault, *arguments)
         return function(*arguments, **options)
 
     return wrapped
@@ -54,18 +56,25 @@ def is_first(fault):
     return True
 
 
-def strike(fault):
+def strike(fault, *arguments):
     print(f"fault: {fault['do']} at {fault['at']}", flush=True)
     if fault["do"] == "sleep":
         time.sleep(fault["seconds"])
     elif fault["do"] == "wait":
         while not os.path.exists(fault["file"]):
             time.sleep(0.05)
+    elif fault["do"] == "be seen":
+        world = arguments[0]
+        for rank in range(world.size):
+            while json.loads(world._store.get(f"heartbeat/{rank}"))["what"] != world._heartbeat.what:
+                time.sleep(0.05)
     elif fault["do"] == "exit":
         os._exit(3)
     elif fault["do"] == "disk full":  # writes beyond the first bytes fail
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
+    elif fault["do"] == "out of memory":
+        raise sys.modules["torch"].OutOfMemoryError("CUDA out of memory. Tried to allocate 1.20 GiB.")
     elif fault["do"] == "wrong clock":
         right = time.time
         time.time = lambda: right() - 1e7

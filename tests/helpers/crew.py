@@ -61,8 +61,9 @@ class Crew:
             for rank in range(ranks)
         ]
         for rank, process in enumerate(self.processes):
-            if rank == ranks - 1:
-                time.sleep(late_seconds)
+            if rank == ranks - 1 and late_seconds:
+                self.processes[0].join(late_seconds)
+                assert self.processes[0].is_alive(), f"the first rank did not wait\n{self.output()}"
             process.start()
 
     def __enter__(self) -> Crew:
@@ -106,6 +107,8 @@ def _main(
     if host:
         enter_host(host)
     redirect(log, log)
+    # as for all ranks of tests: accelerate would choose it by the ranks of a node, and sums on more threads are others
+    os.environ["OMP_NUM_THREADS"] = "1"
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from helpers import slow_cable
 from helpers.ranks import ROOT, clean_environment, on_ranks
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -46,10 +47,13 @@ def why_not() -> str:
 
 
 class Hosts:
-    """Context manager. `names`: a key of NAMES; `folder`: for the hosts' own files."""
+    """Context manager. `names`: a key of NAMES; `folder`: for the hosts' own files. `latency_seconds` (one way) and
+    `loss` (of packets): of the cable, which needs `slow_cable.why_not` to be empty.
+    """
 
-    def __init__(self, folder: Path, names: str) -> None:
+    def __init__(self, folder: Path, names: str, latency_seconds: float = 0.0, loss: float = 0.0) -> None:
         self._folder, self._names = folder, NAMES[names]
+        self._slowness = [str(latency_seconds), str(loss)] if latency_seconds or loss else []
         self._holders: list[subprocess.Popen[bytes]] = []
         self._started: list[subprocess.Popen[str]] = []
         self.pids: list[int] = []  # of each host's first process
@@ -58,7 +62,7 @@ class Hosts:
         try:
             for _ in ADDRESSES:
                 self.pids.append(self._hold())
-            self.inside(0, f"ip link add eth0 type veth peer name eth0 netns {self.pids[1]}", "--net")
+            self._lay_cable()
             for number, (name, known) in enumerate(self._names):
                 file = self._folder / f"hosts-{number}"
                 file.write_text(f"127.0.0.1 localhost\n{known}\n")
@@ -75,11 +79,22 @@ class Hosts:
     def __exit__(self, *_: object) -> None:
         for number in range(len(self.pids)):
             self.kill(number)
-        for holder in self._holders:
+        for holder in reversed(self._holders):
             holder.kill()
             holder.wait()
         for process in self._started:
             process.wait(30)
+
+    def _lay_cable(self) -> None:
+        if not self._slowness:
+            self.inside(0, f"ip link add eth0 type veth peer name eth0 netns {self.pids[1]}", "--net")
+            return
+        command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-S", slow_cable.__file__]
+        relay = subprocess.Popen([*command, *map(str, self.pids), *self._slowness], stdout=subprocess.PIPE)
+        self._holders.append(relay)
+        assert relay.stdout is not None
+        with relay.stdout as said:
+            assert said.readline() == b"ready\n", "the cable was not laid"
 
     def _hold(self) -> int:
         command = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child"]
@@ -117,6 +132,17 @@ class Hosts:
     def output(self, process: subprocess.Popen[str]) -> str:
         """What a process of `start` has written so far."""
         return (self._folder / f"output-{self._started.index(process)}").read_text()
+
+    def processes(self, number: int) -> dict[int, str]:
+        """What runs on a host, by process id: command lines of all that has its network, but not of what holds it."""
+        network = os.stat(f"/proc/{self.pids[number]}/ns/net").st_ino
+        held = {holder.pid for holder in self._holders} | set(self.pids)
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                if int(folder.name) not in held and os.stat(folder / "ns/net").st_ino == network:
+                    found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        return found
 
     def kill(self, number: int) -> None:
         """The host is gone, with all its processes."""

@@ -2,30 +2,41 @@
 
     python tests/mutation/run.py                   # all mutants that have no result yet
     python tests/mutation/run.py --again ID ...    # these once more; with no ID: all that survived
+    python tests/mutation/run.py --jobs 2          # two at a time
+    python tests/mutation/run.py --sound           # their tests on the package as it is: all must pass
 
 A mutant is an entry of mutants/*.toml: a file below qlora_dist, a text that stands in it once, what to put in its
-place, and the test files that should notice. It counts as caught when one of them fails, and as survived when all pass;
-`equivalent` says why no test can tell it from the original. Each runs in a copy of this checkout below build/mutation;
-results are kept there, by the texts of the mutant, so that an interrupted run goes on.
+place, and the test files (or FILE::TEST) that should notice. It counts as caught when one of them fails, and as
+survived when all pass; `equivalent` says why no test can tell it from the original. Each runs in a copy of this
+checkout below build/mutation; results are kept there, by the texts of the mutant, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
+import contextlib
 import hashlib
 import json
+import math
 import os
+import py_compile
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-COPY = ROOT / "build" / "mutation" / "copy"
+COPIES = ROOT / "build" / "mutation"
 RESULTS = ROOT / "build" / "mutation" / "results.json"
 SECONDS = 600  # per mutant: a hang counts as noticed
 
@@ -57,16 +68,17 @@ def read_mutants() -> list[Mutant]:
         text = (ROOT / "qlora_dist" / mutant.file).read_text(encoding="utf-8")
         if (count := text.count(mutant.old)) != 1:
             raise ValueError(f"mutant {mutant.id}: {mutant.old!r} stands {count} times in {mutant.file}; expected once")
-        if missing := [name for name in mutant.tests if not (ROOT / "tests" / name).exists()]:
+        if missing := [name for name in mutant.tests if not (ROOT / "tests" / name.partition("::")[0]).exists()]:
             raise ValueError(f"mutant {mutant.id}: no such test file: {missing}")
     if len({mutant.id for mutant in mutants}) != len(mutants):
         raise ValueError("two mutants have the same id")
     return mutants
 
 
-def make_copy() -> None:
+def make_copy(number: int) -> Path:
     """A fresh copy of what git tracks or would track, as it is now."""
-    shutil.rmtree(COPY, ignore_errors=True)
+    copy = COPIES / f"copy-{number}"
+    shutil.rmtree(copy, ignore_errors=True)
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -75,33 +87,130 @@ def make_copy() -> None:
     ).stdout
     for name in filter(None, names.decode().split("\0")):
         if (ROOT / name).is_file():
-            (COPY / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, COPY / name)
-    if (ROOT.parent / "shared").exists() and not (COPY.parent / "shared").exists():  # real data of some tests
-        (COPY.parent / "shared").symlink_to(ROOT.parent / "shared")
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    if (ROOT.parent / "shared").exists() and not (COPIES / "shared").exists():  # real data of some tests
+        (COPIES / "shared").symlink_to(ROOT.parent / "shared")
+    # checked by content: a changed file is compiled again, all others once
+    compileall.compile_dir(copy / "qlora_dist", quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+    return copy
 
 
-def try_mutant(mutant: Mutant) -> dict[str, object]:
+class Server:
+    """Runs pytest in processes forked from one that has imported libraries but nothing of the package."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--serve"],
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, copy: Path, tests: Iterable[str], *options: str, seconds: float = math.inf) -> tuple[int, str]:
+        """(pytest's exit code, what it printed). Raises TimeoutError; what the tests have started ends, too."""
+        arguments = ["-q", "-p", "no:cacheprovider", "-n", "0", *options, *(f"tests/{name}" for name in tests)]
+        said, code = copy.with_suffix(".log"), copy.with_suffix(".code")
+        code.unlink(missing_ok=True)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with self._lock:
+            print(json.dumps([str(copy), arguments]), file=self._process.stdin, flush=True)
+            process = int(self._process.stdout.readline())
+        deadline = time.monotonic() + seconds
+        try:
+            while _is_alive(process):
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                time.sleep(0.2)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
+        # no code: a test's process was ended by what it tests
+        return int(code.read_text()) if code.exists() else 1, said.read_text(errors="replace")
+
+    def close(self) -> None:
+        """Ends it."""
+        self._process.communicate()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def serve() -> None:
+    """Answers each request (a copy, arguments of pytest) with the id of the process that serves it."""
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    import pytest
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            copy = Path(name)
+            output = os.open(copy.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
+                os.dup2(descriptor, target)
+            os.chdir(copy)
+            os.environ["PYTHONPATH"] = name
+            sys.path.insert(0, name)
+            code = int(pytest.main(arguments))
+            sys.stdout.flush()
+            copy.with_suffix(".code").write_text(str(code))
+            os._exit(0)
+        print(child, flush=True)
+
+
+def try_mutant(mutant: Mutant, copy: Path, server: Server) -> dict[str, object]:
     """Runs the tests of one mutant in the copy, which is restored afterwards."""
-    path = COPY / "qlora_dist" / mutant.file
+    path = copy / "qlora_dist" / mutant.file
     original = path.read_text(encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(COPY), "PYTHONDONTWRITEBYTECODE": "1"}
     started = time.monotonic()
     try:
         path.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
-        done = subprocess.run(
-            [*command, *(f"tests/{name}" for name in mutant.tests)],
-            cwd=COPY, env=environment, capture_output=True, text=True, timeout=SECONDS,
-        )  # fmt: skip
-        outcome = {0: "survived", 1: "caught"}.get(done.returncode, f"no result (pytest exit {done.returncode})")
-        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    except subprocess.TimeoutExpired:
+        code, said = server.run(copy, mutant.tests, "-x", seconds=SECONDS)
+        outcome = {0: "survived", 1: "caught"}.get(code, f"no result (pytest exit {code})")
+        failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    except TimeoutError:
         outcome, failed = "caught", [f"no end within {SECONDS} s"]
     finally:
         path.write_text(original, encoding="utf-8")
     by = failed[0][:200] if failed else ""
     return {"id": mutant.id, "outcome": outcome, "by": by, "seconds": round(time.monotonic() - started, 1)}
+
+
+def try_all(mutants: list[Mutant], results: dict[str, dict[str, object]], jobs: int) -> None:
+    """Adds to the results, `jobs` mutants at a time, each in a copy of its own."""
+    server = Server()
+    free: SimpleQueue[Path] = SimpleQueue()
+    for number in range(jobs):
+        free.put(make_copy(number))
+
+    def try_one(mutant: Mutant) -> tuple[Mutant, dict[str, object]]:
+        copy = free.get()
+        try:
+            return mutant, try_mutant(mutant, copy, server)
+        finally:
+            free.put(copy)
+
+    with ThreadPoolExecutor(jobs) as threads:
+        for future in as_completed([threads.submit(try_one, mutant) for mutant in mutants]):
+            mutant, result = future.result()
+            results[mutant.key] = result
+            print(result, flush=True)
+            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    server.close()
 
 
 def report(mutants: list[Mutant], results: dict[str, dict[str, object]]) -> int:
@@ -123,21 +232,32 @@ def report(mutants: list[Mutant], results: dict[str, dict[str, object]]) -> int:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ids", nargs="*", metavar="ID", help="only these")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="only these, in this order")
     parser.add_argument("--again", action="store_true", help="also those that have a result")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time")
+    parser.add_argument("--sound", action="store_true", help="run the tests of these mutants on the package as it is")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        serve()
+        return
     mutants = read_mutants()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     chosen = [mutant for mutant in mutants if not options.ids or mutant.id in options.ids]
+    if options.ids:
+        chosen.sort(key=lambda mutant: options.ids.index(mutant.id))
+    if options.sound:
+        tests = sorted({name for mutant in chosen for name in mutant.tests})
+        server = Server()
+        code, said = server.run(make_copy(0), tests)
+        server.close()
+        print(said)
+        sys.exit(code)
     if not options.again:
         chosen = [mutant for mutant in chosen if mutant.key not in results]
     elif not options.ids:
         chosen = [mutant for mutant in chosen if results.get(mutant.key, {}).get("outcome") != "caught"]
-    make_copy()
-    for mutant in chosen:
-        results[mutant.key] = try_mutant(mutant)
-        print(results[mutant.key], flush=True)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    try_all(chosen, results, options.jobs)
     sys.exit(1 if report(mutants, results) else 0)
 
 

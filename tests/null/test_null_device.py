@@ -74,11 +74,14 @@ def raw(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def train(raw: dict[str, Any], folder: Path) -> list[dict[str, int]]:
-    """`qlora_dist train` without a launcher; returns the device calls of each step, by name."""
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
+
+
+def train(raw: dict[str, Any], folder: Path, launcher: tuple[str, ...] = ()) -> list[dict[str, int]]:
+    """`qlora_dist train`; returns the device calls of each step, by name."""
     path, counted = folder / "run.yaml", folder / "steps.json"
     path.write_text(yaml.safe_dump(raw))
-    require_success(on_null("-m", "qlora_dist", "train", str(path), NULL_GPU_STEPS=str(counted)))
+    require_success(on_null(*launcher, "-m", "qlora_dist", "train", str(path), NULL_GPU_STEPS=str(counted)))
     assert (Path(raw["run_dir"]) / "completed").exists()
     assert len(metrics_of(raw["run_dir"])) == raw["train"]["steps"]
     steps: list[dict[str, int]] = json.loads(counted.read_text())
@@ -89,8 +92,20 @@ def calls(step: dict[str, int], *parts: str) -> int:
     return sum(number for name, number in step.items() if all(part in name for part in parts))
 
 
-def test_a_run_without_a_launcher_has_one_host_synchronization_per_step(raw, tmp_path):
-    for step in train(raw, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "launcher"),
+    [
+        ({}, ()),
+        ({"optim__name": "paged_adamw_32bit"}, ()),
+        ({"optim__name": "adamw_8bit"}, ()),
+        ({"optim__name": "paged_adamw_8bit"}, ()),
+        ({}, LAUNCHER),
+        ({"strategy__name": "fsdp"}, LAUNCHER),
+    ],
+    ids=["adamw", "paged-32bit", "8bit", "paged-8bit", "ddp-launched", "fsdp-launched"],
+)
+def test_a_step_has_one_host_synchronization_and_no_pageable_copy(changes, launcher, raw, tmp_path):
+    for step in train(changed(raw, **changes), tmp_path, launcher):
         assert calls(step, "synchronize") == 1
         assert calls(step, "memcpy pageable") == 0 and calls(step, "memcpy", "->pageable") == 1  # the step's results
         assert sum(step.values()) > 1000, "nothing was counted"

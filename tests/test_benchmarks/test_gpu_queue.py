@@ -44,7 +44,7 @@ def test_items_run_in_order_in_isolation_and_only_once(tmp_path):
     assert states(items, tmp_path) == {"good": "done", "broken": "failed", "endless": "timeout", "after": "done"}
     good, broken, endless, _ = results
     assert good["files"] == ["good/raw.json"] and broken["exit_code"] == 3
-    assert endless["seconds"] < 60 and endless["tail"].strip() == "7"  # its output before its time was up
+    assert endless["seconds"] < 600 and endless["tail"].strip() == "7"  # its output before its time was up
     assert all(name in good["provenance"] for name in provenance.FIELDS)
     assert queue.run(items, tmp_path) == []
     assert [result["name"] for result in queue.run(items[1:2], tmp_path, retry=True)] == ["broken"]

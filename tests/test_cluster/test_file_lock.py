@@ -1,5 +1,6 @@
 """A shared folder is built once, by one of many processes and users; what others could have planted is said."""
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -7,7 +8,9 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -191,3 +194,17 @@ def test_who_waits_names_who_builds_and_gives_up(tmp_path, monkeypatch, caplog):
     ):
         pass
     assert f"waiting for process {os.getpid()} on" in caplog.text
+
+
+def test_who_waits_goes_on_when_the_other_is_done_and_uses_what_it_has_built(tmp_path, monkeypatch):
+    entry, other = Entry(tmp_path), Entry(tmp_path, "by another")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(build_lock(entry.folder, "making it"))
+
+        def built_meanwhile(_):
+            other.build()
+            stack.close()
+
+        monkeypatch.setattr(file_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=built_meanwhile))
+        assert entry.get() == "by another"
+    assert (entry.num_built, other.num_built) == (0, 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -54,6 +56,11 @@ class Exits:
 
     def __init__(self):
         self.codes, self.event = [], threading.Event()
+        self.parent, self.num_looks = os.getppid(), 0
+
+    def getppid(self):
+        self.num_looks += 1
+        return self.parent
 
     def __call__(self, code):
         self.codes.append(code)
@@ -64,8 +71,7 @@ class Exits:
 @pytest.fixture
 def exits(monkeypatch):
     exits = Exits()
-    monkeypatch.setattr(heartbeat, "os", SimpleNamespace(_exit=exits, getpid=os.getpid, getppid=lambda: exits.parent))
-    exits.parent = os.getppid()
+    monkeypatch.setattr(heartbeat, "os", SimpleNamespace(_exit=exits, getpid=os.getpid, getppid=exits.getppid))
     for name, seconds in (("BEAT", 0.02), ("LOOK", 0.06), ("STORE", 0.1), ("REPORT", 0.3), ("SILENT", 0.4)):
         monkeypatch.setattr(heartbeat, f"{name}_SECONDS", seconds)
     monkeypatch.setattr(heartbeat, "READ_SECONDS", 5.0)
@@ -119,6 +125,72 @@ def test_a_rank_whose_store_never_answers_ends_also_where_work_has_no_limit(star
     assert "rank 1 (host1) in preparing data.train: no answer for" in capfd.readouterr().err
 
 
+def test_a_wait_is_limited_and_work_only_by_its_own_limit_which_starts_again(start):
+    one = start(None, rank=0, size=1, wait_seconds=60.0)
+    limits = []
+    for arguments in (("load",), (None, None, True), (), ("step 3", 5.0), (None, None, True), (), ("save",)):
+        before = one._status.since
+        time.sleep(0.001)
+        one.set_status(*arguments)
+        limits.append(one._status.limit_seconds)
+        assert one._status.since > before
+    assert limits == [math.inf, 60.0, math.inf, 5.0, 5.0, 5.0, math.inf]
+
+
+def test_a_rank_that_waits_too_long_outside_of_a_step_ends(start, exits, capfd):
+    waiting = start(MemoryStore(), wait_seconds=0.2)
+    waiting.set_status("load")
+    waiting.set_status(is_waiting=True)
+    assert exits.event.wait(10) and exits.codes == [1]
+    assert "rank 1 (host1) was in load for more than 0 s, waiting for other ranks" in capfd.readouterr().err
+
+
+SIGN = {"beat": 3, "host": "host0", "pid": 11, "what": "step 3", "is_waiting": False, "seconds": 4.0, "time": 0.0}
+ALL_WAIT = "all ranks are alive and wait for each other: check devices and network"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (SIGN, SIGN, r"rank 0 \(host0, process 11\) was last seen in step 3, about \d+ s ago: it has exited"),
+        (SIGN, {**SIGN, "beat": 4}, r"rank 0 \(host0, process 11\) is not waiting: busy with step 3 for 4 s"),
+        (SIGN, {**SIGN, "beat": 4, "is_waiting": True}, ALL_WAIT),
+        (None, {**SIGN, "is_waiting": True}, ALL_WAIT),  # its first sign came between the two looks
+        (None, SIGN, r"rank 0 .* is not waiting"),
+        (None, None, "rank 0 was never seen"),
+    ],
+)
+def test_who_is_missing_is_told_by_two_looks(start, first, second, said):
+    one = start(MemoryStore())
+    looks = iter([[first, None], [second, None]])
+    one._look = lambda: next(looks)
+    assert re.match(said, one.who_is_missing())
+
+
+def test_one_of_those_that_wait_reports_and_the_stuck_rank_prints_its_stacks(start, exits, capfd, monkeypatch):
+    monkeypatch.setattr(heartbeat, "REPORT_SECONDS", 20.0)
+    store = MemoryStore()
+    ranks = [start(store, rank=rank, size=3) for rank in range(3)]
+    ranks[0].set_status("step 3", limit_seconds=1000.0)
+    for waiting in ranks[1:]:
+        waiting.set_status("step 3", limit_seconds=0.2, is_waiting=True)
+    _until(lambda: len(exits.codes) == 2)
+    said = capfd.readouterr().err
+    assert exits.codes == [1, 1] and said.count("was in step 3 for more than") == 1
+    assert "rank 0 (host0, process" in said and "is not waiting: busy with step 3" in said
+    assert said.count("stacks of rank") == said.count("stacks of rank 0 (host0") == 1
+
+
+def test_a_stop_signal_to_one_rank_is_one_to_all(start):
+    asked = []
+    told = SimpleNamespace(name="SIGUSR1", is_listening=True, request=lambda _: pytest.fail("it knows"))
+    listening = SimpleNamespace(name=None, is_listening=True, request=asked.append)
+    store = MemoryStore()
+    ranks = start(store, rank=0, stop=told), start(store, stop=listening)
+    _until(lambda: asked and all(one.is_stop_announced for one in ranks))
+    assert asked == ["SIGUSR1"]
+
+
 def test_who_is_missing_has_an_answer_though_the_store_has_none(start):
     store = MemoryStore()
     store.lose()
@@ -135,6 +207,9 @@ def test_a_failure_reaches_the_other_ranks_with_its_kind_and_text(start):
         second.require_alive()
     second.publish_failure(error)
     assert json.loads(store.get("heartbeat/failure"))[0] == 0, "the consequence took the place of the cause"
+    answers = first._num_answers
+    _until(lambda: first._num_answers > answers + 1)
+    assert first.failure is None, "its own failure came back as that of another"
 
 
 def test_a_rank_stuck_in_a_collective_ends_with_the_failure_of_another(start, exits, capfd):
@@ -161,11 +236,11 @@ def test_the_end_of_the_launcher_asks_one_process_to_stop_once(start, exits):
     asked = []
     stop = SimpleNamespace(name=None, is_listening=True, request=asked.append)
     alone = start(None, rank=0, size=1, launcher=os.getppid(), stop=stop)
-    time.sleep(3 * heartbeat.BEAT_SECONDS)
+    _until(lambda: exits.num_looks >= 3)
     assert asked == []
     exits.parent = 1
     _until(lambda: asked)
-    time.sleep(3 * heartbeat.BEAT_SECONDS)
+    assert not alone._ended.wait(3 * heartbeat.BEAT_SECONDS)
     assert asked == [LAUNCHER_ENDED] and exits.codes == []
     alone.close()
 

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from helpers import slow_cable
 from helpers.crew import Crew
 from helpers.ranks import outcome
 from helpers.tiny_run import losses_of, make_inputs, write_config
@@ -31,9 +32,17 @@ OTHER_NETWORK = (
 )
 
 
+SLOW_CABLE = pytest.param(
+    ("debian, own name only", 0.05, 0.02),  # 50 ms each way, 2 % of packets lost
+    marks=pytest.mark.skipif(bool(slow_cable.why_not()), reason=slow_cable.why_not()),
+    id="slow cable",
+)
+
+
 @pytest.fixture
 def hosts(tmp_path, request):
-    with Hosts(tmp_path, request.param) as hosts:
+    """`request.param`: the hosts' names, or names, latency and loss."""
+    with Hosts(tmp_path, *([request.param] if isinstance(request.param, str) else request.param)) as hosts:
         yield hosts
 
 
@@ -134,8 +143,7 @@ def _torchrun(first_node: str, *words: str, nodes: int = 2) -> list[str]:
 
 def _launched(hosts, commands, timeout=270.0):
     """Starts a command on each host and waits; returns (exit code, output) of each."""
-    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as slurm/train.sbatch: rank 0 serves a store of its own
-    processes = [hosts.start(number, *command, **variables) for number, command in enumerate(commands)]
+    processes = [hosts.start(number, *command) for number, command in enumerate(commands)]
     deadline = time.monotonic() + timeout
     while any(process.poll() is None for process in processes):
         outputs = [hosts.output(process) for process in processes]
@@ -208,7 +216,7 @@ def test_a_node_that_waits_for_the_first_one_says_so_within_seconds(hosts):
         time.sleep(0.1)
 
 
-# --- a run that loses a host ------------------------------------------------------------------------------------------
+# --- a run over a bad cable, or that loses a host ---------------------------------------------------------------------
 
 STEPS = 10
 SLOW = {"do": "sleep", "seconds": 0.3, "at": "step"}
@@ -241,6 +249,25 @@ def undisturbed(config, tmp_path):
     return losses_of(tmp_path / "undisturbed")
 
 
+def _require_nothing_left(hosts):
+    deadline = time.monotonic() + SECONDS  # what a rank has started ends a moment after it
+    while left := {**hosts.processes(0), **hosts.processes(1)}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("hosts", ["same name", SLOW_CABLE], indirect=True)
+def test_a_run_on_hosts_of_one_name_or_with_a_slow_cable_has_the_losses_of_one_host(
+    hosts, config, tmp_path, undisturbed
+):
+    with Crew(config, tmp_path / "logs", hosts=hosts) as crew:
+        assert [end.code for end in crew.wait()] == [0, 0], crew.output()
+        assert "2 ranks on 2 nodes: " in crew.output()
+    assert losses_of(tmp_path / "run") == undisturbed
+    _require_nothing_left(hosts)
+
+
 @pytest.mark.hosts
 @pytest.mark.parametrize("hosts", ["debian, own name only"], indirect=True)
 def test_a_cable_that_is_out_for_seconds_costs_nothing(hosts, config, tmp_path, undisturbed):
@@ -270,8 +297,41 @@ def test_a_host_that_is_lost_is_named_the_cut_off_side_ends_too_and_nothing_is_l
     assert first.code == 1 and "rank 1 (hostb" in first.output and first.at - lost < 75, first
     if not is_killed:
         assert second.code and "rank 0 (hosta)" in second.output and second.at - lost < 75, second
+    _require_nothing_left(hosts)
     hosts.plug(True)
-    with Crew(config, tmp_path / "logs", hosts=hosts) as crew:
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    with Crew(config, tmp_path / "again", hosts=hosts) as crew:
         assert [end.code for end in crew.wait()] == [0, 0], crew.output()
-        assert "resuming from" in crew.output()
+        assert f"resuming from {newest} " in crew.output(), "the last checkpoint is whole"
     assert losses_of(tmp_path / "run") == undisturbed
+
+
+FAIL_WHEN_CUT_OFF = """
+import os, pathlib, sys, time
+
+folder = pathlib.Path(sys.argv[1])
+(folder / f"started-{os.environ['RANK']}").touch()
+while not (folder / "cut").exists():
+    time.sleep(0.05)
+time.sleep(2)  # torchrun looks for other nodes ten times a second
+sys.exit(1)
+"""
+
+
+@pytest.mark.hosts
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("hosts", ["debian, own name only"], indirect=True)
+def test_torchrun_leaves_no_process_on_either_side_of_a_cable_that_is_out_for_good(hosts, tmp_path):
+    """Ranks end by themselves, as tested above; here they only exit."""
+    (tmp_path / "fail.py").write_text(FAIL_WHEN_CUT_OFF)
+    command = _torchrun(f"{ADDRESSES[0]}:{PORT}", str(tmp_path / "fail.py"), str(tmp_path))
+    nodes = [hosts.start(number, *command) for number in range(2)]
+    deadline = time.monotonic() + 600
+    while len(list(tmp_path.glob("started-*"))) < 2:
+        assert time.monotonic() < deadline, [hosts.output(node) for node in nodes]
+        time.sleep(0.1)
+    hosts.plug(False)
+    (tmp_path / "cut").touch()
+    assert [node.wait(200) for node in nodes] == [1, 1]
+    assert "torchrun on hostb has not noticed" in hosts.output(nodes[1])
+    _require_nothing_left(hosts)

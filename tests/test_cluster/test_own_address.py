@@ -126,10 +126,12 @@ def test_the_command_becomes_torchrun_with_these_options():
         import json, os, sys
         from qlora_dist.commands import invoke
 
-        os.execv = lambda file, words: print(json.dumps(words[1:]))
+        store = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+        os.environ.pop(store, None)
+        os.execv = lambda file, words: print(json.dumps([os.environ[store], *words[1:]]))
         invoke(["torchrun", "127.0.0.1:1234", "--nnodes=2", "--nproc-per-node", "4", "-m", "qlora_dist", "train", "c"])
     """)
-    expected = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:1234"]
+    expected = ["1", "-m", "qlora_dist.cluster.agent", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:1234"]
     expected += ["--nnodes=2", "--nproc-per-node", "4", "-m", "qlora_dist", "train", "c"]
     assert json.loads(done.stdout) == expected
     assert "torch" not in run_python("import sys, qlora_dist.commands.torchrun; print(*sys.modules)").stdout.split()
@@ -141,7 +143,7 @@ def test_torchrun_keeps_the_signals_that_its_shell_ignores(tmp_path):
     fake.mkdir(parents=True)
     for folder in (fake.parent, fake):
         (folder / "__init__.py").touch()
-    (fake / "run.py").write_text("print(open('/proc/self/status').read())")
+    (fake / "run.py").write_text("def main():\n    print(open('/proc/self/status').read())")
     command = f"trap '' USR1 TERM; exec {sys.executable} -m qlora_dist torchrun localhost:1 -m qlora_dist train x.yaml"
     environment = clean_environment()
     environment["PYTHONPATH"] = f"{tmp_path}:{ROOT}"

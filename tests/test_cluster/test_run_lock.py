@@ -14,17 +14,17 @@ import time
 import pytest
 from helpers.ranks import ROOT, clean_environment
 
-from qlora_dist.cluster.run_lock import MISSED_BEATS, RunLock
+from qlora_dist.cluster.run_lock import MISSED_BEATS, RunLock, _machine
 from qlora_dist.errors import MachineFailed, UserError
 
 LOCK = "lock"
 HOLD = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from qlora_dist.cluster.run_lock import RunLock
 RunLock(Path(sys.argv[1]) / "lock", job="7", beat_seconds=0.5).acquire()
 print("held", flush=True)
-time.sleep(60)
+signal.pause()
 """
 
 
@@ -40,6 +40,13 @@ def holder(tmp_path):
     process.communicate()
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """No heartbeat is waited for: with beats of 100 s only the second look after a take-over sleeps for a second."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds) if seconds <= 1 else pytest.fail("it waits"))
+
+
 def _as_of_another_machine(folder):
     """The lock as it looks from another host: process ids say nothing."""
     holder = json.loads((folder / LOCK).read_bytes())
@@ -52,15 +59,17 @@ def test_a_run_directory_in_use_is_refused_and_its_holder_is_named(tmp_path, hol
     assert holder.poll() is None
 
 
+@pytest.mark.usefixtures("at_once")
 def test_the_lock_of_a_process_killed_on_this_machine_is_taken_over_at_once(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    lock = RunLock(tmp_path / LOCK, beat_seconds=100)  # one beat would be longer than the test
+    lock = RunLock(tmp_path / LOCK, beat_seconds=100)
     lock.acquire()
     lock.release()
     assert not (tmp_path / LOCK).exists()
 
 
+@pytest.mark.usefixtures("at_once")
 def test_the_lock_of_this_jobs_last_life_is_taken_over_at_once_wherever_it_ran(tmp_path, holder):
     holder.kill()
     holder.wait()
@@ -76,16 +85,16 @@ def test_a_lock_of_another_host_is_taken_over_when_it_stands_still(tmp_path, hol
     _as_of_another_machine(tmp_path)
     os.utime(tmp_path / LOCK, (time.time() + 1e6, time.time() + 1e6))  # a clock that goes wrong: times are not read
     started = time.monotonic()
-    lock = RunLock(tmp_path / LOCK, job="8", beat_seconds=0.3)
+    lock = RunLock(tmp_path / LOCK, job="8", beat_seconds=0.05)
     lock.acquire()
-    assert time.monotonic() - started >= MISSED_BEATS * 0.3
+    assert time.monotonic() - started >= MISSED_BEATS * 0.05
     lock.release()
 
 
 def test_a_holder_that_was_suspended_and_lost_its_lock_ends_itself(tmp_path, holder):
     holder.send_signal(signal.SIGSTOP)
     _as_of_another_machine(tmp_path)
-    lock = RunLock(tmp_path / LOCK, job="8", beat_seconds=0.3)
+    lock = RunLock(tmp_path / LOCK, job="8", beat_seconds=0.05)
     lock.acquire()
     holder.send_signal(signal.SIGCONT)
     assert holder.wait(30) == 1
@@ -113,6 +122,66 @@ def test_of_two_that_take_over_together_one_gets_it(tmp_path, holder):
     assert sorted(outcomes) == ["held", "refused"]
     for lock in locks:
         lock.release()
+
+
+def test_of_two_that_find_a_lock_stale_at_the_same_time_the_last_to_write_gets_it(tmp_path):
+    (tmp_path / LOCK).write_bytes(_valid())
+    both = threading.Barrier(2, timeout=30)
+    locks, outcomes = [RunLock(tmp_path / LOCK, beat_seconds=5.0) for _ in range(2)], {}
+
+    def take(number):
+        lock, write = locks[number], locks[number]._write
+        lock._require_stale = both.wait  # stale, says either
+
+        def late():
+            time.sleep(0.05 * number)
+            write()
+
+        lock._write = late
+        try:
+            lock.acquire()
+            outcomes[number] = "held"
+        except UserError:
+            outcomes[number] = "refused"
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == {0: "refused", 1: "held"}
+    for lock in locks:
+        lock.release()
+
+
+@pytest.mark.usefixtures("at_once")
+def test_another_process_with_the_holders_number_is_not_the_holder(tmp_path):
+    (tmp_path / LOCK).write_bytes(_valid(machine=_machine(), pid=os.getpid(), started="1"))
+    lock = RunLock(tmp_path / LOCK, beat_seconds=100)
+    lock.acquire()
+    lock.release()
+
+
+def test_two_processes_of_one_start_of_a_job_do_not_share_a_directory(tmp_path, holder):
+    with pytest.raises(UserError, match=rf"is in use by job 7, process {holder.pid}"):
+        RunLock(tmp_path / LOCK, job="7", restarts=0, beat_seconds=0.5).acquire()
+
+
+def test_a_lock_that_another_has_taken_over_is_left_to_it(tmp_path):
+    lock = RunLock(tmp_path / LOCK, beat_seconds=100)
+    lock.acquire()
+    (tmp_path / LOCK).write_bytes(_valid())
+    lock.release()
+    assert (tmp_path / LOCK).read_bytes() == _valid()
+
+
+def test_what_other_hosts_read_is_on_the_disk(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda one: (synced.append(os.readlink(f"/proc/self/fd/{one}")), sync(one)))
+    lock = RunLock(tmp_path / LOCK, beat_seconds=100)
+    lock.acquire()
+    assert synced == [str(tmp_path / LOCK)]
+    lock.release()
 
 
 PLACED = {

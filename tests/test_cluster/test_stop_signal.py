@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 
 import pytest
 from helpers.ranks import run_python
@@ -44,7 +43,7 @@ def test_a_stop_can_be_requested_from_a_thread_and_says_why():
         with pytest.raises(StopRequested), stop.interrupting():
             thread.start()
             thread.join(10)
-            time.sleep(10)
+            threading.Event().wait(30)
         assert stop.name == LAUNCHER_ENDED
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.name == "SIGTERM"

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from helpers.ranks import on_ranks, outcome
 
 from qlora_dist.cluster import world as world_module
-from qlora_dist.cluster.stop_signal import StopSignal
+from qlora_dist.cluster.heartbeat import Failure
+from qlora_dist.cluster.stop_signal import StopRequested, StopSignal
 from qlora_dist.cluster.trackers import Trackers
 from qlora_dist.cluster.world import World, own_device
 from qlora_dist.errors import RunFailed, UserError
@@ -46,8 +48,10 @@ def test_a_cuda_device_always_has_its_index(monkeypatch):
 def _collectives():
     world = World.init()
     rank = world.rank
+    own = torch.tensor([rank + 1.0])
     return {
-        "sum": world.sum(torch.tensor([rank + 1.0])).item(),
+        "sum": world.sum(own).item(),
+        "own": own.item(),
         "max": world.max(rank),
         "any": world.any(rank == 1),
         "gather": world.gather({"rank": rank}),
@@ -78,7 +82,7 @@ def _raise_bug():
 def test_collectives_agree_and_failures_of_rank_0_reach_all():
     results = on_ranks(_collectives, 3)
     for rank, result in enumerate(results):
-        assert result["sum"] == 6.0 and result["max"] == 2 and result["any"] is True
+        assert result["sum"] == 6.0 and result["own"] == rank + 1.0 and result["max"] == 2 and result["any"] is True
         assert result["gather"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
         whole = [(torch.arange(15.0).view(5, 3) + 100 * sender).tolist() for sender in range(3)]
         assert result["pieces"] == (whole if rank == 0 else None)
@@ -94,12 +98,18 @@ def test_collectives_agree_and_failures_of_rank_0_reach_all():
 
 def _first_builds(fails):
     world = World.init()
-    times = []
+    times, wait = [], world._wait
+
+    def waiting(*arguments, **options):
+        world._store.set("test/waits", "")
+        wait(*arguments, **options)
 
     def run():
+        if world.rank == 1:
+            world._wait = waiting
         with world.local_main_first("building"):
             if world.rank == 0:
-                time.sleep(0.5)
+                world._store.get("test/waits")  # returns when the other rank waits, here or for the end
                 if fails:
                     raise UserError("line 3 is broken")
             times.append(time.time())
@@ -118,6 +128,14 @@ def test_when_the_builder_fails_the_others_fail_at_once_for_the_same_reason():
     assert results[0][0] == ("UserError", "line 3 is broken")
     kind, text = results[1][0]
     assert kind == "UserError" and re.fullmatch(r"rank 0 \(.+\) failed: line 3 is broken", text)
+
+
+def test_a_wait_on_the_store_ends_at_once_with_the_failure_of_another_rank(monkeypatch):
+    monkeypatch.setattr(world_module, "LOOK_SECONDS", 1e9)
+    world, looks = World.init(), iter([False] * 5)
+    world._heartbeat.failure = Failure(1, "b", "user", "line 3 is broken")
+    with pytest.raises(UserError, match=r"rank 1 \(b\) failed: line 3 is broken"):
+        world._wait(lambda: next(looks), until_stop=False)
 
 
 def _until_first_waits(world):
@@ -205,6 +223,17 @@ def test_rank_0_meets_a_fault_of_the_machine_as_the_others_do():
     assert outcome(world.from_main, no_memory) == ("MachineFailed", "saving step 4: host memory is used up")
 
 
+def test_the_steps_after_the_first_are_limited_and_torchs_own_limit_comes_last():
+    world, limits = World.init(timeout_seconds=5.0), []
+    for step in (1, 2, 3):
+        world.begin_step(step)
+        limits.append(world._heartbeat._status.limit_seconds)
+    assert limits == [math.inf, 5.0, 5.0]  # the first one may compile
+    for seconds in (1.0, 600.0, 7 * 24 * 3600.0):
+        longest = world_module.WAIT_FACTOR * seconds
+        assert world_module._backend_timeout(seconds).total_seconds() >= longest + 60
+
+
 def _reduce(shuffled):
     """Gradients that differ by rank, in an order of parameters that differs by rank; one rank lacks one."""
     from qlora_dist.optim import reducer
@@ -264,6 +293,17 @@ def _tracked(folder):
 
 def test_trackers_finish_before_the_process_group_and_fail_nothing(tmp_path):
     assert on_ranks(_tracked, 2, str(tmp_path)) == [["second"], ["second"]]
+
+
+@pytest.mark.parametrize(("error", "finishes"), [(None, True), (StopRequested, True), (RunFailed, False)])
+def test_trackers_finish_after_a_stop_and_not_after_a_failure(error, finishes):
+    finished = []
+    with suppress(RunFailed, StopRequested), Trackers(["tensorboard"], ".") as trackers:
+        one = SimpleNamespace(name="one", finish=lambda: finished.append("one"))
+        trackers._accelerator = SimpleNamespace(trackers=[one])
+        if error is not None:
+            raise error("stopped")
+    assert bool(finished) == finishes
 
 
 def test_an_unknown_tracker_is_explained():

@@ -109,6 +109,10 @@ def test_wrong_arithmetic_on_a_device_is_not_ok(monkeypatch: pytest.MonkeyPatch)
     found = check_round_trip("cpu")
     assert (found.status, found.can_train) == ("missing", False)
     assert "do not train here" in found.advice
+    # weights that come back too well were never in 4 bits
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", lambda weight, **_: (weight, None))
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda packed, _: packed)
+    assert check_round_trip("cpu").status == "missing"
 
 
 def test_a_device_that_is_not_there_is_not_ok() -> None:

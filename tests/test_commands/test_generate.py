@@ -12,6 +12,7 @@ import torch
 import yaml
 from helpers.tiny_models import shared_model, tiny_model, tiny_tokenizer
 from helpers.tiny_run import changed, make_inputs
+from tokenizers.processors import TemplateProcessing
 
 from qlora_dist.commands.generate import (
     Trained,
@@ -28,6 +29,7 @@ from qlora_dist.config import parse_config
 from qlora_dist.data.documents import build_documents
 from qlora_dist.errors import UserError
 from qlora_dist.model import Sampling, load_tokenizer
+from qlora_dist.model.generation import generate_ids
 from qlora_dist.model.lora import attach_lora, trainable_parameters
 from qlora_dist.model.lora_files import save_adapter
 
@@ -54,6 +56,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_random_adapter(folder / "run" / "adapter", folder / "model", 1)
     save_random_adapter(folder / "second", folder / "model", 2)
     return folder / "run"
+
+
+@pytest.mark.parametrize("place", [0, 2, 5])
+def test_new_tokens_end_before_the_first_stop_token(place: int) -> None:
+    model, tokenizer = tiny_model(attention="sdpa"), tiny_tokenizer()
+    (whole,) = generate_ids(model, tokenizer, [[5, 6, 7]], Sampling(max_new_tokens=6))
+    assert len(whole) == 6
+    (ended,) = generate_ids(model, tokenizer, [[5, 6, 7]], Sampling(max_new_tokens=6), stop_ids=[whole[place]])
+    assert ended == whole[: whole.index(whole[place])]
 
 
 def ask(*texts: str) -> list[list[dict[str, Any]]]:
@@ -174,6 +185,13 @@ def test_a_run_on_plain_text_continues_the_prompt_as_it_is(run: Path, tmp_path: 
     tokenizer = load_tokenizer(raw["model"]["name"])
     trained = Trained(parse_config(raw).model, None, parse_config(raw).data)
     assert find_template(trained, tokenizer) is None
+    assert Writer(torch.nn.Module(), tokenizer, None).encode(ask("w6 w7")[0]) == [6, 7]
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_what_is_continued() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    assert tokenizer("w6 w7")["input_ids"] == [6, 7, 2], "the guard: it does so"
     assert Writer(torch.nn.Module(), tokenizer, None).encode(ask("w6 w7")[0]) == [6, 7]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -24,6 +26,7 @@ from qlora_dist.model.lora import attach_lora, load_adapters, trainable_paramete
 from qlora_dist.model.lora_files import save_adapter
 
 CPU = torch.device("cpu")
+merge_module = sys.modules[merge.__module__]  # `commands.merge` is the command
 IDS = random_batch((12,)).input_ids
 
 
@@ -143,6 +146,30 @@ def test_a_merge_on_a_full_disk_says_so_and_leaves_nothing_behind(
     assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir() if "incomplete" in path.name] == []
     merge(run, tmp_path / "out", compare=False)  # the same command, once there is space
+
+
+@pytest.mark.parametrize("gap", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_end_a_merge_before_it_writes(
+    gap: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_module, "_gap", lambda *_: gap)
+    with pytest.raises(UserError, match="are not finite, though all weights are"):
+        merge(make_run(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_another_has_written_to_the_same_place_meanwhile_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(*_: object) -> float:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").write_text("theirs")
+        return 0.0
+
+    monkeypatch.setattr(merge_module, "_gap", meanwhile)
+    with pytest.raises(Exception, match="out"):
+        merge(make_run(tmp_path), tmp_path / "out", compare=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
 
 
 def test_what_cannot_be_merged_is_refused_before_the_model_is_read(tmp_path: Path) -> None:

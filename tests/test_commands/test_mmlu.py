@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_packed_scores_over_ranks_equal_one_question_after_another_under_the_lib
 ):
     tokenizer = make_tokenizer()
     folder = write_mmlu(tmp_path)
-    questions, worked = read_questions(folder, "val"), read_questions(folder, "dev")
+    questions, worked = read_questions(folder, "val")[:-3], read_questions(folder, "dev")  # of two unequal subjects
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024}
     result = scored(tiny_model(**sizes), tokenizer, questions, worked, world_size=world_size)
     plain = tiny_model(attention="eager", **sizes)
@@ -109,7 +110,9 @@ def test_packed_scores_over_ranks_equal_one_question_after_another_under_the_lib
     expected = {subject: sum(hits) / len(hits) for subject, hits in right.items()}
     assert result.subjects == pytest.approx(expected)
     assert result.accuracy == pytest.approx(sum(expected.values()) / 2)
-    assert result.num_questions == 10 and result.shortened == 0
+    hits = [hit for subject in SUBJECTS for hit in right[subject]]
+    assert result.accuracy_by_question == pytest.approx(sum(hits) / len(hits)) != result.accuracy
+    assert result.num_questions == 7 and result.shortened == 0
     assert 0 < result.accuracy < 1, "all right or all wrong would show little"
 
 
@@ -136,6 +139,14 @@ def test_what_cannot_be_scored_is_explained(tmp_path):
 
     with pytest.raises(UserError, match="MMLU cannot be scored by letters"):
         letter_ids(tiny_tokenizer())  # it knows no letters: all four are one token
+    for odd in ([1, 9], [2, 6], [1, 1, 6], [5]):  # in the place of B's
+        ids = {"A": [1, 5], "B": odd, "C": [1, 7], "D": [1, 8]}
+        tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens, ids=ids: ids[text[-1]])
+        if odd == [1, 9]:
+            assert letter_ids(tokenizer) == [5, 9, 7, 8]
+        else:
+            with pytest.raises(UserError, match="MMLU cannot be scored by letters"):
+                letter_ids(tokenizer)
 
 
 def test_the_release_is_read_whole():

@@ -30,6 +30,11 @@ LLAMA_65B = {
 }  # fmt: skip
 
 
+LINEAR_NAMES = [
+    *(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+]  # fmt: skip
+
+
 @pytest.fixture
 def big(tmp_path) -> dict[str, Any]:
     """A config of a 65B model of which only config.json exists."""
@@ -239,6 +244,38 @@ def test_large_matrices_are_planned_one_at_a_time(monkeypatch):
     assert abs(trace.error) < 0.001, trace
     monkeypatch.undo()
     assert _compare(_medium("llama", vocab_size=128), _config(64), 2).peak_bytes > trace.peak_bytes
+@pytest.mark.parametrize(
+    ("family", "sizes", "changes", "recompute", "moment"),
+    [
+        # eight query heads to one of keys, and a thin MLP: attention's own gradients are the largest
+        (
+            "llama",
+            {"num_key_value_heads": 1, "intermediate_size": 64, "vocab_size": 64, "head_dim": 128},
+            {},
+            2,
+            "backward",
+        ),
+        # capped logits also keep the derivative of the cap
+        ("gemma2", {"vocab_size": 60_000}, {"model__attention": "sdpa"}, 2, "loss"),
+        ("llama", {"vocab_size": 60_000}, {}, 2, "loss"),
+        # few logits: the hidden states, those with labels and their gradient count as much
+        ("llama", {"num_key_value_heads": 1, "intermediate_size": 64}, {}, 2, "loss"),
+        # many layers that keep everything: what each of them saves is counted once, no more and no less
+        ("gpt_neox", {"num_hidden_layers": 10, "intermediate_size": 64}, {}, 0, ""),
+        ("llama", {"num_hidden_layers": 10}, {"lora__dropout": 0.1}, 0, ""),
+        # a recomputed layer with adapters takes more than the last one, which has none and is not recomputed
+        (
+            "llama",
+            {"num_hidden_layers": 3, "vocab_size": 64},
+            {"lora__target_modules": [f"layers.1.{name}" for name in LINEAR_NAMES], "lora__dropout": 0.1},
+            2,
+            "backward",
+        ),
+    ],
+)
+def test_plan_and_simulation_agree_wherever_the_peak_lies(family, sizes, changes, recompute, moment):
+    trace = _compare(_medium(family, **sizes), _config(512, **changes), recompute)
+    assert moment in trace.peak_at and abs(trace.error) < 0.03, trace
 
 
 def test_large_vocabularies_in_several_chunks_agree():

@@ -190,6 +190,24 @@ def test_every_error_ends_in_one_paragraph(capsys, command, error, code, said):
     assert not OBEYED.search(traced)
 
 
+@pytest.mark.parametrize("was_terminated", [True, False])
+def test_a_rank_says_what_only_it_has_found_and_nothing_once_its_launcher_ends_it(
+    capsys, command, monkeypatch, was_terminated
+):
+    def act() -> None:
+        raise UserError("line 3 is broken")
+
+    waits = []
+    command(act)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(commands, "was_terminated", lambda: was_terminated)
+    monkeypatch.setattr(commands.time, "sleep", waits.append)
+    assert commands.invoke(["act"]) == 2
+    assert capsys.readouterr().err == ("" if was_terminated else "rank 1: error: line 3 is broken\n")
+    assert bool(waits) != was_terminated, "the others' launcher may end it while it waits"
+
+
 def test_an_unknown_option_with_escapes_is_shown_as_text(capsys):
     assert commands.invoke(["data", "--" + HOSTILE, "x"]) == 2
     said = capsys.readouterr().err

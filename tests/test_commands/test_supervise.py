@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from helpers.ranks import ROOT, clean_environment
 
 from qlora_dist.cluster.stop_signal import StopSignal
+from qlora_dist.commands import supervise as supervision
 from qlora_dist.commands.supervise import Job, _num_stalled_starts, supervise
 from qlora_dist.commands.supervise.exit_report import Outcome, read_outcome, report_outcome
 from qlora_dist.errors import MachineFailed, RunFailed, UserError
@@ -66,6 +68,12 @@ def test_progress_earns_new_tries_each_with_its_own_rendezvous(tmp_path):
     identities, ports = zip(*(start.split() for start in starts))
     assert identities[0] == "17-2-0" and len(set(identities)) == len(set(ports)) == 6
     assert "newest checkpoint: 4 -> 8" in said
+
+
+def test_three_tries_after_progress_are_three(tmp_path):
+    code, starts, said = _supervise(tmp_path, {}, {}, {"save": 4}, {}, {}, {})
+    assert (code, len(starts)) == (93, 6), said
+    assert "3 attempts in a row ended without a new checkpoint (newest: step 4)" in said
 
 
 def test_a_users_mistake_is_not_tried_again(tmp_path):
@@ -149,6 +157,133 @@ def test_failures_of_machine_and_run_are_tried_again(tmp_path, kind):
     assert f"attempt 0: {kind.replace('_', ' ')}" in said
 
 
+# --- what Slurm says of the job ---------------------------------------------------------------------------------------
+
+
+class FakeJob:
+    """A job of which Slurm says what is given."""
+
+    def __init__(self, shown: dict[str, str]) -> None:
+        self.id, self.restarts, self.asked = "17", 0, []
+        self.shown = lambda: shown
+        self.requeue = lambda: self.asked.append("requeue")
+
+
+def _in_process(tmp_path, job, *plan, signal_name=None):
+    """(exit code, number of starts): the launcher acts as in `_supervise`; a signal arrives when its start ends."""
+    stop, launch = StopSignal(), supervision._launch
+
+    def launched(command, stop):
+        code = launch(command, stop)
+        stop.name = signal_name
+        return code
+
+    launcher = [sys.executable, "-S", "-c", LAUNCHER, str(tmp_path / "run"), json.dumps(plan)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervision, "_launch", launched)
+        code = supervise(job, tmp_path / "run", [*launcher, "{id}", "{port}", "{outcome}"], stop)
+    return code, len((tmp_path / "starts").read_text().splitlines())
+
+
+@pytest.fixture
+def no_wait(monkeypatch):
+    """Nobody kills this process after a requeue."""
+    monkeypatch.setattr(supervision, "KILL_SECONDS", 0.0)
+
+
+RUNNING = {"JobState": "RUNNING", "PreemptTime": "None"}
+
+
+@pytest.mark.usefixtures("no_wait")
+@pytest.mark.parametrize(
+    ("shown", "code", "starts", "requeued"),
+    [
+        (RUNNING, 93, 3, 0),
+        ({}, 93, 3, 0),  # no answer
+        ({**RUNNING, "PreemptTime": "2030-01-01T00:00:00"}, 143, 1, 1),
+        ({**RUNNING, "JobState": "COMPLETING"}, 143, 1, 0),
+    ],
+)
+def test_after_a_crash_nothing_is_started_in_a_grace_time(tmp_path, shown, code, starts, requeued):
+    job = FakeJob(shown)
+    assert _in_process(tmp_path, job, {}) == (code, starts)
+    assert len(job.asked) == requeued
+
+
+@pytest.mark.usefixtures("no_wait")
+@pytest.mark.parametrize(
+    ("name", "state", "requeued"),
+    [
+        ("SIGUSR1", "RUNNING", 1),
+        ("SIGUSR1", "CANCELLED", 0),
+        *((f"SIG{n}", "RUNNING", 0) for n in ("TERM", "INT", "HUP")),
+    ],
+)
+def test_only_a_job_near_its_time_limit_that_still_runs_is_requeued(tmp_path, name, state, requeued):
+    job = FakeJob({**RUNNING, "JobState": state})
+    assert _in_process(tmp_path, job, {"kind": "stopped", "code": 0}, signal_name=name) == (143, 1)
+    assert len(job.asked) == requeued
+
+
+@pytest.mark.usefixtures("no_wait")
+def test_steps_that_were_told_to_stop_are_not_started_again(tmp_path):
+    """A preemption, of which the batch process hears nothing."""
+    job = FakeJob(RUNNING)
+    assert _in_process(tmp_path, job, {"kind": "stopped", "code": 0}) == (143, 1)
+    assert job.asked == ["requeue"]
+
+
+@pytest.mark.usefixtures("no_wait")
+@pytest.mark.parametrize(
+    ("act", "code", "counted"),
+    [({}, 93, "3"), ({"save": 4}, 143, None), ({"kind": "finished", "code": 0}, 0, None)],
+    ids=["nothing saved", "saved", "finished"],
+)
+def test_the_third_start_that_saves_nothing_before_its_time_limit_is_the_last(tmp_path, act, code, counted):
+    idle = tmp_path / ".run.idle-lives-17"
+    idle.write_text("2")
+    assert (
+        _in_process(tmp_path, FakeJob(RUNNING), {"kind": "stopped", "code": 0, **act}, signal_name="SIGUSR1")[0] == code
+    )
+    assert (idle.read_text() if idle.exists() else None) == counted
+
+
+def test_the_warning_reaches_the_launcher_also_when_it_has_missed_the_first(monkeypatch):
+    monkeypatch.setattr(supervision, "FORWARD_SECONDS", 0.2)
+    monkeypatch.setattr(supervision, "POLL_SECONDS", 0.02)
+    launcher = """
+import signal, sys, time
+heard = []
+signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+print("ready", flush=True)
+deadline = time.monotonic() + 10
+while len(heard) < 2 and time.monotonic() < deadline:
+    time.sleep(0.01)
+sys.exit(7 if len(heard) >= 2 else 1)
+"""
+    stop, started = StopSignal(), subprocess.Popen
+
+    def started_and_ready(command):
+        process = started(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        stop.name = "SIGUSR1"
+        return process
+
+    monkeypatch.setattr(supervision.subprocess, "Popen", started_and_ready)
+    assert supervision._launch([sys.executable, "-S", "-c", launcher], stop) == 7
+
+
+@pytest.mark.parametrize("kind", ["absent", "not executable", "fails"])
+def test_a_client_of_slurm_that_gives_no_answer_is_a_reason_and_no_traceback(tmp_path, monkeypatch, kind):
+    if kind != "absent":
+        (tmp_path / "scontrol").write_text("#!/bin/sh\necho no such job >&2\nexit 3\n")
+        (tmp_path / "scontrol").chmod(0o755 if kind == "fails" else 0o644)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Job("17", 0).shown() == {}
+    reason = {"absent": "not on PATH", "not executable": "cannot be started: .*denied", "fails": "no such job"}[kind]
+    assert re.search(reason, Job("17", 0).requeue())
+
+
 def test_a_named_checkpoint_is_that_of_the_first_start_alone(tmp_path):
     """Another attempt would begin there once more, and put aside all that was done since."""
     run = tmp_path / "run"
@@ -167,7 +302,7 @@ sys.exit(1)
     command = [sys.executable, "-c", launcher, str(said), "train", str(run), "--resume", "DIR"]
     assert supervise(Job("17", 0), run, command, StopSignal(), resume="DIR") == 93
     lines = [line.partition("--resume ")[2] for line in said.read_text().splitlines()]
-    assert lines == ["DIR", "DIR", *["DIR --resume auto"] * 2]
+    assert lines == ["DIR", "DIR", *["DIR --resume auto"] * 3]
     said.unlink()
     assert supervise(Job("17", 1), run, command, StopSignal(), resume="DIR") == 93  # requeued
     assert all(line.endswith("--resume auto") for line in said.read_text().splitlines())

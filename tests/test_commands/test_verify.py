@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing.util
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.ranks import on_ranks
 from helpers.tiny_run import changed, config_of, make_inputs, metrics_of, write_config
+from safetensors.torch import load_file, save_file
 
 from qlora_dist import commands as cli
 from qlora_dist.cluster.world import World
 from qlora_dist.commands.verify import Plan, Proof, Report, one_process, prove, runs
 from qlora_dist.commands.verify.report import not_checked, relative_difference
+from qlora_dist.config import load_config
 from qlora_dist.config.run_dir import RunDir
 from qlora_dist.data.loader import Loader
 from qlora_dist.errors import UserError
@@ -241,6 +245,23 @@ def test_runs_that_differ_in_rows_losses_or_weights_are_told_apart(raw, tmp_path
     rate = runs.compare_runs("claim", folders["a"], folders["rate"], 1e-2, "here")
     assert rate.verdict == "FAILED" and rate.difference > 0.1
     assert runs.compare_weights(folders["a"], folders["rate"]) > 0.1
+    last = max(folders["same"].checkpoints.iterdir()) / "optimizer.safetensors"
+    states = load_file(last)
+    save_file({key: value + 1e-9 for key, value in states.items()}, last)
+    states_alone = runs.compare_runs("claim", folders["a"], folders["same"], 0.0, "here")
+    assert states_alone.verdict == "FAILED" and "differ in their optimizer states" in states_alone.note
+    lines = metrics_of(folders["same"].path)
+    lines[-1]["loss"] *= 1.5
+    folders["same"].metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    last_loss = runs.compare_runs("claim", folders["a"], folders["same"], 1e-2, "here")
+    assert last_loss.verdict == "FAILED" and last_loss.difference == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_difference_is_relative_to_what_is_expected(scale):
+    expected = scale * torch.tensor([3.0, 4.0])
+    assert relative_difference(1.5 * expected, expected) == pytest.approx(0.5)
+    assert relative_difference(expected, expected) == 0.0
 
 
 def test_ranks_run_on_gpus_where_there_are_enough_else_on_the_cpu_where_the_model_is_small():
@@ -252,16 +273,39 @@ def test_ranks_run_on_gpus_where_there_are_enough_else_on_the_cpu_where_the_mode
     assert large.reason == "2 ranks need 2 GPUs, found 1; 7.0 G weights are too many for the CPU"
 
 
+def _train_file(path):
+    train(load_config(path))
+
+
+@pytest.fixture
+def launch_the_first_only(monkeypatch):
+    """Only the first run has a launcher and fresh interpreters; the ranks of the others are forked."""
+    launch, launched = runs.run, []
+    multiprocessing.util.get_temp_dir()  # created once, and not in the folder that the test looks into
+
+    def run(plan, config, place):
+        launched.append(Path(config.run_dir).name)
+        if len(launched) == 1 or not place.on_cpu:
+            return launch(plan, config, place)
+        on_ranks(_train_file, place.num_ranks, plan.write(config), timeout=300)
+        return RunDir(Path(config.run_dir))
+
+    monkeypatch.setattr(runs, "run", run)
+    return launched
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # seven processes that import torch, on a machine that may have other work
-def test_verify_proves_everything_on_real_processes_and_leaves_no_trace(raw, tmp_path, capsys, monkeypatch):
+@pytest.mark.timeout(900)  # three processes that import torch, on a machine that may have other work
+def test_verify_proves_everything_on_real_processes_and_leaves_no_trace(
+    raw, tmp_path, capsys, monkeypatch, launch_the_first_only
+):
     config = write_config(tmp_path / "c.yaml", raw, lora__dropout=0.1)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     before = sorted(path.name for path in tmp_path.iterdir())
     assert cli.invoke(["verify", str(config), "--json", "--set", "strategy.name=fsdp"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["passed"] is True
+    assert report["passed"] is True and launch_the_first_only == ["whole", "ddp", "one", "resumed"]
     claims = [*one_process.CLAIMS, "2 ranks = 1 rank", "strategy fsdp = ddp", "resumed = uninterrupted"]
     assert [proof["name"] for proof in report["proofs"]] == claims
     assert {proof["verdict"] for proof in report["proofs"]} == {"holds"}

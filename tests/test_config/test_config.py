@@ -40,6 +40,7 @@ def _load(tmp_path, raw, *overrides):
         ({"model__compute_dtype": "float16"}, "Input should be 'bfloat16' or 'float32'"),
         ({"model__quantization": "nf5"}, r"model\.quantization: Input should be 'nf4'"),
         ({"train__eval_every": 2}, "data.eval is empty"),
+        ({"data__train": [{"path": "d", "hold_out": 1.5}]}, "expected a fraction below 1, or a whole number"),
         ({"memory__recompute": -1}, r"recompute: expected auto, full, none or a number of layers >= 0 \(found -1\)"),
         ({"run_dir": None}, r"run_dir: Input should be a valid string \(found None\)"),
     ],
@@ -82,8 +83,9 @@ def test_overrides_parse_yaml_values_and_reach_lists(tmp_path):
         "data.train.0.max_examples=7",
         "train.eval_every=null",
         "model.double_quant=false",
+        "batch.rows_per_step=1e2",
     )
-    assert config.optim.lr == 3e-5
+    assert config.optim.lr == 3e-5 and config.batch.rows_per_step == 100
     assert config.lora is not None and config.lora.target_modules == ("q_proj", "v_proj")
     assert config.data.train[0].max_examples == 7
     assert config.model.double_quant is False
@@ -93,7 +95,7 @@ def test_overrides_parse_yaml_values_and_reach_lists(tmp_path):
     ("override", "message"),
     [
         ("optim.lr", "expected section.key=value"),
-        ("data.train.3.path=x", "is a list of length 1; expected an index from 0 to 0"),
+        ("data.train.1.path=x", "is a list of length 1; expected an index from 0 to 0"),
         ("run_dir.x=1", "run_dir is a value, not a section"),
         ("optim.lr=[1", "the value: not valid YAML"),
         ("optim.lrr=1", "unknown key; did you mean lr"),

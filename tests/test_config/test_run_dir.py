@@ -116,6 +116,40 @@ def test_a_field_within_a_source_counts_as_well(monkeypatch):
     assert len(config_changes(yaml.safe_dump(new), old)) == 1
 
 
+def _leaves(node: object, at: tuple = ()) -> list[tuple]:
+    """The places of all values, those of sources among them."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if node and isinstance(node, list) else ()
+    if isinstance(node, list) and not any(isinstance(one, dict) for one in node):
+        return [at]
+    return [leaf for key, inner in items for leaf in _leaves(inner, (*at, key))] or [at]
+
+
+FREE = """run_dir model.cache_4bit model.attention model.kernels data.require_eos data.num_workers data.cache_dir
+    batch.micro_rows train.eval_every train.longest_first train.save_every train.keep memory.recompute
+    memory.offload_activations strategy.name strategy.ds_config strategy.offload strategy.mixed_devices
+    strategy.timeout_seconds logging.trackers logging.project"""
+
+
+def test_only_what_changes_no_result_may_differ_between_two_starts():
+    """Whoever adds a field decides here what it is."""
+    places, free = _leaves(yaml.safe_load(_text())), []
+    for *sections, last in places:
+        other = yaml.safe_load(_text())
+        node = other
+        for key in sections:
+            node = node[key]
+        node[last] = "other"
+        if not config_changes(yaml.safe_dump(other), _text()):
+            free.append(".".join(map(str, (*sections, last))))
+    assert len(places) > 60 and set(free) == set(FREE.split())
+
+
+def test_a_free_field_frees_itself_and_what_is_below_it_alone():
+    changed = _text(steps=6)
+    assert len(config_changes(_text(), changed)) == len(config_changes(_text(), changed, ("train.step",))) == 1
+    assert config_changes(_text(), changed, ("train.steps",)) == config_changes(_text(), changed, ("train",)) == []
+
+
 def test_a_field_that_is_gone_and_a_value_that_is_no_longer_taken_are_named_unless_free():
     old = yaml.safe_load(_text())
     old["optim"] |= {"momentum": 0.9, "betas": [2.0, "x"]}
@@ -194,7 +228,7 @@ def test_results_are_not_written_through_a_link_but_checkpoints_may_be_elsewhere
 def test_a_damaged_mark_of_completion_means_that_the_results_are_written_again(tmp_path, text):
     run = _begun(tmp_path / "run")
     run.mark_completed(5, {"steps": 5})
-    assert run.completed_steps({"steps": 5}) == 5
+    assert run.completed_steps({"steps": 5}) == 5 and run.completed_steps({"steps": 6}) is None
     run.completed.write_text(text)
     assert run.completed_steps({"steps": 5}) is None
 

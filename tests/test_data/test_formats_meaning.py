@@ -143,6 +143,21 @@ def test_fields_without_a_use_are_named_at_every_level_and_nulls_are_none():
     assert read("self-instruct", {"instruction": "q", "instances": [{"output": "a", "n": 1}]})[1] == {"instances[].n"}
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_deleted_reply_is_never_on_the_path_whatever_its_rank(place):
+    good = {"role": "assistant", "text": "good", "rank": 1, "replies": []}
+    replies = [good, good | {"text": "next"}]
+    replies.insert(place, good | {"text": "bad", "rank": 0, "deleted": True})
+    record = {"prompt": {"role": "prompter", "text": "q", "replies": replies}}
+    assert [message["content"] for message in messages_of("oasst", record)] == ["q", "good"]
+
+
+def test_an_answer_that_is_context_is_learned_where_its_own_switch_says_so():
+    turns = [TURNS[0], TURNS[1] | {"train": True}, TURNS[2]]
+    messages = messages_of("prompt-completion", {"prompt": turns, "completion": TURNS[3:]})
+    assert [message.get("weight") for message in messages] == [None, 1, None, None]
+
+
 def test_calls_of_sharegpt_get_ids_of_nine_characters_and_their_results_the_same():
     calls = '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]'
     result = {"from": "observation", "value": "1"}

@@ -275,3 +275,23 @@ def test_the_longest_batch_is_the_longest_of_the_remaining_steps_on_any_rank(wor
         }
         assert len(set(sizes.values())) > 3
         assert rows in sizes and sizes[rows] == max(sizes.values())
+
+
+@given(
+    st.lists(st.one_of(st.integers(2, 99), st.sampled_from([2, 80, 99])), min_size=12, max_size=48),
+    st.sampled_from([(2, 1), (2, 2), (3, 2)]),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_the_longest_batch_is_found_however_the_rows_of_the_steps_are_balanced(lengths, ranks_and_micro_rows):
+    """The step whose longest rows are longest need not have it: its ranks may get one long row each."""
+    world_size, micro_rows = ranks_and_micro_rows
+    documents = FakeDocuments(lengths)
+    settings_of_all = {"rows_per_step": 2 * world_size * micro_rows, "micro_rows": micro_rows, "seed": 0}
+    every = [
+        Loader(documents, one_document_per_row(documents.lengths, 100), **settings_of_all, rank=rank,
+               world_size=world_size)
+        for rank in range(world_size)
+    ]  # fmt: skip
+    steps = range(min(16, len(lengths) // (2 * world_size * micro_rows)) or 1)  # so many are looked at exactly
+    longest = max(batch.num_tokens for step in steps for loader in every for batch in loader.step(step).microbatches)
+    assert every[0].longest_batch(0, len(steps)).num_tokens == longest

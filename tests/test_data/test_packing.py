@@ -1,5 +1,6 @@
 """Rows contain every document once, are never too long, and depend only on the lengths and the seed."""
 
+import itertools
 import time
 
 import numpy as np
@@ -81,7 +82,12 @@ def test_packed_batches_contain_every_token_and_label_of_their_documents(case, s
     labels = {int(token) for example in examples for token in example.input_ids[example.is_label]}
     seen_tokens, seen_labels = [], []
     for row in pack_best_fit(lengths, row_tokens, seed):
-        batch = collate([examples[d] for d in row.documents], [row.index])
+        documents = [examples[d] for d in row.documents]
+        batch = collate(documents, [row.index])
+        # tokens are numbered within their document: positions start again with each
+        assert torch.equal(batch.position_ids, batch.input_ids % 1000)
+        boundaries = [0, *itertools.accumulate(len(document) for document in documents)]
+        assert batch.cu_seqlens.tolist() == boundaries and batch.max_seqlen == max(map(len, documents))
         seen_tokens += batch.input_ids[0].tolist()
         seen_labels += batch.labels.tolist()
         # a label is predicted by the token before it in the same document

@@ -1,11 +1,14 @@
 """Masks are exact: what the assistant wrote is learned, with its end-of-turn token, and nothing else."""
 
+import copy
 import itertools
+import json
 
 import pytest
 from helpers.tiny_tokenizers import TOKENIZERS, byte_level_tokenizer, sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from qlora_dist.data.documents.encode import Encoder
 from qlora_dist.data.formats import BadRecord, RawRecord
@@ -70,8 +73,6 @@ def learned_runs(tokenizer, encoded) -> list[str]:
 
 
 def with_template(tokenizer, source):
-    import copy
-
     other = copy.deepcopy(tokenizer)
     other.chat_template = source
     return other
@@ -212,6 +213,28 @@ def test_a_token_that_straddles_the_boundary_of_an_answer_is_split_as_at_inferen
     assert encoded.input_ids.tolist()[: len(prompt)] == prompt
     spaced = [{"role": "user", "content": "Which "}, {"role": "assistant", "content": "are you"}]
     assert whole and learned_runs(tokenizer, encode(tokenizer, spaced, "none")) == ["are you<|endoftext|>"]
+
+
+def test_the_tokens_before_an_answer_are_those_of_the_prompt_alone_where_no_token_straddles():
+    """A tokenizer that looks ahead splits the line breaks before an answer otherwise than those at a prompt's end."""
+    tokenizer = copy.deepcopy(byte_level_tokenizer())
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    line_break = "Ċ"
+    core["model"]["vocab"][2 * line_break] = len(tokenizer)
+    core["model"]["merges"].append([line_break, line_break])
+    tokenizer = type(tokenizer)(
+        tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ':\n\n' + m.content + '<|endoftext|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:\n\n' }}{% endif %}"
+    )
+    prompt = tokenizer.apply_chat_template(TURNS[:2], add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template(TURNS[:3], return_dict=False)
+    assert whole[: len(prompt)] != prompt and tokenizer.decode(whole).startswith(tokenizer.decode(prompt))
+    encoded = encode(tokenizer, TURNS[:3])
+    assert encoded.input_ids.tolist()[: len(prompt)] == prompt
+    assert learned_runs(tokenizer, encoded) == [ANSWERS[0] + "<|endoftext|>"]
 
 
 def test_an_answer_of_weight_zero_is_context():

@@ -29,7 +29,6 @@ from qlora_dist.memory.constants import ALIGNMENT, NCCL_BYTES, OFFLOAD_AHEAD_BYT
 from qlora_dist.memory.gpus import GPUS, estimate_speed, parse_gpu
 from qlora_dist.memory.step_peak import CHUNK_BYTES
 from qlora_dist.memory.strategies import BUCKET_BYTES, STRATEGIES
-from qlora_dist.memory.tape import Tape
 from qlora_dist.model import activation_offload as offload
 from qlora_dist.model import lora as adapters
 from qlora_dist.model import loss
@@ -362,35 +361,6 @@ def test_the_estimated_speed_follows_the_flops_and_is_higher_without_recomputati
     assert 1.3 < speeds[1].tokens_per_second / speeds[0].tokens_per_second < 1.55
     assert "estimate" in speeds[0].assumptions
     assert estimate_speed(settings, shapes, full, parse_gpu("48GiB")) is None
-
-
-# --- the tape's rules, against autograd's -----------------------------------------------------------------------------
-
-
-def test_a_tensor_lives_while_a_variable_or_an_operation_references_it():
-    tape = Tape()
-    x = tape.input(100)
-    y = tape.op([x], 100)
-    z = tape.op([y], 100, saves=[y])
-    tape.drop(y)
-    assert tape.saved.total == 200 and tape.peak.total == 200
-    tape.drop(z)
-    assert tape.saved.total == 100
-
-
-@pytest.mark.parametrize(("branches", "expected"), [(1, 200), (2, 300)])
-def test_gradients_of_one_tensor_are_added_in_place_unless_the_first_is_still_referenced(branches, expected):
-    tape = Tape()
-    x = tape.input(100)
-    others = [tape.op([x], 100, saves=[x]) for _ in range(branches)]
-    out = tape.op([x, *others], 100, shares=[x, *others])
-    tape.drop(*others)
-    out.is_owned = False
-    tape.live.activations -= out.size
-    assert tape.saved.total == 0
-    # the gradient of `out` serves all of its terms: it cannot be added to while another branch waits for it
-    assert tape.backward(out).gradients == expected
-    assert tape.live.gradients == 100  # of x: passed to the caller
 
 
 def test_an_unknown_family_is_none_and_a_config_without_its_sizes_is_a_user_error():

@@ -84,7 +84,7 @@ def _reference(
     return (weights / total @ v).transpose(1, 2)
 
 
-@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("window", [None, 1, *(length + i for length in (6, 12) for i in (-1, 0, 1))])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("has_sinks", [False, True])
 def test_windows_caps_sinks_and_scaling_equal_an_explicit_matrix(
@@ -105,6 +105,17 @@ def test_windows_caps_sinks_and_scaling_equal_an_explicit_matrix(
         packed=documents_of(random_batch(LENGTHS), "sdpa"),
     )
     torch.testing.assert_close(out, _reference(q, k, v, 0.7, window, softcap, sinks), atol=1e-5, rtol=1e-5)  # fp32
+
+
+@pytest.mark.parametrize("windows", [(3, 5), (5, 3), (None, 3), (3, None)])
+def test_layers_of_one_batch_keep_their_own_windows(windows: tuple[int | None, int | None]) -> None:
+    q, k, v = _qkv()
+    documents = documents_of(random_batch(LENGTHS), "sdpa")  # the layers of a model share it
+    for window in windows:
+        out, _ = packed_attention(
+            torch.nn.Module(), q, k, v, None, scaling=0.7, sliding_window=window, softcap=1.5, packed=documents
+        )
+        torch.testing.assert_close(out, _reference(q, k, v, 0.7, window, 1.5), atol=1e-5, rtol=1e-5)  # fp32
 
 
 def test_gradients_stay_within_a_document() -> None:
@@ -204,6 +215,28 @@ def test_varlen_calls_of_torch_2_10_to_2_13_are_equivalent(
     documents = documents_of(random_batch(LENGTHS), "varlen")
     out, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.7, sliding_window=window, packed=documents)
     torch.testing.assert_close(out, _reference(q, k, v, 0.7, window), atol=1e-5, rtol=1e-5)  # fp32 sums
+
+
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_values_narrower_than_queries_come_back_in_their_own_width(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latent attention: the kernels take one width, so the values are padded, and the output is cut again."""
+    q, k, v = _qkv()
+    v = v[..., :5]
+
+    def kernel(q, k, v, *_: object, **given: object):  # type: ignore[no-untyped-def]
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        return _reference(*(tensor.transpose(0, 1)[None] for tensor in (q, k, v)), 0.7)[0]
+
+    module = SimpleNamespace(__name__="flash_attn", flash_attn_varlen_func=kernel)
+    monkeypatch.setattr(attention, "_flash_module", lambda device, is_plain: module)
+    monkeypatch.setattr(attention, "_varlen_keywords", lambda: frozenset({"scale", "window_size", "enable_gqa"}))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    documents = documents_of(random_batch(LENGTHS), backend)
+    out, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.7, packed=documents)
+    assert out.shape[-1] == 5
+    torch.testing.assert_close(out, _reference(q, k, v, 0.7), atol=1e-5, rtol=1e-5)  # fp32 sums
 
 
 @pytest.mark.parametrize("window", [None, 5])

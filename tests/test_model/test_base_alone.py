@@ -44,7 +44,7 @@ def test_a_packed_document_has_the_frequencies_of_its_own_length(family: str, tm
         device=torch.device("cpu"),
     )
     check_head(model)
-    batch = random_batch((12, 40, 5, 60, 12))
+    batch = random_batch((12, 40, 5, 60, 45, 12))  # each length after a longer and after a shorter one
     packed = hidden_states(model, batch)
     assert torch.equal(packed, torch.cat([hidden_states(model, one) for one in alone(batch)]))
     assert torch.equal(packed, hidden_states(model, batch)), "a row changes the next one"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_dist.model.dropout import DropoutRows, RowDropout
+from qlora_dist.model.dropout import DropoutRows, RowDropout, dropout_rows, use_row_dropout
 
 
 def dropped(
@@ -26,6 +26,19 @@ def test_rows_and_layers_drop_differently() -> None:
     masks = [dropped(((64, 1),)), dropped(((64, 2),)), dropped(((64, 1),), layer=4)]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert not torch.equal(masks[one], masks[other])
+
+
+def test_all_layers_of_a_model_read_the_same_rows_and_each_has_a_mask_of_its_own() -> None:
+    layers = {f"layer{i}": torch.nn.Module() for i in range(5)}
+    for layer in layers.values():
+        layer.lora_dropout = torch.nn.ModuleDict({"default": torch.nn.Dropout(0.5)})
+    model = torch.nn.ModuleDict(layers)
+    use_row_dropout(layers)
+    dropout_rows(model).rows = ((64, 7),)
+    masks = {
+        tuple(layer.lora_dropout["default"](torch.ones(1, 64, 16)).flatten().tolist()) for layer in layers.values()
+    }
+    assert len(masks) == len(layers)
 
 
 def test_what_is_kept_is_scaled_so_that_the_mean_stays_and_gradients_use_the_same_mask() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_dist.errors import RunFailed, UserError
 from qlora_dist.model import INFERENCE, base_checksum, hidden_states, linear_layers, load_base, output_head
+from qlora_dist.model.base_weights import same_bits
 from qlora_dist.model.dropout import dropout_rows
 from qlora_dist.model.lora import (
     activate,
@@ -99,8 +100,9 @@ def test_names_select_layers_and_a_name_without_a_match_is_rejected() -> None:
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.mlp.up_proj",
     }
-    with pytest.raises(UserError, match="q_prj matches no linear layer; available: down_proj, gate_proj"):
-        attach_lora(tiny_model(), rank=2, alpha=4, target_modules=("q_prj",))
+    for name in ("q_prj", "proj"):  # a part of a name's last part is no name
+        with pytest.raises(UserError, match=f"{name} matches no linear layer; available: down_proj, gate_proj"):
+            attach_lora(tiny_model(), rank=2, alpha=4, target_modules=(name,))
 
 
 def test_saved_targets_are_short_and_never_match_the_head(tmp_path: Path) -> None:
@@ -163,9 +165,10 @@ def test_in_bfloat16_masters_and_gradients_stay_fp32(folder: Path) -> None:
 
 
 def test_the_scale_is_alpha_over_rank_and_alpha_over_its_root_for_rslora() -> None:
-    for variant, expected in (("lora", 16 / 4), ("rslora", 16 / 4**0.5)):
-        model = attach_lora(tiny_model(), rank=4, alpha=16, variant=variant)  # type: ignore[arg-type]
-        assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {expected}
+    for alpha in (16, 2.5, 0.5):
+        for variant, expected in (("lora", alpha / 4), ("rslora", alpha / 4**0.5)):
+            model = attach_lora(tiny_model(), rank=4, alpha=alpha, variant=variant)  # type: ignore[arg-type]
+            assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {expected}
 
 
 def test_a_new_adapter_changes_nothing_and_switching_it_off_gives_the_base(folder: Path) -> None:
@@ -316,9 +319,19 @@ def test_a_file_that_differs_in_one_bit_or_has_no_effect_fails_the_check(tmp_pat
     key = random.Random(0).choice(sorted(weights))
     flipped = copy.deepcopy(weights)
     flipped[key].view(torch.int32)[0] ^= 1
-    save_file(flipped, tmp_path / WEIGHTS)
-    with pytest.raises(RunFailed, match=f"in memory in 1 of 28 tensors, first {key}"):
-        verify_adapter_file(model, tmp_path)
+    negative = copy.deepcopy(weights)
+    zero = next(name for name in sorted(weights) if "lora_B" in name)
+    negative[zero].neg_()  # of a zero this is one bit, too
+    for changed, name in ((flipped, key), (negative, zero)):
+        save_file(changed, tmp_path / WEIGHTS)
+        with pytest.raises(RunFailed, match=f"in memory in 1 of 28 tensors, first {name}"):
+            verify_adapter_file(model, tmp_path)
+
+
+def test_values_that_are_not_numbers_are_equal_to_themselves() -> None:
+    nan = torch.tensor([torch.nan, 1.0])
+    assert same_bits(nan, nan.clone()) and not same_bits(nan, torch.tensor([torch.nan, 2.0]))
+    assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.int32))
 
 
 def test_training_can_only_start_from_an_adapter_of_the_same_shape(tmp_path: Path) -> None:

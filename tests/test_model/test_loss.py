@@ -34,11 +34,14 @@ def test_chunked_loss_equals_cross_entropy_in_value_and_gradient(chunk, scale, s
     expected = _reference(h, weight, bias, positions, labels, scale, softcap)
     expected_grads = torch.autograd.grad(expected, inputs)
     found = nll_sum(h, OutputHead(weight, bias, softcap, scale), positions, labels, chunk=chunk)
-    found_grads = torch.autograd.grad(found, inputs)
+    found_grads = torch.autograd.grad(found, inputs, retain_graph=True)
     # fp64: only the summation order differs
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for found_grad, expected_grad in zip(found_grads, expected_grads):
         torch.testing.assert_close(found_grad, expected_grad, rtol=1e-10, atol=1e-12)
+    # what the loss is divided by later multiplies every gradient
+    for scaled, expected_grad in zip(torch.autograd.grad(found / 7, inputs), expected_grads):
+        torch.testing.assert_close(scaled, expected_grad / 7, rtol=1e-10, atol=1e-12)
 
 
 def test_the_loss_uses_the_heads_logits():
@@ -66,6 +69,16 @@ def test_sixteen_bit_inputs_give_a_sum_in_fp32():
     # logits are rounded to bf16 (2^-9 each, both signs); their errors average out over 1,000 labels
     torch.testing.assert_close(loss.double(), exact, rtol=1e-3, atol=0)
     assert nll_sum(h.detach(), OutputHead(weight.detach()), positions, labels).requires_grad is False
+
+
+def test_the_gradient_of_a_sixteen_bit_head_is_summed_over_chunks_in_fp32():
+    h, weight, _, positions, labels = _case(torch.bfloat16, tokens=2000, vocabulary=5)
+    nll_sum(h, OutputHead(weight), positions, labels, chunk=1).backward()
+    exact = weight.detach().double().requires_grad_()
+    _reference(h.detach().double(), exact, None, positions, labels, 1.0, None).backward()
+    assert weight.grad is not None and exact.grad is not None and weight.grad.dtype == torch.bfloat16
+    # each of 1,000 terms is rounded to bf16, the sum once: 2^-9 each; a sum in bf16 would stand still at 2^8 terms
+    torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=1e-2, atol=1e-2 * exact.grad.abs().max().item())
 
 
 def test_a_frozen_head_gets_no_gradient():

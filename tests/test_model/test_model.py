@@ -107,6 +107,11 @@ def test_the_checksum_changes_with_one_bit_of_codes_or_constants(folder: Path) -
     model.model.norm.weight.data[0] += 1e-3
     seen.add(base_checksum(model))
     assert len(seen) == 4
+    for bit in range(64):  # of one of the words that are summed, up to its highest
+        weight.data[16 + bit // 8] ^= 1 << bit % 8
+        seen.add(base_checksum(model))
+        weight.data[16 + bit // 8] ^= 1 << bit % 8
+    assert len(seen) == 68
     assert base_checksum(load(folder)) == base_checksum(load(folder))
 
 
@@ -159,6 +164,8 @@ def test_a_base_saved_in_4_bits_loads_to_the_same_bits_and_must_match_the_config
     assert base_checksum(again) == base_checksum(model)
     with pytest.raises(UserError, match="stored as nf4 with double_quant=True, the run requests fp4"):
         load(tmp_path, "fp4")
+    with pytest.raises(UserError, match=r"requests nf4 with double_quant=False; set .* to the stored values"):
+        load(tmp_path, double_quant=False)
     with pytest.raises(UserError, match="the run requests none"):
         load(tmp_path, "none")
 

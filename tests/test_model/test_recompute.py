@@ -111,6 +111,15 @@ def test_dropout_affects_these_gradients(folder: Path) -> None:
     assert any(not torch.equal(gradient, whole[name]) for name, gradient in dropped.items())
 
 
+def test_a_number_of_layers_means_the_first_ones(folder: Path) -> None:
+    """The last ones are the first whose memory the backward pass frees."""
+    model = nf4_lora(folder)
+    for count in range(NUM_LAYERS + 1):
+        set_recompute(model, count)
+        expected = [index < count for index in range(NUM_LAYERS)]
+        assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == expected
+
+
 def test_recomputing_a_layer_skips_its_last_linear(folder: Path) -> None:
     """Of seven products with the base per layer, recomputation repeats six; with PEFT's own forward all seven."""
     calls = {}
@@ -220,6 +229,57 @@ def test_a_tensor_saved_by_several_operators_is_copied_once_and_small_ones_stay(
     expected = torch.autograd.grad((x * x).sum() + (x.exp() * x).sum(), x)[0]
     assert torch.equal(x.grad, expected)
     assert torch.equal(small.grad, 2 * small.detach())
+
+
+class _Keep(torch.autograd.Function):
+    """Saves two tensors and gives them back in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, one: torch.Tensor, other: torch.Tensor, found: list[torch.Tensor]) -> torch.Tensor:
+        ctx.save_for_backward(one, other)
+        ctx.found = found
+        return one.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        ctx.found += ctx.saved_tensors
+        one, other = ctx.saved_tensors
+        return torch.zeros(one.shape), torch.zeros(other.shape), None
+
+
+_VIEWS = {
+    "plain": lambda y: (y, y),
+    "transposed": lambda y: (y.t(), y),
+    "square and its transpose": lambda y: (y[:8], y[:8].t()),
+    "part": lambda y: (y[2:5], y),
+    "another type": lambda y: (y, y.view(torch.int32).view(torch.float32)),
+    "channels last": lambda y: (y.view(2, 8, 2, 4).to(memory_format=torch.channels_last), y),
+}
+
+
+@pytest.mark.parametrize("views", _VIEWS.values(), ids=_VIEWS)
+def test_what_comes_back_has_the_values_and_strides_of_what_was_saved(views: Any) -> None:
+    x = torch.arange(128.0).view(16, 8).requires_grad_()
+    found: list[torch.Tensor] = []
+    with ActivationOffload(CPU):
+        saved = views(x * 1)
+        loss = _Keep.apply(*saved, found)
+    loss.backward()
+    for ours, theirs in zip(found, saved, strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride() and ours.dtype == theirs.dtype
+
+
+def test_a_tensor_that_changes_in_place_is_saved_as_it_was_each_time() -> None:
+    x = torch.linspace(0, 3, 64, requires_grad=True)
+    with ActivationOffload(CPU):
+        y = x * 1
+        before = y.cos()
+        after = y.add_(1).cos()
+        loss = (before + after).sum()
+    loss.backward()
+    assert x.grad is not None
+    values = x.detach()
+    torch.testing.assert_close(x.grad, -values.sin() - (values + 1).sin())
 
 
 def test_offload_rejects_a_device_without_an_index() -> None:

@@ -126,6 +126,21 @@ def test_tied_weights_that_differ_in_the_files_stay_untied_and_equal_ones_are_ti
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"].to(BF16))
 
 
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_tied_weight_is_found_under_either_name(
+    kept: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = load_file(folder / "model.safetensors")
+    table = weights.pop("model.embed_tokens.weight")
+    weights.pop("lm_head.weight")
+    tiny_config("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    save_file({**weights, kept: table}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(base_module, "_from_pretrained", None)  # it is streamed
+    model = load(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, table.to(BF16))
+
+
 def test_a_family_whose_files_must_be_converted_is_loaded_by_transformers_with_a_notice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -53,9 +53,9 @@ _PEAK = """
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """0.6 GB of bf16: 12 layers of 51 MB; the files repeat the same numbers."""
+    """0.4 GB of bf16: 8 layers of 51 MB; the files repeat the same numbers."""
     folder = tmp_path_factory.mktemp("large")
-    config = tiny_config("llama", hidden_size=1024, intermediate_size=6912, num_hidden_layers=12, vocab_size=4096,
+    config = tiny_config("llama", hidden_size=1024, intermediate_size=6912, num_hidden_layers=8, vocab_size=4096,
                          head_dim=64, num_attention_heads=16, num_key_value_heads=16)  # fmt: skip
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -77,12 +77,12 @@ def test_memory_is_bounded_by_what_stays_loaded_plus_a_constant_far_below_the_mo
     what: str, large: Path, tmp_path: Path
 ) -> None:
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
-    assert size > 600e6
     before, peak, held = map(
         int, run_python(_PEAK, what, str(large), str(tmp_path / "out"), timeout=280).stdout.split()
     )
-    # a third of the model: pieces of 2 M weights in the types that bitsandbytes uses on a CPU, modules imported on
-    # first use, what the allocator keeps, and a file of 32 MiB with its serialized form while it is written
+    # pieces of 2 M weights in the types that bitsandbytes uses on a CPU, modules imported on first use, what the
+    # allocator keeps, and a file of 32 MiB with its serialized form while it is written
     constant = 192 * 2**20
+    assert size > 2 * constant
     assert peak - before < held + constant, f"{(peak - before) / 2**20:.0f} MiB, {held / 2**20:.0f} of them held"
-    assert (held > 150e6) == (what == "load")
+    assert (held > 100e6) == (what == "load")

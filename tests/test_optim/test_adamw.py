@@ -7,14 +7,15 @@ import torch
 
 from qlora_dist.commands.plan.live_bytes import LiveBytes
 from qlora_dist.optim.adamw import build_optimizer, decays, load_optimizer_state, lr_at, optimizer_state, step_optimizer
-from qlora_dist.optim.flat import FlatParameters
+from qlora_dist.optim.flat import FlatParameters, digest_of
 
 NAMES = ["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
 
 def _flat(seed: int = 0) -> FlatParameters:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"a.weight": (96, 64), "b.weight": (64, 33), "b.bias": (64,)}
+    # the first ends within a block of 256
+    shapes = {"a.weight": (64, 33), "b.weight": (96, 64), "b.bias": (64,)}
     return FlatParameters(
         {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}, decays
     )
@@ -90,9 +91,10 @@ def test_saved_and_loaded_states_continue_bit_identically(name):
         _step(flat, optimizer, seed)
     tensors, numbers = optimizer_state(optimizer)
     weights = [group.weight.detach().clone() for group in flat.groups]
-    tensors = copy.deepcopy(tensors)
+    before = copy.deepcopy(tensors)
     for seed in (3, 4):
         _step(flat, optimizer, seed)
+    assert all(torch.equal(tensors[key], value) for key, value in before.items()), "a state changed while it is written"
 
     other = _flat(seed=1)
     resumed = _optimizer(other, name)
@@ -114,6 +116,45 @@ def test_states_of_another_optimizer_are_refused():
     tensors, numbers = optimizer_state(optimizer)
     with pytest.raises(ValueError, match=r"optimizer states: saved \[.*\], but this optimizer expects \["):
         load_optimizer_state(_optimizer(_flat(), "paged_adamw_8bit"), tensors, numbers)
+
+
+def test_states_of_another_type_or_shape_are_refused():
+    flat = _flat()
+    optimizer = _optimizer(flat, "adamw")
+    _step(flat, optimizer, 0)
+    tensors, numbers = optimizer_state(optimizer)
+    for change in (lambda value: value.half(), lambda value: value[:-1]):
+        with pytest.raises(ValueError, match=r"optimizer state 0\.exp_avg: saved .*, expected \("):
+            load_optimizer_state(
+                _optimizer(_flat(), "adamw"), tensors | {"0.exp_avg": change(tensors["0.exp_avg"])}, numbers
+            )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_optimizer_has_every_value_of_the_config_and_steps_at_the_given_rate(name):
+    options = {"lr": 0.5, "betas": (0.8, 0.95), "eps": 1e-3}
+    optimizer = build_optimizer(_flat(), name=name, weight_decay=0.25, **options)
+    for group, decay in zip(optimizer.param_groups, (0.25, 0.0), strict=True):
+        assert {key: group[key] for key in options} == options and group["weight_decay"] == decay
+    built, given = _flat(), _flat()
+    at_rate, at_other = (build_optimizer(flat, name=name, weight_decay=0.1, **{**options, "lr": lr})
+                         for flat, lr in ((built, 1e-2), (given, 0.5)))  # fmt: skip
+    for seed in range(2):
+        _step(built, at_rate, seed)  # at 1e-2
+        _step(given, at_other, seed)
+    assert all(torch.equal(mine.weight, other.weight) for mine, other in zip(built.groups, given.groups))
+
+
+def test_a_digest_is_that_of_every_bit():
+    weights = dict(_flat().each_weight())
+    digests = {digest_of(weights.items())}
+    for name, weight in weights.items():
+        changed = weight.detach().clone()
+        changed.view(-1)[-1] += 1e-6
+        digests.add(digest_of((weights | {name: changed}).items()))
+    assert len(digests) == 1 + len(weights)
+    copied = {name: weight.detach().clone() for name, weight in weights.items()}
+    assert digest_of(copied.items()) == digest_of(weights.items())
 
 
 def test_building_the_flat_storages_never_needs_more_memory_than_a_step():

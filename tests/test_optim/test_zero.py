@@ -156,13 +156,13 @@ def _gradient_bytes(model):
 
 @pytest.fixture(scope="module")
 def runs(inputs, zero3_config, tmp_path_factory):
-    """Strategy -> (run directory of ten steps with accumulation and clipping, what each rank held), run on demand."""
+    """Strategy -> (run directory of six steps with accumulation and clipping, what each rank held), run on demand."""
     results = {}
 
     def run_of(strategy):
         if strategy not in results:
             run = str(tmp_path_factory.mktemp(strategy) / "run")
-            changes = {"run_dir": run, "strategy__name": strategy, "train__steps": 10}
+            changes = {"run_dir": run, "strategy__name": strategy, "train__steps": 6}
             changes |= {"strategy__ds_config": zero3_config} if strategy == "zero3" else {}
             held_out = Path(inputs["data"]["train"][0]["path"]).with_name("held_out.json")
             changes |= {"data__eval": [{"path": str(held_out), "format": "input-output"}]}
@@ -176,10 +176,10 @@ def runs(inputs, zero3_config, tmp_path_factory):
 def test_a_zero_strategy_matches_ddps_losses_norms_and_adapter_with_less_memory(runs, inputs, strategy):
     (run, results), (ddp, ddp_results) = runs(strategy), runs("ddp")
     expected = _metrics(ddp)
-    assert expected.shape == (10, 3) and expected[9, 0] < 0.7 * expected[0, 0], (
+    assert expected.shape == (6, 3) and expected[5, 0] < 0.7 * expected[0, 0], (
         "a run that learns nothing proves nothing"
     )
-    # fp32 sums in another order, ten updates deep
+    # fp32 sums in another order, six updates deep
     torch.testing.assert_close(_metrics(run), expected, rtol=1e-5, atol=0)
     mine, theirs = (json.loads((Path(folder) / "summary.json").read_text()) for folder in (run, ddp))
     for key in ("eval_loss_start", "eval_loss"):
@@ -188,7 +188,7 @@ def test_a_zero_strategy_matches_ddps_losses_norms_and_adapter_with_less_memory(
         assert result["base_kept"] and result["dtypes_kept"] and result["all_b_moved"]
         assert result["trained_dtypes"] == {"torch.float32"}
         assert result["start"] == ddp_results[0]["start"] != result["digest"] == results[0]["digest"]
-    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000010/optimizer.safetensors"):
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000006/optimizer.safetensors"):
         mine, theirs = load_file(Path(run) / name), load_file(Path(ddp) / name)
         assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
         for key, value in theirs.items():
@@ -219,16 +219,16 @@ def _loads_in_stock_peft(base, adapter):
 @pytest.mark.parametrize("strategy", ["zero2", "zero2_offload"])
 def test_an_interrupted_run_resumes_bit_identically(runs, raw, strategy):
     raw = changed(raw, strategy__name=strategy)
-    for steps in (4, 10):
+    for steps in (4, 6):
         on_ranks(_train, RANKS, changed(raw, train__steps=steps))
     whole, _ = runs(strategy)
     assert losses_of(raw["run_dir"]) == losses_of(whole)
-    last = "checkpoints/step-00000010"
+    last = "checkpoints/step-00000006"
     assert digests_of(Path(raw["run_dir"]) / last) == digests_of(Path(whole) / last)
 
 
 def test_any_strategy_and_number_of_ranks_resumes_from_the_checkpoints_of_another(runs, raw):
-    plan = [("ddp", 2, 2), ("zero2", 2, 4), ("zero3", 2, 6), ("zero1", 1, 8), ("ddp", 2, 10)]
+    plan = [("ddp", 2, 1), ("zero2", 2, 2), ("zero3", 2, 4), ("zero1", 1, 5), ("ddp", 2, 6)]
     for strategy, num_ranks, steps in plan:
         on_ranks(_train, num_ranks, changed(raw, strategy__name=strategy, train__steps=steps))
     ddp, _ = runs("ddp")
@@ -358,7 +358,7 @@ def test_two_nodes_of_accelerate_train_with_zero2_from_another_folder(raw, runs,
     for rank, log in enumerate(logs):
         with open(log, "w") as stream:
             command = [*start, "--machine_rank", str(rank), *train_it]
-            # as in slurm/: workers that share the agents' store depend on the order in which agents exit
+            # as `qlora-dist torchrun`: workers that share the agents' store depend on the order in which agents exit
             environment = {**clean_environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             nodes.append(
                 subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=stream, stderr=subprocess.STDOUT)

@@ -26,7 +26,7 @@ from qlora_dist.train.check_start import (
 )
 from qlora_dist.train.fit_memory import resolve_auto
 
-GPU = Facts("node1", "NVIDIA H100", "cuda", 80 * 2**30, 3.0, 0.0004, True)
+GPU = Facts("node1", "network 1", "NVIDIA H100", "cuda", 80 * 2**30, 3.0, 0.0004, True)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,8 @@ def test_a_run_directory_that_is_not_shared_names_who_does_not_see_it():
 
 
 def test_the_start_line_names_ranks_nodes_devices_time_and_disk():
-    line = describe_start([GPU, GPU, with_changes(host="node2", collective_seconds=0.0021)], 12 * 2**30)
+    # the second node has the first one's name
+    line = describe_start([GPU, GPU, with_changes(network="network 2", collective_seconds=0.0021)], 12 * 2**30)
     assert line == "3 ranks on 2 nodes: 3 x NVIDIA H100; all-reduce 2.10 ms; 12.0 GiB free for checkpoints"
 
 

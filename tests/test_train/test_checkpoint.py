@@ -98,45 +98,101 @@ def test_each_kind_of_damage_has_its_own_reason(tmp_path):
 
 
 KILL = """
-import os, signal, sys
+import os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, "tests/test_train")
 import test_checkpoint
 from qlora_dist import files
 from qlora_dist.train import checkpoint
-folder, moment = Path(sys.argv[1]), int(sys.argv[2])
-count = 0
-def at_each(function):
-    def wrapped(*arguments, **options):
-        global count
-        count += 1
-        if count == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return wrapped
-test_checkpoint._save(folder, 1, keep=1)
-for module, name in ((checkpoint, "save_file"), (checkpoint, "write_json"), (checkpoint, "write_manifest"),
-                     (files, "_sync"), (files, "sha256"), (files.os, "rename"), (files.shutil, "rmtree")):
-    setattr(module, name, at_each(getattr(module, name)))
-test_checkpoint._save(folder, 2, keep=1)
-print(count)
+
+os.fsync = lambda _: None  # slow, and a kill is no power failure
+
+def save(folder, moment):
+    "Writes the second checkpoint over the first, and is killed at this moment; the number of moments."
+    count = 0
+    def at_each(function):
+        def wrapped(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        return wrapped
+    for module, name in ((checkpoint, "save_file"), (checkpoint, "write_json"), (checkpoint, "write_manifest"),
+                         (files, "_sync"), (files, "sha256"), (os, "rename"), (os, "unlink"), (os, "rmdir")):
+        setattr(module, name, at_each(getattr(module, name)))
+    test_checkpoint._save(folder, 2, keep=1)
+    return count
+
+def at(moment):
+    "How a process ends that is killed at this moment: the number of moments, or -9."
+    test_checkpoint._save(Path(sys.argv[1]) / str(moment), 1, keep=1)
+    child = os.fork()
+    if not child:
+        os._exit(save(Path(sys.argv[1]) / str(moment), moment))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+print(at(0), *(at(moment) for moment in range(1, at(-1) + 1)))
 """
 
 
-def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_that_verifies(tmp_path):
-    whole = run_forked(KILL, str(tmp_path / "whole"), "0")
-    assert whole.returncode == 0, whole.stderr
-    num_moments = int(whole.stdout)
-    assert num_moments >= 10
-    for moment in range(1, num_moments + 1, 2 if num_moments > 12 else 1):
+def test_a_kill_at_any_moment_of_a_save_leaves_whole_checkpoints_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    done = run_forked(KILL, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    num_moments, *ends = map(int, done.stdout.split())
+    assert num_moments >= 16 and ends == [-signal.SIGKILL] * num_moments
+    for moment in range(1, num_moments + 1):
         folder = tmp_path / str(moment)
-        assert run_forked(KILL, str(folder), str(moment)).returncode == -signal.SIGKILL
         found, rejected = find_newest(folder)
         assert found is not None and rejected == [], moment
-        state = load_checkpoint(found).state["step"]
-        assert state in (1, 2)
+        for path in folder.glob("step-*"):  # also the one that was being deleted
+            verify_checkpoint(path)
+        assert load_checkpoint(found).state["step"] in (1, 2)
         _save(folder, 3, keep=1)  # and the run goes on
         assert sorted(path.name for path in folder.iterdir()) == ["step-00000003"]
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_the_name(tmp_path, monkeypatch):
+    events = []
+    sync, rename = os.fsync, os.rename
+
+    def synced(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(("sync", path.name if path.parent == tmp_path else path.relative_to(tmp_path.parent).name))
+        sync(descriptor)
+
+    def renamed(source, target):
+        events.append(("rename", Path(source).name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    path = _save(tmp_path, 1)
+    ((place, (_, aside)),) = [(i, event) for i, event in enumerate(events) if event[0] == "rename"]
+    before, after = ([name for kind, name in part if kind == "sync"] for part in (events[:place], events[place + 1 :]))
+    assert {file.name for file in path.iterdir()} | {aside} <= set(before)
+    assert after == [tmp_path.name]
+
+
+def test_a_save_needs_three_times_the_states_and_not_a_byte_more(tmp_path, monkeypatch):
+    usage, needed = checkpoint.shutil.disk_usage(tmp_path), 3 * 2 * 4000 + 2**20
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        if free == needed:
+            assert _save(tmp_path, 1).is_dir()
+        else:
+            with pytest.raises(MachineFailed, match="MiB may be needed"):
+                _save(tmp_path, 2)
+
+
+def test_another_checkpoint_of_the_step_that_a_run_goes_on_from_is_left_behind_too(tmp_path):
+    chosen = _save(tmp_path / "elsewhere", 2)
+    for step in (1, 2, 3):
+        _save(tmp_path / "run", step)
+    checkpoint.set_aside_newer(tmp_path / "run", chosen, 2, {"step-00000003": "damaged"})
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["abandoned-step-00000002", "rejected-step-00000003", "step-00000001"]
 
 
 def _listed(path: Path, manifest: dict) -> None:

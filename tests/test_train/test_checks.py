@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import ast
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.ranks import on_ranks, outcome
 from helpers.tiny_models import FAMILIES, save_model, tiny_model
-from helpers.tiny_run import changed, config_of, losses_of, make_inputs, write_config
+from helpers.tiny_run import changed, config_of, make_inputs, write_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_dist
 from qlora_dist import commands as cli
-from qlora_dist.errors import RunFailed
+from qlora_dist.errors import RunFailed, UserError
 from qlora_dist.model import base_checksum, held_bytes, load_base, own_part, unwrap
 from qlora_dist.train import train
 from qlora_dist.train.checks.base import check_base_bytes, check_base_unchanged, check_source_bits, promised_base_bytes
+from qlora_dist.train.trained_weights import restore_trained, save_trained, verify_trained
 
 CPU = torch.device("cpu")
 PACKAGE = Path(qlora_dist.__file__).parent
@@ -92,6 +92,16 @@ def test_a_base_that_is_not_quantized_or_not_sharded_is_named_with_rank_and_host
     # a rank of two that holds everything
     with pytest.raises(RunFailed, match=r"strategy fsdp promises .* rank 0 \(a\) holds .*; rank 1 \(b\) holds"):
         check_base_bytes([("a", whole), ("b", whole)], promised.on_each_rank("fsdp", 2), "fsdp")
+
+
+@pytest.mark.parametrize("promised", [2**30, 70 * 2**30])
+def test_one_layer_of_a_hundred_left_in_16_bits_is_noticed(promised):
+    """It adds 3 % in nf4; what no shape tells (alignment, a few buffers) is less than one."""
+    for share in (0.991, 1.0, 1.009):
+        check_base_bytes([("a", promised), ("b", int(share * promised))], promised, "ddp")
+    for share in (0.98, 1.02):
+        with pytest.raises(RunFailed, match=r"but rank 1 \(b\) holds"):
+            check_base_bytes([("a", promised), ("b", int(share * promised))], promised, "ddp")
 
 
 def _shared_base(raw, strategy):
@@ -222,146 +232,6 @@ def _rank():
     return int(os.environ["RANK"])
 
 
-# --- what is learned --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("no_model")
-def test_answers_without_an_end_token_are_refused_unless_asked_for(raw, tmp_path, capsys, monkeypatch):
-    # every record is longer than a row: each is cut, and no end token is left
-    long = [{"input": "w6 w7", "output": " ".join(["w8"] * 60)} for _ in range(20)]
-    (tmp_path / "long.json").write_text(json.dumps(long))
-    config = write_config(tmp_path / "c.yaml", raw, data__train=[{"path": str(tmp_path / "long.json")}])
-    assert cli.invoke(["train", str(config)]) == 2
-    error = capsys.readouterr().err
-    assert "an end token (EOS, end of turn) is never a label" in error
-    assert "long.json: none of 20 documents inspected (20 are truncated at data.row_tokens)" in error
-    assert "such as </s>" in error and "data.require_eos=false" in error
-    assert cli.invoke(["train", str(config), "--set", "data.require_eos=false"]) == 1
-    assert "AssertionError: the model was read" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("no_model")
-def test_texts_that_are_cut_need_no_end_token(raw, tmp_path):
-    (tmp_path / "text.txt").write_text(" ".join(["w8"] * 600))
-    with pytest.raises(AssertionError, match="the model was read"):
-        train(config_of(raw, data__train=[{"path": str(tmp_path / "text.txt"), "format": "text"}]))
-
-
-@pytest.mark.usefixtures("no_model")
-def test_one_source_without_end_tokens_is_found_among_others(raw, tmp_path, capsys):
-    (tmp_path / "long.json").write_text(json.dumps([{"input": "w6 w7", "output": " ".join(["w8"] * 60)}] * 3))
-    sources = [*raw["data"]["train"], {"path": str(tmp_path / "long.json")}]
-    assert cli.invoke(["train", str(write_config(tmp_path / "c.yaml", raw, data__train=sources))]) == 2
-    error = capsys.readouterr().err
-    assert "long.json: none of 3" in error and "train.json: none" not in error
-
-
-@pytest.mark.parametrize("learn", ["assistant", "last", "all"])
-def test_an_end_token_with_a_line_break_after_it_is_learned(learn, tmp_path):
-    import copy
-
-    from helpers.tiny_tokenizers import byte_level_tokenizer
-
-    from qlora_dist.config import SourceConfig
-    from qlora_dist.data.documents import build_documents
-    from qlora_dist.errors import UserError
-    from qlora_dist.train.checks.learning import check_ends_are_learned
-
-    tokenizer = copy.deepcopy(byte_level_tokenizer())
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content + '<|im_end|>\n' }}"
-        "{% endgeneration %}{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"
-    )
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": turns}))
-    source = SourceConfig(path=str(tmp_path / "d.jsonl"))
-
-    def documents():
-        return build_documents([source], tokenizer, row_tokens=64, learn=learn, cache_dir=tmp_path / "cache")
-
-    check_ends_are_learned(documents(), tokenizer)
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<end>")
-    with pytest.raises(UserError, match="none of 1 documents inspected"):
-        check_ends_are_learned(documents(), tokenizer)
-
-
-@pytest.mark.usefixtures("no_model")
-def test_ids_that_the_model_has_no_row_for_are_refused_before_it_is_read(raw, tmp_path, capsys):
-    model = Path(raw["model"]["name"])
-    for file in model.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    known = json.loads((model / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(known | {"vocab_size": 8}))
-    config = write_config(tmp_path / "c.yaml", raw, model__name=str(tmp_path))
-    assert cli.invoke(["train", str(config)]) == 2
-    error = capsys.readouterr().err
-    assert "the training data hold token" in error and "the model's embedding has 8 rows" in error
-
-
-def test_a_run_keeps_the_date_of_its_first_start(raw, tmp_path):
-    from qlora_dist.config import dump_yaml
-    from qlora_dist.config.run_dir import RunDir
-    from qlora_dist.data.templates import today
-    from qlora_dist.train.run import run_date
-
-    config, run_dir = config_of(raw), RunDir(tmp_path / "run")
-    assert config.data.date is None and run_date(config, run_dir) == today()
-    run_dir.open(dump_yaml(config_of(raw, data__date="2024-07-06")))
-    assert run_date(config, run_dir) == "2024-07-06"
-    assert run_date(config_of(raw, data__date="2024-07-07"), run_dir) == "2024-07-07"
-    # a run of before there was a date goes on without one
-    run_dir.config.write_text(dump_yaml(config))
-    assert run_date(config, run_dir) is None
-
-
-def test_a_step_whose_rows_have_no_label_is_found_before_the_model_is_read():
-    import numpy as np
-
-    from qlora_dist.data.packing import one_document_per_row
-    from qlora_dist.errors import UserError
-    from qlora_dist.train.checks.learning import check_every_step_has_labels
-
-    class Counts:
-        lengths = np.full(6, 4, dtype=np.int32)
-        num_labels = np.array([2, 0, 0, 0, 1, 1], dtype=np.int32)
-
-        def __len__(self):
-            return 6
-
-    rows = one_document_per_row(Counts.lengths, 4)
-    check_every_step_has_labels(Counts(), rows, lambda step: np.arange(6)[3 * step : 3 * step + 3], 2)
-    with pytest.raises(UserError, match=r"the rows of step 2 have no label \(3 of 6 rows have none\)"):
-        check_every_step_has_labels(Counts(), rows, lambda step: np.arange(6)[2 * step : 2 * step + 2], 3)
-    Counts.num_labels = np.zeros(6, dtype=np.int32)
-    with pytest.raises(UserError, match="none of the 6 training documents has a label"):
-        check_every_step_has_labels(Counts(), rows, lambda step: np.arange(6), 1)
-
-
-def test_rows_that_one_rank_loses_end_all_ranks_before_the_update(raw):
-    results = on_ranks(_loses_a_row, 2, changed(raw, train__steps=4))
-    assert {name for name, _ in results} == {"RunFailed"}
-    for _, text in results:
-        assert text.startswith("step 3: ") and "rows were lost, duplicated or have no label" in text
-    assert len(losses_of(raw["run_dir"])) == 2
-
-
-def _loses_a_row(raw):
-    from dataclasses import replace
-
-    from qlora_dist.data.loader import Loader
-
-    original = Loader.step
-
-    def losing(self, step):
-        rows = original(self, step)
-        if step == 2 and self.rank == 1:
-            rows = replace(rows, microbatches=[rows.microbatches[0].without_labels(), *rows.microbatches[1:]])
-        return rows
-
-    Loader.step = losing
-    return outcome(train, config_of(raw))
-
-
 # --- what is saved ----------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +264,24 @@ def test_an_adapter_that_does_not_reload_ends_the_run_and_no_checkpoint_is_lost(
     # keep is 1: the earlier checkpoint goes only when the later one is good
     kept = [path.name for path in (Path(raw["run_dir"]) / "checkpoints").glob("step-*")]
     assert kept == ["step-00000002"]
+
+
+def test_all_weights_are_read_back_bit_by_bit(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_model()
+    save_trained(model, tmp_path, "base", is_full=True)
+    verify_trained(model, tmp_path, is_full=True)
+    stored = load_file(tmp_path / "weights.safetensors")
+    for name in (next(iter(stored)), list(stored)[-1]):
+        changed_weight = stored[name].clone()
+        changed_weight.view(-1)[-1] += 1e-6
+        save_file({**stored, name: changed_weight}, tmp_path / "weights.safetensors")
+        with pytest.raises(RunFailed, match=f"differs from what is in memory: 1 tensors, first {name}"):
+            verify_trained(model, tmp_path, is_full=True)
+    save_file(stored | {"more": torch.ones(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="its weights belong to another model"):
+        restore_trained(model, tmp_path, is_full=True)
 
 
 # --- the checks cost a step nothing -----------------------------------------------------------------------------------

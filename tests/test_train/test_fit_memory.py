@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import on_ranks, outcome, run_command, torchrun
+from helpers.crew import Crew
+from helpers.ranks import on_ranks, outcome
 from helpers.tiny_run import changed, config_of, losses_of, make_inputs, metrics_of, write_config
 
 from qlora_dist.cluster.world import World
@@ -308,25 +309,12 @@ def test_before_there_is_a_model_the_plan_alone_is_shown(raw):
 
 
 def test_a_rank_that_is_out_of_memory_ends_all_ranks(raw, tmp_path):
-    """Real processes under torchrun: rank 1 fails within a step, while rank 0 waits for its gradients."""
+    """Rank 1 fails within a step, while rank 0 waits for its gradients."""
     config = write_config(tmp_path / "config.yaml", raw)
-    script = tmp_path / "failing.py"
-    script.write_text(
-        "import os, sys, torch\n"
-        "from qlora_dist.train.step import TrainingModel\n"
-        "original, calls = TrainingModel.nll_sum, iter(range(100))\n"
-        "def failing(self, batch):\n"
-        "    if os.environ['RANK'] == '1' and next(calls) == 3:\n"
-        "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1.20 GiB.')\n"
-        "    return original(self, batch)\n"
-        "TrainingModel.nll_sum = failing\n"
-        "from qlora_dist.commands import main\n"
-        f"sys.argv = ['qlora-dist', 'train', {str(config)!r}]\n"
-        "main()\n"
-    )
-    done = run_command([*torchrun(2), str(script)], timeout=240)
-    assert done.returncode != 0
-    assert "rank 1: error: step 2, rank 1 (" in done.stderr
+    with Crew(config, tmp_path, {"do": "out of memory", "at": "loss", "rank": 1, "nth": 4}) as crew:
+        first, second = crew.wait()
+    assert first.code == second.code == 1
+    assert "rank 1: error: step 2, rank 1 (" in second.output
     assert losses_of(raw["run_dir"]) and len(losses_of(raw["run_dir"])) == 1
 
 

@@ -12,10 +12,19 @@ from qlora_dist.cluster.stop_signal import StopSignal
 from qlora_dist.cluster.trackers import Trackers
 from qlora_dist.config import parse_config
 from qlora_dist.config.run_dir import RunDir, config_changes, read_metrics
+from qlora_dist.data.loader import StepRows
 from qlora_dist.errors import RunFailed
 from qlora_dist.files import write_json, write_text
 from qlora_dist.train.checks.learning import check_first_update
-from qlora_dist.train.metrics import Metrics, format_seconds, median_tokens_per_second, peak_bytes, restart_peak
+from qlora_dist.train.metrics import (
+    Metrics,
+    format_seconds,
+    median_tokens_per_second,
+    peak_bytes,
+    restart_peak,
+    step_values,
+)
+from qlora_dist.train.step import StepStats
 
 
 def _values(step, **more):
@@ -94,6 +103,18 @@ def test_tensorboard_gets_train_and_held_out_values(tmp_path):
 def test_times_and_peaks_have_their_units():
     assert [format_seconds(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
     assert 2**26 < peak_bytes(torch.device("cpu")) < 2**37
+
+
+def test_the_rate_counts_the_wait_for_data(tmp_path):
+    rows = StepRows([], 5, 600, 0.5, (0,), 1.0)
+    stats = StepStats(2.0, 0.5, num_labels=5, num_tokens=600, stop_requested=False)
+    values = step_values(torch.device("cpu"), 1, stats, rows, 1e-4, seconds=2.0, data_seconds=1.0)
+    assert values["tokens_per_second"] == 200.0
+    lines = [{"step": step, "tokens_per_second": rate} for step, rate in enumerate((9.0, 5.0, 1.0, 2.0, 7.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert median_tokens_per_second(tmp_path / "metrics.jsonl") == 5.0
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:4]))
+    assert median_tokens_per_second(tmp_path / "metrics.jsonl") == 5.0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

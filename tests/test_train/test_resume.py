@@ -230,6 +230,18 @@ def test_each_field_that_names_files_is_compared(tmp_path, monkeypatch):
         ]
 
 
+def test_weights_of_another_layout_are_refused_though_the_config_is_the_same(copied):
+    """As another version would name or place them: states would be given to other weights of equal size."""
+    folder, raw = copied
+    for path in (folder / "run" / "checkpoints").iterdir():
+        state = json.loads((path / "state.json").read_text())
+        first, second, *rest = state["layout"][0]
+        state["layout"][0] = [[second[0], *first[1:]], [first[0], *second[1:]], *rest]
+        _rewrite(path, json.dumps(state))
+    with pytest.raises(UserError, match="its trained weights have other names or shapes than this config's"):
+        train(config_of(raw))
+
+
 def test_a_branch_that_was_left_is_never_taken_again(copied, capsys):
     folder, raw = copied
     checkpoints = folder / "run" / "checkpoints"

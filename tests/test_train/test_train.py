@@ -10,6 +10,7 @@ import torch
 from helpers.ranks import on_ranks, outcome
 from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of
 
+from qlora_dist.errors import RunFailed
 from qlora_dist.train import setup_model, train
 
 
@@ -63,6 +64,76 @@ def _num_rows(config):
     from qlora_dist.train.setup_data import build_data
 
     return len(build_data(config, World.init()).rows)
+
+
+def test_a_run_in_two_starts_has_the_rates_and_the_summary_of_one(raw, tmp_path):
+    held_out = [{**raw["data"]["train"][0], "path": raw["data"]["train"][0]["path"].replace("train", "held_out")}]
+    raw = changed(raw, data__eval=held_out, optim__warmup_steps=2, optim__schedule="constant", optim__lr=1e-2)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(config_of(raw, run_dir=str(whole), train__steps=4))
+    for steps in (2, 4):  # with a constant rate a run may be extended
+        train(config_of(raw, run_dir=str(broken), train__steps=steps))
+    for run in (whole, broken):
+        assert [line["lr"] for line in metrics_of(run)] == [5e-3, 1e-2, 1e-2, 1e-2]
+    first, second = (json.loads((run / "summary.json").read_text()) for run in (whole, broken))
+    for key in ("step", "total_tokens", "total_labels", "loss", "eval_loss", "eval_loss_start"):
+        assert second[key] == first[key], key
+    assert first["total_tokens"] == sum(line["tokens"] for line in metrics_of(whole))
+    assert first["total_labels"] == sum(line["num_labels"] for line in metrics_of(whole)) != first["total_tokens"]
+
+
+def test_a_stopped_run_says_by_what(raw, monkeypatch):
+    import os
+    import signal
+
+    import qlora_dist.train as trainer
+
+    step = trainer.train_step
+
+    def stopping(*arguments, **options):
+        if options["step"] == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "train_step", stopping)
+    stopped = train(config_of(raw))
+    monkeypatch.undo()
+    assert stopped.stopped_by == "SIGUSR1" and stopped.step in (2, 3)  # the step at hand, or the next one
+    names = [path.name for path in (Path(raw["run_dir"]) / "checkpoints").iterdir()]
+    assert names == [f"step-{stopped.step:08d}"]
+    whole = train(config_of(raw))
+    assert (whole.step, whole.stopped_by) == (5, None)
+
+
+def test_an_adapter_that_gets_no_gradient_ends_a_run_after_its_first_update(raw, monkeypatch):
+    import qlora_dist.train as trainer
+
+    step = trainer.train_step
+
+    def losing(world, model, rows, **options):
+        stats = step(world, model, rows, **options)
+        next(weight for name, weight in model.update.each_weight() if "lora_B" in name).data.zero_()
+        return stats
+
+    monkeypatch.setattr(trainer, "train_step", losing)
+    with pytest.raises(RunFailed, match=r"after the first update 1 of 14 LoRA B matrices are still zero"):
+        train(config_of(raw))
+    assert metrics_of(raw["run_dir"]) == []
+
+
+def test_ranks_that_would_begin_with_other_adapters_end_together(raw):
+    results = on_ranks(_begins_otherwise, 2, raw)
+    assert {name for name, _ in results} == {"RunFailed"}
+    assert all("the initial trainable weights differs between rank 0 and rank 1 (" in text for _, text in results)
+
+
+def _begins_otherwise(raw):
+    import os
+
+    attach = setup_model.attach_lora
+    rank = int(os.environ["RANK"])
+    setup_model.attach_lora = lambda module, **options: attach(module, **{**options, "seed": options["seed"] + rank})
+    return outcome(train, config_of(raw))
 
 
 # one optimizer is enough for 4 ranks: it runs the same code on each; 2 ranks would show nothing (a + b = b + a)
@@ -193,8 +264,16 @@ def test_the_exported_adapter_loads_in_stock_peft_and_gives_the_trained_model(ra
     assert (plain - adapted).abs().max() > 1e-2
 
 
+@pytest.fixture(scope="module")
+def sound(inputs, tmp_path_factory):
+    """Losses of two ranks to which nothing happens."""
+    run_dir = str(tmp_path_factory.mktemp("sound") / "run")
+    on_ranks(_train, 2, changed(inputs, run_dir=run_dir, train__steps=6))
+    return losses_of(run_dir)
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_value_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_update(raw, tmp_path, where):
+def test_a_value_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_update(raw, sound, where):
     raw = changed(raw, train__save_every=2, train__steps=6)
     results = on_ranks(_poisoned, 2, raw, where, 3)
     for name, text in results:
@@ -205,8 +284,7 @@ def test_a_value_that_is_not_finite_on_one_rank_stops_all_ranks_before_the_updat
     assert sorted(p.name for p in good.parent.iterdir()) == ["step-00000002"]
     # the same command goes on from the good checkpoint and gives the losses of a run without the fault
     on_ranks(_train, 2, raw)
-    on_ranks(_train, 2, changed(raw, run_dir=str(tmp_path / "sound")))
-    assert losses_of(raw["run_dir"]) == losses_of(tmp_path / "sound")
+    assert losses_of(raw["run_dir"]) == sound
 
 
 def _poisoned(raw, where, step):
@@ -288,10 +366,10 @@ def test_every_base_trains_and_lowers_the_loss(raw, quantization):
     assert losses[-1] < losses[0] - 0.05
 
 
-@pytest.mark.parametrize(
-    "settings", [{"memory__recompute": "none"}, {"memory__recompute": 1}, {"memory__offload_activations": True}]
-)
-def test_memory_settings_change_no_bit_of_the_losses(raw, tmp_path, settings):
-    train(config_of(raw, run_dir=str(tmp_path / "full"), memory__recompute="full"))
-    train(config_of(raw, **settings))
-    assert losses_of(raw["run_dir"]) == losses_of(tmp_path / "full")
+def test_memory_settings_change_no_bit_of_the_losses(raw, tmp_path):
+    losses = []
+    for settings in ("full", "none", 1, "offload"):
+        memory = {"offload_activations": True} if settings == "offload" else {"recompute": settings}
+        train(config_of(raw, run_dir=str(tmp_path / str(settings)), memory=memory, train__steps=3))
+        losses.append(losses_of(tmp_path / str(settings)))
+    assert len(losses[0]) == 3 and losses == [losses[0]] * 4

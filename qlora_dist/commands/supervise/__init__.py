@@ -62,6 +62,8 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["scontrol", *words], capture_output=True, text=True)
     except FileNotFoundError:
         return subprocess.CompletedProcess(words, 127, "", "scontrol is not on PATH: bind Slurm's client and its files")
+    except OSError as error:  # such as one that this user may not execute
+        return subprocess.CompletedProcess(words, 126, "", f"scontrol cannot be started: {error}")
 
 
 def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal, resume: str = "auto") -> int:
@@ -103,7 +105,7 @@ def supervise(job: Job, run_dir: Path, command: Sequence[str], stop: StopSignal,
                 return NO_PROGRESS_CODE
             return _end(job, stop)
         attempt += 1
-        stalled = 1 if after != before else stalled + 1
+        stalled = 0 if after != before else stalled + 1
         if stalled >= MAX_ATTEMPTS:
             _log(
                 f"{MAX_ATTEMPTS} attempts in a row ended without a new checkpoint (newest: step {after}); giving up "

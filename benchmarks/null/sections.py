@@ -1,0 +1,61 @@
+"""The report's sections on results of the null device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..sections import GIB, Link, Section, Table
+
+MARK = "Null device: the real CUDA allocator, no values, no time on the device."
+
+
+def plan(raw: Any) -> Section | None:
+    content = raw.others.get("plan")
+    if content is None or content.get("benchmark") != "null_plan":
+        return None
+    link = Link("raw", raw.paths["plan"])
+    rows = []
+    for one in content["points"]:
+        point = one["point"]
+        layers = point["layers"] or "all"
+        recompute, offload = point["recompute"], "yes" if point["offload"] else "no"
+        rows.append(
+            [point["shape"], layers, f"{point['micro_rows']} x {point['row_tokens']:,}", recompute, offload,
+             point["rank"], point["optimizer"], one["peak_bytes"] / GIB, one["planned_bytes"] / GIB,
+             f"{one['plan_error']:+.2%}", one["reserved_bytes"] / GIB, link]
+        )  # fmt: skip
+    header = ["shape", "layers", "rows x tokens", "recompute", "offload", "r", "optimizer", "peak GiB", "planned GiB",
+              "plan error", "reserved GiB", "raw"]  # fmt: skip
+    text = (
+        f"{MARK} Peak bytes that PyTorch's CUDA allocator reports for three training steps, and what the memory plan "
+        f"counts as tensors; paged optimizer states are outside of both. Largest error of the plan: "
+        f"{content['largest_error']:+.2%} ({content['largest_error_at']})."
+    )
+    return Section(f"{raw.name}: the allocator's peak against the plan", text, [Table("", header, rows)])
+
+
+def large_model(raw: Any) -> Section | None:
+    content = raw.others.get("repro_65b")
+    if content is None or "null" not in content["provenance"]["device"]:
+        return None
+    figures = [
+        ("tensors at the peak, steps and saving", content["peak_bytes"]),
+        ("tensors at the peak while the model is built", content["build_peak_bytes"]),
+        ("reserved by the allocator", content["reserved_bytes"]),
+        ("CUDA context (assumed)", content["context_bytes"]),
+        ("paged optimizer states, if all are on the card", content["paged_optimizer_bytes"]),
+        ("the card", content["cap_bytes"]),
+    ]
+    rows = [[name, size / GIB, Link("raw", raw.paths["repro_65b"])] for name, size in figures]
+    held = content["reserved_with_context_bytes"] + content["paged_optimizer_bytes"]
+    config = content["config"]
+    text = (
+        f"{MARK} LLaMA-65B, r = {config['lora']['rank']}, rows of {config['data']['row_tokens']} tokens, weights from "
+        f"{content['weights']}, {len(content['losses'])} steps and a checkpoint, with the card's size as a limit: "
+        f"{held / GIB:.2f} of {content['cap_bytes'] / GIB:.2f} GiB are taken with every optimizer state on the card, "
+        f"error of the plan {content['plan_error']:+.2%}."
+    )
+    return Section(f"{raw.name}: 65B on a 48 GB card", text, [Table("", ["what", "GiB", "raw"], rows)])
+
+
+ALL = (plan, large_model)

@@ -1,0 +1,80 @@
+"""torchrun that does not notice the end of its ranks is ended; one that does is left alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from helpers.ranks import run_python
+
+from qlora_dist.cluster import agent
+
+RUNNING, ENDED = psutil.STATUS_SLEEPING, psutil.STATUS_ZOMBIE
+
+
+class _Exited(Exception):
+    pass
+
+
+@pytest.fixture
+def exits_within(monkeypatch):
+    """Whether it exits in looks at its children, each a list of their statuses (None: gone)."""
+
+    def child(status):
+        def read():
+            if status is None:
+                raise psutil.NoSuchProcess(1)
+            return status
+
+        return SimpleNamespace(status=read)
+
+    def exit_now(code):
+        raise _Exited(code)
+
+    def run(*looks):
+        seen = iter(looks)
+        monkeypatch.setattr(agent.time, "sleep", lambda _: None)
+        monkeypatch.setattr(agent.os, "_exit", exit_now)
+        monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(children=lambda: [*map(child, next(seen))]))
+        try:
+            agent.exit_if_stuck(seconds=3.0, look_seconds=1.0)
+        except StopIteration:
+            return False
+        except _Exited as error:
+            return error.args == (1,)
+        return False
+
+    return run
+
+
+def test_an_agent_that_leaves_ended_ranks_unread_exits(exits_within, capsys):
+    assert exits_within([RUNNING, RUNNING], [RUNNING, ENDED], [ENDED, ENDED], [ENDED, ENDED], [ENDED, ENDED])
+    assert "all ranks of this node have ended" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        pytest.param([[RUNNING, ENDED]] * 9, id="a rank still runs: it may be saving"),
+        pytest.param([[]] * 9, id="it has read all: it waits for other nodes"),
+        pytest.param([[ENDED]] * 2 + [[None]] + [[ENDED]] * 2, id="it reads late, but it does: ranks start again"),
+    ],
+)
+def test_an_agent_that_is_at_work_is_left_alone(exits_within, looks):
+    assert not exits_within(*looks)
+
+
+def test_it_ends_a_real_process_with_threads_and_says_why():
+    done = run_python(
+        """
+        import subprocess, threading
+        from qlora_dist.cluster.agent import exit_if_stuck
+
+        children = [subprocess.Popen(["true"]), subprocess.Popen(["true"])]
+        threading.Thread(target=exit_if_stuck, args=(0.3, 0.1), daemon=True).start()
+        threading.Event().wait(60)
+        """,
+        check=False,
+    )
+    assert done.returncode == 1 and "the first node, or the network to it, is lost" in done.stderr
