@@ -26,6 +26,7 @@ from qlora_dist.commands.plan.launches import (
     real_bytes,
 )
 from qlora_dist.commands.plan.roofline import RATES, Rates, Roofline
+from qlora_dist.config.joint_products import padded_columns
 from qlora_dist.errors import UserError
 
 SHAPE, TOKENS, DOCUMENT, RANK = shape_of("tiny"), 64, 16, 4
@@ -52,9 +53,31 @@ def traced(function, *tensors, lengths=()):
 # --- whole steps ------------------------------------------------------------------------------------------------------
 
 
+def groups() -> list[tuple[int, int, int]]:
+    """(outputs N, inputs K, adapters' columns R) of the products of a block, in their order."""
+    found = []
+    for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        shapes = [shape for name, shape in SHAPE.matrices().items() if name.endswith(names)]
+        found.append((sum(o for o, _ in shapes), shapes[0][1], padded_columns([RANK] * len(names))))
+    return found
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("method", ["ours", "peft", "trl"])
-def test_flops_of_a_layer_are_those_of_the_formula(cells, method, recompute):
+def test_flops_of_a_block_are_those_of_the_formula(cells, recompute):
+    attention = attention_flops(SHAPE.heads, SHAPE.head_dim, [DOCUMENT]) / DOCUMENT
+    # base: 2 forward, 2 backward; columns of adapters: x A and with B forward, g B, A, dA and dB backward
+    expected = sum(4 * n * k + 6 * r * (n + k) for n, k, r in groups()) + 3.5 * attention
+    if recompute == "full":
+        # once more forward without the last product
+        expected += sum(2 * n * k + 2 * r * (n + k) for n, k, r in groups()) + attention
+        last_outputs, last_inputs, columns = groups()[-1]
+        expected -= 2 * last_outputs * (last_inputs + columns)
+    assert cells["ours", recompute]["flops_per_token"] == expected
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("method", ["peft", "trl"])
+def test_flops_of_a_stock_layer_are_those_of_the_formula(cells, method, recompute):
     matrices = SHAPE.matrices()
     weights = sum(o * i for o, i in matrices.values())
     attention = attention_flops(SHAPE.heads, SHAPE.head_dim, [DOCUMENT]) / DOCUMENT
@@ -62,10 +85,8 @@ def test_flops_of_a_layer_are_those_of_the_formula(cells, method, recompute):
     expected = 4 * weights + 6 * RANK * sum(o + i for o, i in matrices.values()) + 3.5 * attention
     if recompute == "full":
         # once more forward, but no further than what the backward pass needs: not the last layer's B
-        last_outputs, last_inputs = matrices["mlp.down_proj"]
-        again = 2 * weights + 2 * RANK * (sum(o + i for o, i in matrices.values()) - last_outputs) + attention
-        # PEFT saves A x after the base's product, so that it repeats this product too; ours does not (`lora_forward`)
-        expected += again - (2 * last_outputs * last_inputs if method == "ours" else 0)
+        last_outputs, _ = matrices["mlp.down_proj"]
+        expected += 2 * weights + 2 * RANK * (sum(o + i for o, i in matrices.values()) - last_outputs) + attention
     assert cells[method, recompute]["flops_per_token"] == expected
 
 
@@ -80,13 +101,13 @@ def test_a_step_of_the_full_depth_is_its_layers_and_what_is_outside_of_them(cell
     step, layer = cell["predicted_step"], cell["per_layer_by_kind"]
     head = 4 * SHAPE.vocabulary * SHAPE.hidden  # logits, and their gradient's product with the head; frozen
     # the first layer's input needs no gradient: not through the base's q, k, v, nor through their A
-    projections = [shape for name, shape in SHAPE.matrices().items() if name.endswith(("q_proj", "k_proj", "v_proj"))]
-    first = sum(2 * (o * i + RANK * i) for o, i in projections)
+    outputs, inputs, columns = groups()[0]
+    first = 2 * (outputs + columns) * inputs
     expected = SHAPE.layers * cell["flops_per_token"] + head - first
     assert step["flops"] == TOKENS * expected
     assert step["layers"] == SHAPE.layers and step["tokens_per_second"] == pytest.approx(1e3 * TOKENS / step["ms"])
     assert sum(layer[kind]["seconds"] for kind in KINDS) == pytest.approx(cell["ms_per_layer"] / 1e3)
-    assert sum(layer[kind]["kernels"] for kind in KINDS) == cell["kernels_per_layer"] > 200
+    assert sum(layer[kind]["kernels"] for kind in KINDS) == cell["kernels_per_layer"] > 50
     assert all(layer[kind]["seconds"] > 0 for kind in KINDS)
 
 

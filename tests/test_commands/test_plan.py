@@ -244,6 +244,8 @@ def test_large_matrices_are_planned_one_at_a_time(monkeypatch):
     assert abs(trace.error) < 0.001, trace
     monkeypatch.undo()
     assert _compare(_medium("llama", vocab_size=128), _config(64), 2).peak_bytes > trace.peak_bytes
+
+
 @pytest.mark.parametrize(
     ("family", "sizes", "changes", "recompute", "moment"),
     [
