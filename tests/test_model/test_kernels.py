@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -15,6 +16,7 @@ from benchmarks import kernels as benchmark
 from benchmarks.kernel_cases import NAMES, operands, reference_of
 from benchmarks.shapes import SHAPES, Shape
 from qlora_dist.model import kernels
+from qlora_dist.model.kernels import registry
 from qlora_dist.model.kernels.traffic import TRAFFIC, bytes_moved, traffic
 
 EPS = 0.1  # large enough to be missed
@@ -204,3 +206,28 @@ def _seeded_operands(name: str, dtype: torch.dtype) -> list[Any]:
 def _tensors(arguments: list[Any]) -> list[Tensor]:
     flat = [one for value in arguments for one in (value if isinstance(value, list) else [value])]
     return [one if one._base is None else one._base for one in flat if isinstance(one, Tensor)]
+
+
+def test_a_kernel_that_does_not_start_leaves_its_work_to_the_reference_and_says_so_once(monkeypatch, caplog) -> None:
+    """A GPU machine without a C compiler, which Triton needs for its launcher."""
+    monkeypatch.setattr(registry, "_unusable", set())
+    monkeypatch.setattr(registry, "_started", set())
+    attempts = []
+
+    def fails(*_: Any) -> bool:
+        attempts.append(1)
+        raise RuntimeError("Failed to find C compiler.\nmore")
+
+    monkeypatch.setattr(registry.importlib, "import_module", lambda *_: SimpleNamespace(double=fails))
+    out = torch.zeros(3)
+    for expected in (1.0, 2.0):
+        registry._run(".any", "double", lambda out: out.add_(1), out)
+        assert out.eq(expected).all()
+    (line,) = caplog.messages
+    assert len(attempts) == 1 and "double does not start here (RuntimeError: Failed to find C compiler.)" in line
+    # one that has run before is not replaced in the middle of a run
+    registry._unusable.clear()
+    registry._started.add("double")
+    with pytest.raises(RuntimeError, match="C compiler"):
+        registry._run(".any", "double", lambda out: out.add_(1), out)
+    assert out.eq(2).all()

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
+log = logging.getLogger(__name__)
+_started: set[str] = set()  # kernels that have run in this process
+_unusable: set[str] = set()  # ... and those that could not
 _LIBRARY = torch.library.Library("qlora_dist", "FRAGMENT")
 
 
@@ -34,13 +38,33 @@ def register(schema: str, reference: Callable[..., None], module: str | None = N
 
 
 def _run(module: str, name: str, reference: Callable[..., None], *arguments: Any) -> None:
-    # at the first call: a CPU installation has no Triton, and importing it takes a second
-    kernel = getattr(importlib.import_module(module, __package__), name)
-    # Triton launches on the current device; the last argument of every operation is a tensor that it writes
-    with torch.cuda.device_of(arguments[-1]):
-        is_done = kernel(*arguments)
-    if not is_done:
+    if name in _unusable or not _launch(module, name, arguments):
         reference(*arguments)
+
+
+def _launch(module: str, name: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether the Triton kernel has done the work. One that cannot start here is said, and not tried again."""
+    try:
+        # at the first call: a CPU installation has no Triton, and importing it takes a second
+        kernel = getattr(importlib.import_module(module, __package__), name)
+        # Triton launches on the current device; the last argument of every operation is a tensor that it writes
+        with torch.cuda.device_of(arguments[-1]):
+            is_done = bool(kernel(*arguments))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no C compiler for Triton's launcher, a driver that does not know its code, ...
+        if name in _started:
+            raise
+        _unusable.add(name)
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        log.warning(
+            "the Triton kernel %s does not start here (%s: %s); its PyTorch reference is used, which is slower. Triton "
+            "needs a C compiler (gcc or clang, or CC) and a driver that knows its code",
+            name, type(error).__name__, reason[0],
+        )  # fmt: skip
+        return False
+    _started.add(name)
+    return is_done
 
 
 def _nothing(*_args: Any, **_keywords: Any) -> None:
