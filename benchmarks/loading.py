@@ -1,6 +1,6 @@
 """Peak host memory and time of loading a 16-bit model in 4 bits: this package and transformers, in separate processes.
 
-    python benchmarks/loading.py --out benchmarks/results/cpu/loading.json
+    python -m benchmarks.loading --out benchmarks/results/cpu/loading.json
 
 A Llama with random bf16 weights is written to several safetensors files and read back (from the page cache: times
 measure the processor, not the disk). `shared` is strategy fsdp on two ranks, the larger result of the two. Two peaks
@@ -136,7 +136,7 @@ def main() -> None:
             print(f"{how}: {sizes} MiB, {results[how]['processor_seconds']:.0f} s of CPU time")
     record = {
         "what": "peak host memory above the state after imports, and time, to load or write a model in NF4",
-        "command": f"python benchmarks/loading.py --layers {options.layers} --out {options.out}",
+        "command": f"python -m benchmarks.loading --layers {options.layers} --out {options.out}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "versions": provenance.versions(),

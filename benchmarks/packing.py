@@ -1,6 +1,6 @@
 """Packing: documents per second and fill of this package and of TRL, side by side in one run.
 
-    python benchmarks/packing.py --out benchmarks/results/cpu/packing.json
+    python -m benchmarks.packing --out benchmarks/results/cpu/packing.json
 
 Lengths are distributed like Alpaca's: many short documents, a long tail. Each round times, one after another,
 - plan: lengths -> rows (what this package does before a run; tokens stay on disk),
@@ -153,7 +153,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = {
         "benchmark": "packing",
-        "command": "python benchmarks/packing.py "
+        "command": "python -m benchmarks.packing "
         f"--documents {' '.join(map(str, arguments.documents))} --row-tokens {arguments.row_tokens} "
         f"--rounds {arguments.rounds}",
         "commit": provenance.commit(),

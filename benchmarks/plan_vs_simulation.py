@@ -1,6 +1,6 @@
 """The plan's arithmetic against the real code under fake tensors, for commonly trained shapes.
 
-    python benchmarks/plan_vs_simulation.py --out benchmarks/results/cpu/plan_vs_simulation.json
+    python -m benchmarks.plan_vs_simulation --out benchmarks/results/cpu/plan_vs_simulation.json
 
 Each cell is one training step: model x row length x recompute level (none, half of the layers, all), QLoRA as in the
 paper (NF4, double quantization, r = 64 on all linear layers, paged AdamW), one row at a time, every token a label.
@@ -125,7 +125,7 @@ def write(path: Path, commit: str | None, cells: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     errors = sorted(abs(one["error"]) for one in cells)
     result = {
-        "command": "python benchmarks/plan_vs_simulation.py --out benchmarks/results/cpu/plan_vs_simulation.json",
+        "command": "python -m benchmarks.plan_vs_simulation --out benchmarks/results/cpu/plan_vs_simulation.json",
         "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},

@@ -339,6 +339,36 @@ def ceilings(raw: Any) -> Section | None:
     return Section(f"{raw.name}: ceilings", "", [Table("", ["what", "case", "value", "unit", "raw"], rows)])
 
 
+def roofline(raw: Any) -> Section | None:
+    """Predicted micro-steps of every traced shape."""
+    names = sorted(name for name, content in raw.others.items() if content.get("benchmark") == "roofline")
+    if not names:
+        return None
+    parts = ("products", "attention", "dequantization", "memory-bound")
+    header = ["recipe", "recompute", "ms a layer", "kernels a layer", "KB a token and layer", "MFLOP a token and layer",
+              *parts, "ms a micro-step", "tokens/s", "raw"]  # fmt: skip
+    tables, charts = [], []
+    for name in names:
+        content = raw.others[name]
+        title = (f"{content['shape']}, {content['tokens']} tokens in documents of {content['document']}, "
+                 f"r = {content['rank']}, {content['gpu']}: predicted, not measured")  # fmt: skip
+        rows, bars = [], []
+        for cell in content["cells"]:
+            kinds, step = cell["per_layer_by_kind"], cell["predicted_step"]
+            seconds = sum(kinds[part]["seconds"] for part in parts)
+            rows.append(
+                [cell["recipe"], cell["recompute"], cell["ms_per_layer"], round(cell["kernels_per_layer"]),
+                 cell["bytes_per_token"] / 1e3, cell["flops_per_token"] / 1e6,
+                 *(f"{kinds[part]['seconds'] / seconds:.0%}" for part in parts),
+                 step["ms"], step["tokens_per_second"], _raw(raw, name)]
+            )  # fmt: skip
+            label = f"{cell['method']}, recompute {cell['recompute']}"
+            bars.append(Bar(label, tuple(1000 * kinds[part]["seconds"] for part in parts)))
+        tables.append(Table(title, header, rows))
+        charts.append(bar_chart(f"{title}, one decoder layer", bars, "ms", parts))
+    return Section(f"{raw.name}: predicted time of a micro-step", raw.others[names[0]]["text"], tables, charts)
+
+
 def not_measured(raw: Any) -> Section | None:
     rows = []
     for r in raw.cells:
@@ -352,4 +382,4 @@ def not_measured(raw: Any) -> Section | None:
 
 
 ALL = (machine, methods, peers, split, memory_items, planned, ranks, packing, equal_memory, quantization, ceilings,
-       not_measured)  # fmt: skip
+       roofline, not_measured)  # fmt: skip

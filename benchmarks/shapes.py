@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from qlora_dist.config.joint_products import padded_columns
+
 MAX_POSITIONS = 8192
 DRAWN = "weights-are-drawn"  # marker file in a model folder without weights
 
@@ -70,24 +72,34 @@ class Shape:
     def product_flops(self, tokens: int, labels: int, rank: int, recomputed_layers: int) -> int:
         """FLOPs of all matrix products of one QLoRA step with adapters on every linear layer, attention not counted.
 
-        2 per weight and token for a product. A frozen matrix has one in the forward pass and one for the gradient of
-        its input, which the first layer's q, k and v do not need: nothing before them is trained. Each adapter has two
-        forward and four backward (one fewer there). A recomputed layer repeats its forward products except the last
-        frozen one and what is added to its output. The rotary angles are an outer product.
+        2 per weight and token for a product. Layers that share their input are one product with R columns of adapters
+        (`model.products`): the frozen matrix has one product forward and one for the gradient of its input, which the
+        first layer's q, k and v do not need: nothing before them is trained. A and B have two forward and four backward
+        (one fewer there). A recomputed layer repeats its forward products except the last one. The rotary angles are
+        an outer product.
         """
         total = 4 * labels * self.vocabulary * self.hidden + self.head_dim * tokens
+        matrices = self.matrices()
         for layer in range(self.layers):
-            for name, (outputs, inputs) in self.matrices().items():
-                has_input_gradient = layer > 0 or name not in FIRST_PRODUCTS
-                is_last, is_repeated = name == "mlp.down_proj", layer < recomputed_layers
+            for names in SHARED_INPUT:
+                outputs, inputs = sum(matrices[name][0] for name in names), matrices[names[0]][1]
+                columns = padded_columns([rank] * len(names))
+                has_input_gradient = layer > 0 or names is not SHARED_INPUT[0]
+                is_last, is_repeated = names is SHARED_INPUT[-1], layer < recomputed_layers
                 frozen = 1 + has_input_gradient + (is_repeated and not is_last)
-                down = 2 + has_input_gradient + is_repeated  # A: forward, its gradient, its input's gradient
+                # A: forward, in the product beside its input's gradient, its gradient
+                down = 2 + has_input_gradient + is_repeated
                 up = 3 + (is_repeated and not is_last)  # B: forward, its gradient, its input's gradient
-                total += 2 * tokens * (frozen * outputs * inputs + rank * (down * inputs + up * outputs))
+                total += 2 * tokens * (frozen * outputs * inputs + columns * (down * inputs + up * outputs))
         return total
 
 
-FIRST_PRODUCTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+SHARED_INPUT = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 SHAPES = {
     "tiny": Shape(128, 256, 2, 4, 2, 512),
     "cpu-40m": Shape(768, 2048, 5, 12, 6, 4096),

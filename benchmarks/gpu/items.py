@@ -65,6 +65,8 @@ FIRST = (
          "planned against measured peaks, another shape", resumes=True, part=3, estimate=85),
 )  # fmt: skip
 REST = (
+    Item("kernels", "python -m benchmarks.kernels --out {out}/kernels.json --allow-dirty", 300,
+         "each memory-bound operation against a copy's bandwidth", needs=("bitsandbytes", "triton"), estimate=120),
     Item("plan-peaks", _throughput("--preset peaks"), 590, "planned against measured peaks", resumes=True,
          estimate=540),
     _grid("8b-8l-peers", "8b", 8, "t2048x4_", "every method and peer at 8 of 32 layers, micro-batch 4", 1100),

@@ -84,9 +84,10 @@ class ModelConfig(_Section):
     float16, whose gradients underflow without loss scaling."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Packed attention: flash-attn, torch's varlen, or one SDPA call per document. auto: the first available one."""
-    kernels: Literal["auto", "off"] = "auto"
-    """auto: this package's own LoRA forward pass (adapters are cast to the compute type once, the base output is not
-    copied). off: PEFT's layers unchanged."""
+    kernels: Literal["auto", "reference", "off"] = "auto"
+    """auto: decoder layers of the Llama family are computed as one block, adapters within the base's products; in other
+    families, and with dropout, one linear layer at a time. reference: one linear layer at a time, in every family.
+    off: PEFT's layers unchanged."""
 
 
 class LoraConfig(_Section):

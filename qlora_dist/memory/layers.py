@@ -29,6 +29,7 @@ class LayerSettings:
     adapted: frozenset[str] = frozenset()
     dropout: float = 0.0
     is_lean: bool = True  # model.lora.lean_forward; False: PEFT's own
+    is_block: bool = False  # model.decoder_block, for the families that have it
     quantization: Quantization = "nf4"
     double_quant: bool = True
     attention: Attention = "flash"  # flash includes varlen
@@ -72,7 +73,7 @@ class LayerTape:
         held = {id(value): value.size for operation in tape.operations for value in operation.saves if value.is_owned}
         recomputed = self.before_last or forward  # saved tensors of a recomputation stay on the device
         if self.settings.is_offloaded:
-            again = LayerTape(self.shapes, self.settings, self.has_grad_input)
+            again = type(self)(self.shapes, self.settings, self.has_grad_input)
             again.tape.is_offloaded = True
             again._layer(again.start)
             forward = again.tape.peak.copy()
@@ -391,8 +392,3 @@ def dequantized_bytes(linear: Linear, quantization: str, double_quant: bool, com
     # double quantization: scaling the constants, then adding their mean, briefly takes two tensors
     nested = constants if double_quant and quantization != "int8" else 0
     return linear.num_weights * compute_size + nested
-
-
-def layer_bytes(shapes: ModelShapes, settings: LayerSettings, has_grad_input: bool = True) -> LayerBytes:
-    """Bytes of one decoder layer."""
-    return LayerTape(shapes, settings, has_grad_input).measure()

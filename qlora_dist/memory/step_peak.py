@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..config import RunConfig
+from .block import is_block, layer_bytes
 from .constants import OFFLOAD_AHEAD_BYTES, OFFLOAD_LEAST_BYTES, Item
-from .layers import LayerBytes, LayerSettings, LayerTape, layer_bytes
+from .layers import LayerBytes, LayerSettings, LayerTape
 from .resident import compute_size
 from .shapes import ModelShapes, adapted_linears
 
@@ -31,7 +32,8 @@ def largest_moment(config: RunConfig, shapes: ModelShapes, rows: int, recompute:
     tokens = rows * config.data.row_tokens
     size = compute_size(config)
     row = tokens * shapes.hidden * size
-    layers = _layers(config, shapes, tokens)
+    settings = _settings(config, tokens)
+    layers = _layers(config, shapes, settings)
     # between forward and backward a recomputed layer keeps its input, others what they saved (including their input
     # if a norm saves it unchanged)
     keeps = [
@@ -45,7 +47,7 @@ def largest_moment(config: RunConfig, shapes: ModelShapes, rows: int, recompute:
     }
     is_offloaded = config.memory.offload_activations
     at_loss = held_at_loss(keeps) if is_offloaded else sum(kept.size for kept in keeps)
-    moments = [_loss_moment(head_bytes(shapes, tokens, size), at_loss, steady)]
+    moments = [_loss_moment(head_bytes(shapes, settings), at_loss, steady)]
     for index, layer in enumerate(layers):
         if index in (len(layers) - 1, recompute - 1):
             before = keeps[:index]
@@ -57,20 +59,32 @@ def largest_moment(config: RunConfig, shapes: ModelShapes, rows: int, recompute:
     return replace(largest, saved_bytes=sum(kept.size for kept in keeps))
 
 
-def _layers(config: RunConfig, shapes: ModelShapes, tokens: int) -> list[LayerBytes]:
+def _settings(config: RunConfig, tokens: int) -> LayerSettings:
+    """What is the same in every layer."""
     lora = config.lora
-    settings = LayerSettings(
+    return LayerSettings(
         tokens=tokens,
         compute_size=compute_size(config),
         rank=0 if lora is None else lora.rank,
         dropout=0.0 if lora is None else lora.dropout,
-        is_lean=config.model.kernels == "auto" and (lora is None or lora.variant != "dora"),
+        is_lean=config.model.kernels != "off" and (lora is None or lora.variant != "dora"),
+        is_block=(
+            config.model.kernels == "auto"
+            and config.model.quantization != "int8"
+            and lora is not None
+            and lora.variant != "dora"
+            and lora.dropout == 0
+        ),
         quantization=config.model.quantization,
         double_quant=config.model.double_quant,
         attention="sdpa" if config.model.attention == "sdpa" or config.model.compute_dtype == "float32" else "flash",
         is_offloaded=config.memory.offload_activations,
         longest=config.data.row_tokens,
     )
+
+
+def _layers(config: RunConfig, shapes: ModelShapes, settings: LayerSettings) -> list[LayerBytes]:
+    lora = config.lora
     chosen = [frozenset()] * shapes.num_layers if lora is None else adapted_linears(shapes, lora.target_modules)
     first = next((index for index, adapted in enumerate(chosen) if adapted), 0)
     known: dict[tuple[frozenset[str], bool], LayerBytes] = {}
@@ -205,13 +219,16 @@ class HeadBytes:
     logits: int  # part of `peak`: one chunk of fp32 logits and tensors computed from it
 
 
-def head_bytes(shapes: ModelShapes, tokens: int, compute_size: int, chunk_bytes: int = CHUNK_BYTES) -> HeadBytes:
+def head_bytes(shapes: ModelShapes, settings: LayerSettings, chunk_bytes: int = CHUNK_BYTES) -> HeadBytes:
     """The last norm, then `model.loss.nll_sum` with every token a label (as a row may be)."""
-    row = tokens * shapes.hidden * compute_size
-    settings = LayerSettings(tokens, compute_size)
-    writer = LayerTape(shapes, settings)
-    hidden = writer._norm(writer.start)
-    normed = writer.tape.saved.total - hidden.size + (row if writer.start.refs > 1 else 0)
+    tokens = settings.tokens
+    row = tokens * shapes.hidden * settings.compute_size
+    if is_block(shapes, settings):
+        normed = row  # `decoder_block._Norm` saves its input
+    else:
+        writer = LayerTape(shapes, LayerSettings(tokens, settings.compute_size))
+        hidden = writer._norm(writer.start)
+        normed = writer.tape.saved.total - hidden.size + (row if writer.start.refs > 1 else 0)
     chunk = min(tokens, max(1, chunk_bytes // (4 * shapes.vocabulary)))
     logits = 4 * chunk * shapes.vocabulary
     # logsumexp copies the logits once; capped logits also save the derivative of the cap

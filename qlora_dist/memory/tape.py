@@ -107,9 +107,10 @@ class Tape:
         kept = [] if not needs_grad else [*saves, out] if saves_output else list(saves)
         for value in kept:
             self._save(value)
-        for value in saves:
-            if value.refs == 0:  # an unused extra
-                self._free(value)
+        if not kept:
+            for value in saves:
+                if value.refs == 0:  # an unused extra
+                    self._free(value)
         self.operations.append(
             Operation(out, inputs, kept, shares, weights if back_weights is None else back_weights, back_work)
         )

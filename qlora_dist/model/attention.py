@@ -304,7 +304,8 @@ def _packed_kernel(
 ) -> Tensor:
     """(T, Hq, Dv) by one kernel call over all documents."""
     width = value.shape[-1]
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # squeeze, not [0]: the gradient of an index is written into zeros
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     if width < q.shape[-1]:  # latent attention: the kernels need one width
         v = F.pad(v, (0, q.shape[-1] - width))
     boundaries, longest = packed.cu_seqlens, packed.max_seqlen

@@ -55,7 +55,8 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     base = unwrap(model)
     _require_packed(base)
     output = base.base_model(**_packed_inputs(base, batch))
-    return output.last_hidden_state[0]
+    hidden: Tensor = output.last_hidden_state.squeeze(0)
+    return hidden
 
 
 def _packed_inputs(base: PreTrainedModel, batch: Batch) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..config.names import resolve_targets
 from ..errors import UserError
 from .base_weights import num_weights
+from .decoder_block import use_decoder_blocks
 from .dropout import use_row_dropout
 from .forward import linear_layers, plain_name, strip_wrappers, unwrap
 from .lora_files import ADAPTER, load_adapter_weights, read_adapter
@@ -32,6 +33,7 @@ from .pretrained import first_line
 log = logging.getLogger(__name__)
 
 Variant = Literal["lora", "rslora", "dora"]
+Kernels = Literal["auto", "reference", "off"]
 
 
 def attach_lora(
@@ -44,13 +46,14 @@ def attach_lora(
     variant: Variant = "lora",
     seed: int = 0,
     init_from: str | Path | None = None,
-    kernels: Literal["auto", "off"] = "auto",
+    kernels: Kernels = "auto",
     device: torch.device | None = None,
 ) -> PeftModel:
     """Attaches trainable adapters to the target layers; everything else stays frozen. A is random, B is zero.
 
     The same seed gives the same A on every rank and device. `init_from` is the folder of a PEFT adapter whose rank,
-    scale, variant and targets must match these. kernels "auto" replaces PEFT's forward of plain LoRA by `lean_forward`.
+    scale, variant and targets must match these. kernels "reference" replaces PEFT's forward of plain LoRA by
+    `lean_forward`; "auto" also computes whole decoder layers at once where `decoder_block` can.
     `device` is where adapters live; None: where their layers' weights are, which may be host memory (offloaded bases).
     Raises UserError when a name in target_modules matches nothing or init_from does not fit.
     """
@@ -75,8 +78,10 @@ def attach_lora(
         if device is not None:
             parameter.data = parameter.data.to(device)
     use_row_dropout(lora_layers(adapted))
-    if kernels == "auto" and variant != "dora":
+    if kernels != "off" and variant != "dora":
         use_lean_forward(adapted)
+    if kernels == "auto":
+        use_decoder_blocks(adapted)
     if init_from is not None:
         _check_same_shape(read_adapter(init_from)[0], config, Path(init_from))
         load_adapter_weights(adapted, init_from)
@@ -166,8 +171,9 @@ def load_adapters(model: nn.Module, folders: dict[str, Path], *, lean: bool = Tr
         _check_adapted(factors.keys(), adapted, f"{folder}", name)
     if adapted is None:
         raise UserError("no adapter was given; expected at least one name=folder")
-    if lean:
-        use_lean_forward(adapted)  # generate with the forward used in training
+    if lean:  # generate with the forward used in training
+        use_lean_forward(adapted)
+        use_decoder_blocks(adapted)
     return adapted.eval()
 
 

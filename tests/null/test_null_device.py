@@ -112,7 +112,7 @@ def test_a_step_has_one_host_synchronization_and_no_pageable_copy(changes, launc
         assert calls(step, "stream synchronize") == 1
         assert calls(step, "synchronize") == 1 + of_library
         assert calls(step, "memcpy pageable") == 0 and calls(step, "memcpy", "->pageable") == 1  # the step's results
-        assert sum(step.values()) > 1000, "nothing was counted"
+        assert sum(step.values()) > 500, "nothing was counted"
 
 
 def test_offload_moves_activations_there_and_back(raw, tmp_path):

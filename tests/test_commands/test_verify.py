@@ -133,19 +133,15 @@ def _shifted_labels(monkeypatch):
 
 
 def _wrong_scale(monkeypatch):
-    from qlora_dist.model import lora as adapters
+    from qlora_dist.model.products import SharedInput
 
-    original = adapters.lean_forward
+    original = SharedInput.__init__
 
-    def scaled(layer, x, *args, **kwargs):
-        kept = dict(layer.scaling)
-        layer.scaling.update({name: 2 * value for name, value in kept.items()})
-        try:
-            return original(layer, x, *args, **kwargs)
-        finally:
-            layer.scaling.update(kept)
+    def scaled(self, layers):
+        original(self, layers)
+        self.scale *= 2
 
-    monkeypatch.setattr(adapters, "lean_forward", scaled)
+    monkeypatch.setattr(SharedInput, "__init__", scaled)
 
 
 def _lossy_save(monkeypatch):

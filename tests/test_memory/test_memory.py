@@ -228,7 +228,7 @@ def test_more_recomputation_never_needs_more_memory():
 
 def test_choose_recomputes_as_few_layers_as_fit():
     shapes = llama("7B")
-    sizes = {"world_size": 1, "device_bytes": 14 * GIB}
+    sizes = {"world_size": 1, "device_bytes": 10 * GIB}
     settings = config(data__row_tokens=2048, optim__name="adamw")
     made = choose(settings, shapes, **sizes)
     assert made.fits and 0 < made.recompute < 32

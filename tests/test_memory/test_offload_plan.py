@@ -9,8 +9,9 @@ import pytest
 from qlora_dist.config import parse_config
 from qlora_dist.files import MIB
 from qlora_dist.memory import plan_memory, shapes_from_config
+from qlora_dist.memory.block import layer_bytes
 from qlora_dist.memory.constants import OFFLOAD_AHEAD_BYTES, OFFLOAD_IN_FLIGHT, OFFLOAD_LEAST_BYTES
-from qlora_dist.memory.layers import LayerSettings, layer_bytes
+from qlora_dist.memory.layers import LayerSettings
 from qlora_dist.memory.step_peak import Kept, held_at_loss, held_in_layer, prefetched
 from qlora_dist.memory.tape import Tape
 from qlora_dist.model import activation_offload
@@ -28,11 +29,14 @@ def test_the_limits_are_those_of_the_offload():
     assert activation_offload.IN_FLIGHT == OFFLOAD_IN_FLIGHT == 2  # the last norm's and one more: `held_at_loss`
 
 
-@pytest.mark.parametrize("settings", [LayerSettings(512, rank=16), LayerSettings(512, rank=8, dropout=0.1)])
+@pytest.mark.parametrize(
+    "settings",
+    [LayerSettings(512, rank=16), LayerSettings(512, rank=8, dropout=0.1), LayerSettings(512, rank=16, is_block=True)],
+)
 def test_the_sizes_of_saved_tensors_add_up_to_what_a_layer_saves(settings):
     settings = replace(settings, adapted=frozenset(linear.name for linear in SHAPES.linears))
     layer = layer_bytes(SHAPES, settings, has_grad_input=True)
-    assert len(layer.saved_sizes) > 10 and sum(layer.saved_sizes) == layer.saved.activations
+    assert len(layer.saved_sizes) > 8 and sum(layer.saved_sizes) == layer.saved.activations
 
 
 def test_at_the_loss_small_tensors_and_the_last_copy_are_on_the_device():

@@ -67,8 +67,8 @@ def simulate(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> Trace:
     """
     if config.memory.offload_activations:
         raise UserError("memory.offload_activations cannot be simulated; plan without --simulate")
-    _create_tables(config.model.quantization)
-    model = _meta_model(config, plan, pretrained)
+    create_tables(config.model.quantization)
+    model = meta_model(config, plan, pretrained)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(_workspaces()) as live:
         _run_step(config, plan, model, live)
     return Trace(live.peak_bytes, live.peak_at, dict(live.peak), simulated_bytes(plan))
@@ -80,7 +80,7 @@ def measure(config: RunConfig, plan: MemoryPlan, pretrained: Any, device: torch.
     gc.collect()  # a model is full of reference cycles: one measured earlier would still be alive
     is_cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if is_cuda else 0
-    model = _meta_model(config, plan, pretrained)
+    model = meta_model(config, plan, pretrained)
     with torch.device(device), LiveBytes({} if is_cuda else _workspaces()) as live:
         _run_step(config, plan, model, live, torch.cuda.reset_peak_memory_stats if is_cuda else lambda: None)
     if is_cuda:
@@ -96,18 +96,11 @@ def _run_step(
     at_start: Callable[[], None] = lambda: None,
 ) -> None:
     """Forward, loss, backward, update, in the order and with the lifetimes of `train.step`."""
-    head, optimizer = _fill(config, model, live)
-    batch = _batch(plan.micro_rows, plan.row_tokens, live)
-    dropout_rows(model).rows = tuple((tokens, 0) for tokens in batch.row_tokens)
+    head, optimizer = fill_resident(config, model, live)
+    batch = full_rows(plan.micro_rows, plan.row_tokens, live)
     at_start()
     live.reset_peak()
-    chunk = max(1, CHUNK_BYTES["cuda"] // (4 * head.weight.shape[0]))
-    with live.category("saved activations"):
-        hidden = hidden_states(model, batch)
-        hidden = hidden.to(_dtype(config))
-    with live.category("loss"):
-        nll = nll_sum(hidden, head, batch.label_positions, batch.labels, chunk)
-    del hidden
+    nll = forward(config, model, head, batch, live)
     with live.category("backward"):
         nll.backward()
     del nll
@@ -115,7 +108,17 @@ def _run_step(
         step_optimizer(optimizer, 1e-4)
 
 
-def _meta_model(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> torch.nn.Module:
+def forward(config: RunConfig, model: torch.nn.Module, head: OutputHead, batch: Batch, live: LiveBytes) -> torch.Tensor:
+    """(): the loss of a micro-batch, with its graph; in chunks as on a GPU."""
+    dropout_rows(model).rows = tuple((tokens, 0) for tokens in batch.row_tokens)
+    chunk = max(1, CHUNK_BYTES["cuda"] // (4 * head.weight.shape[0]))
+    with live.category("saved activations"):
+        hidden = hidden_states(model, batch).to(_dtype(config))
+    with live.category("loss"):
+        return nll_sum(hidden, head, batch.label_positions, batch.labels, chunk)
+
+
+def meta_model(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> torch.nn.Module:
     """Base and adapters without storage."""
     dtype = _dtype(config)
     if config.lora is None:
@@ -143,7 +146,7 @@ def _meta_model(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> torch.n
     return model.train()
 
 
-def _fill(config: RunConfig, model: torch.nn.Module, live: LiveBytes) -> tuple[OutputHead, Any]:
+def fill_resident(config: RunConfig, model: torch.nn.Module, live: LiveBytes) -> tuple[OutputHead, Any]:
     """Storages for everything that is resident: base, adapters, gradients, optimizer states."""
     with live.category("base"):
         fill_empty(model)
@@ -159,7 +162,7 @@ def _fill(config: RunConfig, model: torch.nn.Module, live: LiveBytes) -> tuple[O
     return output_head(model), optimizer
 
 
-def _batch(rows: int, row_tokens: int, live: LiveBytes) -> Batch:
+def full_rows(rows: int, row_tokens: int, live: LiveBytes) -> Batch:
     """Full rows of one document each, every token a label."""
     with live.category("batch"):
         tokens = rows * row_tokens
@@ -174,7 +177,7 @@ def _dtype(config: RunConfig) -> torch.dtype:
     return dtype
 
 
-def _create_tables(quantization: Quantization) -> None:
+def create_tables(quantization: Quantization) -> None:
     """bitsandbytes creates its tables of values at first use, which must not be under fake tensors."""
     if quantization != "none":
         quantized_and_back(torch.ones(BLOCK, BLOCK), quantization, True, torch.float32)

@@ -483,6 +483,12 @@ BLAS(cublasLtMatmulAlgoGetHeuristic, cublasLtHandle_t, cublasLtMatmulDesc_t, cub
 
 // --- the counters ---
 
+EXPORT void null_count_kernel(const char* name) {  // launched through the driver
+  LOCK;
+  state().launches++;
+  count(name);
+}
+
 EXPORT void null_reset() {
   LOCK;
   state().counts.clear();

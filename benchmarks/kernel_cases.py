@@ -1,0 +1,149 @@
+"""Operands of each operation of qlora_dist.model.kernels as one decoder layer of a Llama shape calls it.
+
+Rows are strided as in training: adapters add ADAPTER_COLUMNS columns to what a matrix is multiplied with.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .shapes import Shape
+
+ADAPTER_COLUMNS = 64
+RANK = 16
+EPS = 1e-5
+
+
+def operands(
+    name: str, shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> list[Any]:
+    """Arguments of one call, random on a real device, without memory on the meta device.
+
+    Names: the operations, `rotate_heads` and its gradient also with `+norms` (Qwen 3), `dequantize_4bit` also with
+    `+single` (without double quantization), `rms_norm_backward` also with `+residual`.
+    """
+    return _MAKERS[name.partition("+")[0]](name.partition("+")[2], shape, tokens, _Maker(device, dtype))
+
+
+# the file of an operation by its name's first word
+_FILES = {"rms": "norm", "rotate": "rotary", "swiglu": "swiglu", "dequantize": "dequantize", "write": "adapters"}
+
+
+def reference_of(operation: str) -> Callable[..., None]:
+    """The plain PyTorch function behind an operation."""
+    module = importlib.import_module(f"qlora_dist.model.kernels.{_FILES[operation.split('_')[0]]}")
+    return getattr(module, f"_{operation}")  # type: ignore[no-any-return]
+
+
+def kernel_of(operation: str) -> Callable[..., bool]:
+    """The function that launches its Triton kernel, or returns False."""
+    module = importlib.import_module(f"qlora_dist.model.kernels.{_FILES[operation.split('_')[0]]}_triton")
+    return getattr(module, operation)  # type: ignore[no-any-return]
+
+
+class _Maker:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def __call__(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        kind = dtype or self.dtype
+        if kind == torch.uint8:
+            return torch.randint(0, 256, sizes, dtype=kind, device=self.device)
+        return torch.randn(*sizes, dtype=kind, device=self.device)
+
+    def strided(self, rows: int, columns: int) -> Tensor:
+        """The first columns of a wider buffer."""
+        return self(rows, columns + ADAPTER_COLUMNS)[:, :columns]
+
+
+def _rms_norm(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    return [make(tokens, shape.hidden), make(shape.hidden), EPS, make.strided(tokens, shape.hidden)]
+
+
+def _rms_norm_backward(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    residual = make(tokens, shape.hidden) if option == "residual" else None
+    x = make(tokens, shape.hidden)
+    return [make(tokens, shape.hidden), x, make(shape.hidden), EPS, residual, make(tokens, shape.hidden)]
+
+
+def _norms(option: str, shape: Shape, make: _Maker) -> list[Any]:
+    return [make(shape.head_dim), make(shape.head_dim)] if option == "norms" else [None, None]
+
+
+def _angles(shape: Shape, tokens: int, make: _Maker) -> list[Tensor]:
+    angle = make(tokens, shape.head_dim // 2, dtype=torch.float32).repeat(1, 2)
+    return [angle.cos().to(make.dtype), angle.sin().to(make.dtype)]
+
+
+def _rotate_heads(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    dim = shape.head_dim
+    product = make(tokens, (shape.heads + 2 * shape.kv_heads) * dim)  # query, key and value in one
+    x = product[:, : (shape.heads + shape.kv_heads) * dim]
+    out = torch.empty_like(x) if option == "norms" else x  # in place where nothing of x is needed later
+    weights, angles = _norms(option, shape, make), _angles(shape, tokens, make)
+    return [x, *weights, EPS, *angles, shape.heads, dim, out]
+
+
+def _rotate_heads_backward(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    dim = shape.head_dim
+    grads = [make(tokens, number, dim) for number in (shape.heads, shape.kv_heads, shape.kv_heads)]
+    x = make(tokens, (shape.heads + shape.kv_heads) * dim) if option == "norms" else None
+    out = make.strided(tokens, (shape.heads + 2 * shape.kv_heads) * dim)
+    return [*grads, x, *_norms(option, shape, make), EPS, *_angles(shape, tokens, make), out]
+
+
+def _swiglu(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    return [make(tokens, 2 * shape.intermediate), make.strided(tokens, shape.intermediate)]
+
+
+def _swiglu_backward(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    return [make.strided(tokens, shape.intermediate), make.strided(tokens, 2 * shape.intermediate)]
+
+
+def _dequantize(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    rows, columns = shape.intermediate, shape.hidden
+    blocks = rows * columns // 64
+    code, codes = make(16, dtype=torch.float32), make(rows * columns // 2, 1, dtype=torch.uint8)
+    if option == "single":
+        constants = [make(blocks, dtype=torch.float32), None, None, None]
+    else:
+        nested = make(math.ceil(blocks / 256), dtype=torch.float32)
+        offset = make(1, dtype=torch.float32)[0]
+        constants = [make(blocks, dtype=torch.uint8), nested, make(256, dtype=torch.float32), offset]
+    return [codes, code, *constants, make.strided(rows, columns)]
+
+
+def _write_a(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    adapters = [make(RANK, shape.hidden, dtype=torch.float32) for _ in range(3)]
+    return [adapters, make(ADAPTER_COLUMNS, shape.hidden)]
+
+
+def _write_b(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    outputs = [shape.heads * shape.head_dim, *[shape.kv_heads * shape.head_dim] * 2]
+    adapters = [make(rows, RANK, dtype=torch.float32) for rows in outputs]
+    firsts = [sum(outputs[:i]) for i in range(3)]
+    return [adapters, firsts, 2.0, make(sum(outputs), shape.hidden + ADAPTER_COLUMNS)[:, shape.hidden :]]
+
+
+_MAKERS = {
+    "rms_norm": _rms_norm,
+    "rms_norm_backward": _rms_norm_backward,
+    "rotate_heads": _rotate_heads,
+    "rotate_heads_backward": _rotate_heads_backward,
+    "swiglu": _swiglu,
+    "swiglu_backward": _swiglu_backward,
+    "dequantize_4bit": _dequantize,
+    "write_a": _write_a,
+    "write_b": _write_b,
+}
+NAMES = (
+    "rms_norm", "rms_norm_backward", "rms_norm_backward+residual", "rotate_heads", "rotate_heads+norms",
+    "rotate_heads_backward", "rotate_heads_backward+norms", "swiglu", "swiglu_backward", "dequantize_4bit",
+    "dequantize_4bit+single", "write_a", "write_b",
+)  # fmt: skip

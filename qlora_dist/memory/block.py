@@ -1,0 +1,149 @@
+"""A decoder layer computed as one block, as a tape: `model.decoder_block` and `model.products` line by line.
+
+Legend: T tokens, H hidden, F inner width, K inputs, N outputs and R adapter columns of one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config.joint_products import BLOCK_FAMILIES, padded_columns, split_product
+from ..config.quantization import BLOCK
+from .layers import LayerBytes, LayerSettings, LayerTape
+from .shapes import Linear, ModelShapes
+from .tape import Value
+
+
+def is_block(shapes: ModelShapes, settings: LayerSettings) -> bool:
+    """Whether training computes these layers as a block."""
+    return (
+        settings.is_block
+        and shapes.family in BLOCK_FAMILIES
+        and shapes.is_exact
+        and not any(linear.has_bias for linear in shapes.linears[3:])
+        and (settings.quantization == "none" or all(linear.inputs % BLOCK == 0 for linear in shapes.linears))
+    )
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Bytes of one product of layers that share their input."""
+
+    joined: int  # [X | low]
+    low: int
+    result: int
+    gradient: int  # [G | G']
+    rows: int  # A in the compute type
+    matrix: int  # dequantized, with the adapters' columns
+    back_matrix: int
+    adapter_gradients: int
+
+    @property
+    def grad_input(self) -> int:
+        return self.joined - self.low
+
+
+class BlockTape(LayerTape):
+    """Records one layer."""
+
+    def _product(self, linears: Sequence[Linear]) -> _Product:
+        settings = self.settings
+        size, tokens, inputs = settings.compute_size, settings.tokens, linears[0].inputs
+        adapted = [linear for linear in linears if linear.name in settings.adapted]
+        columns = padded_columns([settings.rank] * len(adapted))
+        widths = [linear.outputs for linear in linears]
+        parts = split_product(widths, inputs)
+        rows = [sum(widths[start:stop]) for start, stop in parts]
+        last = [*rows[:-1], rows[-1] + columns]
+        return _Product(
+            joined=tokens * (inputs + columns) * size,
+            low=tokens * columns * size,
+            result=tokens * sum(widths) * size,
+            gradient=tokens * (sum(widths) + columns) * size,
+            rows=columns * inputs * size,
+            matrix=max(rows) * (inputs + columns) * size,
+            back_matrix=max(last) * inputs * size,
+            adapter_gradients=4 * columns * (inputs + sum(widths)),
+        )
+
+    def _layer(self, x: Value) -> Value:
+        tape, shapes = self.tape, self.shapes
+        queries, output, gate, down = (
+            self._product(group)
+            for group in (shapes.linears[:3], shapes.linears[3:4], shapes.linears[4:6], shapes.linears[6:])
+        )
+        heads = self._queries(x, queries)
+        widths = [self.settings.tokens * linear.outputs * self.settings.compute_size for linear in shapes.linears[:2]]
+        attended = self._scores(heads[0], heads[0], heads[-1], *widths)
+        # the residual stream goes through the first function, whose output has a gradient if any of them has
+        through = x if x.needs_grad else tape.input(self.row, needs_grad=heads[0].needs_grad)
+        opened = self._gate(attended, through, output, gate, down)
+        tape.drop(attended, *dict.fromkeys(heads))
+        self.before_last = tape.peak.copy()
+        out = tape.op([opened], self.row, shares=[opened], weights=down.matrix, back_weights=0)
+        tape.drop(opened)
+        return out
+
+    def _parameter(self, product: _Product) -> list[Value]:
+        """What gives an output a gradient where the input has none; gradients of adapters are counted as work."""
+        return [self.tape.parameter(0)] if product.low else []
+
+    def _queries(self, x: Value, product: _Product) -> list[Value]:
+        """Queries, keys and values in one tensor, or with norms of heads [queries and keys, values]."""
+        tape, has_norms = self.tape, self.shapes.qk_norm == "head"
+        saves = [x, tape.extra(product.low)]
+        values = self.settings.tokens * self.shapes.linears[2].outputs * self.settings.compute_size
+        rotated = product.result - values if has_norms else product.result
+        columns = tape.extra(rotated) if has_norms else None
+        result = tape.op(
+            [x, *self._parameter(product)],
+            rotated,
+            saves=[*saves, *([columns] if columns else [])],
+            # the product is done when the rotated copy is made
+            work=product.joined + (values if has_norms else 0),
+            weights=product.matrix,
+            back_work=product.gradient + product.adapter_gradients + (0 if x.needs_grad else product.grad_input),
+            back_weights=product.back_matrix if x.needs_grad else 0,
+        )
+        if not has_norms:
+            return [result]
+        return [result, tape.op([result], values, shares=[])]
+
+    def _gate(self, attended: Value, x: Value, output: _Product, gate: _Product, down: _Product) -> Value:
+        """`_Gate`: its result is the last product's input, whose gradient is that of the layer's output."""
+        tape = self.tape
+        both = gate.gradient
+        kept = [output.low, self.row, gate.low, both, down.low]
+        held = sum(kept) + down.joined
+        forward = (
+            (output.joined + output.low + self.row, output.matrix),
+            (output.low + self.row + gate.joined + gate.low + both, gate.matrix),
+            (held, down.rows),
+        )
+        opened = down.joined - down.low
+        of_down, of_gate, of_output = (one.adapter_gradients for one in (down, gate, output))
+        backward = (
+            (down.gradient + opened, down.back_matrix),
+            (down.gradient + opened + of_down, 0),
+            (of_down + of_gate + 2 * self.row, gate.back_matrix),
+            (of_down + of_gate + of_output + self.row + output.gradient + attended.size, output.back_matrix),
+        )
+        work, weights = max(forward, key=sum)
+        back_work, back_weights = max(backward, key=sum)
+        extras = [tape.extra(size) for size in kept]
+        return tape.op(
+            [attended, x, *self._parameter(output), *self._parameter(gate), *self._parameter(down)],
+            down.joined,
+            saves=[attended, *extras],
+            work=work - held,
+            weights=weights,
+            back_work=back_work - self.row - attended.size,
+            back_weights=back_weights,
+        )
+
+
+def layer_bytes(shapes: ModelShapes, settings: LayerSettings, has_grad_input: bool = True) -> LayerBytes:
+    """Bytes of one decoder layer, as training computes it."""
+    kind = BlockTape if is_block(shapes, settings) else LayerTape
+    return kind(shapes, settings, has_grad_input).measure()

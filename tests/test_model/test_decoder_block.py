@@ -1,0 +1,216 @@
+"""The decoder layer as three functions computes what transformers' layer with PEFT's adapters computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import random_batch, save_model, tiny_model
+from torch import Tensor
+
+from qlora_dist.config import joint_products
+from qlora_dist.model import decoder_block, hidden_states, load_base, set_recompute
+from qlora_dist.model.decoder_block import use_decoder_blocks, uses_blocks
+from qlora_dist.model.forward import decoder_layers
+from qlora_dist.model.lora import attach_lora, trainable_parameters
+from qlora_dist.model.products import SharedInput
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral with windows": ("mistral", {}),
+    "qwen2 with biases": ("qwen2", {}),
+    "qwen3 with norms of heads": ("qwen3", {}),
+    "granite with factors": ("granite", {}),
+    "smollm3 with a layer without positions": ("smollm3", {
+        "num_key_value_heads": 2, "no_rope_layers": [1, 0], "use_sliding_window": False, "num_hidden_layers": 2,
+    }),
+}  # fmt: skip
+
+
+def adapted(family: str, targets: tuple[str, ...], dtype: torch.dtype, **changes: Any) -> torch.nn.Module:
+    """A base with adapters that are not zero, with PEFT's own forward pass."""
+    model = attach_lora(tiny_model(family, **changes), rank=4, alpha=8, target_modules=targets, kernels="off")
+    fill_b(model)
+    return model.to(dtype).train()
+
+
+def fill_b(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in trainable_parameters(model).items():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def outcome(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Hidden states, gradients of the adapters, and the gradient of the first layer's input."""
+    batch = random_batch((9, 5, 6))
+    inputs: list[Tensor] = []
+
+    def keep(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        inputs.append(out.detach().requires_grad_())
+        return inputs[0]
+
+    handle = model.get_base_model().get_input_embeddings().register_forward_hook(keep)
+    out = hidden_states(model, batch)
+    handle.remove()
+    model.zero_grad()
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    (out * weights).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in trainable_parameters(model).items()}
+    assert all(grad is not None for grad in gradients.values()) and inputs[0].grad is not None
+    return out.detach(), gradients, inputs[0].grad
+
+
+def assert_equal_outcomes(found: Any, expected: Any, tolerance: float) -> None:
+    for left, right in (
+        (found[0], expected[0]), (found[2], expected[2]), *((found[1][name], expected[1][name]) for name in expected[1])
+    ):  # fmt: skip
+        assert right.abs().max() > 1e-3, "nothing is compared"
+        torch.testing.assert_close(left, right, rtol=0, atol=tolerance * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("targets", [ALL, ("q_proj", "v_proj"), ("k_proj", "up_proj", "down_proj"), ("o_proj",)])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_equal_autograd_of_the_plain_layers_in_fp64(form, targets, recompute):
+    family, changes = FORMS[form]
+    model = adapted(family, targets, torch.float64, **changes)
+    expected = outcome(model)
+    assert use_decoder_blocks(model) == len(decoder_layers(model)) == 2
+    set_recompute(model, recompute)
+    # RMSNorm of transformers computes in fp32 whatever its input: relative errors of 2^-24, over a few layers
+    assert_equal_outcomes(outcome(model), expected, 1e-5)
+
+
+def test_a_recomputed_block_keeps_its_input_alone():
+    """The test above would pass without recomputation: here the saved tensors are counted."""
+    model = adapted("llama", ALL, torch.float32)
+    use_decoder_blocks(model)
+    saved: dict[str, int] = {}
+    for level in ("none", "full"):
+        set_recompute(model, level)
+        saved[level] = 0
+
+        def count(tensor: Tensor, level: str = level) -> Tensor:
+            saved[level] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            hidden_states(model, random_batch((9, 5)))
+    rows, inner = 14 * 64 * 4, 14 * 128 * 4
+    assert saved["full"] < 2 * 2 * rows + 4 * rows  # the layers' inputs, the last norm's, and small tables
+    assert saved["none"] > 2 * (4 * rows + 2 * inner)
+
+
+@pytest.mark.parametrize("targets", [ALL, ("q_proj", "up_proj")])
+def test_products_of_one_matrix_at_a_time_give_the_same(targets, monkeypatch):
+    model = adapted("llama", targets, torch.float64)
+    use_decoder_blocks(model)
+    expected = outcome(model)
+    monkeypatch.setattr(joint_products, "LARGEST_MATRIX", 1)
+    assert joint_products.split_product([3, 2, 2], 5) == [(0, 1), (1, 2), (2, 3)]
+    assert_equal_outcomes(outcome(model), expected, 1e-12)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "none"])
+def test_a_quantized_base_gives_what_its_layers_give(quantization, tmp_path):
+    save_model(tmp_path, tiny_model(attention=None), tokenizer=False)
+    found = []
+    for kernels in ("auto", "reference"):
+        base = load_base(str(tmp_path), quantization=quantization, double_quant=quantization == "nf4",
+                         compute_dtype=torch.float32, attention="auto", device=torch.device("cpu"))  # fmt: skip
+        model = attach_lora(base, rank=4, alpha=8, kernels=kernels).train()
+        assert uses_blocks(model) == (kernels == "auto")
+        fill_b(model)
+        found.append(outcome(model))
+    assert_equal_outcomes(*found, 1e-5)  # fp32 sums of up to 128 products in another order
+
+
+def test_in_bfloat16_no_result_is_further_from_fp64_than_the_plain_layers():
+    exact = outcome(adapted("llama", ALL, torch.float64))
+    errors = []
+    for is_block in (True, False):
+        model = adapted("llama", ALL, torch.float64).to(torch.bfloat16)
+        for parameter in trainable_parameters(model).values():
+            parameter.data = parameter.data.float()
+        if is_block:
+            use_decoder_blocks(model)
+        errors.append(relative_errors(outcome(model), exact))
+    ours, theirs = errors
+    # single values differ by chance; over all values of a tensor rounding less often must show
+    assert sum(ours.values()) < sum(theirs.values())
+    assert all(ours[name] < 1.15 * theirs[name] for name in theirs), (ours, theirs)
+
+
+def relative_errors(found: Any, exact: Any) -> dict[str, float]:
+    pairs = {"hidden": (found[0], exact[0]), "input": (found[2], exact[2])}
+    pairs |= {name: (found[1][name], exact[1][name]) for name in exact[1]}
+    return {name: float((left.double() - right).norm() / right.norm()) for name, (left, right) in pairs.items()}
+
+
+def test_an_update_far_below_the_rounding_of_the_result_keeps_its_size():
+    """LoRA starts at B = 0: added to a bf16 result, the first updates are lost (here 2^-13 of the result)."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(256, 512, bias=False).to(torch.bfloat16).requires_grad_(False)
+    a, b = torch.randn(8, 256), torch.randn(512, 8)
+    b *= 2**-13 * float(base.weight.float().norm() / (b @ a).norm())
+    layer = torch.nn.Module()
+    layer.base_layer, layer.active_adapters, layer.scaling = base, ["default"], {"default": 1.0}
+    layer.lora_A = {"default": torch.nn.Linear(256, 8, bias=False)}
+    layer.lora_B = {"default": torch.nn.Linear(8, 512, bias=False)}
+    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = a, b
+    x = torch.randn(4096, 256).to(torch.bfloat16)
+    group = SharedInput([layer])
+    joined, first = group.input_buffer(x)
+    first.copy_(x)
+    group.lower(joined)
+    plain = torch.nn.functional.linear(x, base.weight)
+    update = x.double() @ (b @ a).t().double()
+
+    def gain(result: Tensor) -> float:
+        """How much of the update is in the difference to the base's result: 1 is all of it."""
+        return float(((result - plain).double() * update).sum() / update.square().sum())
+
+    added = torch.addmm(plain, x @ a.to(x.dtype).t(), b.to(x.dtype).t())
+    assert gain(added) < 0.5 and abs(gain(group.product(joined)) - 1) < 0.1
+
+
+def test_what_is_not_a_packed_batch_with_one_adapter_takes_the_layers_own_forward_pass(monkeypatch):
+    model = adapted("llama", ALL, torch.float32)
+    batch = random_batch((9, 5))
+    with torch.no_grad(), model.disable_adapter():
+        expected = hidden_states(model, batch)
+    use_decoder_blocks(model)
+    calls = count_calls(monkeypatch)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(hidden_states(model, batch), expected)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden_states(model, batch)
+    assert not calls
+    with torch.no_grad():
+        hidden_states(model, batch)
+    assert len(calls) == 2
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    calls: list[None] = []
+    real = decoder_block.read_block
+    monkeypatch.setattr(decoder_block, "read_block", lambda layer: (calls.append(None), real(layer))[1])
+    return calls
+
+
+@pytest.mark.parametrize(
+    "model",
+    [lambda: tiny_model("gemma"), lambda: tiny_model("olmo2"), lambda: tiny_model("llama", hidden_act="gelu"),
+     lambda: tiny_model("llama", mlp_bias=True), lambda: tiny_model("llama", attention_bias=True)],
+    ids=["gemma", "olmo2", "gelu", "bias of the MLP", "bias of the output"],
+)  # fmt: skip
+def test_layers_of_another_form_keep_their_forward_pass(model):
+    assert use_decoder_blocks(model()) == 0
+
+
+def test_dropout_keeps_the_layers_forward_pass():
+    assert not uses_blocks(attach_lora(tiny_model(), rank=4, alpha=8, dropout=0.1))
+    assert uses_blocks(attach_lora(tiny_model(), rank=4, alpha=8))
