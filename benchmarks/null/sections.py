@@ -52,8 +52,8 @@ def large_model(raw: Any) -> Section | None:
     held = content["reserved_with_context_bytes"] + content["paged_optimizer_bytes"]
     config = content["config"]
     text = (
-        f"{MARK} LLaMA-65B, r = {config['lora']['rank']}, rows of {config['data']['row_tokens']} tokens, weights from "
-        f"{content['weights']}, {len(content['losses'])} steps and a checkpoint, with the card's size as a limit: "
+        f"{MARK} LLaMA-65B, r = {config['lora']['rank']}, rows of {config['data']['row_tokens']} tokens, weights: "
+        f"{content['weights']}; {len(content['losses'])} steps and a checkpoint, with the card's size as a limit: "
         f"{held / GIB:.2f} of {content['cap_bytes'] / GIB:.2f} GiB are taken with every optimizer state on the card, "
         f"error of the plan {content['plan_error']:+.2%}."
     )
