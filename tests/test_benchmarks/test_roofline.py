@@ -104,7 +104,8 @@ def test_a_step_of_the_full_depth_is_its_layers_and_what_is_outside_of_them(cell
     outputs, inputs, columns = groups()[0]
     first = 2 * (outputs + columns) * inputs
     expected = SHAPE.layers * cell["flops_per_token"] + head - first
-    assert step["flops"] == TOKENS * expected
+    # some versions of transformers compute the rotary angles as an outer product
+    assert step["flops"] - TOKENS * expected in (0, TOKENS * SHAPE.head_dim)
     assert step["layers"] == SHAPE.layers and step["tokens_per_second"] == pytest.approx(1e3 * TOKENS / step["ms"])
     assert sum(layer[kind]["seconds"] for kind in KINDS) == pytest.approx(cell["ms_per_layer"] / 1e3)
     assert sum(layer[kind]["kernels"] for kind in KINDS) == cell["kernels_per_layer"] > 50
