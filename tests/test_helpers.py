@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 
 import torch
 from helpers.ranks import ROOT, process_context, python_path
@@ -20,3 +22,14 @@ def test_processes_are_not_forked_where_there_is_a_cuda_device(monkeypatch):
     assert process_context().get_start_method() == "spawn"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert process_context().get_start_method() == "forkserver"
+
+
+def test_the_list_of_mutants_fits_the_package():
+    """Each change has its place in the code just once, and the tests that should notice it are there."""
+    path = ROOT / "tests" / "mutation" / "run.py"
+    spec = importlib.util.spec_from_file_location("mutation_run", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    assert len(module.read_mutants()) >= 150

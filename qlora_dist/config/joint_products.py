@@ -7,7 +7,7 @@ from collections.abc import Sequence
 COLUMNS = 16  # adapters' columns are rounded up to this: rows stay aligned to 32 bytes
 LARGEST_MATRIX = 2**27  # weights dequantized at a time, unless one layer has more: bounds the memory of a product
 
-# model_type of transformers' layers that are computed as one block (`model.decoder_block`)
+# model_type of the families whose layers can be computed as one block (`model.decoder_block`)
 BLOCK_FAMILIES = ("granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 

@@ -21,6 +21,7 @@ def is_block(shapes: ModelShapes, settings: LayerSettings) -> bool:
         settings.is_block
         and shapes.family in BLOCK_FAMILIES
         and shapes.is_exact
+        and shapes.is_silu
         and not any(linear.has_bias for linear in shapes.linears[3:])
         and (settings.quantization == "none" or all(linear.inputs % BLOCK == 0 for linear in shapes.linears))
     )

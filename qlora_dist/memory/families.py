@@ -61,6 +61,7 @@ def _llama_like(
         embedding_weights=vocabulary * hidden,
         head_weights=0 if is_tied else vocabulary * hidden,
         final_weights=hidden,
+        is_silu=config.get("hidden_act", "silu") == "silu",
         rotary_dim=head_dim,
         has_softcap=config.get("attn_logit_softcapping") is not None,
         caps_logits=config.get("final_logit_softcapping") is not None,

@@ -46,6 +46,7 @@ class ModelShapes:
     shares_norm: bool = False  # ... through one norm
     is_gated: bool = True
     activation: Literal["one", "composed"] = "one"  # one kernel, or gelu_new as elementwise kernels
+    is_silu: bool = True  # the gate's activation
     rotary_dim: int = 0  # of each head; 0: positions are learned
     splits_rotary: bool = False  # a copy concatenates the rotated part of a head and the rest
     has_softcap: bool = False  # capped attention scores

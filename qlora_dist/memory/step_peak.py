@@ -47,7 +47,8 @@ def largest_moment(config: RunConfig, shapes: ModelShapes, rows: int, recompute:
     }
     is_offloaded = config.memory.offload_activations
     at_loss = held_at_loss(keeps) if is_offloaded else sum(kept.size for kept in keeps)
-    moments = [_loss_moment(head_bytes(shapes, settings), at_loss, steady)]
+    head = head_bytes(shapes, settings)
+    moments = [_loss_moment(head, at_loss, steady), _norm_moment(head, at_loss, steady)]
     for index, layer in enumerate(layers):
         if index in (len(layers) - 1, recompute - 1):
             before = keeps[:index]
@@ -104,6 +105,18 @@ def _loss_moment(head: HeadBytes, saved: int, steady: dict[str, Item]) -> Moment
             "saved activations": Item(saved, "of all layers"),
             "last hidden states": Item(head.peak - head.logits, "the last norm, hidden states and their gradient"),
             "loss chunk": Item(head.logits, "fp32 logits of one chunk, and tensors computed from them"),
+            **steady,
+        },
+        saved,
+    )
+
+
+def _norm_moment(head: HeadBytes, saved: int, steady: dict[str, Item]) -> Moment:
+    return Moment(
+        "the last norm's backward pass",
+        {
+            "saved activations": Item(saved, "of all layers"),
+            "last norm": Item(head.norm_backward, "what it saved, and gradients"),
             **steady,
         },
         saved,
@@ -214,8 +227,8 @@ def prefetched(earlier: Sequence[int]) -> int:
 class HeadBytes:
     """Memory between the last layer and the loss."""
 
-    saved: int  # the last norm's tensors and the gradient of the hidden states, from the loss on
-    peak: int  # during the loss, including `saved`
+    norm_backward: int  # during the last norm's backward pass
+    peak: int  # during the loss, with what the last norm saved
     logits: int  # part of `peak`: one chunk of fp32 logits and tensors computed from it
 
 
@@ -225,13 +238,17 @@ def head_bytes(shapes: ModelShapes, settings: LayerSettings, chunk_bytes: int = 
     row = tokens * shapes.hidden * settings.compute_size
     if is_block(shapes, settings):
         normed = row  # `decoder_block._Norm` saves its input
+        norm_backward = 3 * row  # and has two gradients
     else:
         writer = LayerTape(shapes, LayerSettings(tokens, settings.compute_size))
         hidden = writer._norm(writer.start)
-        normed = writer.tape.saved.total - hidden.size + (row if writer.start.refs > 1 else 0)
+        writer.tape.drop(hidden)
+        own_input = row if writer.start.refs > 1 else 0
+        normed = writer.tape.saved.total + own_input
+        norm_backward = writer.tape.backward(hidden).total + own_input
     chunk = min(tokens, max(1, chunk_bytes // (4 * shapes.vocabulary)))
     logits = 4 * chunk * shapes.vocabulary
     # logsumexp copies the logits once; capped logits also save the derivative of the cap
     extra = logits * (3 if shapes.caps_logits else 2)
     # hidden states, the labeled ones, and their gradient
-    return HeadBytes(normed + row, normed + 3 * row + extra, extra)
+    return HeadBytes(norm_backward, normed + 3 * row + extra, extra)

@@ -15,6 +15,7 @@ Legend: T tokens, H hidden, F inner width, Hq and Hk query and key heads, D head
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MethodType
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.joint_products import BLOCK_FAMILIES
 from ..config.quantization import BLOCK
 from .attention import packed_attention
 from .bitsandbytes_import import bitsandbytes
@@ -30,15 +32,7 @@ from .forward import decoder_layers, unwrap
 from .kernels import rms_norm, rms_norm_backward, rotate_heads, rotate_heads_backward, swiglu, swiglu_backward
 from .products import SharedInput
 
-# transformers' layers of this form: x + m * attention(norm(x)), then x + m * down(silu(gate) * up)(norm(x))
-FAMILY = (
-    "GraniteDecoderLayer",
-    "LlamaDecoderLayer",
-    "MistralDecoderLayer",
-    "Qwen2DecoderLayer",
-    "Qwen3DecoderLayer",
-    "SmolLM3DecoderLayer",
-)
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,6 +67,9 @@ def use_decoder_blocks(model: nn.Module) -> int:
     if found and len(found) == len(layers):
         norm: Any = unwrap(model).base_model.norm
         norm.forward = MethodType(_norm_forward, norm)
+    log.info(
+        "decoder layers: %d of %d are computed as blocks, others one linear layer at a time", len(found), len(layers)
+    )
     return len(found)
 
 
@@ -84,13 +81,13 @@ def _block_class(kind: Any) -> Any:
 
 
 def fits(layer: Any) -> bool:
-    """Whether a layer has the form that `Block` computes."""
-    # FSDP makes a subclass of each layer's class
-    if hasattr(layer, "plain_class") or not any(kind.__name__ in FAMILY for kind in type(layer).__mro__):
+    """Whether a layer has the form x + m * attention(norm(x)), then x + m * down(silu(gate) * up)(norm(x))."""
+    config: Any = getattr(getattr(layer, "self_attn", None), "config", None)
+    if hasattr(layer, "plain_class") or getattr(config, "model_type", None) not in BLOCK_FAMILIES:
         return False
     linears = _linears(layer)
     return (
-        layer.mlp.config.hidden_act == "silu"
+        config.hidden_act == "silu"
         and all(_is_supported(one) for one in linears)
         and all(getattr(one, "base_layer", one).bias is None for one in linears[3:])
     )
@@ -173,14 +170,16 @@ def _forward(
 
 
 def _is_active(layer: Any, hidden_states: Tensor) -> bool:
-    """Whether the layer's adapters are on, and nothing casts types on the way."""
+    """Whether the layer's adapters are on and of one scale, and nothing casts types on the way."""
     if torch.is_autocast_enabled(hidden_states.device.type) or hidden_states.shape[0] != 1:
         return False
-    return all(
-        not one.disable_adapters and not one.merged and len(one.active_adapters) == 1
-        for one in _linears(layer)
-        if hasattr(one, "base_layer")
-    )
+    scales = set()
+    for one in _linears(layer):
+        if hasattr(one, "base_layer"):
+            if one.disable_adapters or one.merged or len(one.active_adapters) != 1:
+                return False
+            scales |= {one.scaling[name] for name in one.active_adapters if name in one.lora_A}
+    return len(scales) <= 1
 
 
 class _Queries(torch.autograd.Function):
@@ -339,8 +338,3 @@ def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
     if hidden_states.shape[0] != 1 or torch.is_autocast_enabled(hidden_states.device.type):
         return type(norm).forward(norm, hidden_states)
     return _Norm.apply(hidden_states.squeeze(0), norm.weight, norm.variance_epsilon)[None]
-
-
-def uses_blocks(model: nn.Module) -> bool:
-    """Whether any decoder layer computes as a block. The model must be loaded for packed batches."""
-    return any(hasattr(layer, "plain_class") for layer in decoder_layers(model))

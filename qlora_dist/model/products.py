@@ -30,7 +30,10 @@ from .kernels.registry import wide
 
 
 class SharedInput:
-    """Layers with the same input, in the order of their outputs. `layers` are PEFT's LoRA layers or plain ones."""
+    """Layers with the same input, in the order of their outputs.
+
+    `layers` are PEFT's LoRA layers with one active adapter, of the same scale in all of them, or plain ones.
+    """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = tuple(layers)
@@ -43,8 +46,8 @@ class SharedInput:
         self.adapter_rows: list[int] = []  # the first row of its layer's outputs
         self.scale = 1.0
         for layer, first in zip(self.layers, self.first_rows, strict=True):
-            if hasattr(layer, "base_layer"):
-                (name,) = layer.active_adapters
+            (name,) = getattr(layer, "active_adapters", (None,))
+            if name in getattr(layer, "lora_A", ()):  # an adapter need not have every layer that another has
                 self.adapters.append((layer.lora_A[name].weight, layer.lora_B[name].weight))
                 self.adapter_rows.append(first)
                 self.scale = layer.scaling[name]

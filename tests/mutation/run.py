@@ -68,11 +68,18 @@ def read_mutants() -> list[Mutant]:
         text = (ROOT / "qlora_dist" / mutant.file).read_text(encoding="utf-8")
         if (count := text.count(mutant.old)) != 1:
             raise ValueError(f"mutant {mutant.id}: {mutant.old!r} stands {count} times in {mutant.file}; expected once")
-        if missing := [name for name in mutant.tests if not (ROOT / "tests" / name.partition("::")[0]).exists()]:
-            raise ValueError(f"mutant {mutant.id}: no such test file: {missing}")
+        if missing := [name for name in mutant.tests if not _stands(name)]:
+            raise ValueError(f"mutant {mutant.id}: no such test: {missing}")
     if len({mutant.id for mutant in mutants}) != len(mutants):
         raise ValueError("two mutants have the same id")
     return mutants
+
+
+def _stands(test: str) -> bool:
+    """Whether a test file, or FILE::TEST, is there."""
+    name, _, function = test.partition("::")
+    path = ROOT / "tests" / name
+    return path.exists() and f"def {function.partition('[')[0]}" in path.read_text(encoding="utf-8")
 
 
 def make_copy(number: int) -> Path:

@@ -237,6 +237,20 @@ def test_plan_and_simulation_agree_to_a_tenth_of_a_percent_for_blocks(family, ch
     assert abs(trace.error) < 0.001 and "backward" in trace.peak_at, trace
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes", "changes"),
+    [
+        ("llama", {"hidden_act": "gelu"}, {}),  # planned as it is computed: not as a block
+        ("llama", {}, {"model__kernels": "reference"}),
+        ("llama", {}, {"lora__dropout": 0.1}),
+        ("cohere", {}, {}),
+    ],
+)
+def test_the_last_norms_gradient_in_fp32_can_be_the_peak(family, sizes, changes):
+    trace = _compare(_medium(family, vocab_size=128, **sizes), _config(512, **changes), 0)
+    assert "mul" in trace.peak_at and abs(trace.error) < 0.001, trace
+
+
 def test_large_matrices_are_planned_one_at_a_time(monkeypatch):
     """Gate and up together exceed the limit of one product."""
     monkeypatch.setattr("qlora_dist.config.joint_products.LARGEST_MATRIX", 256 * 704)

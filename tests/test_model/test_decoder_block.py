@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import random_batch, save_model, tiny_model
+from peft import LoraConfig
 from torch import Tensor
 
 from qlora_dist.config import joint_products
 from qlora_dist.model import decoder_block, hidden_states, load_base, set_recompute
-from qlora_dist.model.decoder_block import use_decoder_blocks, uses_blocks
+from qlora_dist.model.decoder_block import use_decoder_blocks
 from qlora_dist.model.forward import decoder_layers
-from qlora_dist.model.lora import attach_lora, trainable_parameters
+from qlora_dist.model.lora import attach_lora, lora_layers, trainable_parameters
 from qlora_dist.model.products import SharedInput
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -61,6 +62,10 @@ def outcome(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     gradients = {name: parameter.grad for name, parameter in trainable_parameters(model).items()}
     assert all(grad is not None for grad in gradients.values()) and inputs[0].grad is not None
     return out.detach(), gradients, inputs[0].grad
+
+
+def uses_blocks(model: torch.nn.Module) -> bool:
+    return any(hasattr(layer, "plain_class") for layer in decoder_layers(model))
 
 
 def assert_equal_outcomes(found: Any, expected: Any, tolerance: float) -> None:
@@ -214,3 +219,35 @@ def test_layers_of_another_form_keep_their_forward_pass(model):
 def test_dropout_keeps_the_layers_forward_pass():
     assert not uses_blocks(attach_lora(tiny_model(), rank=4, alpha=8, dropout=0.1))
     assert uses_blocks(attach_lora(tiny_model(), rank=4, alpha=8))
+
+
+def test_an_adapter_that_lacks_layers_of_another_and_scales_that_differ_are_as_in_the_plain_layers():
+    """Two adapters of one base, each on layers of its own; then one with a scale of its own in one layer."""
+    model = adapted("llama", ("q_proj", "down_proj"), torch.float64)
+    model.add_adapter("other", LoraConfig(r=4, lora_alpha=8, target_modules=["k_proj", "gate_proj", "up_proj"]))
+    model.double()
+    batch = random_batch((9, 5))
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        for key, parameter in trainable_parameters(model).items():
+            if f"lora_B.{name}" in key:
+                parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    expected = {}
+    for is_block in (False, True):
+        if is_block:
+            assert use_decoder_blocks(model) == 2
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            with torch.no_grad():
+                found = hidden_states(model, batch)
+            torch.testing.assert_close(found, expected.setdefault(name, found), rtol=0, atol=1e-5)
+    assert (expected["default"] - expected["other"]).abs().max() > 1e-3
+
+    layer = lora_layers(model)["model.layers.0.mlp.up_proj"]
+    layer.scaling["other"] *= 3
+    with torch.no_grad():
+        found = hidden_states(model, batch)
+        for one in decoder_layers(model):
+            one.__class__ = one.plain_class
+        torch.testing.assert_close(found, hidden_states(model, batch), rtol=0, atol=1e-5)
+        assert (found - expected["other"]).abs().max() > 1e-3

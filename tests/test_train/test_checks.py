@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.ranks import on_ranks, outcome
 from helpers.tiny_models import FAMILIES, save_model, tiny_model
-from helpers.tiny_run import changed, config_of, make_inputs, write_config
+from helpers.tiny_run import config_of, write_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_dist
@@ -22,26 +22,6 @@ from qlora_dist.train.trained_weights import restore_trained, save_trained, veri
 
 CPU = torch.device("cpu")
 PACKAGE = Path(qlora_dist.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture
-def raw(inputs, tmp_path):
-    return changed(inputs, run_dir=str(tmp_path / "run"), train__steps=2)
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fails a test that reads weights."""
-
-    def refuse(*_, **__):
-        raise AssertionError("the model was read")
-
-    monkeypatch.setattr("qlora_dist.train.setup_model.load_base", refuse)
 
 
 def base_of(folder: Path, quantization: str = "nf4", double_quant: bool = True):

@@ -7,30 +7,10 @@ from pathlib import Path
 
 import pytest
 from helpers.ranks import on_ranks, outcome
-from helpers.tiny_run import changed, config_of, losses_of, make_inputs, write_config
+from helpers.tiny_run import changed, config_of, losses_of, write_config
 
 from qlora_dist import commands as cli
 from qlora_dist.train import train
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture
-def raw(inputs, tmp_path):
-    return changed(inputs, run_dir=str(tmp_path / "run"), train__steps=2)
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fails a test that reads weights."""
-
-    def refuse(*_, **__):
-        raise AssertionError("the model was read")
-
-    monkeypatch.setattr("qlora_dist.train.setup_model.load_base", refuse)
 
 
 @pytest.mark.usefixtures("no_model")
