@@ -213,7 +213,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     ids=["gemma", "olmo2", "gelu", "bias of the MLP", "bias of the output"],
 )  # fmt: skip
 def test_layers_of_another_form_keep_their_forward_pass(model):
-    assert use_decoder_blocks(model()) == 0
+    assert use_decoder_blocks(model().requires_grad_(False)) == 0
+    assert use_decoder_blocks(tiny_model("llama").requires_grad_(False)) == 2
+    assert use_decoder_blocks(tiny_model("llama")) == 0, "its base is trained"
 
 
 def test_dropout_keeps_the_layers_forward_pass():
