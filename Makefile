@@ -19,9 +19,10 @@ TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# Two workers, each with whole files, in the order of tests/conftest.py: the longest first
+# Whole files for each worker, in the order of tests/conftest.py: the longest first. Two workers a core: many tests wait
+WORKERS ?= 4
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The oldest supported versions, in a separate environment: the CUDA build of torch, several GB.
 OLDEST := build/oldest

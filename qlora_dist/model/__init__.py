@@ -4,6 +4,7 @@
     load_base      safetensors -> 4-bit, 8-bit or plain base on one device, every parameter frozen
     quantize_model safetensors -> 4-bit safetensors, without ever holding the model in memory
     check_head     on the loaded model: our head on packed documents reproduces the model's own logits
+    check_blocks   on the loaded model: a decoder layer as a block gives what transformers' own layer gives
     hidden_states  Batch -> (T, H), the input of the loss
 
 Only this folder imports transformers and bitsandbytes.nn. Import order within it: attention, loss, rope <- pretrained
@@ -14,6 +15,7 @@ The base never changes after loading; `base_checksum` proves it.
 
 from . import bitsandbytes_import  # noqa: F401  (must come first: see the module)
 from .base_weights import base_checksum, base_weights, held_bytes, non_finite_tensor, num_weights, own_part
+from .check_blocks import check_blocks
 from .check_config import ModelFacts, check_config
 from .forward import (
     check_head,
@@ -45,6 +47,7 @@ __all__ = [
     "base_checksum",
     "base_weights",
     "cached_4bit",
+    "check_blocks",
     "check_config",
     "check_gathered_layer",
     "check_head",

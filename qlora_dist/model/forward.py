@@ -112,11 +112,10 @@ def check_head(model: nn.Module) -> None:
     """
     base = unwrap(model)
     _require_packed(base)
-    # where it computes: norms are there even when sharded matrices are kept in host memory
-    device = next(one.device for one in base.parameters() if not isinstance(one, DTensor))
+    device = computing_device(base)
     vocabulary = base.config.get_text_config().vocab_size
     tokens = torch.tensor([(7 + 13 * i) % vocabulary for i in range(12)], device=device)
-    both, second = _documents(tokens, (8, 4)), _documents(tokens[8:], (4,))
+    both, second = packed_documents(tokens, (8, 4)), packed_documents(tokens[8:], (4,))
     # the first document counts as long: where frequencies depend on length, it must not decide for the second
     with evaluation_mode(model), scaled_beyond(base, 6):
         hidden, hidden_alone = hidden_states(model, both), hidden_states(model, second)
@@ -125,16 +124,16 @@ def check_head(model: nn.Module) -> None:
     with evaluation_mode(model), scaled_beyond(base, 6), _as_stored(base):
         hidden_as_stored = hidden_states(model, second)
     family = type(base).__name__
-    if _differ(ours, own):
+    if differ(ours, own):
         raise UserError(
             f"{family} computes its logits in an unsupported way (they differ from its head's by up to "
             f"{(ours - own).abs().max():.3g}); training it would minimize the wrong loss"
         )
-    if _differ(hidden[8:].float(), hidden_alone.float()):
+    if differ(hidden[8:].float(), hidden_alone.float()):
         raise UserError(
             f"{family} lets a packed document see the one before it; this family cannot be trained on packed rows"
         )
-    if _differ(hidden_alone.float(), hidden_as_stored.float()) or is_random(model, second):
+    if differ(hidden_alone.float(), hidden_as_stored.float()) or is_random(model, second):
         raise UserError(
             f"{family} is random in training (dropout, jitter or sampling), and it cannot be switched off without "
             "another result; the frozen base must always compute the same; use another base model"
@@ -174,17 +173,22 @@ def _random_state(device: torch.device) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _documents(tokens: Tensor, lengths: tuple[int, ...]) -> Batch:
-    """Documents without labels, for `check_head`."""
+def computing_device(base: PreTrainedModel) -> torch.device:
+    """Where it computes: norms are there even when sharded matrices are kept in host memory."""
+    return next(one.device for one in base.parameters() if not isinstance(one, DTensor))
+
+
+def packed_documents(tokens: Tensor, lengths: tuple[int, ...]) -> Batch:
+    """Documents without labels, for checks before the first step."""
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(tokens.device)
     boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(tokens.device)
     no_labels = torch.empty(0, dtype=torch.int64, device=tokens.device)
     return Batch(tokens[None], positions, boundaries, max(lengths), no_labels, no_labels, (), lengths, lengths)
 
 
-def _differ(left: Tensor, right: Tensor) -> bool:
-    """Beyond what 16-bit rounding explains: 3 % of the largest value."""
-    return bool((left - right).abs().max() > 0.03 * right.abs().max().clamp_min(1e-3))
+def differ(left: Tensor, right: Tensor, tolerance: float = 0.03) -> bool:
+    """Beyond what 16-bit rounding explains: a part of the largest value. A value that is not a number differs."""
+    return not bool((left - right).abs().max() <= tolerance * right.abs().max().clamp_min(1e-3))
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:

@@ -14,6 +14,7 @@ from ..files import GIB
 from ..model import (
     base_checksum,
     cached_4bit,
+    check_blocks,
     check_gathered_layer,
     check_head,
     held_bytes,
@@ -54,6 +55,8 @@ def build_model(config: RunConfig, world: World) -> TrainingModel:
 
     with forward_context():  # as in a step: full fine-tuning has fp32 weights and computes in 16 bits
         update.forward(lambda: check_head(module))
+        if config.strategy.name != "zero3":  # whose gathers follow the steps of its engine
+            check_blocks(module)
     check_gathered_layer(module)
     world.require_equal(update.digest(), "the initial trainable weights")
     return TrainingModel(

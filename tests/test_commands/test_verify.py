@@ -67,8 +67,9 @@ def test_a_sound_trainer_has_every_claim_of_one_process_proved(raw, tmp_path, ch
     proofs = model_proofs(raw, tmp_path, **changes)
     assert list(proofs) == list(one_process.CLAIMS)
     assert {proof.verdict for proof in proofs.values()} == {"holds"}, proofs
-    # what is compared is computed in two ways, not with itself
-    assert proofs[one_process.STOCK].difference > 0 and proofs[one_process.REFERENCE].difference > 0
+    # What is compared is computed in two ways, not with itself. One of them may give the same bits by chance: for DoRA,
+    # the adapter's layers are stock PEFT's, and which sums of fp32 are equal depends on the processor
+    assert max(proofs[one_process.STOCK].difference, proofs[one_process.REFERENCE].difference) > 0
     assert not Path(raw["run_dir"]).exists(), "the user's run directory is not touched"
 
 
@@ -142,6 +143,8 @@ def _wrong_scale(monkeypatch):
         self.scale *= 2
 
     monkeypatch.setattr(SharedInput, "__init__", scaled)
+    # it would be found before the first step
+    monkeypatch.setattr("qlora_dist.train.setup_model.check_blocks", lambda model: None)
 
 
 def _lossy_save(monkeypatch):

@@ -70,8 +70,8 @@ def step(module):
 
 
 def reports_equal(module):
-    differ = module._differ
-    module._differ = lambda left, right: (differ(left, right), False)[1]
+    differ = module.differ
+    module.differ = lambda *values: (differ(*values), False)[1]
 
 
 def accepts_zeros(module):
