@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import select
@@ -62,6 +63,7 @@ def run_cases(cases: list[str], work: Path, messages: IO[str]) -> None:
         torch.set_num_threads(1)  # tiny tensors: a thread pool costs more than it saves
     bench = Bench(device, work)
     known = all_cases()
+    gc.freeze()  # a run collects garbage twice, and would visit every module each time
 
     def send(message: dict[str, Any]) -> None:
         messages.write(json.dumps(message) + "\n")
@@ -112,8 +114,6 @@ def _described(check: Any) -> str:
 def _free_memory() -> None:
     """Frees the memory of a failed run. Accelerate's state and a process group stay, as after a successful run:
     Accelerate would mistake the variables that DeepSpeed's group leaves in the environment for a launcher's."""
-    import gc
-
     import torch
 
     gc.collect()

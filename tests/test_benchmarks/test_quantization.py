@@ -13,6 +13,13 @@ from benchmarks import quantization as q
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def not_compiled():
+    """bitsandbytes compiles what it has no CPU kernel for: seconds of a C++ compiler for the same values."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def weight(rows=16, columns=4096, seed=0):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
 
