@@ -56,8 +56,8 @@ def large_model(raw: Any) -> Section | None:
     text = (
         f"{MARK} LLaMA-65B, r = {config['lora']['rank']}, rows of {config['data']['row_tokens']} tokens, weights: "
         f"{content['weights']}. They are loaded and quantized, {len(content['losses'])} steps, a checkpoint and the "
-        f"adapter follow, all with the card's size as a limit: {held / GIB:.2f} of {content['cap_bytes'] / GIB:.2f} GiB "
-        f"are taken with every optimizer state on the card, error of the plan {content['plan_error']:+.2%}."
+        f"adapter follow, all with the card's size as a limit: {held / GIB:.2f} of {content['cap_bytes'] / GIB:.2f} "
+        f"GiB are taken with every optimizer state on the card, error of the plan {content['plan_error']:+.2%}."
     )
     return Section(f"{raw.name}: 65B on a 48 GB card", text, [Table("", ["what", "GiB", "raw"], rows)])
 

@@ -97,6 +97,11 @@ def finds_one_document(module):
     module.find_packed_sequence_indices = lambda position_ids: None
 
 
+def scores_every_position(module):
+    """As TRL does off NVIDIA: otherwise the number of labels, read from the device, is the size of a tensor."""
+    module._use_triton = lambda device: False
+
+
 def accepts(name):
     return lambda module: setattr(module, name, lambda *arguments, **options: None)
 
@@ -113,6 +118,7 @@ if "NULL_GPU_LIB" in os.environ:
                 "qlora_dist.train.checks.learning": accepts("check_first_update"),
                 "qlora_dist.train.checks.base": accepts("check_base_unchanged"),
                 "qlora_dist.train.check_start": accepts("check_collective"),
+                "trl.trainer.utils": scores_every_position,
                 "transformers.masking_utils": finds_one_document,
                 "transformers.integrations.sdpa_attention": without_cudnn,
             }
