@@ -77,7 +77,7 @@ def test_merged_onto_the_dequantized_base_equals_the_trained_model(family: str, 
     trained = load_adapters(quantized(tmp_path / "model"), {"a": run / "adapter"})
     expected = logits(trained)
     # fp32: two matrix products against one; logits reach several units
-    torch.testing.assert_close(logits(merged), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(merged), expected, atol=5e-5, rtol=1e-5)
     assert report.gaps["dequantized"] < 1e-4 < report.gaps["base"]
     with trained.disable_adapter():
         assert (logits(trained) - expected).abs().max() > 0.1  # the guard: the adapter matters
@@ -90,7 +90,7 @@ def test_merged_onto_the_base_equals_original_weights_plus_adapter(variant: str,
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     original = load_adapters(plain, {"a": run / "adapter"})
-    torch.testing.assert_close(logits(merged), logits(original), atol=2e-5, rtol=1e-5)  # fp32, as above
+    torch.testing.assert_close(logits(merged), logits(original), atol=5e-5, rtol=1e-5)  # fp32, as above
 
 
 def test_sixteen_bit_weights_are_rounded_once_from_fp32(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def test_a_packed_document_has_the_frequencies_of_its_own_length(family: str, tm
     check_head(model)
     batch = random_batch((12, 40, 5, 60, 45, 12))  # each length after a longer and after a shorter one
     packed = hidden_states(model, batch)
-    assert torch.equal(packed, torch.cat([hidden_states(model, one) for one in alone(batch)]))
+    separate = torch.cat([hidden_states(model, one) for one in alone(batch)])
+    torch.testing.assert_close(packed, separate, atol=2e-5, rtol=1e-5)  # fp32; few rows may be summed in another order
     assert torch.equal(packed, hidden_states(model, batch)), "a row changes the next one"
     own = tiny_model(family, attention="eager", **BY_LENGTH[family])
     ends = torch.tensor(batch.lengths).cumsum(0).tolist()
