@@ -51,8 +51,8 @@ $(OLD)/ready: .venv/ready constraints-oldest.txt
 test-oldest-fast: $(OLD)/ready
 	CUDA_VISIBLE_DEVICES= $(OLD)/bin/python -m pytest -m "not slow and not hosts" -n 2 --dist loadfile $(OLD_TESTS) $(ARGS)
 
-# The environment of test-oldest with a GPU that accepts every call and computes nothing: what fails there fails on a real card.
-# Needs gcc, g++ and the headers of a CUDA toolkit (CUDA_HOME).
+# The environment of test-oldest with a GPU that accepts every call and computes nothing: what fails there fails on a real
+# card. Needs gcc, g++ and the headers of a CUDA toolkit (CUDA_HOME).
 build/null/python: $(OLDEST)/ready $(wildcard tests/null/device/*)
 	tests/null/device/build.sh $(OLDEST)/bin/python build/null
 

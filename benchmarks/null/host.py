@@ -37,14 +37,17 @@ TIMEOUT_SECONDS = 900
 PEERS = (("trl", "best"), ("trainer", "best"))
 
 
-def groups(shapes: list[str], layers: int | None) -> tuple[Group, ...]:
+def groups(shapes: list[str]) -> tuple[Group, ...]:
     """One group per shape and recompute level: full rows of 2,048 tokens, NF4, r = 16, one row per step."""
     found = []
-    for shape in shapes:
+    for shape, _, depth in (name.partition(":") for name in shapes):
+        layers = int(depth) if depth else None
         for recompute in ("none", "full"):
             ours = Cell("ours", "nf4-dq", shape, 2048, layers=layers, recompute=recompute, data="full")
             peers = [replace(ours, engine=engine, variant=variant) for engine, variant in PEERS]
-            found.append(Group((ours, *peers), title=f"{shape} recompute {recompute}"))
+            found.append(
+                Group((ours, *peers), title=f"{shape}{f', {layers} layers' * bool(layers)}, recompute {recompute}")
+            )
     return tuple(found)
 
 
@@ -98,8 +101,7 @@ def measure(chosen: tuple[Group, ...], scratch: Path, command: str) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=provenance.ROOT / "benchmarks" / "results" / "null")
-    parser.add_argument("--shapes", nargs="+", default=["1b", "8b"], help="Of benchmarks.shapes.")
-    parser.add_argument("--layers", type=int, help="Only the first layers of each shape.")
+    parser.add_argument("--shapes", nargs="+", default=["1b", "8b:8"], help="Of benchmarks.shapes; 8b:8 is 8 layers.")
     parser.add_argument("--only", default="", help="Groups whose title contains this.")
     parser.add_argument("--scratch", type=Path, help="Folder for the inputs, kept (default: a temporary one).")
     parser.add_argument("--allow-dirty", action="store_true")
@@ -112,7 +114,7 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    chosen = tuple(one for one in groups(arguments.shapes, arguments.layers) if arguments.only in one.title)
+    chosen = tuple(one for one in groups(arguments.shapes) if arguments.only in one.title)
     command = provenance.this_command("benchmarks.null.host")
     with tempfile.TemporaryDirectory(prefix="null-host-") as folder:
         result = measure(chosen, arguments.scratch or Path(folder), command)

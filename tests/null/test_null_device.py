@@ -162,7 +162,7 @@ def test_65b_is_read_trained_and_saved_within_48_gb(gib, tmp_path, memory_folder
 
 def test_host_seconds_are_measured_beside_a_stock_trainer_in_turns(tmp_path):
     """Two layers of the 1B shape; TRL may be missing where the tests run."""
-    words = ("-m", "benchmarks.null.host", "--shapes", "1b", "--layers", "2", "--only", "none", "--allow-dirty")
+    words = ("-m", "benchmarks.null.host", "--shapes", "1b:2", "--only", "none", "--allow-dirty")
     require_success(on_null(*words, "--out", str(tmp_path), timeout=900))
     raw = json.loads((tmp_path / "host.json").read_text())
     cells = {cell["cell"]["engine"]: cell for cell in raw["cells"]}
