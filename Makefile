@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 # DeepSpeed's kernels are not used: without this its installation may look for a compiler and CUDA
 export DS_BUILD_OPS := 0
 
-.PHONY: env test test-oldest test-null lint format demo bench bench-ratios bench-gpu clean
+.PHONY: env test test-oldest test-oldest-fast test-null lint format demo bench bench-ratios bench-gpu clean
 
 env: .venv/ready
 
@@ -37,8 +37,23 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST)/ready
 	CUDA_VISIBLE_DEVICES= $(OLDEST)/bin/python -m pytest $(ARGS)
 
-# The same environment with a GPU that accepts every call and computes nothing: what fails there fails on a real card.
-# Needs gcc, g++ and the headers of a CUDA toolkit (CUDA_HOME).
+# Its fast part, for CI: the oldest transformers beside the rest of .venv. Nothing else of constraints-oldest.txt differs
+# from it but torch, whose oldest version PyPI has only as a CUDA build of several GB.
+OLD := .venv/oldest
+OLD_TESTS := $(addprefix tests/test_model/test_,attention.py decoder_block.py foreign_adapters.py import.py lora.py \
+  lora_forward.py loss.py model.py recompute.py) tests/test_data tests/test_train/test_train.py
+$(OLD)/ready: .venv/ready constraints-oldest.txt
+	$(BIN)/python -m venv $(OLD)
+	$(BIN)/python -c "import site; print(*site.getsitepackages())" > \
+	  $$($(OLD)/bin/python -c "import site; print(*site.getsitepackages())")/newest.pth
+	$(OLD)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt transformers
+	touch $@
+
+test-oldest-fast: $(OLD)/ready
+	CUDA_VISIBLE_DEVICES= $(OLD)/bin/python -m pytest -m "not slow and not hosts" -n 2 --dist loadfile $(OLD_TESTS) $(ARGS)
+
+# The environment of test-oldest with a GPU that accepts every call and computes nothing: what fails there fails on a real
+# card. Needs gcc, g++ and the headers of a CUDA toolkit (CUDA_HOME).
 build/null/python: $(OLDEST)/ready $(wildcard tests/null/device/*)
 	tests/null/device/build.sh $(OLDEST)/bin/python build/null
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -19,6 +19,11 @@ from . import provenance
 from .profiling import StepProfile
 
 PHASES = ("data", "forward", "backward", "communication", "optimizer")
+
+
+def host_counters() -> dict[str, float]:
+    """User and system seconds of this process so far, all its threads."""
+    return {"cpu_seconds": time.process_time()}
 
 
 class Conductor:
@@ -38,8 +43,13 @@ class Conductor:
         profile_steps: int = 0,
         orders: IO[str] | None = None,
         answers: IO[str] | None = None,
+        counters: Callable[[], dict[str, float]] = host_counters,
     ) -> None:
+        """counters: running totals; `turns` has what each turn of timed steps adds to them."""
         self._device = device
+        self._counters = counters
+        self._at_start: dict[str, float] = {}  # of the turn
+        self.turns: list[dict[str, float]] = []
         self._warmup_left = warmup_steps
         self._alone_steps = steps
         self._instrumented_left = instrumented_steps
@@ -47,7 +57,7 @@ class Conductor:
         self._profile = StepProfile(device, profile_steps, self._sync)
         self._is_profiled = False
         self.state_after: dict[str, float | None] | None = None  # device state right after the last timed step
-        self._turn_left = 0
+        self._turn_steps = self._turn_left = 0
         self._events: list[Any] = []
         self._pending: list[dict[str, Any]] = []
         self.is_instrumented = False
@@ -139,11 +149,16 @@ class Conductor:
             seconds = self._events[i].elapsed_time(self._events[i + 1]) / 1000
             self.samples.append({**sample, "seconds": seconds})
         self._pending, self._events = [], []
+        now = self._totals()
+        self.turns.append({"steps": self._turn_steps, **{name: now[name] - self._at_start[name] for name in now}})
+
+    def _totals(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter(), **self._counters()}
 
     def _next_turn(self, event: str) -> bool:
         order = self._ask(event)
         if order[0] == "turn":
-            self._turn_left = int(order[1])
+            self._turn_steps = self._turn_left = int(order[1])
             self._resume()
             return True
         if event == "turn":  # before anything else runs: the clocks still reflect the load
@@ -170,6 +185,7 @@ class Conductor:
         if self._device.type == "cuda":
             self._events = [torch.cuda.Event(enable_timing=True)]
             self._events[0].record()
+        self._at_start = self._totals()
         self._mark = time.perf_counter()
 
     def _sync(self) -> None:

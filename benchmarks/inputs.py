@@ -99,9 +99,14 @@ def planned(cell: Cell, scratch: Path) -> dict[str, Any] | None:
     return found
 
 
-def _folders(cell: Cell, scratch: Path) -> tuple[Path, Path]:
+def model_folder(cell: Cell, scratch: Path) -> Path:
+    """Where `prepare` keeps the cell's model, and finds one that is complete."""
     depth = "" if cell.layers is None else f"-{cell.layers}l"
-    return scratch / f"model-{cell.shape}{depth}", scratch / f"data-{cell.shape}-{cell.data}-{cell.row_tokens}"
+    return scratch / f"model-{cell.shape}{depth}"
+
+
+def _folders(cell: Cell, scratch: Path) -> tuple[Path, Path]:
+    return model_folder(cell, scratch), scratch / f"data-{cell.shape}-{cell.data}-{cell.row_tokens}"
 
 
 def _initial_adapter(cell: Cell, model: Path, scratch: Path) -> Path:

@@ -1,11 +1,13 @@
 """LLaMA-65B on one 48 GB card: the paper's recipe, with the real weights or with random ones.
 
     python -m benchmarks.repro_65b --random-weights --out benchmarks/results/h100/repro_65b.json
+    python -m benchmarks.repro_65b --sparse-weights /dev/shm/65b --out ...   # on the null device: files are read too
     python -m benchmarks.repro_65b            # the reproduction itself: real weights, 1,875 steps
 
 With `--random-weights` memory and speed are measured without the 130 GB checkpoint and without a network: the model is
 created tensor by tensor from its shapes and quantized immediately, and the data are random tokens that fill every row,
-the most work that a row can be. Training, memory and checkpoints are those of
+the most work that a row can be. With `--sparse-weights` the 130 GB are read from files, of zeros that take no disk
+space, on a device that computes nothing. Training, memory and checkpoints are those of
 `qlora-dist train launch/recipes/repro_65b_48gb.yaml`.
 
 The card is limited to `--cap-gib` (47.54 GiB, as reported by an RTX A6000): PyTorch may not allocate more, including
@@ -40,6 +42,7 @@ from qlora_dist.memory.read_shapes import read_shapes
 from qlora_dist.train import train
 
 from . import memory, provenance
+from .sparse import WEIGHTS, write_sparse_weights
 
 GIB = 2**30
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "repro_65b_48gb.yaml"
@@ -92,15 +95,17 @@ def configure(arguments: argparse.Namespace) -> RunConfig:
     """The recipe with the changes of the command line."""
     run = [f"run_dir={arguments.work / 'run'}", "logging.trackers=[]"]
     config = load_config(RECIPE, (*arguments.overrides, *run))
-    if not arguments.random_weights:
+    if not arguments.is_stand_in:
         steps = [] if arguments.steps is None else [f"train.steps={arguments.steps}"]
         return load_config(RECIPE, (*arguments.overrides, *run, *steps))
     steps = MEASURED_STEPS if arguments.steps is None else arguments.steps
     shapes = llama_65b(arguments.layers, arguments.hidden)
     write_inputs(arguments.work, shapes, config.data.row_tokens, config.batch.rows_per_step * min(steps, 16))
+    if arguments.sparse_weights is not None:
+        write_sparse_weights(arguments.work / "model", arguments.sparse_weights)
     inputs = (
         f"model.name={arguments.work / 'model'}",
-        "model.weights=random",
+        f"model.weights={'random' if arguments.random_weights else 'files'}",
         f"data.train=[{{path: {arguments.work / 'rows.jsonl'}, format: tokens}}]",
         "data.eval=[]",
         f"data.cache_dir={arguments.work / 'cache'}",
@@ -191,9 +196,9 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
             provenance.this_command("benchmarks.repro_65b", arguments.command),
             torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         ),
-        "weights": "random" if arguments.random_weights else "files",
+        "weights": "random" if arguments.random_weights else WEIGHTS if arguments.is_stand_in else "files",
         "is_full_size": is_full_size,
-        "config": config.model_dump(mode="json"),
+        "config": json.loads(config.model_dump_json().replace(f"{provenance.ROOT}/", "")),
         "base_parameters": summary["base_parameters"],
         "trainable_parameters": summary["trainable_parameters"],
         **card,
@@ -217,7 +222,14 @@ def summarize(config: RunConfig, card: dict[str, Any], arguments: argparse.Names
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--random-weights", action="store_true", help="Create a random model and random data.")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--random-weights", action="store_true", help="Create a random model and random data.")
+    weights.add_argument(
+        "--sparse-weights",
+        type=Path,
+        metavar="FOLDER",
+        help="Random data, and files of zeros in FOLDER (best on a tmpfs), for the null device only.",
+    )
     parser.add_argument("--cap-gib", type=float, default=A6000_GIB, help="Memory of the emulated card.")
     parser.add_argument(
         "--crowd",
@@ -235,6 +247,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="Also write the result to this file.")
     arguments = parser.parse_args(words)
     arguments.command = words
+    arguments.is_stand_in = arguments.random_weights or arguments.sparse_weights is not None
     return arguments
 
 
@@ -244,7 +257,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         provenance.commit_and_source()  # an invalid stated commit is reported before the run, not after it
     except UserError as error:
         raise SystemExit(str(error)) from None
-    if arguments.random_weights:  # a reproduction that takes days is resumed, not restarted
+    if arguments.is_stand_in:  # a reproduction that takes days is resumed, not restarted
         shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True, exist_ok=True)
     config = configure(arguments)
@@ -252,7 +265,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with smaller_card(arguments.cap_gib, arguments.crowd, paged) as card:
         before = provenance.device_state(device)
-        with memory.DeviceWatch(device) as watch:
+        with memory.DeviceWatch(device, interval_seconds=0.1) as watch:
             train(config)
         states = {"before": before, "after": provenance.device_state(device)}
     result = summarize(config, card, arguments) | {"device_used_bytes": watch.peak_bytes, "device_state": states}

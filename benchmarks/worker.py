@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from . import memory, nvml, peers, provenance  # noqa: E402
 from .cells import Cell  # noqa: E402
-from .conductor import Conductor  # noqa: E402
+from .conductor import Conductor, host_counters  # noqa: E402
+from .null import counters  # noqa: E402
 from .shapes import shape_of  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - STARTED
@@ -74,6 +75,7 @@ def measure(spec: dict[str, Any], orders: IO[str] | None, answers: IO[str] | Non
         profile_steps=0 if cell.engine == "gemm" else spec.get("profile_steps", 0),
         orders=orders,
         answers=answers,
+        counters=counters.read if counters.IS_NULL else host_counters,
     )
     before = provenance.device_state(device)  # nothing is loaded yet: only the context is in use
     cap: dict[str, int] = {}
@@ -100,6 +102,7 @@ def measure(spec: dict[str, Any], orders: IO[str] | None, answers: IO[str] | Non
         "reason": reason[:2000],
         "first_loss": first.get("loss"),
         "samples": conductor.samples,
+        "turns": conductor.turns,
         "phases": conductor.split(),
         "phase_samples": conductor.phases,
         "startup_seconds": conductor.startup_seconds + IMPORT_SECONDS,  # from the first line of this file

@@ -7,7 +7,6 @@ starting it takes longer than most of them.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import os
@@ -36,6 +35,7 @@ from qlora_dist.train.setup_model import build_model
 from .. import provenance
 from ..repro_65b import write_inputs
 from ..shapes import config_json, shape_of
+from . import counters
 
 PATCHES = provenance.ROOT / "tests" / "null" / "patches"
 PYTHON = provenance.ROOT / "build" / "null" / "python"  # `make build/null/python`
@@ -138,30 +138,11 @@ def measure(points: Iterable[Point], work: Path, *, gib: float = 1000.0) -> Iter
 # --- in the process on the null device --------------------------------------------------------------------------------
 
 
-class Counters:
-    """The device's own counters, since `reset`."""
-
-    def __init__(self) -> None:
-        self._library = ctypes.CDLL(os.environ["NULL_GPU_LIB"])
-        self._library.null_flops.restype = ctypes.c_double
-        self._library.null_launches.restype = self._library.null_syncs.restype = ctypes.c_long
-
-    def reset(self) -> None:
-        self._library.null_reset()
-
-    def read(self) -> dict[str, Any]:
-        return {
-            "launches": self._library.null_launches(),
-            "product_flops": self._library.null_flops(),
-            "synchronizations": self._library.null_syncs(),
-        }
-
-
 def run(point: Point, work: Path) -> dict[str, Any]:
     """Builds and trains the point in this process, as `qlora_dist.train.train` does, without saving."""
     inputs = work / f"{point.shape}-{point.layers}-{point.row_tokens}"
     _write_inputs(point, inputs)
-    config, counters = parse_config(point.config(inputs)), Counters()
+    config = parse_config(point.config(inputs))
     steps: list[dict[str, Any]] = []
     with StopSignal() as stop, join_ranks(config, stop) as world:
         held = torch.cuda.memory_allocated()  # an earlier point's cuBLAS workspaces
@@ -172,11 +153,12 @@ def run(point: Point, work: Path) -> dict[str, Any]:
         build_seconds = time.process_time() - started
         build_peak = restart_peak(world.device)
         for index, rows in enumerate(data.loader.iterate(0, NUM_STEPS, pin_memory=True)):
-            counters.reset()
-            wall, cpu = time.perf_counter(), time.process_time()
+            counters.reset()  # sums of FLOPs stay exact
+            before, wall = counters.read(), time.perf_counter()
             training.train_step(world, model, rows, step=index, seed=0, lr=1e-4, stop_requested=False)
-            times = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-            steps.append({"tokens": rows.num_tokens, "labels": rows.num_labels, **counters.read(), **times})
+            after, seconds = counters.read(), time.perf_counter() - wall
+            counted = {name: after[name] - before[name] for name in after}
+            steps.append({"tokens": rows.num_tokens, "labels": rows.num_labels, "seconds": seconds, **counted})
         peak, reserved = peak_bytes(world.device), torch.cuda.max_memory_reserved(world.device)
     return {
         "point": dataclasses.asdict(point),

@@ -12,7 +12,9 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -130,18 +132,47 @@ def test_grouped_keys_and_values_are_not_repeated(raw, tmp_path):
         assert calls(step, "repeat_interleave") == 0 and calls(step, "flash_fwd") > 0
 
 
+@pytest.fixture
+def memory_folder() -> Iterator[Path]:
+    """On a tmpfs, where holes in files are read at the speed of memory."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="null-") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("gib", [47.54])
-def test_65b_fits_48_gb_with_its_optimizer_states(gib, tmp_path):
-    """Full size, with the card's size as a hard limit for reserved memory, the context and the paged states."""
-    out = tmp_path / "65b.json"
-    words = ("-m", "benchmarks.repro_65b", "--random-weights", "--steps", "1", "--cap-gib", str(gib))
-    done = on_null(*words, "--work", str(tmp_path / "work"), "--out", str(out), gib=gib, timeout=900)
+def test_65b_is_read_trained_and_saved_within_48_gb(gib, tmp_path, memory_folder):
+    """All 130 GB of files, with the card's size as a hard limit for reserved memory, the context and paged states."""
+    out, work = tmp_path / "65b.json", tmp_path / "work"
+    words = ("-m", "benchmarks.repro_65b", "--sparse-weights", str(memory_folder / "65b"), "--steps", "1")
+    done = on_null(*words, "--cap-gib", str(gib), "--work", str(work), "--out", str(out), gib=gib, timeout=1200)
     require_success(done)
     found = json.loads(out.read_text())
+    assert (found["weights"], found["base_parameters"]) == ("sparse files of zeros", 65_285_660_672)
+    assert "is bit-equal to its quantized source" in done.stdout + done.stderr, "the files were not read"
     assert abs(found["plan_error"]) < 0.01
     assert found["fits_cap_without_paging"]
     held = found["reserved_bytes"] + found["context_bytes"] + found["paged_optimizer_bytes"]
     assert held < 46.5 * GIB < found["cap_bytes"]
+    assert found["build_peak_bytes"] <= found["peak_bytes"] < found["device_used_bytes"] <= found["cap_bytes"]
+    states = work / "run" / "checkpoints" / "step-00000001" / "optimizer.safetensors"
+    adapter = work / "run" / "adapter" / "adapter_model.safetensors"
+    assert states.stat().st_size > found["paged_optimizer_bytes"]
+    assert adapter.stat().st_size > 2 * found["trainable_parameters"]
+
+
+def test_host_seconds_are_measured_beside_a_stock_trainer_in_turns(tmp_path):
+    """Two layers of the 1B shape; TRL may be missing where the tests run."""
+    words = ("-m", "benchmarks.null.host", "--shapes", "1b:2", "--only", "none", "--allow-dirty")
+    require_success(on_null(*words, "--out", str(tmp_path), timeout=900))
+    raw = json.loads((tmp_path / "host.json").read_text())
+    cells = {cell["cell"]["engine"]: cell for cell in raw["cells"]}
+    assert {name: cell["status"] for name, cell in cells.items() if name != "trl"} == {"ours": "ok", "trainer": "ok"}
+    assert cells["trl"]["status"] in ("ok", "missing"), cells["trl"]["reason"]
+    for cell in (cells["ours"], cells["trainer"]):
+        assert len(cell["turns"]) >= 5 and all(turn["cpu_seconds"] > 0 for turn in cell["turns"])
+    assert cells["ours"]["launches"] < cells["trainer"]["launches"]
+    assert cells["ours"]["synchronizations"] <= 1.5  # one per step, one more at the end of a turn
+    assert cells["ours"]["cpu_seconds_over_ours"] == 1.0 and cells["trainer"]["cpu_seconds_over_ours"] > 0
 
 
 # Tests and cases that check values midway, by name. Everything else must run to completion

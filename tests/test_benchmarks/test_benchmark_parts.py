@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,26 @@ def test_random_documents_are_accepted_by_the_trainer(kind, tmp_path):
     documents = build_documents([source], tokenizer, row_tokens=64, cache_dir=tmp_path / "cache", num_workers=1)
     check_ends_are_learned(documents, tokenizer)
     assert len(documents) >= 512
+
+
+def test_a_turn_has_the_steps_and_counts_between_its_ends():
+    """Warm-up, and what passes between turns while other cells step, is in none."""
+    totals = {"cpu_seconds": 0.0}
+
+    class Orders(io.StringIO):
+        def readline(self, size: int = -1) -> str:
+            totals["cpu_seconds"] += 100.0  # while the others step
+            return super().readline(size)
+
+    orders, answers = Orders("turn 2\nturn 3\nfinish\n"), io.StringIO()
+    conductor = Conductor(
+        CPU, warmup_steps=1, steps=5, instrumented_steps=0, orders=orders, answers=answers,
+        counters=lambda: dict(totals),
+    )  # fmt: skip
+    conductor.start()
+    is_running = True
+    while is_running:
+        totals["cpu_seconds"] += 1.0
+        is_running = conductor.step_done(10, 5)
+    assert [(turn["steps"], turn["cpu_seconds"]) for turn in conductor.turns] == [(2, 2.0), (3, 3.0)]
+    assert all(turn["seconds"] > 0 for turn in conductor.turns)

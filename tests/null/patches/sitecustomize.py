@@ -52,7 +52,8 @@ def step(module):
 
     def train_step(world, model, rows, **options):
         current_rows.append(rows)
-        library.null_reset()
+        if counted:
+            library.null_reset()
         try:
             return real(world, model, rows, **options)
         finally:
@@ -69,6 +70,12 @@ def step(module):
     module.train_step = train_step
 
 
+def reports_equal_bits(module):
+    """Types and shapes are compared, values are not."""
+    same = module.same_bits
+    module.same_bits = lambda left, right: same(left, right) or (left.dtype, left.shape) == (right.dtype, right.shape)
+
+
 def reports_equal(module):
     differ = module.differ
     module.differ = lambda *values: (differ(*values), False)[1]
@@ -79,12 +86,24 @@ def accepts_zeros(module):
     module.verify_adapter_file = lambda model, folder, **options: verify(model, folder)
 
 
-def accepts(*names, answer=None):
-    def patch(module):
-        for name in names:
-            setattr(module, name, lambda *arguments, **options: answer)
+def without_cudnn(module):
+    import torch
 
-    return patch
+    torch.backends.cuda.enable_cudnn_sdp(False)  # the null device has none: flash attention is the next choice
+
+
+def finds_one_document(module):
+    """Where transformers looks for several documents in a row: read from the device, any answer could come back."""
+    module.find_packed_sequence_indices = lambda position_ids: None
+
+
+def scores_every_position(module):
+    """As TRL does off NVIDIA: otherwise the number of labels, read from the device, is the size of a tensor."""
+    module._use_triton = lambda device: False
+
+
+def accepts(name):
+    return lambda module: setattr(module, name, lambda *arguments, **options: None)
 
 
 if "NULL_GPU_LIB" in os.environ:
@@ -94,12 +113,14 @@ if "NULL_GPU_LIB" in os.environ:
             {
                 "qlora_dist.train.step": step,
                 "qlora_dist.model.forward": reports_equal,
+                "qlora_dist.model.weights.original": reports_equal_bits,
                 "qlora_dist.model.lora_files": accepts_zeros,
                 "qlora_dist.train.checks.learning": accepts("check_first_update"),
-                "qlora_dist.train.checks.base": accepts(
-                    "check_source_bits", "check_base_unchanged", answer="not compared on a null device"
-                ),
+                "qlora_dist.train.checks.base": accepts("check_base_unchanged"),
                 "qlora_dist.train.check_start": accepts("check_collective"),
+                "trl.trainer.utils": scores_every_position,
+                "transformers.masking_utils": finds_one_document,
+                "transformers.integrations.sdpa_attention": without_cudnn,
             }
         ),
     )
