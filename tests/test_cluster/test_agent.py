@@ -95,6 +95,18 @@ def test_another_program_on_the_port_of_the_rendezvous_is_named_and_not_waited_f
     assert outcome(agent.require_store, "127.0.0.1", port, 0.3) == ("", ""), "nobody serves there yet"
 
 
+def test_a_node_asks_who_listens_before_torchrun_does():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{other.getsockname()[1]}"
+        done = run_forked(
+            "from qlora_dist.cluster.agent import run; print('exit code', run())",
+            endpoint, "--rdzv-backend=c10d", "--nnodes=2", "absent.py", timeout=60,
+        )  # fmt: skip
+    assert "exit code 1" in done.stdout and "another program than torchrun" in done.stderr, done
+
+
 def test_a_store_that_answers_is_torchrun():
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     assert outcome(agent.require_store, "127.0.0.1", store.port) == ("", "")
@@ -106,7 +118,7 @@ def test_a_node_that_waits_in_vain_for_the_others_says_so_without_a_traceback():
         port = probe.getsockname()[1]
     options = [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-backend=c10d", "--rdzv-conf=is_host=1,join_timeout=1"]
     done = run_forked(
-        "import sys; from qlora_dist.cluster.agent import run; print('exit code', run())",
+        "from qlora_dist.cluster.agent import run; print('exit code', run())",
         *options, "--nnodes=2", "absent.py",
     )  # fmt: skip
     assert "exit code 1" in done.stdout and "Traceback" not in done.stderr, done
