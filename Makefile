@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 # DeepSpeed's kernels are not used: without this its installation may look for a compiler and CUDA
 export DS_BUILD_OPS := 0
 
-.PHONY: env test test-oldest test-oldest-fast test-null lint format demo bench bench-ratios bench-gpu clean
+.PHONY: env test test-hosts test-oldest test-oldest-fast test-null lint format demo bench bench-ratios bench-gpu clean
 
 env: .venv/ready
 
@@ -23,6 +23,12 @@ TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 WORKERS ?= 4
 test: env
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Launches by torchrun, accelerate and Slurm on two hosts, each a set of network namespaces, and over a bad cable between
+# them: a quarter of an hour. Needs root, iproute2 and util-linux, /dev/net/tun, slurm-wlm and munge; what is missing is
+# named by the tests that are skipped. The quick ones are part of `make test`.
+test-hosts: env
+	$(BIN)/python -m pytest -m hosts -rs $(ARGS)
 
 # The oldest supported versions, in a separate environment: the CUDA build of torch, several GB.
 OLDEST := build/oldest

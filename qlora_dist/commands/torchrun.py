@@ -28,8 +28,9 @@ _OWN_OPTIONS = ("--rdzv-endpoint", "--rdzv-backend", "--rdzv-conf")
 
 
 def run_torchrun(endpoint: str, options: Sequence[str]) -> NoReturn:
-    """Becomes torchrun. Raises UserError for an endpoint that does not resolve here, MachineFailed when nobody serves
-    it within ten minutes; what is wrong while it waits is said after seconds.
+    """Becomes torchrun. Raises UserError for an endpoint that does not resolve here, MachineFailed when this is the
+    first node and its port is used, or when nobody serves it within ten minutes; what is wrong while it waits is said
+    after seconds.
     """
     for option in options:
         if option.partition("=")[0].replace("_", "-") in _OWN_OPTIONS:
@@ -38,6 +39,8 @@ def run_torchrun(endpoint: str, options: Sequence[str]) -> NoReturn:
     own = node_options(host)
     if "--rdzv-conf=is_host=0" in own:
         wait_for_first_node(host, port)
+    elif "--rdzv-conf=is_host=1" in own:
+        require_free_port(port)
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # rank 0 serves a store of its own
     command = ["-m", "qlora_dist.cluster.agent", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", *own, *options]
     sys.stdout.flush()
@@ -76,6 +79,20 @@ def node_options(host: str) -> list[str]:
         # the first node itself, under a name that means another address to the others: let them resolve it
         return [f"--local-addr={host}", "--rdzv-conf=is_host=1"]
     return [f"--local-addr={own}", f"--rdzv-conf=is_host={int(own in found)}"]
+
+
+def require_free_port(port: int) -> None:
+    """On the first node, which serves the rendezvous there. Raises MachineFailed: another port may be free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torchrun: a port that was just closed will do
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise MachineFailed(
+                f"{socket.gethostname()}, the first node, cannot serve the rendezvous on port {port}: "
+                f"{error.strerror or error}. Another program, perhaps another job, uses it: give another port, the "
+                "same on all nodes"
+            ) from None
 
 
 def wait_for_first_node(host: str, port: int, seconds: float = WAIT_SECONDS) -> None:

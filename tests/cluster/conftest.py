@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 from helpers import slurm_cluster
-from helpers.tiny_run import make_inputs
+from helpers.ranks import on_ranks
+from helpers.tiny_run import changed, losses_of, make_inputs, train_here, write_config
+
+STEPS = 8
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +39,26 @@ def cluster(_cluster):
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def run(inputs, tmp_path):
+    """(config file, run directory, log file) of a run of this test."""
+    raw = changed(inputs, run_dir=str(tmp_path / "run"), train__steps=STEPS, train__save_every=4)
+    return write_config(tmp_path / "config.yaml", raw), tmp_path / "run", tmp_path / "job.log"
+
+
+@pytest.fixture(scope="session")
+def expected(inputs, tmp_path_factory):
+    """Losses of the same run on one process, without Slurm."""
+    run_dir = tmp_path_factory.mktemp("expected") / "run"
+    train_here(changed(inputs, run_dir=str(run_dir), train__steps=STEPS))
+    return losses_of(run_dir)
+
+
+@pytest.fixture(scope="session")
+def bitwise(inputs, tmp_path_factory):
+    """Losses of the same run on two undisturbed ranks."""
+    run_dir = tmp_path_factory.mktemp("bitwise") / "run"
+    on_ranks(train_here, 2, changed(inputs, run_dir=str(run_dir), train__steps=STEPS))
+    return losses_of(run_dir)

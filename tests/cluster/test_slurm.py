@@ -7,47 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.ranks import ROOT, on_ranks, python_path
-from helpers.slurm_cluster import GRACE_SECONDS, wait_for
-from helpers.tiny_run import changed, config_of, losses_of, write_config
+from helpers.ranks import ROOT
+from helpers.slurm_cluster import GRACE_SECONDS, faults, wait_for
+from helpers.tiny_run import losses_of
 
 from qlora_dist.config import load_config
-from qlora_dist.train import train
 
-STEPS = 8
 pytestmark = pytest.mark.timeout(600)  # each process of a job imports for a second, much longer on a busy machine
-
-
-@pytest.fixture
-def run(inputs, tmp_path):
-    """(config file, run directory, log file) of a run of this test."""
-    raw = changed(inputs, run_dir=str(tmp_path / "run"), train__steps=STEPS, train__save_every=4)
-    return write_config(tmp_path / "config.yaml", raw), tmp_path / "run", tmp_path / "job.log"
-
-
-@pytest.fixture(scope="session")
-def expected(inputs, tmp_path_factory):
-    """Losses of the same run on one process, without Slurm."""
-    run_dir = tmp_path_factory.mktemp("expected") / "run"
-    train(config_of(inputs, run_dir=str(run_dir), train__steps=STEPS))
-    return losses_of(run_dir)
-
-
-@pytest.fixture(scope="session")
-def bitwise(inputs, tmp_path_factory):
-    """Losses of the same run on two undisturbed ranks."""
-    run_dir = tmp_path_factory.mktemp("bitwise") / "run"
-    on_ranks(_train, 2, changed(inputs, run_dir=str(run_dir), train__steps=STEPS))
-    return losses_of(run_dir)
-
-
-def _train(raw):
-    train(config_of(raw))
-
-
-def faults(*faults: dict[str, object]) -> dict[str, str]:
-    """Environment for a job whose processes suffer these faults (tests/faults/sitecustomize.py)."""
-    return {"FAULTS": json.dumps(faults), "PYTHONPATH": f"{ROOT / 'tests' / 'faults'}:{python_path()}"}
 
 
 SLOW = {"do": "sleep", "seconds": 0.5, "at": "step"}
@@ -71,7 +37,9 @@ def test_the_warning_before_the_time_limit_saves_requeues_and_changes_no_bit(clu
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED", log=log) == "COMPLETED", log.read_text()
     output = log.read_text()
     stopped_after = int(output.split("stopped by SIGUSR1 after step ")[1].split(";")[0])
-    assert stopped_after < STEPS and f"(step {stopped_after})" in output.split("resuming from")[1]  # no step is lost
+    assert (
+        stopped_after < len(bitwise) and f"(step {stopped_after})" in output.split("resuming from")[1]
+    )  # no step is lost
     assert losses_of(run_dir) == bitwise
 
 

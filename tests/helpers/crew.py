@@ -5,6 +5,7 @@ Forked from a server that has done the imports, so that a run takes about a seco
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import signal
@@ -82,7 +83,9 @@ class Crew:
             for rank, process in enumerate(self.processes):
                 if rank not in ends and not process.is_alive():
                     ends[rank] = time.monotonic()
-            assert time.monotonic() < deadline, f"only ranks {sorted(ends)} exited within {timeout} s\n{self.output()}"
+            if time.monotonic() > deadline:
+                self.print_stacks()
+                raise AssertionError(f"only ranks {sorted(ends)} exited within {timeout} s\n{self.output()}")
             time.sleep(0.02)
         return [
             Ended(process.exitcode or 0, log.read_text(), ends[rank])
@@ -91,11 +94,20 @@ class Crew:
 
     def wait_for_rank(self, rank: int, timeout: float = 120) -> Ended:
         self.processes[rank].join(timeout)
-        assert not self.processes[rank].is_alive(), f"rank {rank} is still running after {timeout} s\n{self.output()}"
+        if self.processes[rank].is_alive():
+            self.print_stacks()
+            raise AssertionError(f"rank {rank} is still running after {timeout} s\n{self.output()}")
         return Ended(self.processes[rank].exitcode or 0, self._logs[rank].read_text(), time.monotonic())
 
     def send(self, rank: int, number: signal.Signals) -> None:
         os.kill(self.processes[rank].pid or 0, number)
+
+    def print_stacks(self) -> None:
+        """Ends the ranks that still run, each with the stacks of its threads in its output."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGABRT)
+                process.join(10)
 
     def output(self) -> str:
         return "\n".join(f"== {log.name}\n{log.read_text()}" for log in self._logs if log.exists())
@@ -107,6 +119,7 @@ def _main(
     if host:
         enter_host(host)
     redirect(log, log)
+    faulthandler.enable()  # see `print_stacks`
     # as for all ranks of tests: accelerate would choose it by the ranks of a node, and sums on more threads are others
     os.environ["OMP_NUM_THREADS"] = "1"
     if ranks > 1:

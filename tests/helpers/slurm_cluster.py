@@ -1,4 +1,5 @@
-"""A temporary two-node Slurm cluster on 127.0.0.1, from Debian's packages: munged, slurmctld, two slurmd. Root or not.
+"""A temporary two-node Slurm cluster from Debian's packages: munged, slurmctld, two slurmd. Root or not on 127.0.0.1;
+as root on two hosts of helpers.two_hosts, with slurmctld on the first one.
 
 All daemons are children of this process (-D, --foreground), all files are below one folder in /tmp (the path of a munge
 socket must be short), all ports are free ones. Debian's build supports several slurmd per host (`slurmd -N name`).
@@ -7,6 +8,7 @@ socket must be short), all ports are free ones. Debian's build supports several 
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import shutil
 import signal
@@ -17,9 +19,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from helpers.ranks import ROOT, clean_environment
+from helpers.ranks import ROOT, clean_environment, python_path
+from helpers.two_hosts import ADDRESSES, Hosts
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("vnode1", "vnode2")
@@ -40,15 +43,17 @@ def _path() -> str:
 class Cluster:
     """Started by `start`; `stop` leaves no process behind."""
 
-    def __init__(self) -> None:
+    def __init__(self, hosts: Hosts | None = None) -> None:
+        self._hosts = hosts
         self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self._daemons: list[subprocess.Popen[bytes]] = []
         self.environment = {
             **clean_environment(),
             "PATH": _path(),
             "SLURM_CONF": str(self.root / "slurm.conf"),
-            "GLOO_SOCKET_IFNAME": "lo",
         }
+        if hosts is None:
+            self.environment["GLOO_SOCKET_IFNAME"] = "lo"
 
     # --- daemons ------------------------------------------------------------------------------------------------------
 
@@ -62,8 +67,7 @@ class Cluster:
         key = root / "munge" / "key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
-        ports = _free_ports(1 + len(NODES))
-        (root / "slurm.conf").write_text(_slurm_conf(root, ports))
+        (root / "slurm.conf").write_text(_slurm_conf(root, _places(self._hosts is not None)))
         (root / "gres.conf").write_text(
             "".join(f"NodeName={n} Name=gpu Type=fake File={root}/dev/nvidia[0-{GPUS - 1}]\n" for n in NODES)
         )
@@ -75,16 +79,25 @@ class Cluster:
         wait_for(lambda: (munge / "sock").exists(), 20, "munged's socket")
         conf = str(root / "slurm.conf")
         self._daemon("slurmctld", "-D", "-c", "-f", conf)
-        for node in NODES:
-            self._daemon("slurmd", "-D", "-N", node, "-f", conf)
+        for number in range(len(NODES)):
+            self.start_node(number)
         wait_for(self._is_ready, 60, "two idle nodes", self.logs)
 
-    def _daemon(self, *command: str) -> None:
+    def start_node(self, number: int) -> None:
+        """The node's daemon, at first or after its host failed."""
+        self._daemons = [daemon for daemon in self._daemons if daemon.poll() is None]
+        self._daemon("slurmd", "-D", "-N", NODES[number], "-f", str(self.root / "slurm.conf"), host=number)
+
+    def _daemon(self, *command: str, host: int = 0) -> None:
         with open(self.root / "log" / f"{command[0]}.out", "ab") as log:
             process = subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+                self._on_host(host, *command),
+                env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
         self._daemons.append(process)
+
+    def _on_host(self, number: int, *command: str) -> list[str]:
+        return [*command] if self._hosts is None else self._hosts.command(number, *command)
 
     def _is_ready(self) -> bool:
         for daemon in self._daemons:
@@ -133,8 +146,9 @@ class Cluster:
     def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         """A Slurm command, run in the checkout."""
         done = subprocess.run(
-            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=60, cwd=ROOT
-        )
+            self._on_host(0, *command),
+            env={**self.environment, **environment}, capture_output=True, text=True, timeout=60, cwd=ROOT,
+        )  # fmt: skip
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
 
@@ -172,6 +186,27 @@ def wait_for(condition: Callable[[], Any], timeout: float, what: str, explain: C
         time.sleep(0.1)
 
 
+def faults(*faults: dict[str, object]) -> dict[str, str]:
+    """Environment for a job whose processes suffer these faults (tests/faults/sitecustomize.py)."""
+    return {"FAULTS": json.dumps(faults), "PYTHONPATH": f"{ROOT / 'tests' / 'faults'}:{python_path()}"}
+
+
+class Place(NamedTuple):
+    """Where a daemon listens."""
+
+    host: str
+    address: str
+    port: int
+
+
+def _places(is_on_hosts: bool) -> list[Place]:
+    """Of slurmctld, and of each node."""
+    if is_on_hosts:  # networks of their own: all ports are free
+        places = [Place(f"host{letter}", address, 6818) for letter, address in zip("ab", ADDRESSES)]
+        return [places[0]._replace(port=6817), *places]
+    return [Place("localhost", "127.0.0.1", port) for port in _free_ports(1 + len(NODES))]
+
+
 def _free_ports(count: int) -> list[int]:
     probes = [socket.socket() for _ in range(count)]
     for probe in probes:
@@ -182,24 +217,28 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _slurm_conf(root: Path, ports: list[int]) -> str:
+def _slurm_conf(root: Path, places: list[Place]) -> str:
     user = getpass.getuser()
+    is_one_machine = places[0].host == "localhost"
+    # what a host's own name resolves to need not be its address
+    listens = "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if is_one_machine else ""
+    lost_seconds = 30 if is_one_machine else 60  # ranks say first who is lost
     nodes = "\n".join(
-        f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=4000 "
+        f"NodeName={node} NodeHostname={place.host} NodeAddr={place.address} Port={place.port} CPUs=8 RealMemory=4000 "
         f"Gres=gpu:fake:{GPUS} State=UNKNOWN"
-        for node, port in zip(NODES, ports[1:])
+        for node, place in zip(NODES, places[1:])
     )
     return f"""
 ClusterName=qlora_test
-SlurmctldHost=localhost(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldHost={places[0].host}({places[0].address})
+SlurmctldPort={places[0].port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
 # cred_expire is also how long a requeued job waits before it may start again (120 s by default, at least 5)
 AuthInfo=socket={root}/munge/sock,cred_expire=5
-CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+{listens}
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool/%n
 SlurmctldPidFile={root}/slurmctld.pid
@@ -221,7 +260,7 @@ GresTypes=gpu
 SlurmdParameters=config_overrides
 JobRequeue=1
 ReturnToService=2
-SlurmdTimeout=30
+SlurmdTimeout={lost_seconds}
 InactiveLimit=0
 KillWait=8
 UnkillableStepTimeout=30

@@ -61,6 +61,13 @@ def config_of(raw: dict[str, Any], **changes: Any) -> RunConfig:
     return parse_config(changed(raw, **changes))
 
 
+def train_here(raw: dict[str, Any]) -> None:
+    """A whole run in this process, which may be a rank of `on_ranks`."""
+    from qlora_dist.train import train
+
+    train(parse_config(raw))
+
+
 def write_config(path: Path, raw: dict[str, Any], **changes: Any) -> Path:
     path.write_text(yaml.safe_dump(changed(raw, **changes)))
     return path

@@ -144,10 +144,24 @@ class Hosts:
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
         return found
 
+    def command(self, number: int, *words: str) -> list[str]:
+        """A command line that runs `words` on a host, in the checkout, under the process id that it is started with."""
+        spaces = ("--net", "--uts", "--mount")  # a process id namespace would take a fork
+        return ["nsenter", "--target", str(self.pids[number]), *spaces, f"--wd={ROOT}", *words]
+
     def kill(self, number: int) -> None:
         """The host is gone, with all its processes."""
         with suppress(ProcessLookupError):
             os.kill(self.pids[number], signal.SIGKILL)
+
+    def fail(self, number: int) -> None:
+        """The host loses power: nobody hears of it. `plug` brings it back, with nothing running on it."""
+        self.plug(False)
+        while left := self.processes(number):
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
 
     def plug(self, is_up: bool) -> None:
         """The cable between the hosts."""

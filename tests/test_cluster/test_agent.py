@@ -1,12 +1,16 @@
-"""torchrun that does not notice the end of its ranks is ended; one that does is left alone."""
+"""torchrun that does not notice the end of its ranks is ended, one that does is left alone; nodes that do not meet say
+so in words.
+"""
 
 from __future__ import annotations
 
+import socket
 from types import SimpleNamespace
 
 import psutil
 import pytest
-from helpers.ranks import run_python
+from helpers.ranks import outcome, run_forked, run_python
+from torch.distributed import TCPStore
 
 from qlora_dist.cluster import agent
 
@@ -78,3 +82,44 @@ def test_it_ends_a_real_process_with_threads_and_says_why():
         check=False,
     )
     assert done.returncode == 1 and "the first node, or the network to it, is lost" in done.stderr
+
+
+def test_another_program_on_the_port_of_the_rendezvous_is_named_and_not_waited_for():
+    """It accepts, and never answers: torchrun would hang, without a limit."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        kind, text = outcome(agent.require_store, "127.0.0.1", port, 0.3)
+    assert kind == "MachineFailed" and f"another program than torchrun listens at 127.0.0.1:{port}" in text
+    assert outcome(agent.require_store, "127.0.0.1", port, 0.3) == ("", ""), "nobody serves there yet"
+
+
+def test_a_node_asks_who_listens_before_torchrun_does():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{other.getsockname()[1]}"
+        done = run_forked(
+            "from qlora_dist.cluster.agent import run; print('exit code', run())",
+            endpoint, "--rdzv-backend=c10d", "--nnodes=2", "absent.py", timeout=60,
+        )  # fmt: skip
+    assert "exit code 1" in done.stdout and "another program than torchrun" in done.stderr, done
+
+
+def test_a_store_that_answers_is_torchrun():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert outcome(agent.require_store, "127.0.0.1", store.port) == ("", "")
+
+
+def test_a_node_that_waits_in_vain_for_the_others_says_so_without_a_traceback():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-backend=c10d", "--rdzv-conf=is_host=1,join_timeout=1"]
+    done = run_forked(
+        "from qlora_dist.cluster.agent import run; print('exit code', run())",
+        *options, "--nnodes=2", "absent.py",
+    )  # fmt: skip
+    assert "exit code 1" in done.stdout and "Traceback" not in done.stderr, done
+    assert f"error: torchrun on {socket.gethostname()}: it has not met the other nodes" in done.stderr

@@ -15,12 +15,14 @@ import torch
 from helpers import slow_cable
 from helpers.crew import Crew
 from helpers.ranks import outcome
+from helpers.slurm_cluster import wait_for
 from helpers.tiny_run import losses_of, make_inputs, write_config
 from helpers.two_hosts import ADDRESSES, NAMES, PORT, Hosts, why_not
 
 from qlora_dist.cluster import node_links, rendezvous
 from qlora_dist.cluster.launcher import launched_ranks
 from qlora_dist.cluster.world import World
+from qlora_dist.commands.doctor.machine import check_network
 from qlora_dist.config import load_config
 
 REASON = why_not()
@@ -214,6 +216,46 @@ def test_a_node_that_waits_for_the_first_one_says_so_within_seconds(hosts):
     while expected not in hosts.output(process):
         assert time.monotonic() - started < SECONDS + 10 and process.poll() is None, hosts.output(process)
         time.sleep(0.1)
+
+
+SILENT = """
+import socket
+
+server = socket.create_server(("", {port}))
+print("serves", flush=True)
+connections = [server.accept() for _ in range(99)]
+"""
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("hosts", ["none"], indirect=True)
+def test_another_program_on_the_port_of_the_first_node_is_named_by_both(hosts):
+    """It accepts connections and never answers: torchrun would wait for that for good."""
+    other = hosts.start(0, "-c", SILENT.format(port=PORT))
+    wait_for(lambda: "serves" in hosts.output(other), 60, "the other program")
+    (first, own_text), (second, text) = _launched(hosts, [_torchrun(f"{ADDRESSES[0]}:{PORT}", "absent.py")] * 2)
+    assert (first, second) == (1, 1), own_text + text
+    assert f"error: hosta, the first node, cannot serve the rendezvous on port {PORT}: Address already in" in own_text
+    assert f"another program than torchrun listens at {ADDRESSES[0]}:{PORT}" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("hosts", "status", "found"),
+    [
+        ("names", "ok", "hosta is 10.77.0.1"),
+        ("none", "warn", "hosta does not resolve"),
+        ("debian, own name only", "warn", "hosta is 127.0.1.1, an address of every node itself"),
+    ],
+    indirect=["hosts"],
+)
+def test_doctor_says_what_a_hosts_own_name_is_worth_and_names_its_interfaces(hosts, status, found):
+    own, network = hosts.call(_network_findings)[0]
+    assert own[0] == status and found in own[2], own
+    assert network[2] == "lo 127.0.0.1, eth0 10.77.0.1", network
+
+
+def _network_findings():
+    return [(finding.status, finding.subject, finding.found) for finding in check_network()]
 
 
 # --- a run over a bad cable, or that loses a host ---------------------------------------------------------------------

@@ -139,17 +139,15 @@ def test_the_command_becomes_torchrun_with_these_options():
 
 def test_torchrun_keeps_the_signals_that_its_shell_ignores(tmp_path):
     """The sbatch file has torchrun ignore the stop signals: its workers save, and it ends when they have."""
-    fake = tmp_path / "torch" / "distributed"
-    fake.mkdir(parents=True)
-    for folder in (fake.parent, fake):
-        (folder / "__init__.py").touch()
-    (fake / "run.py").write_text("def main():\n    print(open('/proc/self/status').read())")
-    command = f"trap '' USR1 TERM; exec {sys.executable} -m qlora_dist torchrun localhost:1 -m qlora_dist train x.yaml"
-    environment = clean_environment()
-    environment["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    (tmp_path / "show.py").write_text("import os; print(open(f'/proc/{os.getppid()}/status').read())")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = f"{sys.executable} -m qlora_dist torchrun localhost:{port} --signals-to-handle=SIGQUIT show.py"
     done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path
-    )
+        ["bash", "-c", f"trap '' USR1 TERM; exec {launch}"],
+        capture_output=True, text=True, timeout=120, env=clean_environment(), cwd=tmp_path,
+    )  # fmt: skip
     ignored = int(re.search(r"SigIgn:\s*(\w+)", done.stdout)[1], 16)
     for number in (signal.SIGUSR1, signal.SIGTERM):
         assert ignored & (1 << (number - 1)), done.stdout + done.stderr
