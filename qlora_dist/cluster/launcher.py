@@ -58,6 +58,11 @@ def launched_job() -> tuple[str | None, int]:
     return os.environ.get("SLURM_JOB_ID"), _number("SLURM_RESTART_COUNT", 0)
 
 
+def is_repeated_start() -> bool:
+    """Whether torchrun or Slurm starts this job again, after a crash or a requeue."""
+    return launched_job()[1] + _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
+
+
 _LAUNCH = "start with torchrun or accelerate launch, which set it, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
 
 

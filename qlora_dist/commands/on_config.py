@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from ..errors import UserError
 from .group import SET, cli, rank
 from .outputs import check_output_file
 from .screen import write_json
@@ -23,8 +24,9 @@ from .screen import write_json
     metavar="auto|never|DIR",
     help="auto: resume from the newest checkpoint of the run directory that verifies. DIR: from this one.",
 )
+@click.option("--fresh", is_flag=True, help="Start over: a run in the run directory is renamed, with the date.")
 @click.option("--outcome", type=click.Path(), hidden=True, help="File for the outcome of the run, for `supervise`.")
-def train(config: str, overrides: tuple[str, ...], resume: str, outcome: str | None) -> None:
+def train(config: str, overrides: tuple[str, ...], resume: str, fresh: bool, outcome: str | None) -> None:
     """Train as configured in CONFIG.
 
     \b
@@ -34,10 +36,15 @@ def train(config: str, overrides: tuple[str, ...], resume: str, outcome: str | N
     from ..config import load_config
 
     loaded = load_config(config, overrides)
+    if fresh and resume not in ("auto", "never"):
+        raise UserError(
+            f"--fresh starts over, --resume {resume} goes on from a checkpoint: give one of the two; to start another "
+            "run from trained weights, set lora.init_from to the folder of an adapter"
+        )
     from ..train import train as run_training
     from .supervise.exit_report import report_outcome
 
-    report_outcome(Path(outcome) if outcome else None, rank() == 0, lambda: run_training(loaded, resume))
+    report_outcome(Path(outcome) if outcome else None, rank() == 0, lambda: run_training(loaded, resume, fresh))
 
 
 @cli.command(hidden=True)
