@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import UserError
 from .group import SET, cli, rank
 from .outputs import check_output_file
 from .screen import write_json
+
+if TYPE_CHECKING:
+    from ..train import TrainState
 
 
 @cli.command()
@@ -36,15 +39,16 @@ def train(config: str, overrides: tuple[str, ...], resume: str, fresh: bool, out
     from ..config import load_config
 
     loaded = load_config(config, overrides)
-    if fresh and resume not in ("auto", "never"):
-        raise UserError(
-            f"--fresh starts over, --resume {resume} goes on from a checkpoint: give one of the two; to start another "
-            "run from trained weights, set lora.init_from to the folder of an adapter"
-        )
-    from ..train import train as run_training
+    from .preflight import check_train
     from .supervise.exit_report import report_outcome
 
-    report_outcome(Path(outcome) if outcome else None, rank() == 0, lambda: run_training(loaded, resume, fresh))
+    def run() -> TrainState:
+        check_train(loaded, resume, fresh, rank() == 0)
+        from ..train import train as run_training
+
+        return run_training(loaded, resume, fresh)
+
+    report_outcome(Path(outcome) if outcome else None, rank() == 0, run)
 
 
 @cli.command(hidden=True)
@@ -128,6 +132,9 @@ def data(config: str, overrides: tuple[str, ...], show: int, html: str | None) -
     from ..config import load_config
 
     loaded = load_config(config, overrides)
+    from .preflight import check_data
+
+    check_data(loaded)
     from ..model import load_tokenizer
     from .data_report import run_data_command
 
@@ -153,6 +160,10 @@ def verify(config: str, overrides: tuple[str, ...], steps: int, ranks: int, as_j
     from ..config import load_config
 
     loaded = load_config(config, overrides)
+    from .preflight import check_base, check_data
+
+    check_data(loaded)
+    check_base(loaded)
     with contextlib.redirect_stdout(sys.stderr):  # deepspeed greets on stdout when it is imported
         from .verify import prove
 

@@ -17,6 +17,7 @@ from .sections import RunConfig
 # Fields that may differ between two starts of a run: they affect memory, speed or reports, not the mathematics.
 FREE_FIELDS = (
     "run_dir",
+    "device",
     "batch.micro_rows",
     "memory",
     "strategy",
@@ -35,6 +36,12 @@ FREE_FIELDS = (
 
 # Fields that name files whose content a checkpoint records: after a move of the files their paths differ alone
 BY_CONTENT = ("model.name", "lora.init_from", "data.train", "data.eval", "data.template")
+
+
+def free_fields(config: RunConfig) -> tuple[str, ...]:
+    """Fields that may change between two starts of this run, besides FREE_FIELDS."""
+    # with a constant rate the length of a run does not affect its steps: it may be extended
+    return ("train.steps", "train.epochs") if config.optim.schedule == "constant" else ()
 
 
 def config_changes(

@@ -83,20 +83,45 @@ class RunDir:
         self.make()
         with os_errors(f"run_dir {self.path}: cannot be prepared", "Nothing that was saved there has changed"):
             self._remove_leftovers()
-            self._require_kinds()
-            saved, origin = self._saved_config()
-            if saved is not None:
-                by_content = BY_CONTENT if self.newest_step() >= 0 else ()
-                changed = config_changes(saved, config_text, free_fields, origin, by_content)
-                if changed and (self._holds_progress() or not is_dumped(saved)):
-                    raise UserError(
-                        f"run_dir {self.path} holds a run with a different config:\n"
-                        + "\n".join(changed)
-                        + "\nrestore these values to continue that run, choose another run_dir, or start over with "
-                        "--fresh, which renames that run and deletes nothing"
-                    )
-                self._has_moved = not changed and bool(moved_paths(saved, config_text))
+            self._compare(config_text, free_fields)
             self._pending = config_text
+
+    def check(self, config_text: str, free_fields: tuple[str, ...] = ()) -> None:
+        """What `open` would refuse, without writing anything. Raises UserError."""
+        if self.path.is_dir():
+            self._compare(config_text, free_fields)
+            return
+        above = self.path
+        while not os.path.lexists(above):
+            above = above.parent
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            why = "is not a folder" if not above.is_dir() else "is not writable"
+            raise UserError(
+                f"run_dir {self.path}: cannot be written ({above} {why}); choose another folder or fix its permissions"
+            )
+
+    def require_no_checkpoints(self) -> None:
+        """Raises UserError for `--resume never` where there is something to resume."""
+        if self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*")):
+            raise UserError(
+                f"--resume never, but {self.checkpoints} holds checkpoints; choose another run_dir, use --resume auto "
+                "to continue, or --fresh to set that run aside"
+            )
+
+    def _compare(self, config_text: str, free_fields: tuple[str, ...]) -> None:
+        self._require_kinds()
+        saved, origin = self._saved_config()
+        if saved is not None:
+            by_content = BY_CONTENT if self.newest_step() >= 0 else ()
+            changed = config_changes(saved, config_text, free_fields, origin, by_content)
+            if changed and (self._holds_progress() or not is_dumped(saved)):
+                raise UserError(
+                    f"run_dir {self.path} holds a run with a different config:\n"
+                    + "\n".join(changed)
+                    + "\nrestore these values to continue that run, choose another run_dir, or start over with "
+                    "--fresh, which renames that run and deletes nothing"
+                )
+            self._has_moved = not changed and bool(moved_paths(saved, config_text))
 
     def begin(self) -> None:
         """All checks have passed, the resume among them: from here on the run is here. Writes the config."""

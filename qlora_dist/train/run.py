@@ -13,10 +13,11 @@ from ..cluster.run_lock import RunLock
 from ..cluster.stop_signal import StopRequested, StopSignal
 from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
+from ..config.changes import free_fields
 from ..config.run_dir import RunDir
 from ..data.loader import derive_accumulation
 from ..data.templates import today
-from ..errors import UserError, os_errors
+from ..errors import os_errors
 from ..optim.adamw import lr_at
 from .metrics import Metrics, restart_peak
 from .setup_data import Data
@@ -115,7 +116,7 @@ def join_ranks(config: RunConfig, stop: StopSignal) -> Iterator[World]:
     A stop signal before the first step ends the block: by then all ranks have agreed, and there is nothing to save.
     """
     require_own_strategy(config.strategy.name)
-    world = World.init(stop, config.strategy.timeout_seconds)
+    world = World.init(stop, config.strategy.timeout_seconds, config.device)
     restart_peak(world.device)  # an earlier run in this process must not count in this one's peak
     try:
         try:
@@ -154,11 +155,8 @@ def open_run_dir(
             print(f"--fresh: the run that was in {run_dir.path} is now in {aside}", flush=True)
         date = run_date(config, run_dir)
         run_dir.open(dump_yaml(_dated(config, date)), free_fields(config))
-        if resume == "never" and run_dir.checkpoints.is_dir() and any(run_dir.checkpoints.glob("step-*")):
-            raise UserError(
-                f"--resume never, but {run_dir.checkpoints} holds checkpoints; choose another "
-                "run_dir, use --resume auto to continue, or --fresh to set that run aside"
-            )
+        if resume == "never":
+            run_dir.require_no_checkpoints()
         return date
 
     try:
@@ -183,12 +181,6 @@ def run_date(config: RunConfig, run_dir: RunDir) -> str | None:
 
 def _dated(config: RunConfig, date: str | None) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
-
-
-def free_fields(config: RunConfig) -> tuple[str, ...]:
-    """Fields that may change between two starts of this run, besides config.changes.FREE_FIELDS."""
-    # with a constant rate the length of a run does not affect its steps: it may be extended
-    return ("train.steps", "train.epochs") if config.optim.schedule == "constant" else ()
 
 
 def report_completed(run_dir: RunDir, world: World, steps: int) -> TrainState:

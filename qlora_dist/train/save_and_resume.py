@@ -9,7 +9,7 @@ from typing import Any
 
 from ..cluster.provenance import code_digest, commit, device_name, versions
 from ..config import dump_yaml
-from ..config.changes import config_changes, moved_paths
+from ..config.changes import config_changes, free_fields, moved_paths
 from ..config.run_dir import read_metrics
 from ..errors import UserError
 from ..files import GIB, DamagedFolder, folder_aside, write_json
@@ -19,7 +19,7 @@ from . import checkpoint
 from .checks.base import check_base_unchanged
 from .metrics import median_tokens_per_second, peak_bytes
 from .prompt_format import PromptFormat, export_tokenizer, record_prompts
-from .run import Run, TrainState, free_fields
+from .run import Run, TrainState
 from .source_digests import changed_sources
 from .step import TrainingModel
 from .trained_weights import export_trained, restore_trained, save_trained, verify_trained

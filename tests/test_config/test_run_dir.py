@@ -120,7 +120,7 @@ def test_a_config_of_a_run_that_saved_anything_is_not_replaced(tmp_path, made):
     run.begin()
     (run.path / made).parent.mkdir(parents=True, exist_ok=True)
     (run.path / made).write_text("{}\n")
-    with pytest.raises(UserError, match=r"different config:\n  train\.steps: was 7, now 8\nchoose"):
+    with pytest.raises(UserError, match=r"different config:\n  train\.steps: was 7, now 8\nrestore"):
         run.open(_text(steps=8))
 
 
@@ -173,7 +173,7 @@ def _leaves(node: object, at: tuple = ()) -> list[tuple]:
     return [leaf for key, inner in items for leaf in _leaves(inner, (*at, key))] or [at]
 
 
-FREE = """run_dir model.cache_4bit model.attention model.kernels data.require_eos data.num_workers data.cache_dir
+FREE = """run_dir device model.cache_4bit model.attention model.kernels data.require_eos data.num_workers data.cache_dir
     batch.micro_rows train.eval_every train.longest_first train.save_every train.keep memory.recompute
     memory.offload_activations strategy.name strategy.ds_config strategy.offload strategy.mixed_devices
     strategy.timeout_seconds logging.trackers logging.project"""
