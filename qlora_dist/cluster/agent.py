@@ -1,4 +1,8 @@
-"""`python -m qlora_dist.cluster.agent OPTIONS`: torchrun, which also ends where it is cut off from the first node.
+"""`python -m qlora_dist.cluster.agent OPTIONS`: torchrun, which also ends where it is cut off from the first node, and
+which lets its ranks have the last word.
+
+Why a rank failed is said by that rank. torchrun would add its own traceback, and end with exit code 1 for every reason;
+here only a rank that could say nothing (a signal ended it) is reported, and its exit code is kept.
 
 torchrun asks the store of the first node whether other nodes wait, before it looks at its own ranks. When that
 node or the network to it is lost, the call returns only when the kernel gives up the connection, after a quarter of an
@@ -7,11 +11,18 @@ hour. The ranks themselves have ended by then, so this node would be held for no
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -47,8 +58,66 @@ def _has_ended(process: psutil.Process) -> bool:
         return False
 
 
-if __name__ == "__main__":
-    threading.Thread(target=exit_if_stuck, name="stuck agent", daemon=True).start()
+def run(options: list[str]) -> int:
+    """torchrun's exit code: that of the first rank that failed, 128 + N for signal N."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    main()
+    # its account of what the ranks have said
+    for name in ("api", "errors.error_handler"):
+        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").addFilter(_is_news)
+    if "--signals-to-handle=SIGQUIT" in options:
+        forward_signals()
+    with tempfile.TemporaryDirectory(prefix="qlora_dist-") as folder:  # torchrun would leave one behind
+        try:
+            main([f"--log-dir={folder}", *options])
+        except ChildFailedError as error:
+            rank, failure = decisive(error.failures)
+            if failure.exitcode > 0:
+                return failure.exitcode
+            text = (
+                f"error: rank {rank} (process {failure.pid} on {socket.gethostname()}) was ended by "
+                f"{failure.signal_name()}; SIGKILL often comes from the kernel, when host memory is used up (dmesg)"
+            )
+            print(printable(text), file=sys.stderr, flush=True)
+            return 128 - failure.exitcode
+    return 0
+
+
+def decisive(failures: Mapping[int, Any]) -> tuple[int, Any]:
+    """(rank, torchrun's account) of the failure that the others follow from: one that said why, else another exit, else
+    a signal that is not the SIGTERM by which torchrun ends the others; the first of these."""
+
+    def order(rank: int) -> tuple[bool, bool, bool, int]:
+        one = failures[rank]
+        return not isinstance(one.message, dict), one.exitcode < 0, one.exitcode == -signal.SIGTERM, one.timestamp
+
+    rank = min(failures, key=order)
+    return rank, failures[rank]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.msg.startswith(("failed (exitcode", "Sending process", "no error file"))
+
+
+def forward_signals() -> None:
+    """Stop signals go to the ranks, which save and end; then torchrun ends. Its own handling kills them after 30 s.
+
+    Ctrl-C reaches them from the terminal: they get SIGTERM, which asks for the same. A second one would exit at once.
+    """
+
+    def forward(number: int, _: FrameType | None) -> None:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored on purpose, as under nohup
+            signal.signal(number, forward)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=exit_if_stuck, name="stuck agent", daemon=True).start()
+    code = run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.exit(code)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .group import SET, cli, rank
+from .group import SET, cli, debug_words, rank
 from .outputs import check_output_file
 from .screen import write_json
 
@@ -27,19 +27,30 @@ if TYPE_CHECKING:
     metavar="auto|never|DIR",
     help="auto: resume from the newest checkpoint of the run directory that verifies. DIR: from this one.",
 )
+@click.option("--ranks", metavar="N|auto", help="Start N processes on this machine. auto: one for each GPU.")
 @click.option("--fresh", is_flag=True, help="Start over: a run in the run directory is renamed, with the date.")
 @click.option("--outcome", type=click.Path(), hidden=True, help="File for the outcome of the run, for `supervise`.")
-def train(config: str, overrides: tuple[str, ...], resume: str, fresh: bool, outcome: str | None) -> None:
-    """Train as configured in CONFIG.
+def train(
+    config: str, overrides: tuple[str, ...], resume: str, ranks: str | None, fresh: bool, outcome: str | None
+) -> None:
+    """Train as configured in CONFIG: in this process, in --ranks processes, or as one that a launcher has started.
 
     \b
     Example:
+      qlora-dist train launch/recipes/alpaca-7b.yaml --ranks auto
       accelerate launch --config_file launch/accelerate/ddp.yaml -m qlora_dist train launch/recipes/alpaca-7b.yaml
     """
     from ..config import load_config
 
     loaded = load_config(config, overrides)
     from .preflight import check_train
+    from .start_ranks import number_of_ranks, start_ranks
+
+    if ranks is not None and (number := number_of_ranks(ranks, loaded.device)) > 1:
+        check_train(loaded, resume, fresh, is_main=True)
+        words = ["train", config, *(f"--set={one}" for one in overrides), f"--resume={resume}"]
+        words += ["--fresh"] * fresh + ([f"--outcome={outcome}"] if outcome else [])
+        start_ranks(number, [*debug_words(), *words])
     from .supervise.exit_report import report_outcome
 
     def run() -> TrainState:

@@ -65,6 +65,25 @@ def test_an_agent_that_is_at_work_is_left_alone(exits_within, looks):
     assert not exits_within(*looks)
 
 
+def _failure(exitcode, timestamp, message=""):
+    return SimpleNamespace(exitcode=exitcode, timestamp=timestamp, message=message)
+
+
+@pytest.mark.parametrize(
+    ("failures", "rank"),
+    [
+        pytest.param(
+            {0: _failure(2, 9, {"message": "mistake"}), 1: _failure(-15, 8)}, 0, id="who said why, not who ended"
+        ),
+        pytest.param({0: _failure(-15, 8), 1: _failure(-9, 9)}, 1, id="SIGTERM is how torchrun ends the others"),
+        pytest.param({0: _failure(-9, 8), 1: _failure(1, 9)}, 1, id="an exit before a signal"),
+        pytest.param({0: _failure(1, 9, {}), 1: _failure(2, 8, {})}, 1, id="the first of two"),
+    ],
+)
+def test_the_failure_that_counts_is_the_one_that_the_others_follow_from(failures, rank):
+    assert agent.decisive(failures) == (rank, failures[rank])
+
+
 def test_it_ends_a_real_process_with_threads_and_says_why():
     done = run_python(
         """
