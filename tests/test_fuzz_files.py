@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 
 from qlora_dist.commands.supervise.exit_report import read_outcome
 from qlora_dist.config import parse_config
+from qlora_dist.config.changes import config_changes
 from qlora_dist.config.reading import dump_yaml
-from qlora_dist.config.run_dir import RunDir, config_changes, num_damaged_metrics, read_metrics
+from qlora_dist.config.run_dir import RunDir, num_damaged_metrics, read_metrics
 from qlora_dist.errors import MachineFailed, RunFailed, UserError
 from qlora_dist.memory import plan_memory
 from qlora_dist.memory.read_shapes import read_shapes

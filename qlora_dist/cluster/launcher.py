@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError, shortened
@@ -56,6 +60,19 @@ def launcher_process() -> int | None:
 def launched_job() -> tuple[str | None, int]:
     """Slurm's id of this process's job, if any, and how often it was requeued."""
     return os.environ.get("SLURM_JOB_ID"), _number("SLURM_RESTART_COUNT", 0)
+
+
+def tell_launcher(text: str) -> None:
+    """Gives torchrun, or accelerate, why this process ends: their report, the last on the screen, ends with it."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        said = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": said}}))
+
+
+def is_repeated_start() -> bool:
+    """Whether torchrun or Slurm starts this job again, after a crash or a requeue."""
+    return launched_job()[1] + _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 _LAUNCH = "start with torchrun or accelerate launch, which set it, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"

@@ -4,24 +4,54 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
-
-from accelerate import Accelerator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .stop_signal import StopRequested
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # takes seconds: `require_trackers` does without it
+
+# Accelerate's trackers -> the modules of which each needs one
+_MODULES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+    "comet_ml": ("comet_ml",),
+    "aim": ("aim",),
+    "mlflow": ("mlflow",),
+    "clearml": ("clearml",),
+    "dvclive": ("dvclive",),
+    "swanlab": ("swanlab",),
+}
 log = logging.getLogger(__name__)
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raises UserError for a tracker that is unknown or not installed. Accelerate would only warn of the latter."""
+    for name in names:
+        modules = _MODULES.get(name)
+        if modules is None:
+            raise UserError(f"logging.trackers names {name!r}; expected some of {', '.join(_MODULES)}")
+        if not any(find_spec(module) for module in modules):
+            raise UserError(
+                f"logging.trackers names {name}, which is not installed here: the run would not be tracked. "
+                f"pip install {modules[0].replace('_', '-')}, or leave it out (--set logging.trackers=[])"
+            )
 
 
 class Trackers:
     """Context manager around a run's trackers. All methods are called by all ranks; rank 0's values are logged."""
 
     def __init__(self, names: Sequence[str], folder: str) -> None:
-        """Raises UserError for a tracker that accelerate does not know. Called after `World.init`."""
+        """Raises UserError for a tracker that cannot be used. Called after `World.init`."""
+        require_trackers(names)
         others = [name for name in names if name != "tensorboard"]
         self._accelerator: Accelerator | None = None
         if others:
+            from accelerate import Accelerator
+
             try:
                 self._accelerator = Accelerator(log_with=others, project_dir=folder)
             except ValueError as error:

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import MachineFailed, RunFailed, UserError, explain_os_error, pack_error, unpack_error
+from .device import require_cuda, why_no_cuda
 from .heartbeat import BEAT_SECONDS, LOOK_SECONDS, STORE_SECONDS, Heartbeat
 from .launcher import launched_ranks, launcher_process
 from .node_links import connect_nodes
@@ -100,14 +101,20 @@ class World:
         self._timeout_seconds = timeout_seconds
 
     @classmethod
-    def init(cls, stop: StopSignal | None = None, timeout_seconds: float = TIMEOUT_SECONDS) -> World:
+    def init(
+        cls, stop: StopSignal | None = None, timeout_seconds: float = TIMEOUT_SECONDS, device: str = "auto"
+    ) -> World:
         """Joins the process group that the launcher (accelerate, torchrun, srun, none) describes.
 
         `stop` can interrupt the `stoppable` parts. `timeout_seconds` limits a wait within a training step, three times
-        that any other wait. Raises UserError when the launcher's variables contradict each other or the machine, and
-        MachineFailed when not all ranks have come within two minutes, or when nodes cannot reach each other.
+        that any other wait. `device`: auto (a GPU if there is one), cuda or cpu.
+
+        Raises UserError when the launcher's variables contradict each other or the machine, or without the GPU that
+        `device` asks for, and MachineFailed when not all ranks have come within two minutes, or when nodes cannot reach
+        each other.
         """
-        has_cuda = torch.cuda.is_available()
+        has_cuda = device != "cpu" and torch.cuda.is_available()
+        require_cuda(device, None if has_cuda else why_no_cuda() or "torch finds none (torch.cuda.is_available())")
         ranks = launched_ranks()
         local_rank = ranks.local_rank
         if has_cuda and local_rank >= torch.cuda.device_count():

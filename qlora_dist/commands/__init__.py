@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from ..cluster.heartbeat import READ_SECONDS
+from ..cluster.launcher import tell_launcher
 from ..cluster.stop_signal import was_terminated
 from ..errors import RunFailed, UserError, explain_os_error, printable
 from . import on_config, on_result  # noqa: F401  (they register their commands)
@@ -84,6 +85,7 @@ def _end(error: BaseException, is_debug: bool) -> int:
     if is_debug:
         _say("".join(traceback.format_exception(error)).rstrip("\n"))
     text, code = _explained(error)
+    tell_launcher(printable(text))
     own = rank()
     if own and not was_terminated():
         time.sleep(READ_SECONDS + 2.0)

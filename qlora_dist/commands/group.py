@@ -44,6 +44,12 @@ def cli(debug: bool) -> None:
     logging.getLogger("qlora_dist").setLevel(logging.DEBUG if debug else _log_level())
 
 
+def debug_words() -> list[str]:
+    """What precedes a command that this one starts."""
+    parent = click.get_current_context().find_root()
+    return ["--debug"] if parent.params.get("debug") else []
+
+
 def _log_level() -> int:
     return logging.INFO if rank() == 0 else logging.WARNING  # rank 0 logs
 

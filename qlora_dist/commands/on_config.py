@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from .group import SET, cli, rank
+from .group import SET, cli, debug_words, rank
 from .outputs import check_output_file
 from .screen import write_json
+
+if TYPE_CHECKING:
+    from ..train import TrainState
 
 
 @cli.command()
@@ -23,21 +27,39 @@ from .screen import write_json
     metavar="auto|never|DIR",
     help="auto: resume from the newest checkpoint of the run directory that verifies. DIR: from this one.",
 )
+@click.option("--ranks", metavar="N|auto", help="Start N processes on this machine. auto: one for each GPU.")
+@click.option("--fresh", is_flag=True, help="Start over: a run in the run directory is renamed, with the date.")
 @click.option("--outcome", type=click.Path(), hidden=True, help="File for the outcome of the run, for `supervise`.")
-def train(config: str, overrides: tuple[str, ...], resume: str, outcome: str | None) -> None:
-    """Train as configured in CONFIG.
+def train(
+    config: str, overrides: tuple[str, ...], resume: str, ranks: str | None, fresh: bool, outcome: str | None
+) -> None:
+    """Train as configured in CONFIG: in this process, in --ranks processes, or as one that a launcher has started.
 
     \b
     Example:
+      qlora-dist train launch/recipes/alpaca-7b.yaml --ranks auto
       accelerate launch --config_file launch/accelerate/ddp.yaml -m qlora_dist train launch/recipes/alpaca-7b.yaml
     """
     from ..config import load_config
 
     loaded = load_config(config, overrides)
-    from ..train import train as run_training
+    from .preflight import check_train
+    from .start_ranks import number_of_ranks, start_ranks
+
+    if ranks is not None and (number := number_of_ranks(ranks, loaded.device)) > 1:
+        check_train(loaded, resume, fresh, is_main=True)
+        words = ["train", config, *(f"--set={one}" for one in overrides), f"--resume={resume}"]
+        words += ["--fresh"] * fresh + ([f"--outcome={outcome}"] if outcome else [])
+        start_ranks(number, [*debug_words(), *words])
     from .supervise.exit_report import report_outcome
 
-    report_outcome(Path(outcome) if outcome else None, rank() == 0, lambda: run_training(loaded, resume))
+    def run() -> TrainState:
+        check_train(loaded, resume, fresh, rank() == 0)
+        from ..train import train as run_training
+
+        return run_training(loaded, resume, fresh)
+
+    report_outcome(Path(outcome) if outcome else None, rank() == 0, run)
 
 
 @cli.command(hidden=True)
@@ -121,6 +143,9 @@ def data(config: str, overrides: tuple[str, ...], show: int, html: str | None) -
     from ..config import load_config
 
     loaded = load_config(config, overrides)
+    from .preflight import check_data
+
+    check_data(loaded)
     from ..model import load_tokenizer
     from .data_report import run_data_command
 
@@ -146,6 +171,10 @@ def verify(config: str, overrides: tuple[str, ...], steps: int, ranks: int, as_j
     from ..config import load_config
 
     loaded = load_config(config, overrides)
+    from .preflight import check_base, check_data
+
+    check_data(loaded)
+    check_base(loaded)
     with contextlib.redirect_stdout(sys.stderr):  # deepspeed greets on stdout when it is imported
         from .verify import prove
 

@@ -12,13 +12,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import UserError, shortened
+from .foreign_names import answer as foreign_answer
+from .foreign_names import given_fields
 from .json_file import regular_bytes
 from .sections import RunConfig
 
 # PyYAML is linear in the size of what it reads once aliases and numbers are bounded: seconds for the largest config
 MAX_BYTES = 2**18  # of a file; also of what its aliases expand to
 MAX_NUMBER = 100  # characters of a number, date or truth value
-MAX_MISTAKES = 20  # that are listed
+MAX_MISTAKES = 40  # that are listed
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -61,7 +63,7 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError(_explain(error, origin)) from None
+        raise UserError(_explain(error, origin, raw)) from None
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -160,14 +162,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             node = node[index]
 
 
-def _explain(error: ValidationError, origin: str) -> str:
-    lines = []
+def _explain(error: ValidationError, origin: str, raw: Any) -> str:
+    lines, given = [], given_fields(raw)
     for item in error.errors(include_url=False)[:MAX_MISTAKES]:
         where = ".".join(map(_shown, item["loc"]))
         if item["type"] == "extra_forbidden":
-            siblings = _fields_at(item["loc"][:-1])
-            near = difflib.get_close_matches(_shown(item["loc"][-1]), siblings, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(siblings)}"
+            hint = foreign_answer(str(item["loc"][-1]), item["input"], given) or _nearest(item["loc"])
             lines.append(f"{where}: unknown key; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing; it has no default")
@@ -182,6 +182,12 @@ def _explain(error: ValidationError, origin: str) -> str:
 def _shown(part: int | str) -> str:
     """A key as the user wrote it, unless that could not stand in one line."""
     return str(part) if re.fullmatch(r"[\w-]{1,60}", str(part)) else shortened(part)
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    siblings = _fields_at(location[:-1])
+    near = difflib.get_close_matches(_shown(location[-1]), siblings, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(siblings)}"
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:

@@ -7,42 +7,20 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from ..errors import MachineFailed, RunFailed, UserError, explain_os_error, os_errors, shortened
+from ..errors import MachineFailed, RunFailed, UserError, explain_os_error, os_errors
 from ..files import write_json, write_text
+from .changes import BY_CONTENT, config_changes, is_dumped, moved_paths, resolved_leaves
 from .json_file import read_json_object
-from .reading import BoundedLoader
-from .sections import RunConfig
 
 log = logging.getLogger(__name__)
-
-# Fields that may differ between two starts of a run: they affect memory, speed or reports, not the mathematics.
-FREE_FIELDS = (
-    "run_dir",
-    "batch.micro_rows",
-    "memory",
-    "strategy",
-    "logging",
-    "model.attention",
-    "model.kernels",
-    "model.cache_4bit",
-    "train.save_every",
-    "train.eval_every",
-    "train.keep",
-    "train.longest_first",
-    "data.num_workers",
-    "data.cache_dir",
-    "data.require_eos",
-)
-
-# Fields that name files whose content a checkpoint records: after a move of the files their paths differ alone
-BY_CONTENT = ("model.name", "lora.init_from", "data.train", "data.eval", "data.template")
 
 
 class RunDir:
@@ -60,7 +38,9 @@ class RunDir:
         self.model = path / "model"  # of full fine-tuning
         self.summary = path / "summary.json"
         self.completed = path / "completed"
-        self._unconfirmed: str | None = None  # the config of this start, see `open`
+        self._pending: str | None = None  # the config of this start until `begin`
+        self._has_moved = False  # whether its paths still have to be compared with those of the run by content
+        self._is_new = not os.path.lexists(path)
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint by folder name, -1 if there is none. Verifies nothing, uses no clock."""
@@ -71,7 +51,7 @@ class RunDir:
 
         None as well while the files of this start must still be compared with those of the run.
         """
-        if self._unconfirmed is not None:
+        if self._has_moved:
             return None
         try:
             written = read_json_object(self.completed, str(self.completed))
@@ -94,41 +74,85 @@ class RunDir:
         write_json(self.completed, {"step": step, "length": length})
 
     def open(self, config_text: str, free_fields: tuple[str, ...] = ()) -> None:
-        """Creates the folder and writes the resolved config. Raises UserError if it holds another config's run.
+        """Creates the folder for a start with this resolved config. Raises UserError if it holds another config's run.
 
         `free_fields` may differ in addition to FREE_FIELDS. The lock is held: what earlier starts left half-written is
-        removed, and a config that was written by a start that saved nothing is replaced. Where only the paths of
-        BY_CONTENT differ, the checkpoints decide: the config is written by `confirm`, once their files are the same.
+        removed. A folder in which no start saved anything is new. The config itself is written by `begin`: a start that
+        is refused leaves nothing. Where only the paths of BY_CONTENT differ, the checkpoints decide before that.
         """
         self.make()
         with os_errors(f"run_dir {self.path}: cannot be prepared", "Nothing that was saved there has changed"):
             self._remove_leftovers()
-            self._require_kinds()
-            saved, origin = self._saved_config()
-            if saved is not None:
-                by_content = BY_CONTENT if self.newest_step() >= 0 else ()
-                changed = config_changes(saved, config_text, free_fields, origin, by_content)
-                if changed and (self._holds_progress() or not _is_dumped(saved)):
-                    raise UserError(
-                        f"run_dir {self.path} holds a run with a different config:\n"
-                        + "\n".join(changed)
-                        + "\nchoose another run_dir, or restore these values to continue that run"
-                    )
-                if changed:
-                    log.warning(
-                        "run_dir %s: an earlier start saved nothing; its config is replaced (%d changes, first:%s)",
-                        self.path, len(changed), changed[0],
-                    )  # fmt: skip
-                elif moved_paths(saved, config_text):
-                    self._unconfirmed, config_text = config_text, saved
-            write_text(self.config, config_text)
+            self._compare(config_text, free_fields)
+            self._pending = config_text
 
-    def confirm(self) -> None:
-        """The files that this start's config names are those of the run: the config is written with their paths."""
-        if self._unconfirmed is not None:
+    def check(self, config_text: str, free_fields: tuple[str, ...] = ()) -> None:
+        """What `open` would refuse, without writing anything. Raises UserError."""
+        if self.path.is_dir():
+            self._compare(config_text, free_fields)
+            return
+        above = self.path
+        while not os.path.lexists(above):
+            above = above.parent
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            why = "is not a folder" if not above.is_dir() else "is not writable"
+            raise UserError(
+                f"run_dir {self.path}: cannot be written ({above} {why}); choose another folder or fix its permissions"
+            )
+
+    def require_no_checkpoints(self) -> None:
+        """Raises UserError for `--resume never` where there is something to resume."""
+        if self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*")):
+            raise UserError(
+                f"--resume never, but {self.checkpoints} holds checkpoints; choose another run_dir, use --resume auto "
+                "to continue, or --fresh to set that run aside"
+            )
+
+    def _compare(self, config_text: str, free_fields: tuple[str, ...]) -> None:
+        self._require_kinds()
+        saved, origin = self._saved_config()
+        if saved is not None:
+            by_content = BY_CONTENT if self.newest_step() >= 0 else ()
+            changed = config_changes(saved, config_text, free_fields, origin, by_content)
+            if changed and (self._holds_progress() or not is_dumped(saved)):
+                raise UserError(
+                    f"run_dir {self.path} holds a run with a different config:\n"
+                    + "\n".join(changed)
+                    + "\nrestore these values to continue that run, choose another run_dir, or start over with "
+                    "--fresh, which renames that run and deletes nothing"
+                )
+            self._has_moved = not changed and bool(moved_paths(saved, config_text))
+
+    def begin(self) -> None:
+        """All checks have passed, the resume among them: from here on the run is here. Writes the config."""
+        if self._pending is not None:
             with os_errors(f"run_dir {self.path}: {self.config.name} cannot be written", "Checkpoints are intact"):
-                write_text(self.config, self._unconfirmed)
-            self._unconfirmed = None
+                write_text(self.config, self._pending)
+            self._pending, self._has_moved = None, False
+
+    def discard(self) -> None:
+        """The end of a start: the folder is removed if this start made it and nothing is in it."""
+        if self._is_new:
+            with suppress(OSError):
+                self.path.rmdir()
+
+    def set_aside(self) -> Path | None:
+        """Moves a run that is here into a folder beside it, named with the date; None when there is none.
+
+        The lock is held, and stays. Raises UserError when the folder is in use for something else.
+        """
+        if not self._holds_progress() or self._saved_config()[0] is None:
+            return None
+        first = f"{self.path}.{time.strftime('%Y-%m-%d-%H%M%S')}"
+        names = (Path(first + number) for number in ("", *(f"-{n}" for n in range(2, 1000))))
+        aside = next(path for path in names if not os.path.lexists(path))
+        with os_errors(f"run_dir {self.path}: the run cannot be set aside as {aside}", "Nothing was deleted"):
+            aside.mkdir()
+            # the checkpoints last: whenever this ends early, what is left here is still that run
+            entries = [entry for entry in self.path.iterdir() if entry != self.lock]
+            for entry in sorted(entries, key=lambda entry: entry == self.checkpoints):
+                entry.rename(aside / entry.name)
+        return aside
 
     def make(self) -> None:
         """Creates the folder. Raises UserError if it is not writable, MachineFailed if the disk is full or fails."""
@@ -183,7 +207,7 @@ class RunDir:
         """The config of the run that is here, by dotted names; None in a new folder, and where `open` finds fault."""
         try:
             text, _ = self._saved_config()
-            return None if text is None else _resolved(text)
+            return None if text is None else resolved_leaves(text)
         except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
@@ -229,114 +253,6 @@ def checkpoint_step(path: Path) -> int:
     """The step that names a checkpoint's folder, -1 for any other name (those set aside do not count)."""
     found = re.fullmatch(r"step-([0-9]{8,18})", path.name)
     return int(found[1]) if found else -1
-
-
-def config_changes(
-    saved: str,
-    current: str,
-    free_fields: tuple[str, ...] = (),
-    origin: str = "the saved config",
-    by_content: tuple[str, ...] = (),
-) -> list[str]:
-    """One line per key in which two resolved configs (YAML) differ, except FREE_FIELDS and `free_fields`.
-
-    They are compared as models: a field that one of them lacks has its default there. Two paths of one file are equal,
-    and in fields of `by_content` any two local paths. Raises UserError, naming `origin`, when the saved one cannot be
-    read.
-    """
-    old, new = _compared(saved, current, origin)
-    free = FREE_FIELDS + free_fields
-    return [
-        f"  {key}: was {shortened(old.get(key))}, now {shortened(new.get(key))}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not any(key == field or key.startswith(field + ".") for field in free)
-        and not (key in by_content and _without_paths(old.get(key)) == _without_paths(new.get(key)))
-    ]
-
-
-def moved_paths(saved: str, current: str) -> list[str]:
-    """The fields of BY_CONTENT in which two resolved configs differ by local paths alone."""
-    old, new = _compared(saved, current, "the saved config")
-    return [
-        key
-        for key in BY_CONTENT
-        if old.get(key) != new.get(key) and _without_paths(old.get(key)) == _without_paths(new.get(key))
-    ]
-
-
-def _compared(saved: str, current: str, origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        old = _resolved(saved)
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{origin} is damaged: it is not the config of a run ({shortened(str(error))}). Restore it; if it is a "
-            "config.yaml beside checkpoints it may be deleted instead: they hold the config, too"
-        ) from None
-    new = _resolved(current)
-    for key in BY_CONTENT:
-        if _mapped(old.get(key), os.path.realpath) == _mapped(new.get(key), os.path.realpath):
-            old.pop(key, None), new.pop(key, None)
-    return old, new
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, list):  # which records a source's name draws is in the fingerprint of the documents
-        value = [{**one, "name": ""} if isinstance(one, dict) else one for one in value]
-    return _mapped(value, lambda _: "/")
-
-
-def _mapped(value: Any, function: Callable[[str], str]) -> Any:
-    """The value of a BY_CONTENT field (a name or path, or a list of sources), a function applied to its local paths."""
-    if isinstance(value, list):
-        return [{**one, "path": _mapped(one.get("path"), function)} if isinstance(one, dict) else one for one in value]
-    return function(value) if isinstance(value, str) and value.startswith("/") else value
-
-
-def _resolved(text: str) -> dict[str, Any]:
-    """The leaves of a config with today's defaults for the fields that it lacks. A value that today's fields do not
-    take (another version wrote it) stands for itself."""
-    raw = yaml.load(text, Loader=BoundedLoader)
-    if not isinstance(raw, dict):
-        raise ValueError(f"expected a mapping of sections, found {type(raw).__name__}")
-    foreign: dict[str, Any] = {}
-    copy = json.loads(json.dumps(raw))
-    while True:
-        try:
-            return _flatten(json.loads(RunConfig.model_validate(copy).model_dump_json())) | foreign
-        except ValidationError as error:
-            # all are found before one is removed: two may be about the same value
-            found = dict(filter(None, (_find(copy, item["loc"]) for item in error.errors())))
-        if not found:  # sections are missing
-            return _flatten(raw)
-        foreign |= {key: section.pop(name) for key, (section, name) in found.items()}
-
-
-def _find(config: dict[str, Any], location: tuple[int | str, ...]) -> tuple[str, tuple[dict[str, Any], str]] | None:
-    """The key of the innermost named value at a location of plain data, and its section; None when nothing is there."""
-    node: Any = config
-    found, key = None, ""
-    for depth, part in enumerate(location):  # the end of a location may name one of several types
-        if isinstance(node, dict) and part in node:
-            found, key = (node, str(part)), ".".join(map(str, location[: depth + 1]))
-            node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-            node = node[part]
-        else:
-            break
-    return None if found is None else (key, found)
-
-
-def _is_dumped(text: str) -> bool:
-    """Whether a config was written by this package and not by hand."""
-    return yaml.safe_dump(yaml.load(text, Loader=BoundedLoader), sort_keys=False, allow_unicode=True) == text
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        items = [(f"{prefix}.{key}" if prefix else str(key), inner) for key, inner in value.items()]
-        return {name: leaf for key, inner in items for name, leaf in _flatten(inner, key).items()}
-    return {prefix: value}
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -306,6 +306,8 @@ class RunConfig(_Section):
     """Folder of this run: config, metrics, checkpoints, adapter."""
     seed: int = Field(0, ge=0, le=LARGEST)
     """Seed for row order, adapter initialization and dropout."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: a GPU if there is one, else the CPU. cuda: a GPU, or an error before anything is read."""
     model: ModelConfig
     """The frozen base model."""
     lora: LoraConfig | None = Field(default_factory=lambda: LoraConfig())

@@ -24,16 +24,16 @@ from .evaluation import evaluate_at_start, evaluate_missed, evaluate_unless_stop
 from .fit_memory import resolve_auto, try_longest
 from .metrics import Metrics, restart_peak, step_values
 from .out_of_memory import explain_out_of_memory
-from .prompt_format import record_prompts
 from .run import Run, TrainState, join_ranks, open_run_dir, report_completed, report_stopped
-from .save_and_resume import finish, resume_newest, save
+from .save_and_resume import begin, finish, save
 from .setup_data import build_data, count_steps
 from .setup_model import build_model, check_base
 from .step import train_step
 
 
-def train(config: RunConfig, resume: str = "auto") -> TrainState:
+def train(config: RunConfig, resume: str = "auto", fresh: bool = False) -> TrainState:
     """Trains until the last step of the config or a stop signal. `resume`: auto, never, or a checkpoint folder.
+    `fresh`: a run that is in its directory is set aside first.
 
     Raises UserError, wherever possible before the model is read, and RunFailed, on all ranks together.
     """
@@ -42,7 +42,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
         StopSignal() as stop,
         join_ranks(config, stop) as world,
         Trackers(config.logging.trackers, config.run_dir) as trackers,
-        open_run_dir(config, world, resume) as (run_dir, config),
+        open_run_dir(config, world, resume, fresh) as (run_dir, config),
     ):
         if (steps := world.from_main(lambda: run_dir.completed_steps(config.train.length))) is not None:
             return report_completed(run_dir, world, steps)
@@ -69,9 +69,7 @@ def train(config: RunConfig, resume: str = "auto") -> TrainState:
             model.build_peak_bytes = restart_peak(world.device)
 
             # 5. resume from the newest checkpoint
-            state = resume_newest(run, model, resume)
-            record_prompts(run)
-            metrics.start(state.step, config)
+            state = begin(run, model, resume)
             try_longest(run, model, state, progress)
             loss_at_start = evaluate_at_start(run, model, state)
             evaluate_missed(run, model, state)

@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..cluster.launcher import launched_job, require_own_strategy
+from ..cluster.launcher import is_repeated_start, launched_job, require_own_strategy
 from ..cluster.run_lock import RunLock
 from ..cluster.stop_signal import StopRequested, StopSignal
 from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
+from ..config.changes import free_fields
 from ..config.run_dir import RunDir
 from ..data.loader import derive_accumulation
 from ..data.templates import today
-from ..errors import UserError, os_errors
+from ..errors import os_errors
 from ..optim.adamw import lr_at
 from .metrics import Metrics, restart_peak
 from .setup_data import Data
@@ -115,7 +116,7 @@ def join_ranks(config: RunConfig, stop: StopSignal) -> Iterator[World]:
     A stop signal before the first step ends the block: by then all ranks have agreed, and there is nothing to save.
     """
     require_own_strategy(config.strategy.name)
-    world = World.init(stop, config.strategy.timeout_seconds)
+    world = World.init(stop, config.strategy.timeout_seconds, config.device)
     restart_peak(world.device)  # an earlier run in this process must not count in this one's peak
     try:
         try:
@@ -135,10 +136,13 @@ def join_ranks(config: RunConfig, stop: StopSignal) -> Iterator[World]:
 
 
 @contextmanager
-def open_run_dir(config: RunConfig, world: World, resume: str) -> Iterator[tuple[RunDir, RunConfig]]:
-    """The run directory with its resolved config, locked for this job, and that config.
+def open_run_dir(
+    config: RunConfig, world: World, resume: str, fresh: bool = False
+) -> Iterator[tuple[RunDir, RunConfig]]:
+    """The run directory for its resolved config, locked for this job, and that config.
 
-    Refuses the directory of another run, one in use by another job, and `--resume never` where there is a run.
+    Refuses the directory of another run, one in use by another job, and `--resume never` where there is a run. `fresh`
+    sets a run that is there aside, except in a start that a launcher repeats.
     """
     run_dir = RunDir(Path(config.run_dir))
     lock = RunLock(run_dir.lock, *launched_job())
@@ -147,13 +151,12 @@ def open_run_dir(config: RunConfig, world: World, resume: str) -> Iterator[tuple
         run_dir.make()
         with os_errors(f"{run_dir.lock}: cannot be written", "Nothing that was saved there has changed"):
             lock.acquire()
+        if fresh and not is_repeated_start() and (aside := run_dir.set_aside()) is not None:
+            print(f"--fresh: the run that was in {run_dir.path} is now in {aside}", flush=True)
         date = run_date(config, run_dir)
         run_dir.open(dump_yaml(_dated(config, date)), free_fields(config))
-        if resume == "never" and run_dir.checkpoints.is_dir() and any(run_dir.checkpoints.glob("step-*")):
-            raise UserError(
-                f"--resume never, but {run_dir.checkpoints} holds checkpoints; remove {run_dir.path}, choose another "
-                "run_dir, or use --resume auto to continue"
-            )
+        if resume == "never":
+            run_dir.require_no_checkpoints()
         return date
 
     try:
@@ -161,6 +164,8 @@ def open_run_dir(config: RunConfig, world: World, resume: str) -> Iterator[tuple
         yield run_dir, _dated(config, date)  # each rank's own config: whether they are equal is checked later
     finally:
         lock.release()
+        if world.is_main:
+            run_dir.discard()
 
 
 def run_date(config: RunConfig, run_dir: RunDir) -> str | None:
@@ -176,12 +181,6 @@ def run_date(config: RunConfig, run_dir: RunDir) -> str | None:
 
 def _dated(config: RunConfig, date: str | None) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
-
-
-def free_fields(config: RunConfig) -> tuple[str, ...]:
-    """Fields that may change between two starts of this run, besides config.run_dir.FREE_FIELDS."""
-    # with a constant rate the length of a run does not affect its steps: it may be extended
-    return ("train.steps", "train.epochs") if config.optim.schedule == "constant" else ()
 
 
 def report_completed(run_dir: RunDir, world: World, steps: int) -> TrainState:

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..cluster.provenance import code_digest, commit, device_name, versions
 from ..config import dump_yaml
-from ..config.run_dir import config_changes, moved_paths, read_metrics
+from ..config.changes import config_changes, free_fields, moved_paths
+from ..config.run_dir import read_metrics
 from ..errors import UserError
 from ..files import GIB, DamagedFolder, folder_aside, write_json
 from ..memory import MemoryPlan
@@ -17,11 +18,20 @@ from ..model import base_checksum, load_tokenizer, unwrap, write_errors
 from . import checkpoint
 from .checks.base import check_base_unchanged
 from .metrics import median_tokens_per_second, peak_bytes
-from .prompt_format import PromptFormat, export_tokenizer
-from .run import Run, TrainState, free_fields
+from .prompt_format import PromptFormat, export_tokenizer, record_prompts
+from .run import Run, TrainState
 from .source_digests import changed_sources
 from .step import TrainingModel
 from .trained_weights import export_trained, restore_trained, save_trained, verify_trained
+
+
+def begin(run: Run, model: TrainingModel, choice: str) -> TrainState:
+    """Resumes, or begins anew where there is nothing. From here on the run is in its directory."""
+    state = resume_newest(run, model, choice)
+    run.world.from_main(run.dir.begin)
+    record_prompts(run)
+    run.metrics.start(state.step, run.config)
+    return state
 
 
 def resume_newest(run: Run, model: TrainingModel, choice: str) -> TrainState:
@@ -77,7 +87,6 @@ def _choose_checkpoint(run: Run, choice: str, base: dict[str, str]) -> tuple[str
         return None, notes, reasons
     state = checkpoint.load_state(path)
     moved = _require_same(run, path, state, base)
-    run.dir.confirm()
     if moved:
         notes = [*notes, f"other paths than before, with the same content: {', '.join(moved)}"]
     return str(path), [*notes, f"resuming from {path} (step {state['step']})"], reasons

@@ -69,6 +69,25 @@ def test_an_agent_that_is_at_work_is_left_alone(exits_within, looks):
     assert not exits_within(*looks)
 
 
+def _failure(exitcode, timestamp, message=""):
+    return SimpleNamespace(exitcode=exitcode, timestamp=timestamp, message=message)
+
+
+@pytest.mark.parametrize(
+    ("failures", "rank"),
+    [
+        pytest.param(
+            {0: _failure(2, 9, {"message": "mistake"}), 1: _failure(-15, 8)}, 0, id="who said why, not who ended"
+        ),
+        pytest.param({0: _failure(-15, 8), 1: _failure(-9, 9)}, 1, id="SIGTERM is how torchrun ends the others"),
+        pytest.param({0: _failure(-9, 8), 1: _failure(1, 9)}, 1, id="an exit before a signal"),
+        pytest.param({0: _failure(1, 9, {}), 1: _failure(2, 8, {})}, 1, id="the first of two"),
+    ],
+)
+def test_the_failure_that_counts_is_the_one_that_the_others_follow_from(failures, rank):
+    assert agent.decisive(failures) == (rank, failures[rank])
+
+
 def test_it_ends_a_real_process_with_threads_and_says_why():
     done = run_python(
         """
@@ -101,7 +120,7 @@ def test_a_node_asks_who_listens_before_torchrun_does():
         other.listen()
         endpoint = f"--rdzv-endpoint=127.0.0.1:{other.getsockname()[1]}"
         done = run_forked(
-            "from qlora_dist.cluster.agent import run; print('exit code', run())",
+            "import sys; from qlora_dist.cluster.agent import run; print('exit code', run(sys.argv[1:]))",
             endpoint, "--rdzv-backend=c10d", "--nnodes=2", "absent.py", timeout=60,
         )  # fmt: skip
     assert "exit code 1" in done.stdout and "another program than torchrun" in done.stderr, done
@@ -118,7 +137,7 @@ def test_a_node_that_waits_in_vain_for_the_others_says_so_without_a_traceback():
         port = probe.getsockname()[1]
     options = [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-backend=c10d", "--rdzv-conf=is_host=1,join_timeout=1"]
     done = run_forked(
-        "from qlora_dist.cluster.agent import run; print('exit code', run())",
+        "import sys; from qlora_dist.cluster.agent import run; print('exit code', run(sys.argv[1:]))",
         *options, "--nnodes=2", "absent.py",
     )  # fmt: skip
     assert "exit code 1" in done.stdout and "Traceback" not in done.stderr, done

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.ranks import on_ranks, outcome
 
+from qlora_dist.cluster import trackers as trackers_module
 from qlora_dist.cluster import world as world_module
 from qlora_dist.cluster.heartbeat import Failure
 from qlora_dist.cluster.stop_signal import StopRequested, StopSignal
@@ -282,6 +283,7 @@ def _tracked(folder):
     def fails():
         raise OSError("no network")
 
+    trackers_module._MODULES["wandb"] = ("json",)  # as if it were installed
     with Trackers(["tensorboard", "wandb"], folder) as trackers:
         trackers._accelerator.trackers = [
             SimpleNamespace(name="first", finish=fails),
@@ -307,8 +309,33 @@ def test_trackers_finish_after_a_stop_and_not_after_a_failure(error, finishes):
 
 
 def test_an_unknown_tracker_is_explained():
-    with pytest.raises(UserError, match=r"logging.trackers \['tensorboard', 'carrier_pigeon'\]"):
+    with pytest.raises(UserError, match=r"names 'carrier_pigeon'; expected some of tensorboard, wandb"):
         Trackers(["tensorboard", "carrier_pigeon"], ".")
+
+
+def test_a_tracker_that_is_not_installed_is_refused_and_not_left_out_in_silence(monkeypatch):
+    monkeypatch.setitem(trackers_module._MODULES, "wandb", ("no_such_module",))
+    with pytest.raises(UserError, match=r"wandb, which is not installed here: .*pip install"):
+        Trackers(["wandb"], ".")
+
+
+def test_the_trackers_are_those_of_accelerate():
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    assert set(trackers_module._MODULES) <= set(LOGGER_TYPE_TO_CLASS)
+
+
+def test_a_run_that_asks_for_a_gpu_does_not_train_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"device is cuda, but .* has no GPU for this run: .*--set device=cpu"):
+        World.init(device="cuda")
+
+
+def test_a_run_that_asks_for_the_cpu_does_not_take_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    world = World.init(device="cpu")
+    assert world.device.type == "cpu"
+    world.close()
 
 
 def test_errors_carry_their_exit_codes():

@@ -206,3 +206,25 @@ def test_after_training_a_run_is_evaluated_generated_from_and_merged(raw, tmp_pa
     assert cli.invoke(["merge", raw["run_dir"], str(tmp_path / "merged"), "--dtype", "float32"]) == 0
     assert "its logits differ" in capsys.readouterr().out
     assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_a_start_that_is_refused_leaves_nothing_and_the_corrected_one_begins(raw, tmp_path, capsys):
+    run = Path(raw["run_dir"])
+    _fails(capsys, write_config(tmp_path / "c.yaml", raw, lora__target_modules=["no_such"]))
+    assert not run.exists()
+    assert cli.invoke(["train", str(write_config(tmp_path / "c.yaml", raw, train__steps=1))]) == 0
+    assert "is replaced" not in capsys.readouterr().err
+
+
+def test_fresh_renames_a_run_and_begins_anew(raw, tmp_path, capsys):
+    run = Path(raw["run_dir"])
+    first, second = (write_config(tmp_path / f"{n}.yaml", raw, train__steps=1, lora__rank=n) for n in (4, 2))
+    assert cli.invoke(["train", str(first)]) == 0
+    assert "lora.rank: was 4, now 2\n" in _fails(capsys, second)
+    assert "give one of the two" in _fails(capsys, second, "--fresh", "--resume", str(run / "checkpoints"))
+    assert cli.invoke(["train", str(second), "--fresh"]) == 0
+    (aside,) = (path for path in run.parent.iterdir() if path.name.startswith("run."))
+    assert f"is now in {aside}" in capsys.readouterr().out
+    for folder, rank in ((aside, 4), (run, 2)):
+        assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["r"] == rank
+        assert (folder / "completed").is_file()

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from helpers.crew import Crew
-from helpers.ranks import run_command
+from helpers.ranks import clean_environment, run_command, torchrun
 from helpers.slurm_cluster import wait_for
 from helpers.tiny_run import changed, losses_of, make_inputs, write_config
+
+from qlora_dist.commands.start_ranks import number_of_ranks
+from qlora_dist.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,60 @@ def test_a_mistake_is_said_by_one_of_two_ranks_without_a_traceback_of_ours(raw, 
         crew.wait()
         assert crew.output().count("nearest multiples: 2 or 4") == 1
         assert "qlora_dist/train" not in crew.output()
+
+
+def test_ranks_that_the_command_starts_give_the_run_and_a_mistake_is_the_last_word(raw, tmp_path):
+    """--ranks: without a traceback of the launcher, with the exit code of the rank."""
+    start = [sys.executable, "-m", "qlora_dist", "train", str(write_config(tmp_path / "c.yaml", raw, train__steps=2))]
+    done = run_command([*start, "--ranks", "2", "--set", "batch.rows_per_step=3"])
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("error: batch.rows_per_step is 3"), done.stderr
+    assert "Traceback" not in done.stderr and "exitcode" not in done.stderr
+    assert not Path(raw["run_dir"]).exists()
+    done = run_command([*start, "--ranks", "2"])
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+
+
+def test_under_torchrun_its_report_ends_with_the_mistake(raw, tmp_path):
+    config = write_config(tmp_path / "c.yaml", raw, lora__target_modules=["q_prj"])
+    done = run_command([*torchrun(2), "-m", "qlora_dist", "train", str(config)])
+    assert done.returncode == 1
+    assert "error: lora.target_modules: q_prj matches" in done.stderr.rstrip().splitlines()[-2], done.stderr
+
+
+def test_ctrl_c_of_the_launcher_saves_and_ends_with_success(raw, tmp_path):
+    config = write_config(tmp_path / "c.yaml", raw, train__steps=100_000)
+    command = [sys.executable, "-m", "qlora_dist", "train", str(config), "--ranks", "2"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(
+        command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            wait_for(lambda: metrics.exists() and metrics.stat().st_size, 120, "a step", lambda: "")
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=120)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    assert "checkpoint saved in" in output and "Traceback" not in output
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("ranks", ["0", "-1", "two", "1e3", "99999", ""])
+def test_a_number_of_ranks_that_is_none_is_refused(ranks):
+    with pytest.raises(UserError, match=r"expected auto or a number of processes from 1 to"):
+        number_of_ranks(ranks, "auto")
+
+
+def test_ranks_within_a_launcher_are_refused_and_auto_is_one_without_a_gpu(monkeypatch):
+    assert number_of_ranks("auto", "cpu") == 1 and number_of_ranks("3", "auto") == 3
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="leave out --ranks, or the launcher"):
+        number_of_ranks("2", "auto")
 
 
 def test_a_killed_run_goes_on_with_the_losses_of_a_whole_one(raw, tmp_path):

@@ -25,7 +25,7 @@ def _load(tmp_path, raw, *overrides):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optim__learning_rate": 1e-4}, r"optim\.learning_rate: unknown key; known keys: name, lr"),
+        ({"optim__learning_rate": 1e-4}, r"optim\.learning_rate: unknown key; set optim\.lr: 0\.0001"),
         ({"optim__wieght_decay": 0.1}, r"optim\.wieght_decay: unknown key; did you mean weight_decay\?"),
         ({"modle": {"name": "x"}}, r"modle: unknown key; did you mean model\?"),
         (
@@ -157,7 +157,7 @@ def test_a_config_that_is_not_a_regular_file_is_refused_at_once(tmp_path):
 
 
 def test_long_and_many_mistakes_are_listed_shortly():
-    with pytest.raises(UserError, match=r"and 980 more") as caught:
+    with pytest.raises(UserError, match=r"and 960 more") as caught:
         parse_config({f"key {i}\n{'x' * 1000}": "y" * 1000 for i in range(996)} | {"run_dir": ["z" * 10**6]})
     assert len(str(caught.value)) < 10_000
 

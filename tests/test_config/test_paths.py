@@ -12,8 +12,9 @@ from helpers.tiny_run import changed
 from pydantic import BaseModel
 
 from qlora_dist.config import RunConfig, dump_yaml, load_config, parse_config
+from qlora_dist.config.changes import BY_CONTENT, config_changes, moved_paths
 from qlora_dist.config.names import DATA_SUFFIXES
-from qlora_dist.config.run_dir import BY_CONTENT, RunDir, config_changes, moved_paths
+from qlora_dist.config.run_dir import RunDir
 from qlora_dist.data.documents.select import select_documents
 from qlora_dist.data.formats.readers import READERS
 from qlora_dist.errors import UserError
@@ -143,6 +144,7 @@ def test_another_path_alone_is_left_to_the_content_where_a_checkpoint_tells_it(h
     assert config_changes(old, new, by_content=BY_CONTENT) == []
     run = RunDir(here / "run")
     run.open(old)
+    run.begin()
     run.metrics.write_text('{"step": 1, "loss": 1.0}\n')
     with pytest.raises(UserError, match=r"different config:\n  model\.name"):
         run.open(new)
@@ -151,7 +153,7 @@ def test_another_path_alone_is_left_to_the_content_where_a_checkpoint_tells_it(h
     run.mark_completed(1, {"steps": 1})
     run.open(new)
     assert run.config.read_text() == old and run.completed_steps({"steps": 1}) is None
-    run.confirm()
+    run.begin()
     assert run.config.read_text() == new and run.completed_steps({"steps": 1}) == 1
 
 

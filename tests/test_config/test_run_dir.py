@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_dist.config import RunConfig, dump_yaml, parse_config, run_dir
-from qlora_dist.config.run_dir import RunDir, config_changes, num_damaged_metrics, read_metrics
+from qlora_dist.config import RunConfig, changes, dump_yaml, parse_config, run_dir
+from qlora_dist.config.changes import config_changes
+from qlora_dist.config.run_dir import RunDir, num_damaged_metrics, read_metrics
 from qlora_dist.config.sections import TrainConfig
 from qlora_dist.errors import MachineFailed, RunFailed, UserError
 
@@ -24,6 +25,7 @@ def _text(**train: object) -> str:
 def _begun(path: Path, text: str = "") -> RunDir:
     run = RunDir(path)
     run.open(text or _text())
+    run.begin()
     run.metrics.write_text('{"step": 1, "loss": 1.0}\n')
     return run
 
@@ -51,15 +53,61 @@ def test_results_that_were_half_written_are_removed(tmp_path):
     assert not half.exists()
 
 
-def test_a_config_of_a_start_that_saved_nothing_is_replaced(tmp_path, caplog):
+def test_a_directory_in_which_no_start_saved_anything_is_new(tmp_path):
     run = RunDir(tmp_path / "run")
     run.open(_text(steps=7))
+    run.begin()
     run.metrics.touch()
     run.checkpoints.mkdir()
     run.open(_text(steps=8))
+    run.begin()
     assert yaml.safe_load(run.config.read_text())["train"]["steps"] == 8
-    assert "an earlier start saved nothing; its config is replaced" in caplog.text
-    assert "train.steps: was 7, now 8" in caplog.text
+
+
+def test_a_start_that_is_refused_leaves_nothing(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.open(_text())
+    assert [*run.path.iterdir()] == []
+    run.discard()
+    assert not run.path.exists()
+
+    run.path.mkdir()  # the user's own
+    run = RunDir(run.path)
+    run.open(_text())
+    run.discard()
+    assert run.path.is_dir()
+
+
+def test_a_start_that_is_refused_keeps_the_config_of_the_run(tmp_path):
+    run = _begun(tmp_path / "run")
+    before = run.config.read_text()
+    RunDir(run.path).open(_text(save_every=2))
+    assert run.config.read_text() == before
+
+
+def test_a_run_is_set_aside_whole_and_stays_one(tmp_path, monkeypatch):
+    run = _begun(tmp_path / "run", _text(steps=7))
+    (run.checkpoints / "step-00000001").mkdir(parents=True)
+    run.lock.touch()
+    monkeypatch.setattr(run_dir.time, "strftime", lambda _: "2030-01-02-030405")
+    aside = run.set_aside()
+    assert aside == tmp_path / "run.2030-01-02-030405"
+    assert [*run.path.iterdir()] == [run.lock]  # held by this start
+    with pytest.raises(UserError, match=r"train\.steps: was 7, now 8"):
+        RunDir(aside).open(_text(steps=8))
+    assert run.set_aside() is None
+    run.open(_text(steps=8))
+    run.begin()
+    run.metrics.write_text("{}\n")
+    assert run.set_aside() == tmp_path / "run.2030-01-02-030405-2"
+
+
+def test_what_is_no_run_is_not_set_aside(tmp_path):
+    run = RunDir(tmp_path / "run")
+    (run.path / "adapter").mkdir(parents=True)
+    with pytest.raises(UserError, match="is not empty but holds no run"):
+        run.set_aside()
+    assert run.adapter.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -69,9 +117,10 @@ def test_a_config_of_a_start_that_saved_nothing_is_replaced(tmp_path, caplog):
 def test_a_config_of_a_run_that_saved_anything_is_not_replaced(tmp_path, made):
     run = RunDir(tmp_path / "run")
     run.open(_text(steps=7))
+    run.begin()
     (run.path / made).parent.mkdir(parents=True, exist_ok=True)
     (run.path / made).write_text("{}\n")
-    with pytest.raises(UserError, match=r"different config:\n  train\.steps: was 7, now 8\nchoose"):
+    with pytest.raises(UserError, match=r"different config:\n  train\.steps: was 7, now 8\nrestore"):
         run.open(_text(steps=8))
 
 
@@ -97,7 +146,7 @@ class _NewRunConfig(RunConfig):
 
 def test_a_new_field_with_its_default_does_not_block_an_old_run(monkeypatch):
     old = _text()
-    monkeypatch.setattr(run_dir, "RunConfig", _NewRunConfig)
+    monkeypatch.setattr(changes, "RunConfig", _NewRunConfig)
     raw = yaml.safe_load(old)
 
     def new(**fields: object) -> str:
@@ -113,7 +162,7 @@ def test_a_field_within_a_source_counts_as_well(monkeypatch):
     del new["data"]["train"][0]["weight"], new["optim"]
     assert config_changes(yaml.safe_dump(new), old) == config_changes(old, yaml.safe_dump(new)) == []
     new["data"]["train"][0]["weight"] = 2.0
-    assert len(config_changes(yaml.safe_dump(new), old)) == 1
+    assert config_changes(yaml.safe_dump(new), old) == ["  data.train.0.weight: was 2.0, now 1.0"]
 
 
 def _leaves(node: object, at: tuple = ()) -> list[tuple]:
@@ -124,7 +173,7 @@ def _leaves(node: object, at: tuple = ()) -> list[tuple]:
     return [leaf for key, inner in items for leaf in _leaves(inner, (*at, key))] or [at]
 
 
-FREE = """run_dir model.cache_4bit model.attention model.kernels data.require_eos data.num_workers data.cache_dir
+FREE = """run_dir device model.cache_4bit model.attention model.kernels data.require_eos data.num_workers data.cache_dir
     batch.micro_rows train.eval_every train.longest_first train.save_every train.keep memory.recompute
     memory.offload_activations strategy.name strategy.ds_config strategy.offload strategy.mixed_devices
     strategy.timeout_seconds logging.trackers logging.project"""
@@ -192,6 +241,7 @@ def test_a_config_that_is_gone_is_that_of_the_newest_checkpoint(tmp_path):
     with pytest.raises(UserError, match="different config"):
         run.open(_text(steps=9))
     run.open(_text())
+    run.begin()
     assert run.config.is_file()
 
 
@@ -267,8 +317,9 @@ def test_a_disk_that_fails_at_the_start_is_no_mistake_of_the_user(tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(run_dir, "write_text", fail)
-        with pytest.raises(MachineFailed, match=r"run: cannot be prepared: .*Nothing that was saved there has changed"):
-            run.open(_text())
+        run.open(_text())
+        with pytest.raises(MachineFailed, match=r"run: config\.yaml cannot be written: .*Checkpoints are intact"):
+            run.begin()
         patch.setattr(Path, "touch", fail)
         with pytest.raises(MachineFailed, match="run: cannot be written: "):
             run.open(_text())

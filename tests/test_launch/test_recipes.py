@@ -47,6 +47,11 @@ def test_a_recipes_run_directory_has_its_name(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_recipe_for_gpus_does_not_train_on_a_cpu_in_silence(path: Path) -> None:
+    assert load_config(path).device == ("auto" if path.stem == "demo" else "cuda")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_the_launch_line_of_a_recipe_refers_to_existing_files(path: Path) -> None:
     words = launch_words(path)
     assert words[:3] == ["accelerate", "launch", "--config_file"]

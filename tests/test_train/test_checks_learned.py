@@ -95,6 +95,7 @@ def test_a_run_keeps_the_date_of_its_first_start(raw, tmp_path):
     config, run_dir = config_of(raw), RunDir(tmp_path / "run")
     assert config.data.date is None and run_date(config, run_dir) == today()
     run_dir.open(dump_yaml(config_of(raw, data__date="2024-07-06")))
+    run_dir.begin()
     assert run_date(config, run_dir) == "2024-07-06"
     assert run_date(config_of(raw, data__date="2024-07-07"), run_dir) == "2024-07-07"
     # a run of before there was a date goes on without one

@@ -11,7 +11,8 @@ import torch
 from qlora_dist.cluster.stop_signal import StopSignal
 from qlora_dist.cluster.trackers import Trackers
 from qlora_dist.config import parse_config
-from qlora_dist.config.run_dir import RunDir, config_changes, read_metrics
+from qlora_dist.config.changes import config_changes
+from qlora_dist.config.run_dir import RunDir, read_metrics
 from qlora_dist.data.loader import StepRows
 from qlora_dist.errors import RunFailed
 from qlora_dist.files import write_json, write_text
