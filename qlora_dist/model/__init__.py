@@ -15,6 +15,7 @@ The base never changes after loading; `base_checksum` proves it.
 from . import bitsandbytes_import  # noqa: F401  (must come first: see the module)
 from .base_weights import base_checksum, base_weights, held_bytes, non_finite_tensor, num_weights, own_part
 from .check_config import ModelFacts, check_config
+from .experts import packed_experts, stacked_experts
 from .forward import (
     check_head,
     decoder_layers,
@@ -23,6 +24,7 @@ from .forward import (
     hidden_states,
     is_4bit,
     is_conv1d,
+    is_linear,
     linear_layers,
     output_head,
     plain_name,
@@ -57,6 +59,7 @@ __all__ = [
     "hidden_states",
     "is_4bit",
     "is_conv1d",
+    "is_linear",
     "linear_layers",
     "load_base",
     "load_config",
@@ -65,12 +68,14 @@ __all__ = [
     "num_weights",
     "output_head",
     "own_part",
+    "packed_experts",
     "plain_name",
     "quantize_model",
     "quantized_and_back",
     "save_generation_config",
     "scaled_beyond",
     "set_recompute",
+    "stacked_experts",
     "stop_ids_of",
     "training_mode",
     "unwrap",
