@@ -36,6 +36,7 @@ from ..model import (
     lora_files,
     non_finite_tensor,
     quantized_and_back,
+    stacked_experts,
     write_errors,
 )
 from ..train.prompt_format import PromptFormat, export_tokenizer
@@ -150,7 +151,10 @@ class Adapter:
 
 @torch.no_grad()
 def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype) -> Any:
-    """The base in its stored type with every adapted weight replaced, then rounded to `dtype`. On the CPU."""
+    """The base in its stored type with every adapted weight replaced, then rounded to `dtype`. On the CPU.
+
+    Onto dequantized, weights that were quantized but not adapted are replaced too: experts, most of all.
+    """
     settings = trained.model
     config = load_config(settings.name, settings.revision)
     stored = getattr(config, "dtype", None) or torch.float32
@@ -167,19 +171,23 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
     unknown = sorted(adapter.layers.keys() - layers.keys())
     if unknown:
         raise UserError(f"the adapter has weights for {unknown[0]}, which is not a linear layer of {settings.name}")
-    for name, factors in adapter.layers.items():
-        layer = layers[name]
+    for name, layer in layers.items():
+        factors = adapter.layers.get(name)
+        if factors is None and onto == "base":
+            continue
         weight = layer.weight.data.T if is_conv1d(layer) else layer.weight.data
-        if weight.shape != (len(factors.b), factors.a.shape[1]):
+        if factors is not None and weight.shape != (len(factors.b), factors.a.shape[1]):
             raise UserError(f"the adapter's weights for {name} do not fit {settings.name}, where it is {weight.shape}")
-        if onto == "dequantized":
-            original = quantized_and_back(
-                weight, settings.quantization, settings.double_quant, getattr(torch, settings.compute_dtype)
-            )
-        else:
-            original = weight.float()
-        changed = adapter.on(name, original).to(dtype)
+        original = _dequantized(weight, settings) if onto == "dequantized" else weight.float()
+        changed = (original if factors is None else adapter.on(name, original)).to(dtype)
         layer.weight.data = changed.T.contiguous() if is_conv1d(layer) else changed
+    if onto == "dequantized" and settings.quantization in ("nf4", "fp4"):
+        for experts in stacked_experts(model).values():
+            for parameter in experts.parameters(recurse=False):
+                matrices = torch.empty(parameter.shape, dtype=dtype)
+                for matrix, stored_matrix in zip(matrices, parameter.data, strict=True):
+                    matrix.copy_(_dequantized(stored_matrix, settings))
+                parameter.data = matrices
     model.to(dtype)
     model.config.dtype = dtype
     if (bad := non_finite_tensor(model)) is not None:
@@ -188,6 +196,12 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
             "Use --dtype bfloat16 or float32; if it fails there too, the adapter has diverged. Nothing was written"
         )
     return model.eval()
+
+
+def _dequantized(weight: Tensor, settings: Any) -> Tensor:
+    """(O, I) fp32: what was trained with."""
+    compute_dtype = getattr(torch, settings.compute_dtype)
+    return quantized_and_back(weight, settings.quantization, settings.double_quant, compute_dtype)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

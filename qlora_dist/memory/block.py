@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..config.joint_products import BLOCK_FAMILIES, padded_columns, split_product
 from ..config.quantization import BLOCK
+from .expert_layer import ExpertTape
 from .layers import LayerBytes, LayerSettings, LayerTape
 from .shapes import Linear, ModelShapes
 from .tape import Value
@@ -146,5 +147,6 @@ class BlockTape(LayerTape):
 
 def layer_bytes(shapes: ModelShapes, settings: LayerSettings, has_grad_input: bool = True) -> LayerBytes:
     """Bytes of one decoder layer, as training computes it."""
-    kind = BlockTape if is_block(shapes, settings) else LayerTape
+    plain = LayerTape if shapes.experts is None else ExpertTape
+    kind = BlockTape if is_block(shapes, settings) else plain
     return kind(shapes, settings, has_grad_input).measure()

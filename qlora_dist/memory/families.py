@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import UserError, shortened
-from .shapes import Linear, ModelShapes
+from .shapes import Experts, Linear, ModelShapes
 
 
 def _llama_like(
@@ -83,6 +83,29 @@ def _qwen2(config: dict[str, Any]) -> ModelShapes:
 
 def _qwen3(config: dict[str, Any]) -> ModelShapes:
     return _llama_like(config, qk_norm="head")
+
+
+def _mixture(dense: ModelShapes, num_experts: int, top_k: int, inner: int) -> ModelShapes:
+    """The same attention with a router and stacked experts in every layer."""
+    return replace(
+        dense,
+        linears=dense.linears[:4],
+        norm_weights=dense.norm_weights + num_experts * dense.hidden,
+        experts=Experts("mlp.experts", num_experts, top_k, dense.hidden, inner),
+    )
+
+
+def _qwen3_moe(config: dict[str, Any]) -> ModelShapes:
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise _Unlisted
+    # transformers 5 writes the second name
+    num_experts = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+    return _mixture(_qwen3(config), num_experts, config["num_experts_per_tok"], config["moe_intermediate_size"])
+
+
+def _mixtral(config: dict[str, Any]) -> ModelShapes:
+    width = config["intermediate_size"]
+    return _mixture(_mistral(config), config["num_local_experts"], config["num_experts_per_tok"], width)
 
 
 def _gemma(config: dict[str, Any]) -> ModelShapes:
@@ -244,6 +267,8 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], ModelShapes]] = {
     "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "mixtral": _mixtral,
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
@@ -285,6 +310,10 @@ def shapes_from_config(config: dict[str, Any]) -> ModelShapes | None:
 def _check_sizes(shapes: ModelShapes) -> None:
     """Raises ValueError for a size that is none: not every key that a family reads is checked when it is read."""
     sizes = [size for linear in shapes.linears for size in (linear.inputs, linear.outputs)]
+    if (experts := shapes.experts) is not None:
+        sizes += [experts.num_experts, experts.top_k, experts.inner]
+        if experts.top_k > experts.num_experts:
+            raise ValueError(f"{experts.top_k} experts per token of {experts.num_experts}")
     for size in (*sizes, shapes.embedding_weights, shapes.norm_weights):
         if type(size) is not int or not 1 <= size < 2**63:
             raise ValueError(f"a size of {shortened(size)}")

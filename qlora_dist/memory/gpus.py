@@ -84,13 +84,14 @@ def estimate_speed(config: RunConfig, shapes: ModelShapes, plan: MemoryPlan, gpu
     recomputed = plan.recompute / plan.num_layers
     trains_all = config.lora is None
     adapters = 0 if trains_all else plan.trainable_parameters
-    linear = shapes.linear_weights * (4 + 2 * recomputed + (2 if trains_all else 0)) + adapters * (6 + 2 * recomputed)
+    linear = shapes.active_weights * (4 + 2 * recomputed + (2 if trains_all else 0)) + adapters * (6 + 2 * recomputed)
     width = shapes.num_heads * shapes.head_dim
     attention = 2 * shapes.num_layers * width * plan.row_tokens * (3.5 + recomputed)
     head = 4 * shapes.vocabulary * shapes.hidden * (1.5 if trains_all else 1)
     seconds = (linear + attention + head) / (gpu.peak_flops * gpu.efficiency)
     if config.model.quantization != "none":
-        moved = shapes.linear_weights * 2.5 * (2 + recomputed)  # reads half a byte and constants, writes two bytes
+        quantized = shapes.linear_weights + shapes.expert_weights
+        moved = quantized * 2.5 * (2 + recomputed)  # reads half a byte and constants, writes two bytes
         seconds += moved / (gpu.memory_rate * DEQUANT_EFFICIENCY) / (plan.micro_rows * plan.row_tokens)
     return Speed(
         plan.world_size / seconds,

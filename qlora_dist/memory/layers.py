@@ -113,6 +113,8 @@ class LayerTape:
             held.append(tape.op([y], y.size, saves=[y]))
             tape.drop(y)
         last = self._norm(x)
+        if self.shapes.experts is not None:
+            held.append(self._mlp(last))
         out = tape.op([*held, last, x], self.row, shares=[x])
         tape.drop(normed, last, *held)
         return out

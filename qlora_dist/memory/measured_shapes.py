@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UserError
-from ..model import decoder_layers, is_conv1d, linear_layers, load_config
+from ..model import decoder_layers, is_conv1d, is_linear, load_config, stacked_experts
 from ..model.check_config import build_on_meta
-from .shapes import Linear, ModelShapes
+from .shapes import Experts, LayerKind, Linear, ModelShapes
 
 
 def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
-    """Exact weight counts; a layer is assumed to save the input and output of each linear layer.
+    """Exact weight counts, summed over kinds of layers; a layer is assumed to save the input and output of each linear
+    layer, and to run its experts as `model.experts` does.
 
-    Raises UserError for a mixture of experts and for what is not a decoder-only causal language model.
+    `unknown` names what is in a layer besides linear layers, experts and vectors: its activations are not planned.
+    Raises UserError for what is not a decoder-only causal language model.
     """
     config = load_config(name, revision)
     model: Any = build_on_meta(name, config)
@@ -21,47 +23,73 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
     layers = decoder_layers(model)
     if not layers:
         raise UserError(f"model.name {name}: {type(model).__name__} has no known decoder layers")
-    deep = [key for layer in layers for key, parameter in layer.named_parameters() if parameter.ndim > 2]
-    if deep:
-        kind = "stacked experts" if "expert" in deep[0] else "weights of more than two dimensions"
-        raise UserError(
-            f"model.name {name}: {type(model).__name__} has {kind} ({deep[0]}), whose memory cannot be planned yet; "
-            "use a dense model"
-        )
     prefix = next(key for key, module in model.named_modules() if module is layers[0]).rpartition(".")[0]
-    inside = linear_layers(model)
-    linears = tuple(
-        _linear(key.removeprefix(f"{prefix}.0."), layer)
-        for key, layer in inside.items()
-        if key.startswith(f"{prefix}.0.")
-    )
+    head = model.get_output_embeddings()
+    kinds = tuple(_kind(layer, text, head) for layer in layers)
+    unknown = next((found for layer in layers if (found := _unknown(layer))), "")
     total = sum(parameter.numel() for parameter in model.parameters())
-    per_layer = sum(parameter.numel() for parameter in layers[0].parameters())
-    if sum(parameter.numel() for layer in layers for parameter in layer.parameters()) != per_layer * len(layers):
-        raise UserError(
-            f"model.name {name}: {type(model).__name__} has layers of different sizes; its memory cannot be planned"
-        )
-    in_linears = sum(one.num_weights + (one.outputs if one.has_bias else 0) for one in linears)
-    tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    in_layers = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    tables = {id(model.get_input_embeddings().weight), id(head.weight)}
     embedding = model.get_input_embeddings().weight.numel()
-    heads = text.num_attention_heads
+    first = kinds[0]
     return ModelShapes(
         family=text.model_type,
         num_layers=len(layers),
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
-        num_heads=heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_heads=first.num_heads,
+        num_kv_heads=first.num_kv_heads,
+        head_dim=first.head_dim,
         layer_prefix=prefix,
-        linears=linears,
-        norm_weights=per_layer - in_linears,
+        linears=first.linears,
+        norm_weights=first.norm_weights,
+        experts=first.experts,
+        layers=kinds if len(set(kinds)) > 1 else (),
         embedding_weights=embedding,
         head_weights=embedding if len(tables) == 2 else 0,
-        final_weights=total - per_layer * len(layers) - embedding * len(tables),
-        rotary_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        final_weights=total - in_layers - embedding * len(tables),
+        rotary_dim=first.head_dim,
         is_exact=False,
+        unknown=unknown,
     )
+
+
+def _kind(layer: Any, text: Any, head: Any) -> LayerKind:
+    linears = tuple(
+        _linear(key, module) for key, module in layer.named_modules() if is_linear(module) and module is not head
+    )
+    stacks = stacked_experts(layer)
+    experts = _experts(layer, text, *next(iter(stacks.items()))) if len(stacks) == 1 else None
+    planned = sum(one.num_weights + (one.outputs if one.has_bias else 0) for one in linears)
+    planned += 0 if experts is None else experts.num_weights
+    heads = text.num_attention_heads
+    width = next((module.head_dim for module in layer.modules() if isinstance(getattr(module, "head_dim", 0), int)
+                  and hasattr(module, "head_dim")), None)  # fmt: skip
+    return LayerKind(
+        linears=linears,
+        norm_weights=sum(parameter.numel() for parameter in layer.parameters()) - planned,
+        experts=experts,
+        num_heads=heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=width or getattr(text, "head_dim", None) or text.hidden_size // heads,
+    )
+
+
+def _experts(layer: Any, text: Any, name: str, module: Any) -> Experts:
+    num_experts, hidden, inner = module.down_proj.shape
+    counts = (getattr(text, key, None) for key in ("num_experts_per_tok", "moe_k", "moe_top_k", "top_k_experts"))
+    top_k = next((count for count in counts if isinstance(count, int)), 1)
+    return Experts(name, num_experts, min(top_k, num_experts), hidden, inner)
+
+
+def _unknown(layer: Any) -> str:
+    """What a plan of a layer leaves out: the name of a weight that is neither linear, expert, router nor vector."""
+    stacks = stacked_experts(layer)
+    for key, parameter in layer.named_parameters():
+        owner = key.rpartition(".")[0]
+        if parameter.ndim > 2 and owner not in stacks:
+            return f"{key} {tuple(parameter.shape)}"
+    return "" if len(stacks) <= 1 else f"{len(stacks)} stacks of experts in one layer"
 
 
 def _linear(name: str, layer: Any) -> Linear:

@@ -184,6 +184,8 @@ def _remarks(config: RunConfig, shapes: ModelShapes) -> tuple[str, ...]:
     remarks = []
     if not shapes.is_exact:
         remarks.append(f"{shapes.family} is not a known family: its layers are assumed to work like Llama's")
+    if shapes.unknown:
+        remarks.append(f"the activations of {shapes.unknown} are not known, and not counted")
     if config.lora is None:
         remarks.append("full fine-tuning: activations are counted as for a frozen base, which saves fewer")
     if config.strategy.name == "zero3" and config.model.quantization != "none":

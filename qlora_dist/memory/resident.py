@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import RunConfig
-from ..config.quantization import quantized_bytes
+from ..config.quantization import Quantization, quantized_bytes
 from .constants import ALIGNMENT, HOST_PROCESS_BYTES, STATE_SIZES, Item, state_bytes
 from .shapes import ModelShapes, adapted_linears
 from .strategies import Sharing
@@ -20,8 +20,8 @@ def adapter_sizes(
     """Number of weights of each A and B (and of each magnitude vector of dora)."""
     return [
         size
-        for chosen in adapted_linears(shapes, target_modules)
-        for linear in shapes.linears
+        for index, chosen in enumerate(adapted_linears(shapes, target_modules))
+        for linear in shapes.at(index).linears
         if linear.name in chosen
         for size in (
             rank * linear.inputs,
@@ -36,16 +36,32 @@ def aligned_size(size: int) -> int:
 
 
 def base_bytes(config: RunConfig, shapes: ModelShapes) -> tuple[int, int, str]:
-    """(weights of the linear layers, their quantization constants, what they are)."""
+    """(weights of the linear layers and experts, their quantization constants, what they are)."""
     kind, size = config.model.quantization, compute_size(config)
+    what = "linear layers" + (" and experts" if shapes.expert_weights else "")
     if kind == "none":
-        return shapes.linear_weights * size, 0, f"linear layers, {size} bytes per weight"
+        return (shapes.linear_weights + shapes.expert_weights) * size, 0, f"{what}, {size} bytes per weight"
     double = config.model.double_quant
-    matrices = [quantized_bytes(linear.num_weights, linear.outputs, kind, double) for linear in shapes.linears]
+    codes = constants = 0
+    for one, count in shapes.each_layer():
+        own = _quantized_layer(one, kind, double)
+        codes, constants = codes + count * own[0], constants + count * own[1]
+    return codes, constants, f"{what}, {'1 byte' if kind == 'int8' else f'4 bits ({kind})'} per weight"
+
+
+def _quantized_layer(shapes: ModelShapes, kind: Quantization, double: bool) -> tuple[int, int]:
+    """(codes, constants and tables) of one decoder layer."""
     tables = 0 if kind == "int8" else CODE_TABLE_BYTES + (NESTED_TABLE_BYTES if double else 0)
-    codes = shapes.num_layers * sum(one.codes for one in matrices)
-    constants = shapes.num_layers * sum(one.constants + one.nested + tables for one in matrices)
-    return codes, constants, f"linear layers, {'1 byte' if kind == 'int8' else f'4 bits ({kind})'} per weight"
+    matrices = [quantized_bytes(linear.num_weights, linear.outputs, kind, double) for linear in shapes.linears]
+    codes = sum(one.codes for one in matrices)
+    constants = sum(one.constants + one.nested + tables for one in matrices)
+    if (experts := shapes.experts) is not None:
+        for outputs, inputs in experts.matrices:
+            one = quantized_bytes(outputs * inputs, outputs, kind, double)
+            codes += experts.num_experts * one.codes
+            # each expert's matrix has its own mean of the constants; a layer's experts share the tables
+            constants += experts.num_experts * (one.constants + one.nested + (4 if double else 0)) + tables
+    return codes, constants
 
 
 def compute_size(config: RunConfig) -> int:
@@ -56,7 +72,7 @@ def persistent(config: RunConfig, shapes: ModelShapes, aligned: int, shared: Sha
     if config.lora is None:
         items = {"weights": Item(int(4 * shapes.base_parameters * shared.adapters), "fp32 masters of all weights")}
         if compute_size(config) != 4:
-            cast = 2 * (shapes.linear_weights + shapes.head_weights)
+            cast = 2 * (shapes.linear_weights + shapes.expert_weights + shapes.head_weights)
             items["weights, cast"] = Item(cast, "in the compute type; autocast keeps them from forward to backward")
     else:
         base, constants, what = base_bytes(config, shapes)
@@ -107,7 +123,8 @@ def _optimizer(name: str, aligned: int, shared: Sharing) -> dict[str, Item]:
 def host(config: RunConfig, shapes: ModelShapes, aligned: int, shared: Sharing, saved_bytes: int) -> dict[str, Item]:
     held = int(aligned * shared.optimizer)
     states, _ = state_bytes(config.optim.name, held)
-    largest = max(shapes.embedding_weights, *(linear.num_weights for linear in shapes.linears)) * 2
+    layers = [linear for one, _ in shapes.each_layer() for linear in one.linears]
+    largest = max(shapes.embedding_weights, *(linear.num_weights for linear in layers)) * 2
     items = {
         "process": Item(HOST_PROCESS_BYTES, "Python, torch and its CUDA libraries"),
         "loading": Item(2 * largest, "twice the largest tensor (16-bit)"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from ..config.names import resolve_targets
@@ -23,8 +23,40 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Stacked experts of a decoder layer: gate and up in one matrix, and down, for each of them."""
+
+    name: str  # within its layer, such as mlp.experts
+    num_experts: int
+    top_k: int
+    hidden: int
+    inner: int
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(outputs, inputs) of an expert's two matrices."""
+        return (2 * self.inner, self.hidden), (self.hidden, self.inner)
+
+    @property
+    def num_weights(self) -> int:
+        return 3 * self.num_experts * self.hidden * self.inner
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What differs between the decoder layers of some models."""
+
+    linears: tuple[Linear, ...]
+    norm_weights: int
+    experts: Experts | None = None
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+
+
+@dataclass(frozen=True)
 class ModelShapes:
-    """Shapes of a model whose decoder layers are all alike."""
+    """Shapes of a model. Its decoder layers are all alike, or `layers` says of what kind each of them is."""
 
     family: str  # model_type
     num_layers: int
@@ -53,25 +85,56 @@ class ModelShapes:
     caps_logits: bool = False
     scales_logits: bool = False
     is_exact: bool = True  # False: measured on the meta device, layers assumed to work like Llama's
+    unknown: str = ""  # what of a layer is not planned at all, in words
+    experts: Experts | None = None  # of one layer, beside `linears`
+    layers: tuple[LayerKind, ...] = ()  # of each layer, where they differ; the first is also in the fields above
+
+    def at(self, index: int) -> ModelShapes:
+        """The same with the shapes of one layer."""
+        if not self.layers:
+            return self
+        kind = self.layers[index]
+        return replace(self, layers=(), **{field.name: getattr(kind, field.name) for field in fields(kind)})
+
+    def each_layer(self) -> list[tuple[ModelShapes, int]]:
+        """(shapes of a kind of layers, how many there are), in the order in which they come first."""
+        counts: dict[LayerKind | None, int] = {}
+        for kind in self.layers or (None,) * self.num_layers:
+            counts[kind] = counts.get(kind, 0) + 1
+        return [(self if kind is None else self.at(self.layers.index(kind)), count) for kind, count in counts.items()]
 
     @property
     def linear_weights(self) -> int:
-        """Weights of all linear layers of all decoder layers, without biases: what is quantized."""
-        return self.num_layers * sum(linear.num_weights for linear in self.linears)
+        """Weights of all linear layers of all decoder layers, without biases: what is quantized, besides experts."""
+        return sum(count * sum(linear.num_weights for linear in one.linears) for one, count in self.each_layer())
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of all experts of all decoder layers."""
+        return sum(count * one.experts.num_weights for one, count in self.each_layer() if one.experts is not None)
+
+    @property
+    def active_weights(self) -> int:
+        """Weights of linear layers and experts that one token meets."""
+        kinds = [(one.experts, count) for one, count in self.each_layer() if one.experts is not None]
+        of_experts = sum(count * one.num_weights * one.top_k // one.num_experts for one, count in kinds)
+        return self.linear_weights + of_experts
 
     @property
     def bias_weights(self) -> int:
-        return self.num_layers * sum(linear.outputs for linear in self.linears if linear.has_bias)
+        return sum(
+            count * sum(linear.outputs for linear in one.linears if linear.has_bias) for one, count in self.each_layer()
+        )
 
     @property
     def other_weights(self) -> int:
         """Everything that is never quantized."""
         outside = self.embedding_weights + self.head_weights + self.final_weights
-        return self.bias_weights + self.num_layers * self.norm_weights + outside
+        return self.bias_weights + sum(count * one.norm_weights for one, count in self.each_layer()) + outside
 
     @property
     def base_parameters(self) -> int:
-        return self.linear_weights + self.other_weights
+        return self.linear_weights + self.expert_weights + self.other_weights
 
     def named(self, *endings: str) -> list[Linear]:
         """The linear layers whose last name component is one of these."""
@@ -80,9 +143,12 @@ class ModelShapes:
 
 def adapted_linears(shapes: ModelShapes, target_modules: str | tuple[str, ...]) -> list[frozenset[str]]:
     """For each decoder layer, the names of the linear layers that get adapters. Raises UserError as training does."""
+    linears = [shapes.at(index).linears for index in range(shapes.num_layers)]
     names = [
-        [f"{shapes.layer_prefix}.{index}.{linear.name}" for linear in shapes.linears]
-        for index in range(shapes.num_layers)
+        [f"{shapes.layer_prefix}.{index}.{linear.name}" for linear in layer] for index, layer in enumerate(linears)
     ]
     chosen = set(resolve_targets([name for layer in names for name in layer], target_modules))
-    return [frozenset(linear.name for name, linear in zip(layer, shapes.linears) if name in chosen) for layer in names]
+    return [
+        frozenset(linear.name for name, linear in zip(own, layer) if name in chosen)
+        for own, layer in zip(names, linears)
+    ]

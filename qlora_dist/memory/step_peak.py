@@ -49,13 +49,12 @@ def largest_moment(config: RunConfig, shapes: ModelShapes, rows: int, recompute:
     at_loss = held_at_loss(keeps) if is_offloaded else sum(kept.size for kept in keeps)
     head = head_bytes(shapes, settings)
     moments = [_loss_moment(head, at_loss, steady), _norm_moment(head, at_loss, steady)]
-    for index, layer in enumerate(layers):
-        if index in (len(layers) - 1, recompute - 1):
-            before = keeps[:index]
-            held = (
-                held_in_layer(before, keeps[index], index < recompute) if is_offloaded else whole(before, keeps[index])
-            )
-            moments += _layer_moments(layer, held, row, index < recompute, steady)
+    # of layers alike the last one's passes hold the most
+    last = {(id(layer), index < recompute): index for index, layer in enumerate(layers)}
+    for index in last.values():
+        before = keeps[:index]
+        held = held_in_layer(before, keeps[index], index < recompute) if is_offloaded else whole(before, keeps[index])
+        moments += _layer_moments(layers[index], held, row, index < recompute, steady)
     largest = max(moments, key=lambda moment: moment.size)
     return replace(largest, saved_bytes=sum(kept.size for kept in keeps))
 
@@ -88,12 +87,13 @@ def _layers(config: RunConfig, shapes: ModelShapes, settings: LayerSettings) -> 
     lora = config.lora
     chosen = [frozenset()] * shapes.num_layers if lora is None else adapted_linears(shapes, lora.target_modules)
     first = next((index for index, adapted in enumerate(chosen) if adapted), 0)
-    known: dict[tuple[frozenset[str], bool], LayerBytes] = {}
+    known: dict[tuple[ModelShapes, frozenset[str], bool], LayerBytes] = {}
     layers = []
     for index, adapted in enumerate(chosen):
-        key = (adapted, index > first)  # nothing before the first adapter has a gradient
+        own = shapes.at(index)
+        key = (own, adapted, index > first)  # nothing before the first adapter has a gradient
         if key not in known:
-            known[key] = layer_bytes(shapes, replace(settings, adapted=adapted), has_grad_input=index > first)
+            known[key] = layer_bytes(own, replace(settings, adapted=adapted), has_grad_input=index > first)
         layers.append(known[key])
     return layers
 

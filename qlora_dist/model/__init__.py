@@ -17,6 +17,7 @@ from . import bitsandbytes_import  # noqa: F401  (must come first: see the modul
 from .base_weights import base_checksum, base_weights, held_bytes, non_finite_tensor, num_weights, own_part
 from .check_blocks import check_blocks
 from .check_config import ModelFacts, check_config
+from .experts import packed_experts, stacked_experts
 from .forward import (
     check_head,
     decoder_layers,
@@ -25,6 +26,7 @@ from .forward import (
     hidden_states,
     is_4bit,
     is_conv1d,
+    is_linear,
     linear_layers,
     output_head,
     plain_name,
@@ -60,6 +62,7 @@ __all__ = [
     "hidden_states",
     "is_4bit",
     "is_conv1d",
+    "is_linear",
     "linear_layers",
     "load_base",
     "load_config",
@@ -68,12 +71,14 @@ __all__ = [
     "num_weights",
     "output_head",
     "own_part",
+    "packed_experts",
     "plain_name",
     "quantize_model",
     "quantized_and_back",
     "save_generation_config",
     "scaled_beyond",
     "set_recompute",
+    "stacked_experts",
     "stop_ids_of",
     "training_mode",
     "unwrap",

@@ -19,9 +19,10 @@ from transformers import (
 
 from ..config.model_json import check_quantization_method
 from ..config.names import resolve_targets
-from ..config.quantization import Quantization
+from ..config.quantization import BLOCK, Quantization
 from ..errors import UserError
 from .attention import PROBE, Call, probing
+from .experts import stacked_experts
 from .forward import is_conv1d, linear_layers
 from .pretrained import check_cpu_shapes, check_weight_files, first_line, load_config
 
@@ -63,7 +64,7 @@ def check_config(
     layers = linear_layers(model)
     resolve_targets(tuple(layers), target_modules)
     if quantization != "none":
-        _check_experts(name, model)
+        _check_experts(name, model, quantization, device_type)
     if quantization in ("nf4", "fp4") and device_type == "cpu":
         check_cpu_shapes({key: _shape(layer)[1] for key, layer in layers.items()})
     text = config.get_text_config()
@@ -108,26 +109,59 @@ def _shape(layer: torch.nn.Module) -> tuple[int, int]:
     return (second, first) if is_conv1d(layer) else (first, second)
 
 
-def _check_experts(name: str, model: PreTrainedModel) -> None:
-    """Matrices outside of linear layers and tables stay in 16 bits: experts (3-D, in DBRX 2-D), convolutions."""
+def _check_experts(name: str, model: PreTrainedModel, quantization: Quantization, device_type: str) -> None:
+    """Matrices outside of linear layers and tables stay in 16 bits (convolutions, experts of an unknown form): refused
+    where they are more than a few. Stacked experts of the form of `experts.stacked_experts` are quantized."""
+    known = stacked_experts(model)
+    packed = known if quantization in ("nf4", "fp4") else {}
+    for key, experts in packed.items():
+        _check_expert_shapes(name, key, experts, device_type)
+        _check_router(name, model, key, len(experts.down_proj))
     loose = {
         f"{owner}.{key}": value
         for owner, module in model.named_modules()
-        if not (isinstance(module, torch.nn.Linear | torch.nn.Embedding) or is_conv1d(module))
+        if not (isinstance(module, torch.nn.Linear | torch.nn.Embedding) or is_conv1d(module) or owner in packed)
         for key, value in module.named_parameters(recurse=False)
         if value.ndim >= 2
     }
     total = sum(value.numel() for value in model.parameters())
     num_loose = sum(value.numel() for value in loose.values())
-    if num_loose > total // 20:
-        largest = max(loose, key=lambda key: loose[key].numel())
-        kind = "stacked experts" if "expert" in largest else "matrices outside of linear layers"
-        is_planned = all(value.ndim == 2 for value in loose.values())  # see memory/measured_shapes.py
-        raise UserError(
-            f"model.name {name}: {100 * num_loose // total} % of the weights are {kind} (such as {largest}), which "
-            "bitsandbytes does not quantize; "
-            + ("set model.quantization=none, or use a dense model" if is_planned else "use a dense model")
-        )
+    if num_loose <= total // 20:
+        return
+    largest = max(loose, key=lambda key: loose[key].numel())
+    kind, reason = "matrices outside of linear layers", "which bitsandbytes does not quantize"
+    if "expert" in largest:
+        kind, reason = "stacked experts", f"which {quantization} does not cover" if known else "of an unsupported form"
+    remedy = "model.quantization=nf4 or none" if known else "model.quantization=none"
+    raise UserError(
+        f"model.name {name}: {100 * num_loose // total} % of the weights are {kind} (such as {largest}), {reason}; "
+        f"set {remedy}, or use a dense model"
+    )
+
+
+def _check_router(name: str, model: PreTrainedModel, key: str, num_experts: int) -> None:
+    """Raises UserError for a router that is a linear layer: it would be quantized, and adapted by all-linear."""
+    prefix = key.rpartition(".")[0]
+    for part, module in model.get_submodule(prefix).named_modules():
+        is_router = isinstance(module, torch.nn.Linear) and module.out_features == num_experts
+        if is_router and not part.endswith("_proj"):
+            raise UserError(
+                f"model.name {name}: the router {prefix}.{part} is a linear layer, which would be quantized and "
+                "adapted like any other; set model.quantization=none and lora.target_modules, or use another base model"
+            )
+
+
+def _check_expert_shapes(name: str, key: str, experts: Any, device_type: str) -> None:
+    """Raises UserError for experts whose matrices are not a whole number of blocks."""
+    shapes = {f"{key}.{part}": getattr(experts, part).shape for part in ("gate_up_proj", "down_proj")}
+    for matrix, shape in shapes.items():
+        if shape[1:].numel() % BLOCK:
+            raise UserError(
+                f"model.name {name}: an expert's matrix {matrix} has {shape[1:].numel():,} weights, not a multiple of "
+                f"the quantization block size {BLOCK}; set model.quantization=none, or use another base model"
+            )
+    if device_type == "cpu":
+        check_cpu_shapes({matrix: shape[2] for matrix, shape in shapes.items()})
 
 
 def _check_positions(name: str, model: PreTrainedModel, row_tokens: int, max_positions: int) -> None:

@@ -225,11 +225,11 @@ def set_recompute(model: nn.Module, recompute: Literal["full", "none"] | int) ->
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer (plain, 4-bit, 8-bit, GPT-2's Conv1D) except the output head, by name."""
     head = unwrap(model).get_output_embeddings()
-    return {
-        name: module
-        for name, module in unwrap(model).named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
+    return {name: module for name, module in unwrap(model).named_modules() if is_linear(module) and module is not head}
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def is_4bit(module: nn.Module) -> bool:

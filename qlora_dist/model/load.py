@@ -15,6 +15,7 @@ from ..errors import UserError
 from .attention import PACKED, disable_cudnn_attention, resolve_backend
 from .base_weights import non_finite_tensor
 from .bitsandbytes_import import bitsandbytes
+from .experts import packed_experts
 from .pretrained import (
     INFERENCE,
     attention_needs,
@@ -86,6 +87,12 @@ def load_base(
             else:
                 model = shard.load_sharded(skeleton, source, tied, shards, offload)
             _set_generation(model, name, revision)
+        elif packed_experts(skeleton.model):
+            raise UserError(
+                f"model.name {name}: its files must be converted while they are read, which leaves stacked experts in "
+                "16 bits; convert them once (transformers' from_pretrained, then save_pretrained), or set "
+                "model.quantization=none"
+            )
     elif weights == "random":
         raise UserError("model.weights is random, which int8 does not support; use nf4, fp4 or none")
     if model is None and shards is not None:
@@ -173,6 +180,8 @@ def _finalize(
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # a checkpoint saved in 4 bits comes with the compute type it was saved with
             module.compute_dtype, module.compute_type_is_set = compute_dtype, True
+    if is_packed and packed_experts(model):
+        log.info("experts are in 4 bits and frozen; so is the router, whose auxiliary loss is not part of the loss")
     return model
 
 

@@ -16,6 +16,7 @@ from ..config.quantization import BLOCK, NESTED_BLOCK, Quantization
 from ..errors import UserError
 from .attention import PACKED
 from .bitsandbytes_import import bitsandbytes
+from .experts import pack_experts
 from .forward import linear_layers
 from .pretrained import switch_dropout_off
 
@@ -47,6 +48,7 @@ def empty_base(
                 setattr(
                     model.get_submodule(parent), last, _empty_4bit(layer, quantization, double_quant, compute_dtype)
                 )
+            pack_experts(model, quantization, double_quant)
             model.is_loaded_in_4bit = True  # read by PEFT
     model.config.use_cache = False
     model.packed_backend = backend

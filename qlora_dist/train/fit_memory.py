@@ -47,6 +47,8 @@ def resolve_auto(config: RunConfig, world: World) -> Fit:
     """
     shapes = read_shapes(config.model.name, config.model.revision)
     device_bytes = usable_bytes(world)
+    if shapes.unknown:
+        return _unplanned(config, shapes, world, device_bytes)
     if device_bytes is None:
         plan = plan_memory(config, shapes, world_size=world.size, device_bytes=None)
         why = f"the memory of a {world.device.type} is not planned"
@@ -65,13 +67,32 @@ def resolve_auto(config: RunConfig, world: World) -> Fit:
         if plan.is_hopeless and shapes.is_exact:
             raise UserError(f"the run needs more memory than a GPU has here: {shortfall(plan)}; {remedy}")
         messages.append(f"according to the memory plan this run does not fit; {remedy}")
-    resolved = config.model_copy(
+    return Fit(_with_values(config, plan), shapes, plan, "".join(f"\n{line}" for line in messages))
+
+
+def _unplanned(config: RunConfig, shapes: ModelShapes, world: World, device_bytes: int | None) -> Fit:
+    """A model with a kind of layer that the plan does not know: auto is the least memory, and what needs the most is
+    tried before the first step."""
+    plan = plan_memory(config, shapes, world_size=world.size, device_bytes=device_bytes)
+    resolved = _with_values(config, plan)
+    if config.train.longest_first is None:
+        resolved = resolved.model_copy(update={"train": config.train.model_copy(update={"longest_first": True})})
+    tried = "" if resolved.train.longest_first is False else "; the longest micro-batch is tried before the first step"
+    message = (
+        f"warning: the memory of this model is not planned ({shapes.unknown}), and whether it fits is not known: "
+        f"memory.recompute={resolved.memory.recompute} batch.micro_rows={resolved.batch.micro_rows}{tried}"
+    )
+    return Fit(resolved, shapes, plan, f"\n{message}")
+
+
+def _with_values(config: RunConfig, plan: MemoryPlan) -> RunConfig:
+    """The config with the plan's recompute level and micro-batch."""
+    return config.model_copy(
         update={
-            "memory": config.memory.model_copy(update={"recompute": values["memory.recompute"]}),
+            "memory": config.memory.model_copy(update={"recompute": _layers(plan)}),
             "batch": config.batch.model_copy(update={"micro_rows": plan.micro_rows}),
         }
     )
-    return Fit(resolved, shapes, plan, "".join(f"\n{line}" for line in messages))
 
 
 def _layers(plan: MemoryPlan) -> int | str:

@@ -10,6 +10,7 @@ from ..cluster.world import World
 from ..config import RunConfig
 from ..data.loader import derive_accumulation
 from ..errors import UserError
+from ..model import packed_experts
 from ..model.lora import trainable_parameters
 from ..optim import Update
 from ..optim.adamw import build_optimizer, decays
@@ -90,6 +91,11 @@ def build_update(config: RunConfig, world: World, model: torch.nn.Module, head_w
             f"strategy.name {config.strategy.name} cannot train the experts of a mixture ({experts[0]}, ...): "
             "DeepSpeed reduces gradients as they arrive, and an expert without tokens on a rank has none; "
             "leave them out of lora.target_modules, or set strategy.name=ddp"
+        )
+    if config.strategy.name == "zero3" and packed_experts(model):
+        raise UserError(
+            "strategy.name zero3 gathers weights layer by layer, which experts in 4 bits are not; use strategy fsdp, "
+            "which shards them, or zero2"
         )
     optim = config.optim
     optimizer = build_optimizer(

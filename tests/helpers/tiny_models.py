@@ -62,9 +62,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {**_COMMON},
 }
 
+# with experts stacked into one parameter, of the form that is held in 4 bits
+_MIXTURE: dict[str, Any] = {**_GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**_MIXTURE, "num_experts": 8, "num_experts_per_tok": 3},
+    "mixtral": {**_MIXTURE, "num_local_experts": 4},
+    "qwen2_moe": {**_MIXTURE, "num_experts": 8, "shared_expert_intermediate_size": 64},
+    "olmoe": {**_MIXTURE, "num_experts": 8},
+    "flex_olmo": {**_MIXTURE, "num_experts": 4},
+    "glm4_moe": {**_MIXTURE, "n_routed_experts": 8, "first_k_dense_replace": 1},
+    "dots1": {**_MIXTURE, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "ernie4_5_moe": {**_MIXTURE, "moe_num_experts": 8, "moe_k": 2},
+    "solar_open": {**_MIXTURE, "n_routed_experts": 8},
+}
+
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
-    return AutoConfig.for_model(family, **{**FAMILIES.get(family, _COMMON), **changes})
+    return AutoConfig.for_model(family, **{**(FAMILIES | MIXTURES).get(family, _COMMON), **changes})
 
 
 def tiny_model(family: str = "llama", attention: str | None = PACKED, seed: int = 0, **changes: Any) -> PreTrainedModel:

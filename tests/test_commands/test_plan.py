@@ -10,19 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import FAMILIES, save_model, tiny_config
+from helpers.tiny_models import FAMILIES, MIXTURES, save_model, tiny_config, tiny_model
 from helpers.tiny_run import changed, make_inputs, write_config
 from transformers import AutoConfig
 
+from qlora_dist import model as base_model
 from qlora_dist.commands import invoke
 from qlora_dist.commands.plan import simulate as simulation
 from qlora_dist.commands.plan.live_bytes import LiveBytes
 from qlora_dist.commands.plan.simulate import measure, simulate
 from qlora_dist.config import RunConfig, parse_config
-from qlora_dist.errors import UserError
 from qlora_dist.memory import plan_memory, shapes_from_config
 from qlora_dist.memory.gpus import GPUS
 from qlora_dist.memory.read_shapes import read_shapes
+from qlora_dist.model.lora import attach_lora, count_parameters
+from qlora_dist.train.checks.base import promised_base_bytes
 
 LLAMA_65B = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 22016,
@@ -134,11 +136,55 @@ def test_an_unlisted_family_is_measured_and_reported_as_such(tmp_path, capsys):
     made = plan_memory(_config(32), shapes, world_size=1, device_bytes=None)
     assert made.remarks and "stablelm is not a known family" in made.remarks[0]
 
-    experts = AutoConfig.for_model("mixtral", vocab_size=128, num_key_value_heads=4, num_local_experts=2, **sizes)
-    experts.architectures = ["MixtralForCausalLM"]
-    experts.save_pretrained(tmp_path / "mixtral")
-    with pytest.raises(UserError, match=r"has stacked experts \(mlp.experts.*\), whose memory cannot be planned yet"):
-        read_shapes(str(tmp_path / "mixtral"))
+
+@pytest.mark.parametrize("family", [name for name in MIXTURES if name not in ("qwen3_moe", "mixtral")])
+def test_layers_of_several_kinds_are_counted_one_by_one(family, tmp_path):
+    """Experts in all layers but the first, a shared expert: every weight is planned, of its kind."""
+    model = tiny_model(family, attention=None)
+    shapes = read_shapes(str(save_model(tmp_path, model, tokenizer=False)))
+    assert not shapes.is_exact and not shapes.unknown
+    assert shapes.base_parameters == sum(parameter.numel() for parameter in model.parameters())
+    stacked = sum(value.numel() for name, value in model.named_parameters() if value.ndim == 3)
+    assert shapes.expert_weights == stacked > 0
+    assert shapes.linear_weights == sum(one.weight.numel() for one in base_model.linear_layers(model).values())
+    assert bool(shapes.layers) == (family in ("glm4_moe", "dots1", "ernie4_5_moe"))  # whose first layer is dense
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj")  # PEFT takes other names in some of them for experts'
+    changes = {"model__compute_dtype": "float32", "lora__target_modules": list(targets)}
+    made = plan_memory(_config(32, **changes), shapes, world_size=1, device_bytes=None)
+    adapted = attach_lora(model, rank=8, alpha=8, target_modules=targets)
+    assert made.trainable_parameters == count_parameters(adapted)[1]
+    promised = promised_base_bytes(str(tmp_path), quantization="nf4", double_quant=True, dtype=torch.float32)
+    planned = sum(made.items[key].size for key in ("base", "quantization constants", "embeddings, head, norms"))
+    tables = made.items["quantization constants"].size - promised.constants - promised.nested
+    assert planned - tables == promised.on_each_rank()
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("family", "sizes", "changes"),
+    [
+        ("qwen3_moe", {}, {}),
+        ("qwen3_moe", {"num_experts": 64, "num_experts_per_tok": 4}, {"lora__target_modules": ["q_proj", "o_proj"]}),
+        ("mixtral", {}, {"model__double_quant": False}),
+        ("mixtral", {"intermediate_size": 1024}, {"model__compute_dtype": "float32"}),
+    ],
+)
+def test_plan_and_simulation_agree_to_half_a_percent_for_experts(family, sizes, changes, recompute):
+    """A small vocabulary: the peak is among the experts, not in the loss."""
+    width = {"moe_intermediate_size": 256} if family == "qwen3_moe" else {"intermediate_size": 512}
+    pretrained = _medium(family, **(width | {"vocab_size": 128} | sizes))
+    trace = _compare(pretrained, _config(512, **changes), recompute)
+    assert abs(trace.error) < 0.005 and "backward" in trace.peak_at, trace
+    assert trace.categories["base"] > 0
+
+
+def test_a_chunk_of_experts_is_planned_as_it_is_dequantized(monkeypatch):
+    pretrained = _medium("qwen3_moe", vocab_size=128, moe_intermediate_size=256)
+    whole = _compare(pretrained, _config(32), 2)
+    for module in ("qlora_dist.memory.expert_layer", "qlora_dist.model.experts"):
+        monkeypatch.setattr(f"{module}.LARGEST_MATRIX", 2 * 512 * 256)  # two experts' gate and up
+    trace = _compare(pretrained, _config(32), 2)
+    assert abs(trace.error) < 0.005 and trace.peak_bytes < whole.peak_bytes, trace
 
 
 def test_simulate_prints_the_simulated_peak_and_the_plans_error(tmp_path, capsys):
@@ -171,7 +217,7 @@ def _medium(family: str, **changes: Any) -> Any:
         "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "vocab_size": 1024,
         "num_attention_heads": 8, "max_position_embeddings": 1024,
     }  # fmt: skip
-    given = FAMILIES[family]
+    given = (FAMILIES | MIXTURES)[family]
     if family == "gpt2":
         sizes = {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_positions": 1024, "vocab_size": 1024}
     sizes |= {"head_dim": 32} if "head_dim" in given else {}

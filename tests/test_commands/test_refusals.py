@@ -159,7 +159,9 @@ def _own_attention(case: Case) -> int:
 
 def _experts(case: Case) -> int:
     shutil.rmtree(case.model)
-    tiny_model("mixtral", attention=None, num_key_value_heads=2).save_pretrained(case.model)
+    tiny_model("gpt_oss", attention=None, num_key_value_heads=2, head_dim=16, num_local_experts=4).save_pretrained(
+        case.model
+    )
     return case.train()
 
 
@@ -224,7 +226,7 @@ PROVOKED: dict[str, Callable[[Case], int]] = {
     "a truncated or damaged file of weights": _damaged_weights,
     "weights with NaN": _nan_weights,
     "attention that cannot be packed": _own_attention,
-    "stacked experts": _experts,
+    "stacked experts of another form": _experts,
     "an adapter made on a changed base (PiSSA, OLoRA, ...)": _adapter,
     "a run directory of another config": _other_config,
     "a run directory in use for something else": _foreign_folder,

@@ -229,9 +229,11 @@ def test_families_whose_attention_cannot_be_packed_are_rejected(family: str, mes
 
 
 def test_experts_that_cannot_be_quantized_are_rejected(tmp_path: Path) -> None:
-    tiny_config("mixtral", num_key_value_heads=2).save_pretrained(tmp_path)
+    tiny_config("gpt_oss", num_key_value_heads=2, head_dim=16, num_local_experts=4).save_pretrained(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"stacked experts.*bitsandbytes does not quantize; use a dense model$"):
+    with pytest.raises(
+        UserError, match=r"stacked experts.*of an unsupported form; set model\.quantization=none, or use a dense model$"
+    ):
         check_config(str(tmp_path))
     check_config(str(tmp_path), quantization="none")
 
@@ -243,7 +245,7 @@ def test_experts_that_are_plain_matrices_are_seen_and_other_weights_are_not_call
         holder.w1 = torch.nn.Parameter(torch.zeros(512, 512))
         setattr(model.model.layers[0].mlp, name, holder)
         with pytest.raises(UserError, match=message):
-            _check_experts("base", model)
+            _check_experts("base", model, "nf4", "cuda")
 
 
 def test_models_that_need_custom_code_or_have_an_unknown_type_are_rejected(tmp_path: Path) -> None:

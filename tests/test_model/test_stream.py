@@ -27,7 +27,7 @@ from qlora_dist.model import (
 )
 from qlora_dist.model import load as base_module
 from qlora_dist.model.weights import cache_4bit as four_bit_files
-from qlora_dist.model.weights import quantize
+from qlora_dist.model.weights import quantize, sources
 from qlora_dist.model.weights import stream as streaming
 from qlora_dist.model.weights.quantize import Range, make_state, quantize_range, shard_range
 from qlora_dist.model.weights.safetensors_files import BadFile, WeightFiles
@@ -142,14 +142,19 @@ def test_a_tied_weight_is_found_under_either_name(
 
 
 def test_a_family_whose_files_must_be_converted_is_loaded_by_transformers_with_a_notice(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_model(tmp_path, tiny_model("mixtral", attention=None, num_key_value_heads=2), tokenizer=False)
+    monkeypatch.setattr(sources, "_stacks", lambda converter: False)  # as of a family that is stacked in another way
+    save_model(tmp_path, tiny_model("mixtral", attention=None), tokenizer=False)
     with caplog.at_level("INFO", logger="qlora_dist"):
         model = load(tmp_path, "none")
     assert "weights are loaded by transformers, not streamed: model.layers" in caplog.text
     assert "must be converted" in caplog.text
     assert not any(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(
+        UserError, match=r"must be converted while they are read, which leaves stacked experts in 16 bits"
+    ):
+        load(tmp_path, "nf4")
 
 
 _FROM_HUB = """
@@ -255,13 +260,16 @@ def _full_disk() -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_what_cannot_be_quantized_is_rejected_with_the_reason(folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_what_cannot_be_quantized_is_rejected_with_the_reason(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quantize_model(str(folder), tmp_path / "out")
     with pytest.raises(UserError, match=r"already quantized .*give the 16-bit model"):
         quantize_model(str(tmp_path / "out"), tmp_path / "again")
     with pytest.raises(UserError, match="already exists and is not empty; give a new folder"):
         quantize_model(str(folder), tmp_path / "out")
-    save_model(tmp_path / "experts", tiny_model("mixtral", attention=None, num_key_value_heads=2), tokenizer=False)
+    save_model(tmp_path / "experts", tiny_model("mixtral", attention=None), tokenizer=False)
+    monkeypatch.setattr(sources, "_stacks", lambda converter: False)
     with pytest.raises(UserError, match=r"cannot be quantized one by one \(model.layers.* must be converted"):
         quantize_model(str(tmp_path / "experts"), tmp_path / "again")
     with pytest.raises(UserError, match="4-bit checkpoints: nf4 or fp4, not int8"):

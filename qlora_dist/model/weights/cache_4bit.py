@@ -1,6 +1,7 @@
 """A 4-bit checkpoint of a 16-bit model, written while that is read: for `qlora-dist quantize` and `model.cache_4bit`.
 
-Stock transformers loads the result. A folder appears under its name complete or not at all.
+Stock transformers loads the result, but for stacked experts, which bitsandbytes does not quantize. A folder appears
+under its name complete or not at all.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from ...config.quantization import Quantization
 from ...errors import MachineFailed, UserError
 from ...files import check_manifest, folder_aside, identity, write_manifest
 from ..bitsandbytes_import import bitsandbytes
+from ..experts import PackedExperts, packed_experts
 from ..pretrained import (
     expanded,
     load_config,
@@ -42,11 +45,14 @@ from .stream import (
     is_4bit_weight,
     match_files,
     read_4bit,
+    read_experts,
     read_plain,
     resolve_ties,
     weight_size,
 )
 from .write_errors import write_errors
+
+log = logging.getLogger(__name__)
 
 SHARD_BYTES = 512 * 2**20  # per file, which is in host memory twice while safetensors serializes it
 FORMAT = 1  # part of every fingerprint: increment it when the same inputs give another result
@@ -89,6 +95,8 @@ def quantize_model(
         )
     tied = resolve_ties(skeleton.model, source)
     check_complete(name, skeleton.model, source, tied)
+    if packed_experts(skeleton.model):
+        log.warning("%s: stacked experts in 4 bits are read by this package alone, not by stock transformers", out)
 
     paths = weight_paths(name, revision)
     before = [identity(path.stat()) for path in paths]
@@ -147,6 +155,12 @@ def _tensors(
     for name, module, attribute in weights:
         parameter = module._parameters[attribute]
         assert parameter is not None
+        if isinstance(module, PackedExperts):
+            codes = empty_buffer(skeleton, module, attribute, device)
+            parts = read_experts(codes, source, name, module, Range(0, len(codes)), skeleton)
+            yield {name if key == "codes" else f"{name}.{key}": value.cpu() for key, value in parts.items()}
+            progress.add(module.shape.numel())
+            continue
         is_packed = is_4bit_weight(module, attribute)
         buffer = empty_buffer(skeleton, module, attribute, device if is_packed else torch.device("cpu"))
         if is_packed:

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...config.quantization import BLOCK
+from ...errors import UserError
 from ..base_weights import same_bits
 from ..bitsandbytes_import import bitsandbytes
+from ..experts import PackedExperts, packed_experts
 from ..forward import is_4bit
 from ..pretrained import load_config
 from .safetensors_files import BadFile
-from .sources import weight_paths
+from .sources import open_files, weight_paths
+from .stream import Skeleton, match_files
 
 
 def read_source_weight(name: str, revision: str | None, key: str) -> Tensor | None:
@@ -31,6 +34,34 @@ def read_source_weight(name: str, revision: str | None, key: str) -> Tensor | No
             if found is not None:
                 return opened.get_tensor(found)
     return None
+
+
+def read_source_expert(model: Any, name: str, revision: str | None, key: str, expert: int) -> Tensor | None:
+    """(O, I): one expert's matrix of stacked experts, which files hold stacked or one by one."""
+    shape = packed_experts(model)[key].shape[1:]
+    try:
+        source, _ = match_files(Skeleton(model, None, torch.float32), open_files(name, revision))
+    except UserError:
+        return None
+    if source is None or key not in source.names:
+        return None
+    return source.read(key, expert * shape.numel(), (expert + 1) * shape.numel()).view(shape)
+
+
+def same_expert(experts: PackedExperts, expert: int, source: Tensor, compute_dtype: torch.dtype) -> str | None:
+    """Quantizes one expert's matrix at once and compares; returns the name of the first part that differs."""
+    codes, state = bitsandbytes.functional.quantize_4bit(
+        source.to(device=experts.codes.device, dtype=compute_dtype).contiguous(),
+        blocksize=BLOCK,
+        compress_statistics=experts.is_nested,
+        quant_type=experts.quant_type,
+        quant_storage=torch.uint8,
+    )
+    expected = {"codes": codes, "absmax": state.absmax}
+    if experts.is_nested:
+        expected |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
+    live = {part: getattr(experts, part)[expert] for part in expected}
+    return next((part for part, value in expected.items() if not same_bits(live[part], value.flatten())), None)
 
 
 def has_quantized_files(name: str, revision: str | None) -> bool:

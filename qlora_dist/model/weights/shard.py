@@ -2,6 +2,7 @@
 
     packed codes     (blocks, 32) uint8 parameters, sharded between blocks of 64 weights: each part is quantized alone
     constants        first level as bytes, sharded alike; second level and offset (1/4096 byte per weight) on all ranks
+    experts          codes and constants of both levels are sharded by expert: each is quantized alone
     embedding, head  sharded by rows; the embedding is gathered by FSDP2, the head once per loss
     norms, biases    on every rank, as are the adapters, which never pass through FSDP2
 
@@ -26,8 +27,9 @@ from transformers import PreTrainedModel
 from ...cluster.shard_group import ShardGroup
 from ...config.quantization import BLOCK, NESTED_BLOCK
 from ...errors import RunFailed, UserError
-from ..base_weights import own_part
+from ..base_weights import own_part, same_bits
 from ..bitsandbytes_import import bitsandbytes
+from ..experts import PackedExperts
 from ..forward import decoder_layers, gathered, unwrap
 from .quantize import Range, make_state, quantize_range, shard_range
 from .sources import WeightSource
@@ -40,6 +42,7 @@ from .stream import (
     is_4bit_weight,
     place,
     read_4bit,
+    read_experts,
     read_plain,
     weight_size,
 )
@@ -112,7 +115,9 @@ def load_sharded(
     progress = Progress("loading this rank's shard of the base", sum(size for *_, size in weights))
     shard_device = torch.device("cpu") if offload else group.device
     for name, module, attribute, size in weights:
-        if isinstance(module, ShardedLinear4bit) and attribute == "weight":
+        if isinstance(module, PackedExperts):
+            _place_experts(skeleton, source, name, module, group, shard_device)
+        elif isinstance(module, ShardedLinear4bit) and attribute == "weight":
             _place_codes(skeleton, source, name, module, group, shard_device)
         elif isinstance(module._parameters[attribute], DTensor):
             _place_rows(skeleton, source, name, module, attribute, group, shard_device)
@@ -134,6 +139,11 @@ def wrap(model: PreTrainedModel, group: ShardGroup, offload: bool) -> None:
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             _to_bytes(name, module)
+        if isinstance(module, PackedExperts) and module.shape[0] % group.size:
+            raise UserError(
+                f"strategy fsdp shards experts one by one, and {name} has {module.shape[0]} for {group.size} ranks; "
+                "use a number of ranks that divides them, or strategy ddp"
+            )
     policy = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if offload else OffloadPolicy()
     options: dict[str, Any] = {"mesh": group.mesh, "reshard_after_forward": True, "offload_policy": policy}
     for layer in layers:
@@ -224,6 +234,21 @@ def _place_rows(
     module._parameters[attribute] = _filled(whole, local)
 
 
+def _place_experts(
+    skeleton: Skeleton,
+    source: WeightSource,
+    name: str,
+    experts: PackedExperts,
+    group: ShardGroup,
+    shard_device: torch.device,
+) -> None:
+    """This rank's experts."""
+    first, last = _local_rows(experts.shape[0], group)
+    codes = torch.empty((last - first, experts.codes.shape[1]), dtype=torch.uint8, device=group.device)
+    for key, local in read_experts(codes, source, name, experts, Range(first, last), skeleton).items():
+        experts.set_part(key, _filled(experts._parameters[key], local.to(shard_device)))
+
+
 def _place_codes(
     skeleton: Skeleton, source: WeightSource, name: str, layer: Any, group: ShardGroup, shard_device: torch.device
 ) -> None:
@@ -310,6 +335,9 @@ def _equals_source(sharded: Sharded, name: str, module: Any, attribute: str) -> 
     """Whether a gathered weight has the bits of its source."""
     skeleton, source, device = sharded.skeleton, sharded.source, sharded.group.device
     value = module._parameters[attribute]
+    if isinstance(module, PackedExperts):
+        again = read_experts(torch.empty_like(value), source, name, module, Range(0, len(value)), skeleton)
+        return all(same_bits(getattr(module, key), part) for key, part in again.items())
     if not is_4bit_weight(module, attribute):
         expected = torch.empty(value.shape, dtype=value.dtype, device=device)
         read_plain(expected.view(-1), source, name, Range(0, expected.numel()))

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from ...config.json_file import read_json_object
 from ...errors import UserError, shortened
+from ..experts import packed_experts
 from ..pretrained import expanded, first_line, where_to_read
 from .safetensors_files import BadFile, WeightFiles
 
@@ -44,16 +47,26 @@ class WeightSource(Protocol):
 class FileSource:
     """Weights of safetensors files under the model's names."""
 
-    def __init__(self, files: WeightFiles, key_of: dict[str, str], transposed: frozenset[str]) -> None:
-        """`key_of`: the model's name -> the files' key. `transposed`: stored (inputs, outputs)."""
+    def __init__(
+        self,
+        files: WeightFiles,
+        key_of: dict[str, str],
+        transposed: frozenset[str],
+        stacked: dict[str, Stack] | None = None,
+    ) -> None:
+        """`key_of`: the model's name -> the files' key. `transposed`: stored (inputs, outputs). `stacked`: experts that
+        are one weight in the model and many in the files."""
         self._files = files
         self._key_of = key_of
+        self._stacked = stacked or {}
         self._transposed = transposed
         self._whole: tuple[str, Tensor] | None = None  # the transposed weight being read
-        self.names = frozenset(key_of)
+        self.names = frozenset(key_of) | frozenset(self._stacked)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a weight; the packed shape if it is stored in 4 bits."""
+        if name in self._stacked:
+            return self._stacked[name].shape
         shape = self._files.entries[self._key_of[name]].shape
         return shape[::-1] if name in self._transposed and self.packed(name) is None else shape
 
@@ -62,6 +75,8 @@ class FileSource:
 
         A transposed weight stays in memory whole while its parts are read.
         """
+        if name in self._stacked:
+            return self._stacked[name].read(self._files, start, stop)
         key = self._key_of[name]
         if f"{key}.absmax" in self._files.entries:
             return self._files.read_bytes(key, start, stop)
@@ -77,6 +92,8 @@ class FileSource:
 
     def packed(self, name: str) -> dict[str, Tensor] | None:
         """absmax, quant_map, ... of a weight that is stored in 4 bits."""
+        if name in self._stacked:
+            return None
         key = f"{self._key_of[name]}."
         found = [other for other in self._files.entries if other.startswith(key)]
         if f"{key}absmax" not in found:
@@ -84,6 +101,42 @@ class FileSource:
         return {
             other.removeprefix(key): self._files.read(other).view(self._files.entries[other].shape) for other in found
         }
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stacked weight (E, O, I) whose matrices are tensors of their own in the files: of each expert one or several,
+    whose rows follow each other (gate and up)."""
+
+    keys: tuple[tuple[str, ...], ...]  # of each expert
+    shapes: tuple[tuple[int, int], ...]  # of an expert's tensors
+
+    @classmethod
+    def of(cls, keys: list[list[str]], files: WeightFiles) -> Stack | None:
+        """None unless the experts' tensors are matrices alike."""
+        found = {tuple(files.entries[key].shape for key in own) for own in keys}
+        shapes: Any = next(iter(found))
+        is_matrix = all(len(shape) == 2 and shape[1] == shapes[0][1] for shape in shapes)
+        return cls(tuple(map(tuple, keys)), shapes) if len(found) == 1 and is_matrix else None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.keys), sum(rows for rows, _ in self.shapes), self.shapes[0][1]
+
+    def read(self, files: WeightFiles, start: int, stop: int) -> Tensor:
+        """(stop - start,) elements in the storage order of the stacked weight."""
+        sizes = [rows * width for rows, width in self.shapes]
+        pieces, position = [], start
+        while position < stop:
+            expert, within = divmod(position, sum(sizes))
+            index = 0
+            while within >= sizes[index]:
+                within -= sizes[index]
+                index += 1
+            end = min(sizes[index], within + stop - position)
+            pieces.append(files.read(self.keys[expert][index], within, end))
+            position += end - within
+        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
 
 
 class RandomSource:
@@ -96,6 +149,7 @@ class RandomSource:
     def __init__(self, model: nn.Module, config: PretrainedConfig, seed: int, device: torch.device) -> None:
         text = config.get_text_config()
         self._shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
+        self._shapes |= {name: tuple(packed.shape) for name, packed in packed_experts(model).items()}
         self._residual = 1 / math.sqrt(2 * text.num_hidden_layers)
         self._norm = 0.0 if text.model_type.startswith("gemma") else 1.0  # Gemma's norms multiply by 1 + weight
         self._seed = seed
@@ -179,28 +233,67 @@ def _check_index(path: Path) -> None:
             )
 
 
-def match_names(model: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str], str | None]:
-    """(the model's name -> the files' key, why renaming is not enough, or None).
+@dataclass
+class Names:
+    """How the files name a model's weights."""
 
-    Names are matched by transformers' own rules: old names, a missing or extra prefix of the base model.
+    key_of: dict[str, str]  # the model's name -> the files' key
+    stacks: dict[str, list[list[str]]]  # the model's name of stacked experts -> the files' keys of each expert
+
+
+def match_names(model: PreTrainedModel, keys: list[str]) -> tuple[Names, str | None]:
+    """(the files' names, why renaming and stacking are not enough, or None).
+
+    Names are matched by transformers' own rules: old names, a missing or extra prefix of the base model, experts that
+    are stored one by one.
     """
+    found = Names({}, {})
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:  # not in every version that pyproject.toml allows
-        return {}, "this version of transformers does not expose its rules for names"
+        return found, "this version of transformers does not expose its rules for names"
     mapping = get_model_conversion_mapping(model)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    known = dict(model.state_dict())
-    found = {}
+    stacking = {pattern: (one, index) for one in converters if _stacks(one)
+                for index, pattern in enumerate(one.source_patterns)}  # fmt: skip
+    # only the names count; experts in 4 bits have other parameters than the files
+    known = dict.fromkeys([*model.state_dict(), *packed_experts(model)], True)
+    parts: dict[str, dict[tuple[int, int], str]] = {}
     for key in sorted(keys):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
-        if pattern is not None:
-            return {}, f"{key} must be converted for this version of transformers ({pattern})"
-        if name in known:
-            found[name] = key
+        if pattern is None:
+            if name in known:
+                found.key_of[name] = key
+        elif pattern in stacking:
+            _, index = stacking[pattern]
+            expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), _renamed(key, renamings))
+            assert expert is not None
+            parts.setdefault(name, {})[int(expert[1]), index] = key
+        else:
+            return found, f"{key} must be converted for this version of transformers ({pattern})"
+    for name, own in parts.items():
+        experts = sorted({expert for expert, _ in own})
+        num_parts = 1 + max(index for _, index in own)
+        if len(own) != len(experts) * num_parts or experts != list(range(len(experts))):
+            continue  # reported as missing
+        found.stacks[name] = [[own[expert, index] for index in range(num_parts)] for expert in experts]
     return found, None
+
+
+def _renamed(key: str, renamings: list[Any]) -> str:
+    for one in renamings:
+        key, _ = one.rename_source_key(key)
+    return key
+
+
+def _stacks(converter: Any) -> bool:
+    """Whether a conversion puts the matrices of experts into one weight (E, O, I), in rows one below the other."""
+    kinds = [(type(one).__name__, one.dim) for one in converter.operations if hasattr(one, "dim")]
+    is_known = kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+    are_starred = all(pattern.count("*") == 1 for pattern in converter.source_patterns)
+    return len(kinds) == len(converter.operations) and is_known and are_starred and len(converter.target_patterns) == 1
 
 
 def same_in_source(source: WeightSource, left: str, right: str, piece: int) -> bool:

@@ -23,8 +23,9 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ...errors import UserError
 from ..bitsandbytes_import import bitsandbytes
+from ..experts import PackedExperts, pack_experts
 from .quantize import PIECE, Range, make_state, quantize_range
-from .sources import FileSource, WeightSource, match_names, same_in_source
+from .sources import FileSource, Stack, WeightSource, match_names, same_in_source
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,11 @@ def build_skeleton(
     if quantizer is not None:
         quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
         model.hf_quantizer = quantizer
-    return Skeleton(model, quantizer, dtype)
+    skeleton = Skeleton(model, quantizer, dtype)
+    settings = skeleton.four_bit
+    if settings is not None and settings.load_in_4bit:
+        pack_experts(model, settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant)
+    return skeleton
 
 
 @contextmanager
@@ -86,16 +91,18 @@ def match_files(skeleton: Skeleton, files: Any) -> tuple[FileSource | None, str 
     model = skeleton.model
     if model._get_dtype_plan(skeleton.dtype):
         return None, f"{type(model).__name__} keeps some weights in float32"
-    key_of, reason = match_names(model, list(files.entries))
+    names, reason = match_names(model, list(files.entries))
     if reason is not None:
         return None, reason
+    key_of = names.key_of
     for target, origin in model.all_tied_weights_keys.items():
         if target in key_of and origin not in key_of:  # stored under the other name of a tied weight
             key_of[origin] = key_of.pop(target)
     transposed = frozenset(
         f"{name}.weight" for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D
     )
-    return FileSource(files, key_of, transposed), None
+    stacked = {name: stack for name, keys in names.stacks.items() if (stack := Stack.of(keys, files)) is not None}
+    return FileSource(files, key_of, transposed, stacked), None
 
 
 def resolve_ties(model: PreTrainedModel, source: WeightSource) -> set[str]:
@@ -120,10 +127,9 @@ def resolve_ties(model: PreTrainedModel, source: WeightSource) -> set[str]:
 def check_complete(name: str, model: PreTrainedModel, source: WeightSource, tied: set[str]) -> None:
     """Raises UserError unless the source has every weight with the right shape."""
     missing = []
-    for key, value in model.named_parameters(remove_duplicate=False):
-        if key in tied:
-            continue
-        if key not in source.names or (source.packed(key) is None and source.shape(key) != tuple(value.shape)):
+    for key, module, attribute in each_weight(model, tied):
+        shape = tuple(module.shape if isinstance(module, PackedExperts) else getattr(module, attribute).shape)
+        if key not in source.names or (source.packed(key) is None and source.shape(key) != shape):
             missing.append(key)
     if missing:
         raise incomplete(name, sorted(missing))
@@ -166,8 +172,48 @@ def read_4bit(codes: Tensor, source: WeightSource, name: str, layer: Any, skelet
     return make_state(absmax, shape, settings.bnb_4bit_quant_type, skeleton.dtype, settings.bnb_4bit_use_double_quant)
 
 
+def read_experts(
+    codes: Tensor, source: WeightSource, name: str, experts: PackedExperts, part: Range, skeleton: Skeleton
+) -> dict[str, Tensor]:
+    """Writes the experts in `part` into `codes`, read or quantized here; returns all that they consist of.
+
+    Each matrix is quantized as bitsandbytes quantizes it alone: its constants do not depend on the other experts.
+    """
+    shape, kind, is_nested = experts.shape[1:], experts.quant_type, experts.is_nested
+    size = shape.numel()
+    tables = make_state(torch.ones(1, device=codes.device), shape, kind, skeleton.dtype, is_nested)
+    experts.code = tables.code
+    if is_nested:
+        experts.nested_code = tables.state2.code
+    parts = {"codes": codes} | {
+        key: torch.empty((len(codes), value.shape[1]), dtype=value.dtype, device=codes.device)
+        for key, value in experts.named_parameters()
+        if key != "codes"
+    }
+    if (stored := source.packed(name)) is not None:
+        width = codes.shape[1]
+        read_plain(codes.view(-1), source, name, Range(part.start * width, part.stop * width))
+        return {"codes": codes} | {
+            key: stored[key][part.start : part.stop].to(codes.device) for key in parts if key != "codes"
+        }
+    for row, expert in enumerate(range(part.start, part.stop)):
+
+        def read(start: int, stop: int, first: int = expert * size) -> Tensor:
+            return source.read(name, first + start, first + stop)
+
+        absmax = quantize_range(codes[row].view(-1, 1), read, Range(0, size), kind, skeleton.dtype)
+        state = make_state(absmax, shape, kind, skeleton.dtype, is_nested)
+        parts["absmax"][row] = state.absmax
+        if is_nested:
+            parts["nested_absmax"][row], parts["offset"][row] = state.state2.absmax, state.offset
+    return parts
+
+
 def empty_buffer(skeleton: Skeleton, module: Any, attribute: str, device: torch.device) -> Tensor:
-    """Uninitialized buffer for a weight: packed codes (weights / 2, 1) of a 4-bit layer, else the weight's shape."""
+    """Uninitialized buffer for a weight: packed codes (weights / 2, 1) of a 4-bit layer, those (E, weights / 2) of
+    experts, else the weight's shape."""
+    if isinstance(module, PackedExperts):
+        return torch.empty(module.codes.shape, dtype=torch.uint8, device=device)
     if is_4bit_weight(module, attribute):
         numel = module.out_features * module.in_features
         return torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8, device=device)
@@ -180,8 +226,11 @@ def is_4bit_weight(module: nn.Module, attribute: str) -> bool:
 
 
 def each_weight(model: nn.Module, without: set[str]) -> Iterator[tuple[str, nn.Module, str]]:
-    """(full name, module, attribute) of all parameters except `without`, in model order."""
+    """(full name, module, attribute) of all parameters except `without`, in model order. Experts in 4 bits are one."""
     for prefix, module in model.named_modules():
+        if isinstance(module, PackedExperts):
+            yield prefix, module, "codes"
+            continue
         for attribute, parameter in module._parameters.items():
             name = f"{prefix}.{attribute}" if prefix else attribute
             if parameter is not None and name not in without:
@@ -208,6 +257,10 @@ def fill(skeleton: Skeleton, source: WeightSource, tied: set[str], device: torch
 
 def place(buffer: Tensor, skeleton: Skeleton, source: WeightSource, name: str, module: Any, attribute: str) -> None:
     """Reads one weight into its buffer and puts it into the model."""
+    if isinstance(module, PackedExperts):
+        for key, part in read_experts(buffer, source, name, module, Range(0, len(buffer)), skeleton).items():
+            module.set_part(key, part)
+        return
     if is_4bit_weight(module, attribute):
         state = read_4bit(buffer, source, name, module, skeleton)
         module.weight = bitsandbytes.nn.Params4bit(
@@ -245,7 +298,9 @@ def finish(skeleton: Skeleton, source: WeightSource, tied: set[str], device: tor
 
 
 def weight_size(module: nn.Module, attribute: str) -> int:
-    """Elements of a parameter; 0 where there is none."""
+    """Weights of a parameter; 0 where there is none."""
+    if isinstance(module, PackedExperts):
+        return module.shape.numel()
     parameter = module._parameters[attribute]
     return 0 if parameter is None else parameter.numel()
 

@@ -13,9 +13,15 @@ from torch import nn
 
 from ...config.quantization import Quantization, quantized_bytes
 from ...errors import RunFailed
-from ...model import is_4bit, linear_layers, load_config, plain_name
+from ...model import is_4bit, linear_layers, load_config, packed_experts, plain_name, stacked_experts, unwrap
 from ...model.check_config import build_on_meta
-from ...model.weights.original import has_quantized_files, read_source_weight, same_as_quantized
+from ...model.weights.original import (
+    has_quantized_files,
+    read_source_expert,
+    read_source_weight,
+    same_as_quantized,
+    same_expert,
+)
 
 # --- how many bytes ---------------------------------------------------------------------------------------------------
 
@@ -61,10 +67,21 @@ def promised_base_bytes(
         for key, layer in layers.items()
         if quantization != "none" and not any(part in key for part in skipped)
     }
+    stacked = {  # id of a weight of stacked experts -> their number
+        id(parameter): len(parameter)
+        for experts in stacked_experts(model).values()
+        for parameter in experts.parameters(recurse=False)
+        if quantization in ("nf4", "fp4")
+    }
     matrices = constants = vectors = nested = 0
     for parameter in model.parameters():  # tied weights come once
         outputs = quantized.get(id(parameter))
-        if outputs is not None:
+        if (count := stacked.get(id(parameter))) is not None:
+            one = quantized_bytes(parameter[0].numel(), parameter.shape[1], quantization, double_quant)
+            matrices, constants = matrices + count * one.codes, constants + count * one.constants
+            # an expert's second level is sharded with it, and so is its mean of the constants
+            constants += count * (one.nested + (4 if double_quant else 0))
+        elif outputs is not None:
             one = quantized_bytes(parameter.numel(), outputs, quantization, double_quant)
             matrices, constants, nested = matrices + one.codes, constants + one.constants, nested + one.nested
         elif parameter.ndim > 1:
@@ -112,6 +129,34 @@ def check_source_bits(
         return "the base is not in 4 bits"
     if has_quantized_files(name, revision):
         return "the files hold quantized weights, which are read as they are"
+    said = _check_linear(layers, name, revision, compute_dtype, seed)
+    return said if not packed_experts(model) else f"{said}; {_check_expert(model, name, revision, compute_dtype, seed)}"
+
+
+def _check_expert(model: Any, name: str, revision: str | None, compute_dtype: torch.dtype, seed: int) -> str:
+    base = unwrap(model)
+    packed = packed_experts(base)
+    key = sorted(packed)[seed % len(packed)]
+    expert = seed % packed[key].shape[0]
+    source = read_source_expert(base, name, revision, key, expert)
+    if source is None:
+        return f"the files hold {key} under another name or shape"
+    part = same_expert(packed[key], expert, source, compute_dtype)
+    if part is not None:
+        raise RunFailed(_differs(f"expert {expert} of {key}", part, name))
+    return f"expert {expert} of {key} as well"
+
+
+def _differs(weight: str, part: str, name: str) -> str:
+    return (
+        f"{weight}: its {part} in memory differ from those of its quantized source in {name}; the base was changed "
+        "while it was loaded. Nothing was trained; check the files and the installed versions"
+    )
+
+
+def _check_linear(
+    layers: dict[str, Any], name: str, revision: str | None, compute_dtype: torch.dtype, seed: int
+) -> str:
     key = sorted(layers)[seed % len(layers)]
     plain = plain_name(f"{key}.weight")
     source = read_source_weight(name, revision, plain)
@@ -119,10 +164,7 @@ def check_source_bits(
         return f"the files hold {plain} under another name or shape"
     part = same_as_quantized(layers[key], source, compute_dtype)
     if part is not None:
-        raise RunFailed(
-            f"layer {plain}: its {part} in memory differ from those of its quantized source in {name}; the base was "
-            "changed while it was loaded. Nothing was trained; check the files and the installed versions"
-        )
+        raise RunFailed(_differs(f"layer {plain}", part, name))
     return f"{plain} is bit-equal to its quantized source"
 
 

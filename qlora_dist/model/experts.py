@@ -1,0 +1,239 @@
+"""Experts of a mixture in 4 bits: transformers stacks them into 3-D parameters, which bitsandbytes leaves in 16 bits.
+
+Each expert's matrix is quantized by itself, as bitsandbytes quantizes a linear layer. The forward pass sorts tokens by
+expert and dequantizes only the experts that have tokens, a few at a time; the backward pass does so again, and saves no
+weight. It is arranged as in `lora_forward`, so that a recomputed layer stops before the last product:
+
+    _Enter    x, routing weights -> gate and up of every slot, and a token in the graph   (saves order, gate and up)
+    _Leave    token -> the weighted sum of each token's experts                           (saves nothing)
+
+Legend: T tokens, k experts per token, S = T k slots, E experts, H hidden, F inner width, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.joint_products import LARGEST_MATRIX
+from ..config.quantization import BLOCK, NESTED_BLOCK
+from .bitsandbytes_import import bitsandbytes
+
+
+class PackedExperts(nn.Module):
+    """One matrix (O, I) for each expert, in 4 bits.
+
+    codes         (E, O I / 2) uint8
+    absmax        (E, O I / 64) constants: bytes with double quantization, else fp32
+    nested_absmax (E, O I / 64 / 256) fp32, offset (E, 1) fp32: of the second level, if there is one
+    """
+
+    shape: torch.Size  # (E, O, I)
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    offset: Tensor
+    code: Tensor  # the values of the 4-bit type
+    nested_code: Tensor  # ... and of the constants' 8-bit type
+
+    def __init__(self, shape: torch.Size, quant_type: str, is_nested: bool) -> None:
+        super().__init__()
+        self.shape, self.quant_type, self.is_nested = shape, quant_type, is_nested
+        num_experts, self.num_blocks = shape[0], shape[1:].numel() // BLOCK
+        widths = {"codes": shape[1:].numel() // 2, "absmax": self.num_blocks}
+        if is_nested:
+            widths |= {"nested_absmax": -(-self.num_blocks // NESTED_BLOCK), "offset": 1}
+        for name, width in widths.items():
+            is_bytes = name == "codes" or (name == "absmax" and is_nested)
+            dtype = torch.uint8 if is_bytes else torch.float32
+            empty = torch.empty(num_experts, width, dtype=dtype, device="meta")
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self.register_buffer("code", torch.empty(16), persistent=False)
+        if is_nested:
+            self.register_buffer("nested_code", torch.empty(256), persistent=False)
+
+    def set_part(self, name: str, part: Any) -> None:
+        """Puts codes or constants in place: a tensor, or this rank's part of one."""
+        parameter = part if isinstance(part, nn.Parameter) else nn.Parameter(part, requires_grad=False)
+        # how many weights these bytes represent (`base_weights.num_weights`)
+        parameter.num_weights = self.shape.numel() if name == "codes" else 0  # type: ignore[attr-defined]
+        self._parameters[name] = parameter
+
+    def constants(self, first: int, last: int) -> Tensor:
+        """(last - first, blocks) fp32: of the experts first to last - 1, with the bits that bitsandbytes computes."""
+        absmax = self.absmax[first:last]
+        if not self.is_nested:
+            return absmax
+        scales = self.nested_absmax[first:last].repeat_interleave(NESTED_BLOCK, dim=1)[:, : self.num_blocks]
+        return self.nested_code[absmax.int()].mul_(scales).add_(self.offset[first:last])
+
+    def dequantized(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """(last - first, O, I): the matrices of the experts first to last - 1."""
+        _, outputs, inputs = self.shape
+        state = bitsandbytes.functional.QuantState(
+            absmax=self.constants(first, last).view(-1),
+            shape=torch.Size(((last - first) * outputs, inputs)),
+            dtype=dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32,
+            blocksize=BLOCK,
+            code=self.code,
+            quant_type=self.quant_type,
+        )
+        matrices = bitsandbytes.functional.dequantize_4bit(self.codes[first:last].view(-1, 1), state)
+        return matrices.to(dtype).view(last - first, outputs, inputs)
+
+    def product(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """(S, O) from (S, I) sorted by expert: each expert's rows times its matrix, transposed."""
+        return self._product(rows, counts, is_backward=False)
+
+    def product_backward(self, grad: Tensor, counts: list[int]) -> Tensor:
+        """(S, I) from (S, O): the gradient of `product`'s rows."""
+        return self._product(grad, counts, is_backward=True)
+
+    def _product(self, rows: Tensor, counts: list[int], is_backward: bool) -> Tensor:
+        _, outputs, inputs = self.shape
+        result = rows.new_empty(len(rows), inputs if is_backward else outputs)
+        ends = list(accumulate(counts))
+        for first, last in runs(counts, max(1, LARGEST_MATRIX // (outputs * inputs))):
+            matrices = self.dequantized(first, last, rows.dtype)
+            for matrix, end, count in zip(matrices, ends[first:last], counts[first:last], strict=True):
+                own = slice(end - count, end)
+                torch.mm(rows[own], matrix if is_backward else matrix.t(), out=result[own])
+            del matrices, matrix  # before the next ones
+        return result
+
+
+def runs(counts: list[int], longest: int) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of neighbouring experts that all have tokens, at most `longest` of them."""
+    first = None
+    for index, count in enumerate([*counts, 0]):
+        if first is not None and (count == 0 or index - first == longest):
+            yield first, index
+            first = None
+        if first is None and count > 0:
+            first = index
+
+
+class Experts4bit(nn.Module):
+    """A layer's experts, in the place of transformers' module and called like it."""
+
+    def __init__(self, experts: Any, quant_type: str, is_nested: bool) -> None:
+        super().__init__()
+        self.num_experts = len(experts.gate_up_proj)
+        self.gate_up_proj = PackedExperts(experts.gate_up_proj.shape, quant_type, is_nested)
+        self.down_proj = PackedExperts(experts.down_proj.shape, quant_type, is_nested)
+        self.apply_gate = experts._apply_gate  # (S, 2 F) -> (S, F)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(T, H), (T, k), (T, k) -> (T, H)."""
+        token, grown, order, counts = _Enter.apply(hidden_states, top_k_weights, top_k_index, self)
+        return _Leave.apply(token, grown, top_k_weights.detach(), order, counts, self)
+
+
+class _Enter(torch.autograd.Function):
+    """The graph node of all experts: it receives the gradient of their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, index: Tensor, experts: Experts4bit) -> tuple[Any, ...]:
+        order, counts = _by_expert(index, experts.num_experts)
+        grown = experts.gate_up_proj.product(x[order // index.shape[1]], counts)  # (S, 2 F)
+        ctx.save_for_backward(weights, order, grown)
+        ctx.mark_non_differentiable(grown, order)
+        ctx.set_materialize_grads(False)
+        ctx.experts, ctx.counts = experts, counts
+        token = x.new_empty(()).expand(x.shape)  # the result's shape without its memory
+        return token, grown, order, counts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        weights, order, grown = ctx.saved_tensors
+        experts, counts = ctx.experts, ctx.counts
+        needs_x, needs_weights = ctx.needs_input_grad[:2]
+        top_k = weights.shape[1]
+        # of W_down act, before it is weighted
+        grad_act = experts.down_proj.product_backward(grads[0][order // top_k], counts)  # (S, F)
+        with torch.enable_grad():
+            inner = grown.detach().requires_grad_()
+            act = experts.apply_gate(inner)
+        grad_weights = grad_x = None
+        if needs_weights:  # the router is frozen, but what it reads is not
+            of_slots = torch.linalg.vecdot(grad_act, act.detach()).to(weights.dtype)
+            grad_weights = torch.empty_like(of_slots).index_copy_(0, order, of_slots).view(weights.shape)
+        if needs_x:
+            grad_act.mul_(weights.reshape(-1)[order][:, None])
+            (grad_grown,) = torch.autograd.grad(act, inner, grad_act)
+            del act, inner, grad_act
+            of_rows = experts.gate_up_proj.product_backward(grad_grown, counts)
+            del grad_grown
+            grad_x = _sum_by_token(of_rows, order, top_k)
+        return grad_x, grad_weights, None, None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, grown: Tensor, weights: Tensor, order: Tensor, counts: list[int], experts: Experts4bit
+    ) -> Tensor:
+        act = experts.apply_gate(grown)
+        act = act.mul_(weights.reshape(-1)[order][:, None])  # before the product: F wide instead of H
+        rows = experts.down_proj.product(act, counts)
+        del act
+        return _sum_by_token(rows, order, weights.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return grads[0], None, None, None, None, None
+
+
+def _by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """(S,): slots sorted by expert, in the order of their tokens within each; and the slots of each expert.
+
+    Waits for the device once: which experts have tokens decides what is dequantized.
+    """
+    slots = index.reshape(-1)
+    of_slots, order = torch.sort(slots, stable=True)
+    if isinstance(slots, torch._subclasses.fake_tensor.FakeTensor):  # without values: all experts alike
+        return order, [len(slots) // num_experts + (one < len(slots) % num_experts) for one in range(num_experts)]
+    experts = torch.arange(num_experts, device=index.device)
+    ends = torch.searchsorted(of_slots, experts, right=True).tolist()
+    return order, [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _sum_by_token(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """(T, H) from the rows (S, H) of all slots sorted by expert. Not by atomic additions: they sum in any order."""
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return rows[place].view(-1, top_k, rows.shape[1]).sum(1)
+
+
+# --- finding them -----------------------------------------------------------------------------------------------------
+
+
+def stacked_experts(model: nn.Module) -> dict[str, Any]:
+    """Modules of stacked experts that `pack_experts` replaces, by name: two matrices with a gate, without biases."""
+    return {name: module for name, module in model.named_modules() if _has_known_form(module)}
+
+
+def _has_known_form(module: Any) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    if own.keys() != {"gate_up_proj", "down_proj"} or not hasattr(module, "_apply_gate"):
+        return False
+    up, down = own["gate_up_proj"].shape, own["down_proj"].shape
+    others = ("has_bias", "is_transposed", "has_post_expert_norm")
+    is_plain = getattr(module, "has_gate", False) and not any(getattr(module, name, False) for name in others)
+    return is_plain and len(up) == len(down) == 3 and up == (down[0], 2 * down[2], down[1])
+
+
+def pack_experts(model: nn.Module, quant_type: str, is_nested: bool) -> None:
+    """Replaces every module of stacked experts by one that holds them in 4 bits, without storage."""
+    for name, module in stacked_experts(model).items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, Experts4bit(module, quant_type, is_nested))
+
+
+def packed_experts(model: nn.Module) -> dict[str, PackedExperts]:
+    """Experts in 4 bits, by the name of the parameter that they replace."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}

@@ -1,0 +1,125 @@
+"""Runs with experts in 4 bits: ranks, strategies, resuming, the adapter in stock PEFT, the merged model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.ranks import on_ranks
+from helpers.tiny_models import save_model, tiny_model
+from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qlora_dist.commands.merge import merge
+from qlora_dist.errors import UserError
+from qlora_dist.model import INFERENCE, load_base
+from qlora_dist.model.lora import load_adapters
+from qlora_dist.train import train
+
+
+def _inputs(folder: Path, family: str) -> dict[str, Any]:
+    raw = make_inputs(folder)
+    shutil.rmtree(folder / "model")
+    save_model(folder / "model", tiny_model(family, attention=None))
+    raw["train"] = {"steps": 4, "save_every": 2}
+    return raw
+
+
+def _train(raw: dict[str, Any], **changes: Any) -> str | None:
+    try:
+        train(config_of(raw, **changes))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral"])
+def trained(request: Any, tmp_path_factory: Any) -> dict[str, Any]:
+    """A run of one process."""
+    raw = _inputs(tmp_path_factory.mktemp("mixture"), request.param)
+    assert _train(raw) is None
+    return raw
+
+
+def test_the_loss_falls_and_the_saved_adapter_has_no_experts(trained: dict[str, Any]) -> None:
+    losses = losses_of(trained["run_dir"])
+    assert len(losses) == 4 and losses[-1] < losses[0] - 0.1
+    assert all(line["peak_bytes"] > 0 for line in metrics_of(trained["run_dir"]))
+    keys = load_file(Path(trained["run_dir"]) / "adapter/adapter_model.safetensors")
+    assert len(keys) == 2 * 4 * 2 and all("self_attn" in key for key in keys)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
+def test_two_ranks_train_as_one(trained: dict[str, Any], strategy: str, tmp_path: Path) -> None:
+    run_dir = str(tmp_path / "run")
+    raw = changed(trained, run_dir=run_dir, strategy__name=strategy)
+    assert on_ranks(_train, 2, raw, timeout=240) == [None, None]
+    assert losses_of(run_dir) == pytest.approx(losses_of(trained["run_dir"]), abs=1e-5)
+
+
+def test_a_stage_that_cannot_gather_experts_is_refused(trained: dict[str, Any], tmp_path: Path) -> None:
+    for text in on_ranks(_train, 2, changed(trained, run_dir=str(tmp_path / "run"), strategy__name="zero3")):
+        assert text is not None and "zero3 gathers weights layer by layer" in text and "use strategy fsdp" in text
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(trained: dict[str, Any], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained["run_dir"], run_dir)
+    last = run_dir / "checkpoints/step-00000004"
+    expected = digests_of(last)
+    shutil.rmtree(last)
+    (run_dir / "completed").unlink()
+    assert _train(trained, run_dir=str(run_dir)) is None
+    assert digests_of(last) == expected
+
+
+@torch.no_grad()
+def test_the_adapter_gives_equal_logits_in_stock_peft(trained: dict[str, Any]) -> None:
+    """Over the same 16-bit base, and over the 4-bit one with this package's forward pass."""
+    folder, name = Path(trained["run_dir"]) / "adapter", trained["model"]["name"]
+    ids = torch.tensor([[5, 9, 30, 7, 61, 12]])
+    settings = {"double_quant": True, "compute_dtype": torch.float32, "device": torch.device("cpu")}
+    base = load_base(name, quantization="none", attention=INFERENCE, **settings)
+    ours = load_adapters(base, {"one": folder})(ids).logits
+    stock = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    plain = stock(ids).logits
+    theirs = PeftModel.from_pretrained(stock, str(folder))(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (theirs - plain).abs().max() > 0.01
+
+
+def test_merged_onto_dequantized_is_what_was_trained(trained: dict[str, Any], tmp_path: Path) -> None:
+    report = merge(trained["run_dir"], tmp_path / "out", onto="dequantized", dtype=torch.float32, compare=True)
+    assert report.gaps["dequantized"] <= 1e-4 * report.logit_range
+    assert report.gaps["base"] > 100 * report.gaps["dequantized"]
+    assert any(".experts.0." in key for key in load_file(tmp_path / "out/model.safetensors"))
+
+
+def test_the_4_bit_copy_trains_the_same_adapter(trained: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"run_dir": str(tmp_path / "run"), "model__cache_4bit": str(tmp_path / "copies")}
+    assert _train(trained, **changes) is None
+    assert losses_of(tmp_path / "run") == losses_of(trained["run_dir"])
+    assert len(list((tmp_path / "copies").glob("model-nf4-*/config.json"))) == 1
+
+
+def test_a_kind_of_layer_that_is_not_planned_is_a_warning(
+    trained: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer is recomputed, and the longest micro-batch tried first."""
+    from dataclasses import replace
+
+    from qlora_dist.train import fit_memory
+
+    known = fit_memory.read_shapes
+    monkeypatch.setattr(fit_memory, "read_shapes", lambda *name: replace(known(*name), unknown="conv.weight (4, 1, 4)"))
+    assert _train(trained, run_dir=str(tmp_path / "run"), train__save_every=None, batch__micro_rows="auto") is None
+    printed = capsys.readouterr().out
+    assert "warning: the memory of this model is not planned (conv.weight (4, 1, 4))" in printed
+    assert "memory.recompute=full batch.micro_rows=1; the longest micro-batch is tried before" in printed
+    assert "the longest micro-batch of the run fits" in printed
+    assert losses_of(tmp_path / "run") == losses_of(trained["run_dir"])
