@@ -67,9 +67,9 @@ def test_a_sound_trainer_has_every_claim_of_one_process_proved(raw, tmp_path, ch
     proofs = model_proofs(raw, tmp_path, **changes)
     assert list(proofs) == list(one_process.CLAIMS)
     assert {proof.verdict for proof in proofs.values()} == {"holds"}, proofs
-    # What is compared is computed in two ways, not with itself. One of them may give the same bits by chance: for DoRA,
-    # the adapter's layers are stock PEFT's, and which sums of fp32 are equal depends on the processor
-    assert max(proofs[one_process.STOCK].difference, proofs[one_process.REFERENCE].difference) > 0
+    # what is compared is computed in two ways, not with itself (DoRA layers keep PEFT's forward: bits may be the same)
+    if changes.get("lora__variant") != "dora":
+        assert proofs[one_process.STOCK].difference > 0 and proofs[one_process.REFERENCE].difference > 0
     assert not Path(raw["run_dir"]).exists(), "the user's run directory is not touched"
 
 

@@ -82,8 +82,9 @@ def test_ids_that_the_model_has_no_row_for_are_refused_before_it_is_read(raw, tm
     (tmp_path / "config.json").write_text(json.dumps(known | {"vocab_size": 8}))
     config = write_config(tmp_path / "c.yaml", raw, model__name=str(tmp_path))
     assert cli.invoke(["train", str(config)]) == 2
-    error = capsys.readouterr().err
-    assert "the training data hold token" in error and "the model's embedding has 8 rows" in error
+    assert "the tokenizer has tokens up to" in capsys.readouterr().err, "said before the data are tokenized"
+    with pytest.raises(UserError, match="the training data hold token .* the model's embedding has 8 rows"):
+        train(config_of(raw, model__name=str(tmp_path)))
 
 
 def test_a_run_keeps_the_date_of_its_first_start(raw, tmp_path):
