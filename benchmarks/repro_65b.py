@@ -104,6 +104,7 @@ def configure(arguments: argparse.Namespace) -> RunConfig:
     if arguments.sparse_weights is not None:
         write_sparse_weights(arguments.work / "model", arguments.sparse_weights)
     inputs = (
+        "device=auto",  # a scaled-down stand-in also runs on a CPU
         f"model.name={arguments.work / 'model'}",
         f"model.weights={'random' if arguments.random_weights else 'files'}",
         f"data.train=[{{path: {arguments.work / 'rows.jsonl'}, format: tokens}}]",

@@ -27,6 +27,11 @@ def hold_free_port(held: list[socket.socket]) -> int:
     return port
 
 
+def is_port_held() -> bool:
+    """Whether this process's launcher holds the port of its store, on which torch alone could not listen."""
+    return _HELD in os.environ
+
+
 def listen_on_held(port: int) -> int | None:
     """The descriptor of a socket that listens on the port, if this process's launcher holds it. Raises OSError."""
     if os.environ.get(_HELD) != str(port):

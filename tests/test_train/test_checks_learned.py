@@ -10,6 +10,7 @@ from helpers.ranks import on_ranks, outcome
 from helpers.tiny_run import changed, config_of, losses_of, write_config
 
 from qlora_dist import commands as cli
+from qlora_dist.errors import UserError
 from qlora_dist.train import train
 
 
@@ -83,7 +84,7 @@ def test_ids_that_the_model_has_no_row_for_are_refused_before_it_is_read(raw, tm
     config = write_config(tmp_path / "c.yaml", raw, model__name=str(tmp_path))
     assert cli.invoke(["train", str(config)]) == 2
     assert "the tokenizer has tokens up to" in capsys.readouterr().err, "said before the data are tokenized"
-    with pytest.raises(UserError, match="the training data hold token .* the model's embedding has 8 rows"):
+    with pytest.raises(UserError, match=r"the training data hold token .* the model's embedding has 8 rows"):
         train(config_of(raw, model__name=str(tmp_path)))
 
 
