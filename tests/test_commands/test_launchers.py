@@ -87,7 +87,8 @@ def test_ctrl_c_of_the_launcher_saves_and_ends_with_success(raw, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
     with subprocess.Popen(
         command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        # tests in the background of a shell inherit that SIGINT is ignored, which the launcher would respect
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         try:
             wait_for(lambda: metrics.exists() and metrics.stat().st_size, 120, "a step", lambda: "")
