@@ -16,7 +16,6 @@ from .bounded import within
 from .heartbeat import NAMED_RANKS
 from .launcher import Ranks, meeting_place
 from .own_address import resolve
-from .store_port import listen_on_held
 
 JOIN_SECONDS = 120.0
 NAME_SECONDS = 6.0  # until a name that does not resolve is given up: a name server may be busy
@@ -38,16 +37,14 @@ def join_store(ranks: Ranks, seconds: float = JOIN_SECONDS) -> dist.Store:
     deadline, margin = time.monotonic() + seconds, min(seconds, 5.0)
 
     def connect() -> dist.Store:
-        serves = ranks.rank == 0 and not is_served
         return dist.TCPStore(
             address,
             port,
             ranks.size,
-            is_master=serves,
+            is_master=ranks.rank == 0 and not is_served,
             timeout=limit,
             wait_for_workers=False,
             multi_tenant=True,
-            master_listen_fd=listen_on_held(port) if serves else None,
         )
 
     def absent_ranks() -> list[int]:

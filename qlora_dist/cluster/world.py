@@ -27,7 +27,6 @@ from .node_links import connect_nodes
 from .rendezvous import join_store
 from .shard_group import ShardGroup
 from .stop_signal import StopRequested, StopSignal
-from .store_port import is_port_held
 
 TIMEOUT_SECONDS = 600.0
 WAIT_FACTOR = 3  # outside of steps: ranks load, evaluate and save at different speeds
@@ -126,7 +125,7 @@ class World:
             )
         timeout = _backend_timeout(timeout_seconds)
         joined: dict[str, Any] = {}
-        if (ranks.size > 1 or is_port_held()) and not dist.is_initialized():
+        if ranks.size > 1 and not dist.is_initialized():
             store = join_store(ranks)
             connect_nodes(store, ranks, has_cuda)
             store.set_timeout(timeout)
