@@ -5,12 +5,13 @@ import os
 import sys
 from pathlib import Path
 
+gc.disable()  # until all is imported: see pytest_collection_finish
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 # the fork server of helpers.ranks reads it: without it its preload finds nothing, and says nothing
-from helpers.ranks import python_path  # noqa: E402
+from helpers.ranks import python_path, share_fork_server  # noqa: E402
 
 os.environ["PYTHONPATH"] = python_path()
 sys.dont_write_bytecode = True
@@ -29,6 +30,12 @@ LONGEST = (
 )  # fmt: skip
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    is_controller = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if is_controller and not torch.cuda.is_available():
+        share_fork_server()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Longest files first; within a file the order stays (tests share what its fixtures have built)."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
@@ -36,5 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays: a run collects garbage twice, and would visit all of it each time."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_stays() -> None:
+    """What the files before this one have imported stays too."""
     gc.collect()
     gc.freeze()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .group import SET, cli, debug_words, rank
+from .group import SET, cli, debug_words, heavy_imports, rank
 from .outputs import check_output_file
 from .screen import write_json
 
@@ -55,7 +55,8 @@ def train(
 
     def run() -> TrainState:
         check_train(loaded, resume, fresh, rank() == 0)
-        from ..train import train as run_training
+        with heavy_imports():
+            from ..train import train as run_training
 
         return run_training(loaded, resume, fresh)
 
@@ -176,7 +177,8 @@ def verify(config: str, overrides: tuple[str, ...], steps: int, ranks: int, as_j
     check_data(loaded)
     check_base(loaded)
     with contextlib.redirect_stdout(sys.stderr):  # deepspeed greets on stdout when it is imported
-        from .verify import prove
+        with heavy_imports():
+            from .verify import prove
 
         report = prove(loaded, steps=steps, ranks=ranks)
     if as_json:

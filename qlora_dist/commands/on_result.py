@@ -6,7 +6,7 @@ import click
 
 from ..errors import UserError
 from ..files import format_bytes
-from .group import cli, rank
+from .group import cli, heavy_imports, rank
 from .outputs import check_output_folder
 from .screen import write_json
 
@@ -51,7 +51,8 @@ def evaluate(
         raise UserError(f"--tasks {tasks}: expected perplexity, mmlu, or perplexity,mmlu")
     if ("mmlu" in wanted) != (mmlu is not None):
         raise UserError("--tasks mmlu and --mmlu DIR (the folder of MMLU's original release) go together")
-    from .evaluate import MmluTask, describe, evaluate_trained
+    with heavy_imports():
+        from .evaluate import MmluTask, describe, evaluate_trained
 
     results = evaluate_trained(
         run_or_adapter,
@@ -109,8 +110,9 @@ def generate(
     Example:
       qlora-dist generate runs/guanaco-7b --prompt "Name three rivers in Spain."
     """
-    from ..model import Sampling
-    from .generate import generate as run_generation
+    with heavy_imports():
+        from ..model import Sampling
+        from .generate import generate as run_generation
 
     run_generation(
         run_or_adapter,
@@ -149,10 +151,11 @@ def merge(
     Example:
       qlora-dist merge runs/alpaca-7b merged/alpaca-7b --onto dequantized
     """
-    import torch
+    with heavy_imports():
+        import torch
 
-    from .merge import describe
-    from .merge import merge as run_merge
+        from .merge import describe
+        from .merge import merge as run_merge
 
     report = run_merge(
         adapter,
@@ -188,10 +191,11 @@ def quantize(model: str, out: str, quantization: str, double_quant: bool, dtype:
       qlora-dist quantize meta-llama/Llama-2-7b-hf models/llama-2-7b-nf4
     """
     check_output_folder("OUT", out)
-    import torch
+    with heavy_imports():
+        import torch
 
-    from ..cluster.world import own_device
-    from ..model import quantize_model
+        from ..cluster.world import own_device
+        from ..model import quantize_model
 
     size = quantize_model(
         model,

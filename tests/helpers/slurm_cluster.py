@@ -121,7 +121,7 @@ class Cluster:
                 daemon.wait()
         deadline = time.monotonic() + 15
         while (left := self.processes()) and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(0.25)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.root, ignore_errors=True)
@@ -183,7 +183,7 @@ def wait_for(condition: Callable[[], Any], timeout: float, what: str, explain: C
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout} s for {what}\n{explain()}")
-        time.sleep(0.1)
+        time.sleep(0.25)
 
 
 def faults(*faults: dict[str, object]) -> dict[str, str]:

@@ -24,7 +24,7 @@ def bench(tmp_path):
 
 
 def run_smoke(out, *cases, timeout=250):
-    environment = clean_environment() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+    environment = clean_environment() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.smoke", str(out), *cases],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
