@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
@@ -129,25 +128,25 @@ def _mapped(value: Any, function: Callable[[str], str]) -> Any:
 def resolved_leaves(text: str) -> dict[str, Any]:
     """The leaves of a config with today's defaults for the fields that it lacks. A value that today's fields do not
     take (another version wrote it) stands for itself."""
-    return copy.deepcopy(_resolved_leaves(text, RunConfig))  # callers take away what they have seen to
-
-
-@functools.lru_cache(maxsize=16)  # a start reads the same few texts again and again
-def _resolved_leaves(text: str, model: type[RunConfig]) -> dict[str, Any]:
-    raw = yaml.load(text, Loader=BoundedLoader)
+    raw = _parsed(text)
     if not isinstance(raw, dict):
         raise ValueError(f"expected a mapping of sections, found {type(raw).__name__}")
     foreign: dict[str, Any] = {}
     known = json.loads(json.dumps(raw))
     while True:
         try:
-            return _flatten(json.loads(model.model_validate(known).model_dump_json())) | foreign
+            return _flatten(json.loads(RunConfig.model_validate(known).model_dump_json())) | foreign
         except ValidationError as error:
             # all are found before one is removed: two may be about the same value
             found = dict(filter(None, (_find(known, item["loc"]) for item in error.errors())))
         if not found:  # sections are missing
             return _flatten(raw)
         foreign |= {key: section.pop(name) for key, (section, name) in found.items()}
+
+
+@functools.lru_cache(maxsize=16)  # a start compares the same few texts again and again
+def _parsed(text: str) -> Any:
+    return yaml.load(text, Loader=BoundedLoader)
 
 
 def _find(config: dict[str, Any], location: tuple[int | str, ...]) -> tuple[str, tuple[dict[str, Any], str]] | None:
