@@ -132,13 +132,13 @@ def resolved_leaves(text: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"expected a mapping of sections, found {type(raw).__name__}")
     foreign: dict[str, Any] = {}
-    known = json.loads(json.dumps(raw))
+    copy = json.loads(json.dumps(raw))
     while True:
         try:
-            return _flatten(json.loads(RunConfig.model_validate(known).model_dump_json())) | foreign
+            return _flatten(json.loads(RunConfig.model_validate(copy).model_dump_json())) | foreign
         except ValidationError as error:
             # all are found before one is removed: two may be about the same value
-            found = dict(filter(None, (_find(known, item["loc"]) for item in error.errors())))
+            found = dict(filter(None, (_find(copy, item["loc"]) for item in error.errors())))
         if not found:  # sections are missing
             return _flatten(raw)
         foreign |= {key: section.pop(name) for key, (section, name) in found.items()}
