@@ -12,7 +12,7 @@ from helpers.foreign_cases import CASES
 
 from qlora_dist.config import load_config
 from qlora_dist.config.foreign.answers import Given
-from qlora_dist.config.foreign.left_out import _NOT_HERE, _NOT_NEEDED, LEFT_OUT
+from qlora_dist.config.foreign.left_out import _NOT_HERE, _NOT_NEEDED
 from qlora_dist.config.foreign.table import ANSWERS, lookup
 from qlora_dist.config.foreign.trainers import _SIGNS, DEFAULTS
 from qlora_dist.config.foreign.translate import Translation, report, translate_file
@@ -98,7 +98,8 @@ def test_a_key_means_here_what_it_means_there(tmp_path, trainer, key, value, bes
 
 
 def test_every_key_of_the_table_has_a_case():
-    assert set(ANSWERS) - set(LEFT_OUT) <= {case[1] for case in CASES}
+    generic = {key for group in (_NOT_NEEDED, _NOT_HERE) for keys in group.values() for key in keys}
+    assert set(ANSWERS) - generic <= {case[1] for case in CASES}
 
 
 @pytest.mark.parametrize("group", [_NOT_NEEDED, _NOT_HERE], ids=["not needed", "not here"])
@@ -212,6 +213,13 @@ def test_a_dataset_that_cannot_be_found_is_an_error_that_says_what_to_add_and_se
     config = _config(tmp_path, translation)
     assert (config["optim"]["lr"], config["data"]["train"][0]["path"]) == (3e-4, "/x.json")
     assert "# from --set" in translation.text("theirs.yaml")
+
+
+def test_secrets_are_not_repeated(tmp_path):
+    keys = {"hub_token": "hf_hidden", "comet_api_key": "hidden_key", "my_own_secret": "hidden", "hub_model_id": "shown"}
+    translation = _translate(tmp_path, SMALL["axolotl"] | keys)
+    said = "\n".join(report(translation)) + translation.text("theirs.yaml")
+    assert "hidden" not in said and "comet_api_key: (not shown)" in said and "hub_model_id: shown" in said
 
 
 def test_keys_that_contradict_each_other_are_not_silently_merged(tmp_path):

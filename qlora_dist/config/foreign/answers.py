@@ -67,7 +67,7 @@ def default(text: str) -> Rule:
 
 def never(text: str) -> Rule:
     """Nothing means it, unless it is switched off."""
-    return lambda value, _: Answer(text="off, as it always is here") if value is False else lost(text)
+    return lambda value, _: Answer(text="off, as it always is here") if value in (False, 0) else lost(text)
 
 
 def one_of(key: str, names: Mapping[str, str]) -> Rule:

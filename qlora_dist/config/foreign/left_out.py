@@ -44,7 +44,7 @@ _NOT_NEEDED = {
     "records are read and tokenized once, and kept in data.cache_dir": (
         "overwrite_cache", "dataset_keep_in_memory", "preprocessing_batch_size", "data_shared_file_system",
         "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "skip_prepare_dataset",
-        "dataloader_persistent_workers", "num_dataset_shards_to_save", "dataset_dir", "preprocess_iterable",
+        "dataloader_persistent_workers", "num_dataset_shards_to_save", "preprocess_iterable",
     ),
     "evaluation takes batch.micro_rows rows at a time; its loss does not depend on that": (
         "per_device_eval_batch_size", "eval_batch_size", "eval_accumulation_steps", "eval_table_size",
@@ -78,10 +78,15 @@ _NOT_NEEDED = {
     ),
     "adapters' gradients are reduced in one buffer": (
         "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
-        "low_cpu_mem_usage", "low_cpu_ram", "qlora_sharded_model_loading", "local_rank", "world_size",
-        "device_map", "lora_on_cpu",
+    ),
+    "each rank reads the base piece by piece onto its own device; `train --ranks N` or a launcher starts the ranks": (
+        "low_cpu_mem_usage", "low_cpu_ram", "qlora_sharded_model_loading", "local_rank", "world_size", "device_map",
+        "lora_on_cpu",
+    ),
+    "memory is planned before the start, and not freed in between": (
         "gc_steps", "torch_empty_cache_steps", "gc_collect_steps",
     ),
+    "the names in `dataset` were looked up in its dataset_info.json": ("dataset_dir",),
     "files are safetensors, and each is checked when it is saved": (
         "save_safetensors", "save_only_model", "save_adapter_weights_only", "save_on_each_node",
     ),
@@ -91,7 +96,6 @@ _NOT_NEEDED = {
     "the file format is seen from its name": ("ds_type",),
     "no profile is taken": ("profiler.*",),
     "a key that does not exist is always an error": ("strict",),
-    "the loss is the negative log likelihood of labels": ("loss._component_", "loss_type", "loss.num_output_chunks"),
 }  # fmt: skip
 
 # why not -> keys; with `false` nothing is lost
@@ -136,10 +140,6 @@ _NOT_HERE = {
     "float8 is not offered": ("fp8", "fp8_config.*", "fp8_backend", "qat", "quantization"),
     "gradients underflow in float16; model.compute_dtype is bfloat16 by default": ("fp16", "float16"),
     "adapters and their optimizer states stay in float32": ("pure_bf16",),
-    "sequences, tensors and layers are not split over GPUs: strategy fsdp, or memory.offload_activations": (
-        "sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size", "dp_shard_size",
-        "dp_replicate_size", "heads_k_stride", "ring_attn_func",
-    ),
     "a run ends after train.steps or train.epochs, and keeps the newest checkpoints": (
         "early_stopping_patience", "early_stopping_steps", "load_best_model_at_end", "metric_for_best_model",
         "greater_is_better", "loss_watchdog_threshold", "loss_watchdog_patience", "max_steps_per_epoch",
@@ -190,6 +190,20 @@ def _plugins(value: Any, _: Given) -> Answer:
     return Answer(text="the kernels of this package are used where they fit (model.kernels)")
 
 
+def _loss(value: Any, _: Given) -> Answer:
+    if re.search("nll|CEWith|CrossEntropy|cross_entropy", str(value)):
+        return Answer(text="the loss is the negative log likelihood of the labels")
+    return lost("the loss is the negative log likelihood of the labels, and no other")
+
+
+def _split(value: Any, _: Given) -> Answer:
+    return _only(
+        value, (False, 1), "nothing is split",
+        "sequences, tensors and layers are not split over GPUs; strategy fsdp shards the base, and "
+        "memory.offload_activations makes room for longer rows",
+    )  # fmt: skip
+
+
 def _stage(value: Any, _: Given) -> Answer:
     return _only(
         value, ("sft", "pt"), "supervised fine-tuning, and texts of format text, are what is done here",
@@ -200,6 +214,13 @@ def _stage(value: Any, _: Given) -> Answer:
 LEFT_OUT: dict[str, Rule] = {
     **{key: default(text) for text, keys in _NOT_NEEDED.items() for key in keys},
     **{key: never(text) for text, keys in _NOT_HERE.items() for key in keys},
+    **dict.fromkeys(
+        ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size", "dp_shard_size",
+         "dp_replicate_size"),
+        _split,
+    ),
+    **dict.fromkeys(("loss_type", "loss._component_"), _loss),
+    "loss.*": _loss,
     "stage": _stage,
     "rl": lambda value, _: _stage("sft" if value is False else value, _),
     "plugins": _plugins,

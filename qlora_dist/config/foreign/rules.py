@@ -55,6 +55,13 @@ def rows(value: Any, given: Given) -> Answer:
     return Answer({"batch.rows_per_step": rows * (given.gpus or 1), "batch.micro_rows": per_device}, how)
 
 
+def batch_size(value: Any, given: Given) -> Answer:
+    """Per device in torchtune and elsewhere; in Axolotl an older name for all of accumulation."""
+    if given.first(PER_DEVICE[:-1]) is not None:
+        return lost("the batch per device and gradient_accumulation_steps decide")
+    return rows(value, given)
+
+
 def epochs(value: Any, given: Given) -> Answer:
     if is_count(given.fields.get("max_steps")):
         return Answer(text="max_steps decides")

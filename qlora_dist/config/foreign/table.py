@@ -25,6 +25,7 @@ ANSWERS: dict[str, Rule] = {
     # batch, length, schedule
     **dict.fromkeys(("tokenizer.max_seq_len", *rules.ROW_TOKENS), same("data.row_tokens")),
     **dict.fromkeys((*rules.PER_DEVICE, *rules.ACCUMULATION), rules.rows),
+    "batch_size": rules.batch_size,
     **dict.fromkeys(("num_train_epochs", "num_epochs", "epochs"), rules.epochs),
     **dict.fromkeys(("max_steps", "max_train_steps"), rules.max_steps),
     **dict.fromkeys(("learning_rate", "optimizer.lr"), same("optim.lr")),

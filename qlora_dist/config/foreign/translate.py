@@ -22,6 +22,7 @@ from .trainers import DEFAULTS, NAMES, REPLACED, detect
 
 # keys that decide what is trained: a config without them would train something else
 _DECISIVE = ("stage", "rl", "finetuning_type", "adapter")
+_SECRET = re.compile("api_key|secret|password|auth_token|hub_token", re.IGNORECASE)
 _WHOLE = ("deepspeed",)  # sections that are answered as one
 
 
@@ -36,7 +37,8 @@ class Line:
 
     @property
     def origin(self) -> str:
-        return f"{self.key}: {shown(self.value)}"
+        """As it stands there; secrets are not repeated."""
+        return f"{self.key}: {'(not shown)' if _SECRET.search(self.key) and self.value else shown(self.value)}"
 
 
 @dataclass(frozen=True)
