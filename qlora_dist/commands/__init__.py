@@ -17,7 +17,7 @@ from ..cluster.heartbeat import READ_SECONDS
 from ..cluster.launcher import tell_launcher
 from ..cluster.stop_signal import was_terminated
 from ..errors import RunFailed, UserError, explain_os_error, printable
-from . import on_config, on_result  # noqa: F401  (they register their commands)
+from . import on_config, on_new_config, on_result  # noqa: F401  (they register their commands)
 from .group import Carried, cli, rank
 from .screen import guarded, write_json
 

@@ -22,6 +22,15 @@ def check_output_file(option: str, path: str | Path) -> Path:
     return target
 
 
+def check_new_file(option: str, path: str | Path) -> Path:
+    """The path of a file to write, which must be absent: what a user may have edited is not replaced. Raises UserError
+    as `check_output_file`."""
+    target = check_output_file(option, path)
+    if os.path.lexists(target):
+        raise UserError(f"{option} {path}: exists already, and is not replaced; name a new file, or remove it")
+    return target
+
+
 def check_output_folder(option: str, path: str | Path) -> Path:
     """The path of a folder to write, which is absent or empty. Raises UserError as `check_output_file`."""
     where, target = f"{option} {path}", _expanded(option, path)

@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import UserError, shortened
-from .foreign_names import answer as foreign_answer
-from .foreign_names import given_fields
+from .foreign.table import answer as foreign_answer
+from .foreign.table import given_fields
 from .json_file import regular_bytes
 from .sections import RunConfig
 
@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     if not isinstance(raw, dict):
         raise UserError(f"config {path}: expected a mapping of sections at the top level, found {type(raw).__name__}")
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     return parse_config(raw, str(path))
 
 
@@ -133,7 +133,7 @@ for _one in (_Loader, _Dumper):
     )
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
     where = f"--set {shortened(override)}"
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -169,6 +169,10 @@ def _explain(error: ValidationError, origin: str, raw: Any) -> str:
         if item["type"] == "extra_forbidden":
             hint = foreign_answer(str(item["loc"][-1]), item["input"], given) or _nearest(item["loc"])
             lines.append(f"{where}: unknown key; {hint}")
+        elif item["type"] == "model_type":
+            name = foreign_answer(where, item["input"], given) if isinstance(item["input"], str) else None
+            hint = f"; {name}" if name else f", such as {', '.join(_fields_at(item['loc'])[:3])}"
+            lines.append(f"{where}: expected a section of keys{hint} (found {shortened(item['input'])})")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing; it has no default")
         else:

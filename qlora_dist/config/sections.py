@@ -221,8 +221,9 @@ class OptimConfig(_Section):
     """Peak learning rate. The paper uses 2e-4 up to 13B and 1e-4 above."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after warm-up. linear and cosine end at lr * min_lr_ratio."""
-    warmup_steps: int = Field(0, ge=0, le=MANY)
-    """Steps over which the learning rate rises linearly from lr / warmup_steps to lr."""
+    warmup_steps: float = Field(0, ge=0, le=MANY)
+    """Steps over which the learning rate rises linearly from lr / warmup_steps to lr: a whole number, or below 1 the
+    share of the run's steps, rounded up."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Final learning rate of the linear and cosine schedules, as a fraction of lr."""
     weight_decay: float = Field(0.0, ge=0, le=1e3)
@@ -233,6 +234,13 @@ class OptimConfig(_Section):
     """Adam's decay rates."""
     eps: float = Field(1e-8, gt=0, le=1)
     """Adam's epsilon."""
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _steps_or_share(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("expected a whole number of steps, or a share of the steps below 1")
+        return int(value) if value == int(value) else value
 
 
 class TrainConfig(_Section):

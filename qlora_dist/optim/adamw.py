@@ -72,7 +72,7 @@ def lr_at(
     *,
     lr: float,
     schedule: str,
-    warmup_steps: int,
+    warmup_steps: float,  # below 1: the share of num_steps
     num_steps: int,
     min_lr_ratio: float,
 ) -> float:
@@ -81,6 +81,8 @@ def lr_at(
     >>> [lr_at(s, lr=1.0, schedule="linear", warmup_steps=2, num_steps=6, min_lr_ratio=0.0) for s in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
+    if warmup_steps < 1:
+        warmup_steps = math.ceil(warmup_steps * num_steps)
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     if schedule == "constant":

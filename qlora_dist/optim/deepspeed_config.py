@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.json_file import read_json_object
+from ..config.shipped import shipped_folders
 from ..errors import UserError
 
 STAGES = {"zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3}
@@ -110,7 +111,7 @@ def find_ds_config(strategy: str, path: str | None) -> Path:
         if not given.is_file():
             raise UserError(f"strategy.ds_config {path}: there is no such file (looked for {given.resolve()})")
         return given
-    folders = (Path(__file__).parents[2] / "ds_configs", Path(sys.prefix) / "share" / "qlora_dist" / "ds_configs")
+    folders = shipped_folders("ds_configs")
     for folder in folders:
         if (file := folder / f"{strategy}.json").is_file():
             return file

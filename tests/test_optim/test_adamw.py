@@ -46,6 +46,13 @@ def test_learning_rate_table(schedule, expected):
     assert found == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(("share", "num_steps", "steps"), [(0.25, 8, 2), (0.3, 8, 3), (1e-9, 8, 1), (0.0, 8, 0)])
+def test_a_warm_up_below_one_is_that_share_of_the_steps_rounded_up(share, num_steps, steps):
+    settings = {"lr": 1.0, "schedule": "cosine", "num_steps": num_steps, "min_lr_ratio": 0.1}
+    found = [lr_at(step, warmup_steps=share, **settings) for step in range(num_steps)]
+    assert found == [lr_at(step, warmup_steps=steps, **settings) for step in range(num_steps)]
+
+
 def test_flat_torch_adamw_equals_adamw_tensor_by_tensor():
     flat = _flat()
     separate = [p.detach().clone().requires_grad_() for group in flat.groups for p in group.parameters.values()]

@@ -9,7 +9,7 @@ import yaml
 from helpers.tiny_run import changed
 
 from qlora_dist.config import RunConfig, parse_config
-from qlora_dist.config.foreign_names import ANSWERS, answer
+from qlora_dist.config.foreign.table import ANSWERS, answer
 from qlora_dist.config.reading import _section_of
 from qlora_dist.errors import UserError
 
@@ -44,8 +44,11 @@ def test_a_config_of_another_trainer_is_answered_key_by_key():
         "base_model: unknown key; set model.name: NousResearch/Llama-2-7b-hf",
         "load_in_4bit: unknown key; set model.quantization: nf4",
         "sequence_len: unknown key; set data.row_tokens: 4096",
-        "micro_batch_size: unknown key; set batch.rows_per_step: 8 on one device, 8 x N on N",
-        "gradient_accumulation_steps: unknown key; set batch.rows_per_step: 8 on one device, 8 x N on N",
+        "micro_batch_size: unknown key; set batch.rows_per_step: 8 and batch.micro_rows: 2 (2 per device",
+        "gradient_accumulation_steps: unknown key; set batch.rows_per_step: 8 and batch.micro_rows: 2",
+        "on one device; 8 x N on N",
+        "datasets: unknown key; set data.train: [{path: ..., format: ...}]",
+        "val_set_size: unknown key; set in each source of data.train hold_out: 0.05",
         "lora_r: unknown key; set lora.rank: 32",
         "num_epochs: unknown key; set train.epochs: 4",
         "optimizer: unknown key; set optim.name: paged_adamw_32bit",
@@ -60,11 +63,11 @@ def test_a_config_of_another_trainer_is_answered_key_by_key():
     [
         ({"max_seq_length": 2048}, "set data.row_tokens: 2048"),
         ({"lora": {"r": 8}}, "lora.r: unknown key; set lora.rank: 8"),
-        ({"per_device_train_batch_size": 4}, "set batch.rows_per_step: 4 on one device, 4 x N on N"),
-        ({"batch": {"micro_batch_size": 2, "gradient_accumulation_steps": 8}}, "set batch.rows_per_step: 16 on one"),
+        ({"per_device_train_batch_size": 4}, "set batch.rows_per_step: 4 and batch.micro_rows: 4 (4 per"),
+        ({"batch": {"micro_batch_size": 2, "gradient_accumulation_steps": 8}}, "set batch.rows_per_step: 16 and"),
         ({"gradient_accumulation_steps": 8}, "set batch.rows_per_step, and batch.micro_rows"),
-        ({"warmup_ratio": 0.03, "max_steps": 1000}, "set optim.warmup_steps: 30 (0.03 of 1000 steps)"),
-        ({"warmup_ratio": 0.03, "train": {"steps": None}}, "set optim.warmup_steps to that share"),
+        ({"warmup_ratio": 0.03, "max_steps": 1000}, "set optim.warmup_steps: 0.03 (that share"),
+        ({"warmup_ratio": 3}, "or to a share of them below 1"),
         ({"load_in_4bit": False}, "set model.quantization: none"),
         ({"lr_scheduler_type": "polynomial"}, "here it is optim.schedule, one of cosine, linear, constant"),
         ({"report_to": "none"}, "set logging.trackers: []"),
@@ -98,5 +101,12 @@ def test_every_answer_names_keys_that_exist_whatever_was_given(value):
         assert named <= keys, (name, named - keys)
 
 
-def test_no_name_of_another_trainer_is_a_key_here():
-    assert not {key for key in _keys(RunConfig) if "." not in key} & set(ANSWERS)
+def test_a_name_that_is_a_key_here_too_is_never_unknown_and_a_text_in_place_of_a_section_is_answered():
+    """seed and device mean the same everywhere; `optim: adamw_torch` is a name where a section stands here."""
+    assert {key for key in _keys(RunConfig) if "." not in key} & set(ANSWERS) == {"seed", "device", "optim"}
+    with pytest.raises(UserError, match=r"optim: expected a section of keys; set optim\.name: adamw "):
+        parse_config(changed(MINIMAL, optim="adamw_torch"))
+    with pytest.raises(UserError, match="optim: expected a section of keys, such as name, lr, schedule"):
+        parse_config(changed(MINIMAL, optim=3))
+    with pytest.raises(UserError, match=r"data.train.0: expected a section of keys, such as path, format"):
+        parse_config(changed(MINIMAL, data__train=["d.json"]))
