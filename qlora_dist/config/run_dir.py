@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -19,6 +19,7 @@ from ..errors import MachineFailed, RunFailed, UserError, explain_os_error, os_e
 from ..files import write_json, write_text
 from .changes import BY_CONTENT, config_changes, is_dumped, moved_paths, resolved_leaves
 from .json_file import read_json_object
+from .sections import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +211,14 @@ class RunDir:
             return None if text is None else resolved_leaves(text)
         except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
+
+    def eval_rows(self, train: TrainConfig) -> int | Literal["all"]:
+        """train.eval_rows of a start with this section: its own, or, where it leaves the key out, that of the run."""
+        if "eval_rows" not in train.model_fields_set and self._holds_progress():
+            saved = (self.saved_fields() or {}).get("train.eval_rows")
+            if saved == "all" or (type(saved) is int and saved > 0):
+                return saved
+        return train.eval_rows
 
     def _holds_progress(self) -> bool:
         has_metrics = self.metrics.exists() and self.metrics.stat().st_size > 0

@@ -92,10 +92,14 @@ class Run:
         accumulation = derive_accumulation(batch.rows_per_step, batch.resolved_micro_rows, world.size)
         unread = [f"{source.path}: {source.unread_text()}" for source in stats.sources if source.unread]
         note = f"fields that nothing reads (number of records): {'; '.join(unread)}\n" if unread else ""
+        held_out = ""
+        if data.held_out:
+            of_all = "" if data.num_evaluated == data.num_held_out else f" of {data.num_held_out:,}"
+            held_out = f"evaluates {data.num_evaluated:,}{of_all} held-out rows (train.eval_rows)\n"
         return (
             f"{len(data.documents):,} documents in {len(data.rows):,} rows of up to {config.data.row_tokens:,} tokens "
             f"({data.rows.efficiency:.1%} full; truncated {stats.total('truncated'):,}, dropped "
-            f"{stats.total('dropped'):,}, bad {stats.total('bad'):,})\n{note}"
+            f"{stats.total('dropped'):,}, bad {stats.total('bad'):,})\n{note}{held_out}"
             f"{self.num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps "
             f"x {batch.resolved_micro_rows} rows; strategy {config.strategy.name} on {world.device.type}: "
             f"{describe_strategy(config, world.size)}"
@@ -147,21 +151,21 @@ def open_run_dir(
     run_dir = RunDir(Path(config.run_dir))
     lock = RunLock(run_dir.lock, *launched_job())
 
-    def open_on_main() -> str | None:
+    def open_on_main() -> tuple[str | None, int | str]:
         run_dir.make()
         with os_errors(f"{run_dir.lock}: cannot be written", "Nothing that was saved there has changed"):
             lock.acquire()
         if fresh and not is_repeated_start() and (aside := run_dir.set_aside()) is not None:
             print(f"--fresh: the run that was in {run_dir.path} is now in {aside}", flush=True)
-        date = run_date(config, run_dir)
-        run_dir.open(dump_yaml(_dated(config, date)), free_fields(config))
+        kept = run_date(config, run_dir), run_dir.eval_rows(config.train)
+        run_dir.open(dump_yaml(_with_kept(config, *kept)), free_fields(config))
         if resume == "never":
             run_dir.require_no_checkpoints()
-        return date
+        return kept
 
     try:
-        date = world.from_main(open_on_main)
-        yield run_dir, _dated(config, date)  # each rank's own config: whether they are equal is checked later
+        kept = world.from_main(open_on_main)
+        yield run_dir, _with_kept(config, *kept)  # each rank's own config: whether they are equal is checked later
     finally:
         lock.release()
         if world.is_main:
@@ -179,8 +183,14 @@ def run_date(config: RunConfig, run_dir: RunDir) -> str | None:
     return today() if saved is None else saved.get("data.date")
 
 
-def _dated(config: RunConfig, date: str | None) -> RunConfig:
-    return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
+def _with_kept(config: RunConfig, date: str | None, eval_rows: int | str) -> RunConfig:
+    """The config with what a run keeps from its first start."""
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"date": date}),
+            "train": config.train.model_copy(update={"eval_rows": eval_rows}),
+        }
+    )
 
 
 def report_completed(run_dir: RunDir, world: World, steps: int) -> TrainState:

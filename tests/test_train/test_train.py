@@ -234,6 +234,22 @@ def test_a_run_says_which_fields_nothing_reads_and_which_rows_are_trained_on_and
     assert output.count(f"fields that nothing reads (number of records): {data}: id (1)") == 1
 
 
+def test_evaluations_use_the_same_few_rows_on_every_number_of_ranks_and_say_so(raw, tmp_path, capsys):
+    """Packed into other rows they would be other documents: one document to a row here."""
+    held_out = {**raw["data"]["train"][0], "path": raw["data"]["train"][0]["path"].replace("train", "held_out")}
+    raw = changed(raw, data__eval=[held_out], data__packing=False, train__steps=1)
+    losses = {}
+    for num_ranks, eval_rows in ((1, "all"), (1, 5), (2, 5)):
+        run_dir = tmp_path / f"{num_ranks}-{eval_rows}"
+        sized = changed(raw, run_dir=str(run_dir), train__eval_rows=eval_rows)
+        on_ranks(_train, num_ranks, sized)
+        losses[num_ranks, eval_rows] = json.loads((run_dir / "eval_start.json").read_text())["eval_loss"]
+    assert losses[2, 5] == pytest.approx(losses[1, 5], rel=1e-6)
+    assert losses[1, 5] != pytest.approx(losses[1, "all"], rel=1e-3)
+    train(config_of(raw, train__eval_rows=5))
+    assert capsys.readouterr().out.count("evaluates 5 of 12 held-out rows (train.eval_rows)") == 1
+
+
 def test_summary_and_metrics_hold_what_they_promise(raw):
     train(config_of(raw, data__eval=raw["data"]["train"]))
     summary = json.loads((Path(raw["run_dir"]) / "summary.json").read_text())
