@@ -32,6 +32,7 @@ class RunDir:
         self.lock = path / "lock"
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
+        self.log = path / "train.log"  # what rank 0 said, start after start
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.eval_at_start = path / "eval_start.json"
@@ -188,7 +189,7 @@ class RunDir:
                     entry.unlink(missing_ok=True)
 
     def _files(self) -> tuple[Path, ...]:
-        return self.config, self.metrics, self.eval_at_start, self.summary, self.completed
+        return self.config, self.metrics, self.log, self.eval_at_start, self.summary, self.completed
 
     def _require_kinds(self) -> None:
         """Raises UserError for a folder where the run will write a file, or the reverse: not after the last step."""
@@ -241,7 +242,7 @@ class RunDir:
                 return text, str(path)
         own = {self.lock}
         if not self._holds_progress():  # what a start makes before it saves anything
-            own |= {self.checkpoints, self.tensorboard, self.metrics, self.eval_at_start}
+            own |= {self.checkpoints, self.tensorboard, self.metrics, self.log, self.eval_at_start}
         # hidden names are those of file systems and desktops
         others = sorted(e.name for e in self.path.iterdir() if e not in own and not e.name.startswith("."))[:5]
         if others:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config import RunConfig
-from ..files import GIB
+from ..files import format_bytes
 from .plan import MemoryPlan, plan_memory, planned_micro_rows
 from .shapes import ModelShapes
 from .strategies import STRATEGIES
@@ -156,14 +156,14 @@ def _advice(
         left = headroom(changed, rows=rows)
         if left >= 0:
             found += 1
-            yield f"{text} ({left / GIB:.1f} GiB would be free)"
+            yield f"{text} ({format_bytes(left)} would be free)"
     tokens = largest_row_tokens(config, shapes, **sizes)
     if tokens:
         yield f"data.row_tokens={tokens}: the longest rows that fit with batch.micro_rows=1 and memory.recompute=full"
     elif not found:
         smallest = plan_memory(config, shapes, **(sizes | {"device_bytes": None}), recompute=full, micro_rows=1)
         needed = smallest.peak_bytes - smallest.pageable_bytes
-        yield f"no single change is enough: one row with every layer recomputed needs {needed / GIB:.1f} GiB"
+        yield f"no single change is enough: one row with every layer recomputed needs {format_bytes(needed)}"
 
 
 def _changes(config: RunConfig, plan: MemoryPlan, world_size: int) -> Iterator[tuple[str, RunConfig, int]]:

@@ -12,7 +12,7 @@ from ..config import dump_yaml
 from ..config.changes import config_changes, free_fields, moved_paths
 from ..config.run_dir import read_metrics
 from ..errors import UserError
-from ..files import GIB, DamagedFolder, folder_aside, write_json
+from ..files import DamagedFolder, folder_aside, format_bytes, write_json
 from ..memory import MemoryPlan
 from ..model import base_checksum, load_tokenizer, unwrap, write_errors
 from . import checkpoint
@@ -43,7 +43,7 @@ def resume_newest(run: Run, model: TrainingModel, choice: str) -> TrainState:
     base = _base_in_memory(run, model)
     path, notes, rejected = run.world.from_main(lambda: _choose_checkpoint(run, choice, base))
     for line in notes:
-        run.metrics.print(line)
+        run.console.print(line)
     if path is None:
         return TrainState()
     loaded = checkpoint.load_checkpoint(Path(path))
@@ -224,7 +224,7 @@ def finish(
     with model.update.whole_weights():
         world.from_main(finish_or_explain)
     error = f" (planned {plan.tensor_bytes / peak - 1:+.1%})" if world.device.type == "cuda" else ""
-    run.metrics.print(f"finished: {state.step} steps, peak {peak / GIB:.2f} GiB{error}; {target}, {run.dir.summary}")
+    run.console.print(f"finished: {state.step} steps, peak {format_bytes(peak)}{error}; {target}, {run.dir.summary}")
     return state
 
 

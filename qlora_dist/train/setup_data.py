@@ -28,6 +28,7 @@ class Data:
     held_out_fingerprint: str | None = None  # None: nothing is held out
     num_held_out: int = 0  # rows, over all ranks
     num_evaluated: int = 0  # of these, by every evaluation during training
+    notes: list[str] = field(default_factory=list)  # what the user should know of the data
 
 
 def build_data(config: RunConfig, world: World) -> Data:
@@ -55,8 +56,8 @@ def build_data(config: RunConfig, world: World) -> Data:
         unseen = documents_on_ranks(config.data, eval_sources, tokenizer, world, "data.eval", config.seed)
         check_ids(unseen, tokenizer, vocabulary)
         warning = overlap_warning(unseen.hashes, documents.hashes)
-        if warning and world.is_main:
-            print(f"warning: {warning}", flush=True)
+        if warning:
+            data.notes.append(f"warning: {warning}")
         _add_held_out(data, unseen, config, world)
     return data
 

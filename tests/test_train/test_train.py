@@ -82,7 +82,7 @@ def test_a_run_in_two_starts_has_the_rates_and_the_summary_of_one(raw, tmp_path)
     assert first["total_labels"] == sum(line["num_labels"] for line in metrics_of(whole)) != first["total_tokens"]
 
 
-def test_a_stopped_run_says_by_what(raw, monkeypatch):
+def test_a_stopped_run_says_by_what_and_the_log_has_what_was_said(raw, monkeypatch, capsys):
     import os
     import signal
 
@@ -98,11 +98,17 @@ def test_a_stopped_run_says_by_what(raw, monkeypatch):
     monkeypatch.setattr(trainer, "train_step", stopping)
     stopped = train(config_of(raw))
     monkeypatch.undo()
+    log = Path(raw["run_dir"], "train.log").read_text()
+    said = capsys.readouterr().out
+    assert said in log and f"\nstopped by SIGUSR1 after step {stopped.step}; checkpoint saved in " in log
+    assert [line[:9] for line in said.splitlines()[:4]] == ["machine  ", "data     ", "steps    ", "memory   "]
     assert stopped.stopped_by == "SIGUSR1" and stopped.step in (2, 3)  # the step at hand, or the next one
     names = [path.name for path in (Path(raw["run_dir"]) / "checkpoints").iterdir()]
     assert names == [f"step-{stopped.step:08d}"]
     whole = train(config_of(raw))
     assert (whole.step, whole.stopped_by) == (5, None)
+    both = Path(raw["run_dir"], "train.log").read_text()
+    assert both.startswith(log) and capsys.readouterr().out in both[len(log) :]
 
 
 def test_an_adapter_that_gets_no_gradient_ends_a_run_after_its_first_update(raw, monkeypatch):
@@ -118,6 +124,7 @@ def test_an_adapter_that_gets_no_gradient_ends_a_run_after_its_first_update(raw,
     monkeypatch.setattr(trainer, "train_step", losing)
     with pytest.raises(RunFailed, match=r"after the first update 1 of 14 LoRA B matrices are still zero"):
         train(config_of(raw))
+    assert "\nerror: after the first update 1 of 14" in Path(raw["run_dir"], "train.log").read_text()
     assert metrics_of(raw["run_dir"]) == []
 
 
