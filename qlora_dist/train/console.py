@@ -81,11 +81,10 @@ class Console:
         """From here on what is said goes to this file as well, after what was said before in this start."""
         if not self.is_main or self._log is not None:
             return
-        started = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         with self._lock, self._log_errors():
             self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
             unlogged, self._unlogged = self._unlogged, []
-            self._to_log("\n".join([f"--- {started} ---", *unlogged]))
+            self._to_log("\n".join([f"--- {utc_now()} ---", *unlogged]))
 
     def log(self, text: str) -> None:
         """To train.log alone: what reaches the terminal in another way."""
@@ -225,6 +224,11 @@ class Silence:
             self._doing, self._since = doing, now
         if now - self._console.last_said >= PLAIN_SECONDS:
             self._console.print(f"... {doing}: {format_seconds(now - self._since)}")
+
+
+def utc_now() -> str:
+    """The date and time in UTC, as ISO 8601."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def format_seconds(seconds: float) -> str:

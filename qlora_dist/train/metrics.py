@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import resource
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -223,3 +224,29 @@ def median_tokens_per_second(metrics: Path) -> float | None:
     found = (line.get("tokens_per_second") for line in read_metrics(metrics))
     rates = sorted(rate for rate in found if isinstance(rate, int | float))
     return rates[len(rates) // 2] if rates else None
+
+
+def whole_run(lines: Sequence[Mapping[str, Any]], at_start: Mapping[str, Any]) -> dict[str, float | int | None]:
+    """What the steps of all starts of a run add up to: seconds of steps, waits for data and evaluations; the mean loss
+    over labels; the best held-out loss and the step after which it was found (0: before training).
+
+    `lines`: of metrics.jsonl; `at_start`: held-out values before the first step.
+    """
+    timed = [_number(line, key) for line in lines for key in ("step_seconds", "data_seconds", "eval_seconds")]
+    labelled = [(_number(line, "loss"), _number(line, "num_labels")) for line in lines]
+    num_labels = sum(count or 0 for loss, count in labelled if loss is not None)
+    total_loss = sum(loss * (count or 0) for loss, count in labelled if loss is not None)
+    evaluated = [(_number(at_start, "eval_loss"), 0), *((_number(line, "eval_loss"), line["step"]) for line in lines)]
+    best_loss, best_step = min(((loss, step) for loss, step in evaluated if loss is not None), default=(None, None))
+    return {
+        "seconds": sum(one or 0.0 for one in (*timed, _number(at_start, "eval_seconds"))),
+        "mean_loss": total_loss / num_labels if num_labels else None,
+        "best_eval_loss": best_loss,
+        "best_eval_step": best_step,
+    }
+
+
+def _number(values: Mapping[str, Any], key: str) -> float | None:
+    """A finite number of a file that may be damaged."""
+    value = values.get(key)
+    return value if type(value) in (int, float) and math.isfinite(value) else None

@@ -35,10 +35,16 @@ class TrainState:
     num_tokens: int = 0  # seen so far, all ranks
     num_labels: int = 0
     stopped_by: str | None = None  # the signal that ended this start of the run before its last step
+    started: str | None = None  # when the run began, see `utc_now`; None in runs of versions that did not record it
 
     def after(self, stats: StepStats) -> TrainState:
         """The state after one more update."""
-        return TrainState(self.step + 1, self.num_tokens + stats.num_tokens, self.num_labels + stats.num_labels)
+        return replace(
+            self,
+            step=self.step + 1,
+            num_tokens=self.num_tokens + stats.num_tokens,
+            num_labels=self.num_labels + stats.num_labels,
+        )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from qlora_dist.train.metrics import (
     peak_bytes,
     restart_peak,
     step_values,
+    whole_run,
 )
 from qlora_dist.train.step import StepStats
 
@@ -200,3 +201,18 @@ def test_a_peak_begins_anew_with_what_is_dead_given_back():
 
 def test_the_peak_of_a_cpu_is_that_of_its_process():
     assert restart_peak(torch.device("cpu")) == peak_bytes(torch.device("cpu")) > 0
+
+
+def test_a_summary_adds_up_the_whole_run():
+    times = {"step_seconds": 1.0, "data_seconds": 0.5}
+    lines = [
+        {"step": 1, "loss": 4.0, "num_labels": 1, **times},
+        {"step": 2, "loss": 1.0, "num_labels": 3, **times, "eval_loss": 2.5, "eval_seconds": 7.0},
+        {"step": 3, "loss": 1.0, "num_labels": 0, **times, "eval_loss": 2.6, "eval_seconds": 7.0},
+        {"step": 4, "loss": float("nan"), "num_labels": 5, "step_seconds": "x", "eval_loss": float("nan")},
+    ]
+    found = whole_run(lines, {"eval_loss": 9.0, "eval_seconds": 10.0})
+    assert found == {"seconds": 28.5, "mean_loss": 7 / 4, "best_eval_loss": 2.5, "best_eval_step": 2}
+    assert whole_run(lines, {"eval_loss": 2.4})["best_eval_step"] == 0
+    nothing = {"seconds": 0, "mean_loss": None, "best_eval_loss": None, "best_eval_step": None}
+    assert whole_run([], {}) == whole_run([], {"eval_loss": "damaged"}) == nothing

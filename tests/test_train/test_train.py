@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,13 @@ def test_a_run_in_two_starts_has_the_rates_and_the_summary_of_one(raw, tmp_path)
     for run in (whole, broken):
         assert [line["lr"] for line in metrics_of(run)] == [5e-3, 1e-2, 1e-2, 1e-2]
     first, second = (json.loads((run / "summary.json").read_text()) for run in (whole, broken))
-    for key in ("step", "total_tokens", "total_labels", "loss", "eval_loss", "eval_loss_start"):
+    for key in ("step", "total_tokens", "total_labels", "loss", "mean_loss", "eval_loss", "eval_loss_start"):
         assert second[key] == first[key], key
+    state = json.loads((broken / "checkpoints" / "step-00000002" / "state.json").read_text())
+    assert second["started"] == state["started"] <= second["ended"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", second["ended"])
+    assert second["seconds"] > sum(line["step_seconds"] for line in metrics_of(broken)) > 0
+    assert (second["best_eval_loss"], second["best_eval_step"]) == (second["eval_loss"], 4)
     assert first["total_tokens"] == sum(line["tokens"] for line in metrics_of(whole))
     assert first["total_labels"] == sum(line["num_labels"] for line in metrics_of(whole)) != first["total_tokens"]
 
