@@ -88,7 +88,9 @@ def _smallest_recompute(plan: Callable[[int], MemoryPlan], num_layers: int) -> i
 
 
 def largest_row_tokens(config: RunConfig, shapes: ModelShapes, *, world_size: int, device_bytes: int) -> int:
-    """Longest rows, in multiples of 256 tokens, that fit one at a time with every layer recomputed; 0: none."""
+    """Longest rows, in multiples of 256 tokens, that fit one at a time with every layer recomputed; 0: none. At most as
+    long as the model's positions: a document fills a row where it is as long."""
+    largest = min(shapes.max_positions or LARGEST_ROW_TOKENS, LARGEST_ROW_TOKENS)
 
     def fits(tokens: int) -> bool:
         changed = changed_config(config, data={"row_tokens": tokens})
@@ -99,7 +101,7 @@ def largest_row_tokens(config: RunConfig, shapes: ModelShapes, *, world_size: in
             ).fits
         )  # fmt: skip
 
-    return _bisect(fits, 256, LARGEST_ROW_TOKENS)
+    return _bisect(fits, min(256, largest), largest)
 
 
 def largest_micro_rows(config: RunConfig, shapes: ModelShapes, *, world_size: int, device_bytes: int) -> int:
