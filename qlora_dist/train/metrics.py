@@ -249,4 +249,6 @@ def whole_run(lines: Sequence[Mapping[str, Any]], at_start: Mapping[str, Any]) -
 def _number(values: Mapping[str, Any], key: str) -> float | None:
     """A finite number of a file that may be damaged."""
     value = values.get(key)
-    return value if type(value) in (int, float) and math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value

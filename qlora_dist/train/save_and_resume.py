@@ -11,10 +11,11 @@ from ..cluster.provenance import code_digest, commit, device_name, versions
 from ..config import dump_yaml
 from ..config.changes import config_changes, free_fields, moved_paths
 from ..config.run_dir import read_metrics
+from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..files import DamagedFolder, folder_aside, format_bytes, write_json
 from ..memory import MemoryPlan
-from ..model import base_checksum, load_tokenizer, unwrap, write_errors
+from ..model import base_checksum, unwrap, write_errors
 from . import checkpoint
 from .checks.base import check_base_unchanged
 from .console import utc_now

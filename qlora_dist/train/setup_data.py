@@ -8,12 +8,13 @@ from typing import Any
 
 from ..cluster.world import World
 from ..config import DataConfig, RunConfig, SourceConfig
-from ..data.documents import Documents, build_documents, overlap_warning, split_sources
+from ..data.documents import Documents, overlap_warning, split_sources
+from ..data.from_config import build_rows, documents_of
 from ..data.loader import Loader, draw_rows, eval_batches
-from ..data.packing import Batch, Rows, one_document_per_row, pack_best_fit
+from ..data.packing import Batch, Rows
 from ..data.templates import today
+from ..data.tokenizer import load_tokenizer
 from ..memory.read_shapes import read_shapes
-from ..model import load_tokenizer
 from .checks.learning import check_ends_are_learned, check_every_step_has_labels, check_ids
 
 
@@ -81,33 +82,6 @@ def documents_on_ranks(
         documents = documents_of(data, sources, tokenizer, seed, is_checked=world.local_rank != 0)
     world.require_equal(documents.fingerprint, what)
     return documents
-
-
-def documents_of(
-    data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, seed: int, *, is_checked: bool = False
-) -> Documents:
-    """Tokenized documents of some sources, by the settings of the data section. See `build_documents`."""
-    return build_documents(
-        sources,
-        tokenizer,
-        row_tokens=data.row_tokens,
-        on_long=data.on_long,
-        on_bad=data.on_bad,
-        learn=data.learn,
-        template=data.template,
-        date=data.date,
-        cache_dir=data.cache_dir,
-        seed=seed,
-        num_workers=data.num_workers,
-        is_checked=is_checked,
-    )
-
-
-def build_rows(data: DataConfig, documents: Documents, seed: int) -> Rows:
-    """Documents -> rows, packed or one document each."""
-    if data.packing:
-        return pack_best_fit(documents.lengths, data.row_tokens, seed)
-    return one_document_per_row(documents.lengths, data.row_tokens)
 
 
 def count_steps(config: RunConfig, data: Data) -> int:

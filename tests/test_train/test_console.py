@@ -126,6 +126,12 @@ def test_lines_are_wrapped_between_words_under_their_text() -> None:
     assert plain.getvalue().splitlines()[0] == f"steps    {text}", "a file's lines are whole"
 
 
+def test_a_word_that_is_wider_than_the_terminal_stays_whole() -> None:
+    with Console(True, terminal := Terminal()) as console:
+        console.print(f"checkpoint saved in /{'x' * 100} and so on")
+    assert f"/{'x' * 100}" in [line.strip() for line in terminal.screen()]
+
+
 def test_in_a_file_progress_is_a_line_after_ten_seconds_without_one() -> None:
     stream, clock = io.StringIO(), Clock()
     console = Console(True, stream, clock)

@@ -11,6 +11,7 @@ import torch
 from ...cluster.world import World
 from ...config import DataConfig, load_config
 from ...data.documents import split_sources
+from ...data.from_config import build_rows
 from ...data.loader import eval_batches
 from ...data.packing import Batch
 from ...errors import UserError
@@ -20,7 +21,7 @@ from ...model.loss import nll_sum
 from ...train.console import Console, count
 from ...train.evaluation import EvalResult, evaluate
 from ...train.metrics import format_evaluation
-from ...train.setup_data import build_rows, documents_on_ranks
+from ...train.setup_data import documents_on_ranks
 from ..trained import Trained, find_trained, load_trained_base
 from .mmlu import MmluResult, Question, read_questions, score
 from .mmlu import describe as describe_mmlu
