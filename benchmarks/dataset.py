@@ -21,7 +21,7 @@ from qlora_dist.config import SourceConfig
 from qlora_dist.data.documents import build_documents
 from qlora_dist.data.loader import Loader
 from qlora_dist.data.packing import Rows, pack_best_fit
-from qlora_dist.model import load_tokenizer
+from qlora_dist.data.tokenizer import load_tokenizer
 
 from .provenance import ROOT
 

@@ -135,7 +135,7 @@ def _document_steps(cell: Cell, model: Path, data: Path, scratch: Path, num_step
     from qlora_dist.data.documents import build_documents
     from qlora_dist.data.loader import Loader
     from qlora_dist.data.packing import pack_best_fit
-    from qlora_dist.model import load_tokenizer
+    from qlora_dist.data.tokenizer import load_tokenizer
 
     from .ours import config_of
 

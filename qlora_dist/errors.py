@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import reprlib
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -110,6 +111,24 @@ _SHORT.maxlevel = 3
 def printable(text: str) -> str:
     """Text from data, file names or configs, safe for a terminal: control characters appear as escapes (\\x1b)."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def wrapped(text: str, width: int, indent: int = 0) -> str:
+    """Each line of a text in lines of at most `width` columns, broken between words only; further ones are indented."""
+    return "\n".join(
+        "\n".join(
+            textwrap.wrap(
+                line,
+                width,
+                subsequent_indent=" " * indent,
+                expand_tabs=False,
+                replace_whitespace=False,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
+        for line in text.splitlines()
+    )
 
 
 def printable_json(text: str) -> str:

@@ -37,8 +37,9 @@ class DamagedFolder(ValueError):
 
 
 def format_bytes(size: float) -> str:
-    """1.23 GiB, or 45.6 MiB below one."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
+    """A size for people: 1.23 GiB, 45.6 MiB, 12.3 KiB."""
+    unit, name = next((one for one in ((GIB, "GiB"), (MIB, "MiB")) if abs(size) >= one[0]), (1024, "KiB"))
+    return f"{size / unit:.{2 if name == 'GiB' else 1}f} {name}"
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ HOMES = {
     "deepspeed": ["optim/*"],
     "bitsandbytes": ["optim/adamw.py", "model/*"],
     "datasets": ["data/*"],
-    "transformers": ["model/*", "data/templates/limited.py"],
+    "transformers": ["model/*", "data/tokenizer.py", "data/templates/limited.py"],
     "peft": ["model/lora*"],
     "flash_attn": ["model/attention.py"],
     "triton": ["model/kernels/*"],

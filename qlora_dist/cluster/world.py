@@ -170,6 +170,11 @@ class World:
         """
         self._heartbeat.set_status(what, limit_seconds)
 
+    @property
+    def status(self) -> str:
+        """What this rank is doing."""
+        return self._heartbeat.what
+
     def begin_step(self, step: int) -> None:
         """This rank begins a training step. The first step of a process may compile, so it has no step limit."""
         self.set_status(f"step {step}", self._timeout_seconds if self._has_stepped else None)

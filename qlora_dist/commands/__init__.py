@@ -19,7 +19,7 @@ from ..cluster.stop_signal import was_terminated
 from ..errors import RunFailed, UserError, explain_os_error, printable
 from . import on_config, on_new_config, on_result  # noqa: F401  (they register their commands)
 from .group import Carried, cli, rank
-from .screen import guarded, write_json
+from .screen import fitted, guarded, write_json
 
 __all__ = ["cli", "invoke", "main"]
 
@@ -119,7 +119,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
 def _say(text: str) -> None:
     """To stderr; when that is a pipe without a reader, or a full disk, there is nobody to tell."""
     with contextlib.suppress(OSError):
-        print(printable(text), file=sys.stderr, flush=True)
+        print(fitted(printable(text), sys.stderr), file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import click
 from .. import __version__
 from ..cluster.launcher import launched_ranks
 from ..errors import UserError
-from .screen import PlainFormatter
+from .screen import PlainHandler
 
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a config value; may be repeated."
@@ -39,9 +39,7 @@ class _Group(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of user errors too, and debug logs.")
 def cli(debug: bool) -> None:
     """Distributed QLoRA fine-tuning: exact over ranks, packed, resumable, measured."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(PlainFormatter("%(name)s: %(message)s"))
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[PlainHandler()])
     # transformers imports DeepSpeed wherever it is installed, even for unrelated commands
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
     logging.getLogger("qlora_dist").setLevel(logging.DEBUG if debug else _log_level())

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..cluster.world import own_device
 from ..errors import UserError
-from ..files import GIB, folder_aside
+from ..files import folder_aside, format_bytes
 from ..model import (
     INFERENCE,
     is_conv1d,
@@ -255,7 +255,7 @@ def _write(model: Any, trained: Trained, out: Path, max_shard_size: str) -> None
         needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         free = shutil.disk_usage(out.parent).free
         if needed > free:
-            raise OSError(errno.ENOSPC, f"{free / GIB:.1f} GiB are free, {needed / GIB:.1f} GiB are needed", str(out))
+            raise OSError(errno.ENOSPC, f"{format_bytes(free)} are free, {format_bytes(needed)} are needed", str(out))
         with folder_aside(out, replaces=False) as aside:
             model.save_pretrained(aside, max_shard_size=max_shard_size)
             export_tokenizer(aside, model, tokenizer, prompts)

@@ -147,7 +147,7 @@ def data(config: str, overrides: tuple[str, ...], show: int, html: str | None) -
     from .preflight import check_data
 
     check_data(loaded)
-    from ..model import load_tokenizer
+    from ..data.tokenizer import load_tokenizer
     from .data_report import run_data_command
 
     run_data_command(loaded, load_tokenizer(loaded.model.name, loaded.model.revision), show, html)

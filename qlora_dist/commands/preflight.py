@@ -89,7 +89,8 @@ def _check_run_dir(config: RunConfig, resume: str) -> None:
     run = RunDir(Path(config.run_dir))
     date = config.data.date or (run.saved_fields() or {}).get("data.date")
     data = config.data.model_copy(update={"date": date})
-    run.check(dump_yaml(config.model_copy(update={"data": data})), free_fields(config))
+    train = config.train.model_copy(update={"eval_rows": run.eval_rows(config.train)})
+    run.check(dump_yaml(config.model_copy(update={"data": data, "train": train})), free_fields(config))
     if resume == "never":
         run.require_no_checkpoints()
 

@@ -4,7 +4,8 @@ obeys: they would move its cursor, hide lines, or write to the clipboard. Here t
 guarded         puts Screens around stdout and stderr while a command runs: the one mechanism
 styled          stdout for rich, whose texts have passed `printable` before they are styled
 write_data      what a program may read: exact in a file or pipe; write_json: in which no control characters are left
-PlainFormatter  log records
+fitted          text in the width of a terminal, broken between words
+PlainFormatter  log records; PlainHandler puts them on stderr
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-from ..errors import printable, printable_json
+from ..errors import printable, printable_json, wrapped
 
 # stdout has one progress line of our own, which begins with a carriage return; colours only where `styled` is asked for
 _OUT = re.compile(r"(\A\r)")
@@ -107,9 +109,26 @@ def write_json(value: Any, **options: Any) -> None:
     write_data(printable_json(json.dumps(value, **options)) + "\n")
 
 
+def fitted(text: str, stream: TextIO) -> str:
+    """A text for people, in lines that a terminal need not break within a word; as it is for a file or pipe."""
+    return wrapped(text, max(20, shutil.get_terminal_size().columns), 2) if stream.isatty() else text
+
+
 class PlainFormatter(logging.Formatter):
     """A record as text without control characters; that of a traceback, too."""
 
     def format(self, record: logging.LogRecord) -> str:
         """As of logging.Formatter."""
         return printable(super().format(record))
+
+
+class PlainHandler(logging.StreamHandler[TextIO]):
+    """Writes records to stderr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(PlainFormatter("%(name)s: %(message)s"))
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As of logging.Handler, in the width of the terminal."""
+        return fitted(super().format(record), self.stream)

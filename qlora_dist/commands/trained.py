@@ -19,8 +19,9 @@ from ..config import DataConfig, ModelConfig, RunConfig, load_config
 from ..config.names import is_model_path
 from ..config.run_dir import RunDir
 from ..data.documents import Documents, build_documents
+from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
-from ..model import INFERENCE, load_base, load_tokenizer, lora, lora_files
+from ..model import INFERENCE, load_base, lora, lora_files
 from ..train.checkpoint import find_newest
 from ..train.prompt_format import PromptFormat
 

@@ -126,13 +126,15 @@ def _mapped(value: Any, function: Callable[[str], str]) -> Any:
 
 
 def resolved_leaves(text: str) -> dict[str, Any]:
-    """The leaves of a config with today's defaults for the fields that it lacks. A value that today's fields do not
-    take (another version wrote it) stands for itself."""
+    """The leaves of a config with today's defaults for the fields that it lacks, except train.eval_rows. A value that
+    today's fields do not take (another version wrote it) stands for itself."""
     raw = _parsed(text)
     if not isinstance(raw, dict):
         raise ValueError(f"expected a mapping of sections, found {type(raw).__name__}")
     foreign: dict[str, Any] = {}
     copy = json.loads(json.dumps(raw))
+    if isinstance(copy.get("train"), dict) and "eval_rows" not in copy["train"] and is_dumped(text):
+        copy["train"]["eval_rows"] = "all"  # as versions before there was this key did
     while True:
         try:
             return _flatten(json.loads(RunConfig.model_validate(copy).model_dump_json())) | foreign

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -19,6 +19,7 @@ from ..errors import MachineFailed, RunFailed, UserError, explain_os_error, os_e
 from ..files import write_json, write_text
 from .changes import BY_CONTENT, config_changes, is_dumped, moved_paths, resolved_leaves
 from .json_file import read_json_object
+from .sections import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class RunDir:
         self.lock = path / "lock"
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
+        self.log = path / "train.log"  # what rank 0 said, start after start
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.eval_at_start = path / "eval_start.json"
@@ -187,7 +189,7 @@ class RunDir:
                     entry.unlink(missing_ok=True)
 
     def _files(self) -> tuple[Path, ...]:
-        return self.config, self.metrics, self.eval_at_start, self.summary, self.completed
+        return self.config, self.metrics, self.log, self.eval_at_start, self.summary, self.completed
 
     def _require_kinds(self) -> None:
         """Raises UserError for a folder where the run will write a file, or the reverse: not after the last step."""
@@ -211,6 +213,14 @@ class RunDir:
         except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
+    def eval_rows(self, train: TrainConfig) -> int | Literal["all"]:
+        """train.eval_rows of a start with this section: its own, or, where it leaves the key out, that of the run."""
+        if "eval_rows" not in train.model_fields_set and self._holds_progress():
+            saved = (self.saved_fields() or {}).get("train.eval_rows")
+            if saved == "all" or (type(saved) is int and saved > 0):
+                return saved
+        return train.eval_rows
+
     def _holds_progress(self) -> bool:
         has_metrics = self.metrics.exists() and self.metrics.stat().st_size > 0
         has_results = any(path.exists() for path in (self.adapter, self.model, self.summary, self.completed))
@@ -232,7 +242,7 @@ class RunDir:
                 return text, str(path)
         own = {self.lock}
         if not self._holds_progress():  # what a start makes before it saves anything
-            own |= {self.checkpoints, self.tensorboard, self.metrics, self.eval_at_start}
+            own |= {self.checkpoints, self.tensorboard, self.metrics, self.log, self.eval_at_start}
         # hidden names are those of file systems and desktops
         others = sorted(e.name for e in self.path.iterdir() if e not in own and not e.name.startswith("."))[:5]
         if others:

@@ -254,6 +254,9 @@ class TrainConfig(_Section):
     """Run the longest micro-batch once before the first step, to fail early if it does not fit. null: only on a GPU."""
     eval_at_start: bool = True
     """Evaluate data.eval before the first update, as a baseline."""
+    eval_rows: Annotated[int, Field(ge=1, le=MANY)] | Literal["all"] = 256
+    """Evaluations during training use at most this many held-out rows, drawn once with the seed. `qlora-dist evaluate`
+    uses all of them. A run keeps its value when a later start leaves the key out; runs of earlier versions used all."""
     save_every: int | None = Field(None, ge=1, le=MANY)
     """Steps between checkpoints. null: only at the end and on a stop signal."""
     keep: int = Field(3, ge=1, le=MANY)

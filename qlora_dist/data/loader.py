@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -162,12 +162,25 @@ class Loader:
         return _to_batches(self.documents, self.rows, indices, self.micro_rows, self.accumulation, self._shortest_row)
 
 
-def eval_batches(documents: DocumentStore, rows: Rows, micro_rows: int, rank: int, world_size: int) -> list[Batch]:
-    """This rank's share of all rows, once. Every rank gets the same number of batches; filler has no labels."""
+def draw_rows(num_rows: int, at_most: int | Literal["all"], seed: int) -> np.ndarray:
+    """Indices of the rows that are evaluated, in order; the same on every number of ranks."""
+    return np.sort(hashed_order(num_rows, seed)[: None if at_most == "all" else at_most])
+
+
+def eval_batches(
+    documents: DocumentStore,
+    rows: Rows,
+    micro_rows: int,
+    rank: int,
+    world_size: int,
+    chosen: np.ndarray | None = None,  # indices of rows; all rows without it
+) -> list[Batch]:
+    """This rank's share of the rows, once. Every rank gets the same number of batches; filler has no labels."""
     if len(rows) == 0:
         raise UserError("no rows to evaluate on: every source is empty or every example was dropped")
-    num_batches = -(-len(rows) // (micro_rows * world_size))
-    mine = np.arange(rank, len(rows), world_size)
+    chosen = np.arange(len(rows)) if chosen is None else chosen
+    num_batches = -(-len(chosen) // (micro_rows * world_size))
+    mine = chosen[rank::world_size]
     return _to_batches(documents, rows, mine, micro_rows, num_batches, int(np.argmin(rows.tokens)))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config import RunConfig
-from ..files import GIB
+from ..files import format_bytes
 from .plan import MemoryPlan, plan_memory, planned_micro_rows
 from .shapes import ModelShapes
 from .strategies import STRATEGIES
@@ -88,7 +88,9 @@ def _smallest_recompute(plan: Callable[[int], MemoryPlan], num_layers: int) -> i
 
 
 def largest_row_tokens(config: RunConfig, shapes: ModelShapes, *, world_size: int, device_bytes: int) -> int:
-    """Longest rows, in multiples of 256 tokens, that fit one at a time with every layer recomputed; 0: none."""
+    """Longest rows, in multiples of 256 tokens, that fit one at a time with every layer recomputed; 0: none. At most as
+    long as the model's positions: a document fills a row where it is as long."""
+    largest = min(shapes.max_positions or LARGEST_ROW_TOKENS, LARGEST_ROW_TOKENS)
 
     def fits(tokens: int) -> bool:
         changed = changed_config(config, data={"row_tokens": tokens})
@@ -99,7 +101,7 @@ def largest_row_tokens(config: RunConfig, shapes: ModelShapes, *, world_size: in
             ).fits
         )  # fmt: skip
 
-    return _bisect(fits, 256, LARGEST_ROW_TOKENS)
+    return _bisect(fits, min(256, largest), largest)
 
 
 def largest_micro_rows(config: RunConfig, shapes: ModelShapes, *, world_size: int, device_bytes: int) -> int:
@@ -156,14 +158,14 @@ def _advice(
         left = headroom(changed, rows=rows)
         if left >= 0:
             found += 1
-            yield f"{text} ({left / GIB:.1f} GiB would be free)"
+            yield f"{text} ({format_bytes(left)} would be free)"
     tokens = largest_row_tokens(config, shapes, **sizes)
     if tokens:
         yield f"data.row_tokens={tokens}: the longest rows that fit with batch.micro_rows=1 and memory.recompute=full"
     elif not found:
         smallest = plan_memory(config, shapes, **(sizes | {"device_bytes": None}), recompute=full, micro_rows=1)
         needed = smallest.peak_bytes - smallest.pageable_bytes
-        yield f"no single change is enough: one row with every layer recomputed needs {needed / GIB:.1f} GiB"
+        yield f"no single change is enough: one row with every layer recomputed needs {format_bytes(needed)}"
 
 
 def _changes(config: RunConfig, plan: MemoryPlan, world_size: int) -> Iterator[tuple[str, RunConfig, int]]:

@@ -295,7 +295,8 @@ def shapes_from_config(config: dict[str, Any]) -> ModelShapes | None:
     if family not in FAMILIES:
         return None
     try:
-        shapes = FAMILIES[family](config)
+        positions = config.get("max_position_embeddings") or config.get("n_positions")
+        shapes = replace(FAMILIES[family](config), max_positions=positions)
         _check_sizes(shapes)
     except _Unlisted:
         return None
@@ -314,6 +315,7 @@ def _check_sizes(shapes: ModelShapes) -> None:
         sizes += [experts.num_experts, experts.top_k, experts.inner]
         if experts.top_k > experts.num_experts:
             raise ValueError(f"{experts.top_k} experts per token of {experts.num_experts}")
+    sizes += [] if shapes.max_positions is None else [shapes.max_positions]
     for size in (*sizes, shapes.embedding_weights, shapes.norm_weights):
         if type(size) is not int or not 1 <= size < 2**63:
             raise ValueError(f"a size of {shortened(size)}")

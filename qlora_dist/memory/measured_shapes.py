@@ -48,6 +48,7 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
         embedding_weights=embedding,
         head_weights=embedding if len(tables) == 2 else 0,
         final_weights=total - in_layers - embedding * len(tables),
+        max_positions=getattr(text, "max_position_embeddings", None),
         rotary_dim=first.head_dim,
         is_exact=False,
         unknown=unknown,

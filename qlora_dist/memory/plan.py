@@ -186,6 +186,11 @@ def _remarks(config: RunConfig, shapes: ModelShapes) -> tuple[str, ...]:
         remarks.append(f"{shapes.family} is not a known family: its layers are assumed to work like Llama's")
     if shapes.unknown:
         remarks.append(f"the activations of {shapes.unknown} are not known, and not counted")
+    if shapes.max_positions is not None and config.data.row_tokens > shapes.max_positions:
+        remarks.append(
+            f"data.row_tokens is {config.data.row_tokens:,}, but the model was built for documents of up to "
+            f"{shapes.max_positions:,} tokens"
+        )
     if config.lora is None:
         remarks.append("full fine-tuning: activations are counted as for a frozen base, which saves fewer")
     if config.strategy.name == "zero3" and config.model.quantization != "none":

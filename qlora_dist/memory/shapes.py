@@ -79,6 +79,7 @@ class ModelShapes:
     is_gated: bool = True
     activation: Literal["one", "composed"] = "one"  # one kernel, or gelu_new as elementwise kernels
     is_silu: bool = True  # the gate's activation
+    max_positions: int | None = None  # longest document that the model was built for; None: unknown
     rotary_dim: int = 0  # of each head; 0: positions are learned
     splits_rotary: bool = False  # a copy concatenates the rotated part of a head and the rest
     has_softcap: bool = False  # capped attention scores

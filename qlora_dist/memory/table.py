@@ -69,10 +69,11 @@ def shortfall(plan: MemoryPlan) -> str:
 
 
 def summary_lines(plan: MemoryPlan) -> Iterator[str]:
-    """A plan in a few lines, for the start of a run: the largest items, the verdict."""
-    where = "each GPU" if plan.device_bytes is not None else "a GPU"
+    """A plan in a few lines, for the start of a run on GPUs: the largest items, the verdict. Nothing for a CPU."""
+    if plan.device_bytes is None:
+        return
     largest = sorted(plan.items.items(), key=lambda item: -item[1].size)[:5]
     parts = ", ".join(f"{name} {format_bytes(item.size)}" for name, item in largest)
-    yield f"planned for {where}: {format_bytes(plan.peak_bytes)} at the peak ({parts}, ...)"
+    yield f"planned for each GPU: {format_bytes(plan.peak_bytes)} at the peak ({parts}, ...)"
     if plan.fits:
         yield verdict(plan)

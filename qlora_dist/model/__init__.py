@@ -1,4 +1,4 @@
-"""The tokenizer and the frozen base: read, quantize, verify, run on packed batches.
+"""The frozen base: read, quantize, verify, run on packed batches.
 
     check_config   config.json alone: can this model be trained as configured? Runs before any weight is read.
     load_base      safetensors -> 4-bit, 8-bit or plain base on one device, every parameter frozen
@@ -7,9 +7,9 @@
     check_blocks   on the loaded model: a decoder layer as a block gives what transformers' own layer gives
     hidden_states  Batch -> (T, H), the input of the loss
 
-Only this folder imports transformers and bitsandbytes.nn. Import order within it: attention, loss, rope <- pretrained
-<- forward <- check_config, lora, generation, and weights (safetensors_files <- quantize, sources <- stream <- shard,
-cache_4bit) <- load.
+Only this folder imports bitsandbytes.nn, and transformers (but for `data.tokenizer` and the process that renders
+templates). Import order within it: attention, loss, rope <- pretrained <- forward <- check_config, lora, generation,
+and weights (safetensors_files <- quantize, sources <- stream <- shard, cache_4bit) <- load.
 The base never changes after loading; `base_checksum` proves it.
 """
 
@@ -36,7 +36,7 @@ from .forward import (
 )
 from .generation import Sampling, generate_ids, quantized_and_back, save_generation_config, stop_ids_of
 from .load import load_base
-from .pretrained import INFERENCE, load_config, load_tokenizer
+from .pretrained import INFERENCE, load_config
 from .rope import scaled_beyond
 from .weights.cache_4bit import cached_4bit, quantize_model
 from .weights.shard import check_gathered_layer, check_sharding
@@ -66,7 +66,6 @@ __all__ = [
     "linear_layers",
     "load_base",
     "load_config",
-    "load_tokenizer",
     "non_finite_tensor",
     "num_weights",
     "output_head",

@@ -20,11 +20,12 @@ from transformers import (
 from ..config.model_json import check_quantization_method
 from ..config.names import resolve_targets
 from ..config.quantization import BLOCK, Quantization
+from ..data.tokenizer import first_line
 from ..errors import UserError
 from .attention import PROBE, Call, probing
 from .experts import stacked_experts
 from .forward import is_conv1d, linear_layers
-from .pretrained import check_cpu_shapes, check_weight_files, first_line, load_config
+from .pretrained import check_cpu_shapes, check_weight_files, load_config
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ..cluster.shard_group import ShardGroup
 from ..config.quantization import Quantization
+from ..data.tokenizer import expanded, first_line, where_to_read
 from ..errors import UserError
 from .attention import PACKED, disable_cudnn_attention, resolve_backend
 from .base_weights import non_finite_tensor
@@ -20,13 +21,10 @@ from .pretrained import (
     INFERENCE,
     attention_needs,
     check_weight_files,
-    expanded,
-    first_line,
     guard_cpu_layers,
     load_config,
     quantization_settings,
     switch_dropout_off,
-    where_to_read,
 )
 from .rope import scale_by_document
 from .weights import shard, stream

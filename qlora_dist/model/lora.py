@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..config.names import resolve_targets
+from ..data.tokenizer import first_line
 from ..errors import UserError
 from .base_weights import num_weights
 from .decoder_block import use_decoder_blocks
@@ -28,7 +29,6 @@ from .dropout import use_row_dropout
 from .forward import linear_layers, plain_name, strip_wrappers, unwrap
 from .lora_files import ADAPTER, load_adapter_weights, read_adapter
 from .lora_forward import lowrank_forward
-from .pretrained import first_line
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What is read before the weights: tokenizer and config.json, where they are found, and which bases are accepted."""
+"""What is read before the weights: config.json, and which bases are accepted."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
@@ -26,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from ..config.model_json import check_quantization_method, read_model_json
 from ..config.names import model_folder
 from ..config.quantization import BLOCK, Quantization
+from ..data.tokenizer import expanded, first_line, where_to_read
 from ..errors import UserError
 from .attention import AttentionNeeds, register
 from .bitsandbytes_import import bitsandbytes
@@ -39,24 +38,7 @@ if not sys.stderr.isatty():  # progress bars of many ranks in one log file are u
 INFERENCE = "inference"  # value of `attention` for generation: transformers' own attention and a key-value cache
 
 
-# --- tokenizer and config ---------------------------------------------------------------------------------------------
-
-
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a hub model or folder. Raises UserError when there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(expanded(name), **where_to_read(name, revision))
-    except Exception as error:  # the tokenizers library raises plain ones for a file that is broken in content
-        raise UserError(
-            f"model.name {name}: the tokenizer cannot be read ({first_line(error)}); the folder or hub "
-            "repository must contain tokenizer.json, or tokenizer.model with sentencepiece installed"
-        ) from None
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"model.name {name}: {type(tokenizer).__name__} has no fast version (tokenizer.json); convert it "
-            "with transformers' AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)"
-        )
-    return tokenizer
+# --- config ---------------------------------------------------------------------------------------------------------
 
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
@@ -78,22 +60,6 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
         raise UserError(f"model.name {name}: config.json cannot be read ({first_line(error)}); {hint}") from None
 
 
-def expanded(name: str) -> str:
-    return str(Path(name).expanduser()) if name.startswith("~") else name
-
-
-def where_to_read(name: str, revision: str | None) -> dict[str, Any]:
-    """Where transformers may read from. A local folder never causes a request to a hub."""
-    folder = model_folder(name)
-    # None is the default branch. Given its name, "main", transformers would ask a service to convert a repository
-    # without safetensors, and load the result
-    return {
-        "revision": None if revision == "main" else revision,
-        "trust_remote_code": False,
-        "local_files_only": folder is not None,
-    }
-
-
 def check_weight_files(name: str) -> None:
     """A folder must contain safetensors. Hub models are checked when they are read."""
     folder = model_folder(name)
@@ -107,10 +73,6 @@ def check_weight_files(name: str) -> None:
             ".save_pretrained(folder), on a machine where you trust the file"
         )
     raise UserError(f"model.name {name}: the folder contains no *.safetensors file")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
 
 
 # --- quantization -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ setup_data       sources -> documents -> rows -> this rank's micro-batches
 setup_model      4-bit base -> adapters -> optimizer and reduction (strategy)
 step             one optimizer update
 evaluation       held-out loss, by the loss code of training
+console          what rank 0 says: lines, progress, train.log
 save_and_resume  checkpoints, results; checkpoint: their files; prompt_format: the template that goes with them
 metrics, checks  what is reported, what is checked
 """
@@ -20,7 +21,8 @@ from ..cluster.trackers import Trackers
 from ..config import RunConfig
 from .check_start import check_run
 from .checks.learning import check_first_update
-from .evaluation import evaluate_at_start, evaluate_missed, evaluate_unless_stopped
+from .console import Console
+from .evaluation import evaluate_at_start, evaluate_if_due, evaluate_missed
 from .fit_memory import resolve_auto, try_longest
 from .metrics import Metrics, restart_peak, step_values
 from .out_of_memory import explain_out_of_memory
@@ -40,32 +42,33 @@ def train(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Train
     # 1. join the ranks, open the run directory
     with (
         StopSignal() as stop,
-        join_ranks(config, stop) as world,
+        Console() as console,
+        join_ranks(config, stop, console) as world,
         Trackers(config.logging.trackers, config.run_dir) as trackers,
-        open_run_dir(config, world, resume, fresh) as (run_dir, config),
+        open_run_dir(config, world, console, resume, fresh) as (run_dir, config),
     ):
         if (steps := world.from_main(lambda: run_dir.completed_steps(config.train.length))) is not None:
-            return report_completed(run_dir, world, steps)
+            return report_completed(run_dir, console, steps)
 
         # 2. resolve what depends on memory; check what all ranks must agree on before anything is read
         fit = resolve_auto(config, world)
         config = fit.config  # from here on without `auto`
-        check_run(config, world, run_dir, fit.plan)
+        console.print(check_run(config, world, run_dir, fit.plan), "machine")
 
         # 3. data: sources -> documents -> rows -> micro-batches of each rank and step
         data = build_data(config, world)
         num_steps = count_steps(config, data)
         with (
-            Metrics(run_dir, world.is_main, num_steps, trackers) as metrics,
+            Metrics(run_dir, console, num_steps, trackers) as metrics,
             explain_out_of_memory(fit, world) as progress,
         ):
             run = Run(config, world, run_dir, stop, data, num_steps, metrics)
-            metrics.print(run.describe() + fit.text)
+            run.describe(fit.text)
 
             # 4. model: 4-bit base -> adapters -> optimizer
             run.read_sources()
             progress.model = model = build_model(config, world)
-            metrics.print(check_base(config, world, model))
+            console.print(check_base(config, world, model))
             model.build_peak_bytes = restart_peak(world.device)
 
             # 5. resume from the newest checkpoint
@@ -89,11 +92,8 @@ def train(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Train
                 state = state.after(stats)
                 seconds, waited = time.perf_counter() - started, started - waited_since
                 values = step_values(world.device, state.step, stats, rows, lr, seconds, waited)
-                is_stopping = stats.stop_requested
-                if not is_stopping and run.evaluates_after(state.step):
-                    held_out, is_stopping = evaluate_unless_stopped(run, model)
-                    values |= held_out
-                metrics.step(values)
+                held_out, is_stopping = evaluate_if_due(run, model, state.step, stats.stop_requested)
+                metrics.step(values | held_out)
                 if is_stopping or run.saves_after(state.step):
                     save(run, model, state)
                 if is_stopping:

@@ -28,7 +28,7 @@ from ..config import RunConfig, dump_yaml
 from ..config.run_dir import RunDir
 from ..data.loader import derive_accumulation
 from ..errors import RunFailed, UserError, os_errors
-from ..files import GIB
+from ..files import GIB, format_bytes
 from ..memory import MemoryPlan
 from ..memory.constants import state_bytes
 from ..model import ModelFacts, check_config
@@ -51,22 +51,20 @@ class Facts:
     sees_run_dir: bool
 
 
-def check_run(config: RunConfig, world: World, run_dir: RunDir, plan: MemoryPlan) -> None:
+def check_run(config: RunConfig, world: World, run_dir: RunDir, plan: MemoryPlan) -> str:
     """Checks everything that can be known before data or weights are read: same config and code on all ranks, batch,
-    model, target modules, devices, network, disk. Rank 0 prints where the run starts."""
+    model, target modules, devices, network, disk. Returns the line that says where the run starts."""
     check_same_config(world.gather((socket.gethostname(), dump_yaml(config))))
     derive_accumulation(config.batch.rows_per_step, config.batch.resolved_micro_rows, world.size)
     check_update(config, world)
     check_model(config, world)
-    started = check_start(
+    return check_start(
         world,
         run_dir.path,
         checkpoint_bytes=checkpoint_bytes(plan.trainable_parameters, config.optim.name),
         keep=config.train.keep,
         allow_mixed=config.strategy.mixed_devices,
     )
-    if world.is_main:
-        print(started, flush=True)
 
 
 def check_model(config: RunConfig, world: World) -> ModelFacts:
@@ -230,8 +228,8 @@ def check_disk(run_dir: Path, free_bytes: int, checkpoint_bytes: int, keep: int,
     needed = num_more * checkpoint_bytes
     if free_bytes < needed:
         raise UserError(
-            f"run_dir {run_dir}: {free_bytes / GIB:.2f} GiB are free, {needed / GIB:.2f} GiB are needed for {num_more} "
-            f"checkpoints of {checkpoint_bytes / GIB:.2f} GiB (train.keep {keep}, plus one being written); free "
+            f"run_dir {run_dir}: {format_bytes(free_bytes)} are free, {format_bytes(needed)} are needed for {num_more} "
+            f"checkpoints of {format_bytes(checkpoint_bytes)} (train.keep {keep}, plus one being written); free "
             "space, lower train.keep, or choose a run_dir on another disk"
         )
 
@@ -265,5 +263,5 @@ def describe_start(facts: Sequence[Facts], free_bytes: int) -> str:
     slowest_ms = 1000 * max(fact.collective_seconds for fact in facts)
     return (
         f"{len(facts)} {'rank' if len(facts) == 1 else 'ranks'} on {nodes} {'node' if nodes == 1 else 'nodes'}: "
-        f"{devices}; all-reduce {slowest_ms:.2f} ms; {free_bytes / GIB:.1f} GiB free for checkpoints"
+        f"{devices}; all-reduce {slowest_ms:.2f} ms; {format_bytes(free_bytes)} free for checkpoints"
     )

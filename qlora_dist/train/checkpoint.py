@@ -38,6 +38,7 @@ from ..files import (
     Hashing,
     check_manifest,
     folder_aside,
+    format_bytes,
     read_manifest,
     remove_folder,
     write_json,
@@ -228,7 +229,7 @@ def _require_space(folder: Path, optimizer_tensors: dict[str, torch.Tensor]) -> 
     needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in optimizer_tensors.values()) + 2**20
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed / 2**20:,.0f} MiB may be needed, {free / 2**20:,.0f} MiB are free")
+        raise OSError(errno.ENOSPC, f"{format_bytes(needed)} may be needed, {format_bytes(free)} are free")
 
 
 def _save_failure(error: Exception, target: Path) -> str:

@@ -14,11 +14,13 @@ import torch
 
 from ..cluster.stop_signal import StopRequested
 from ..config.json_file import read_json_object
+from ..data.loader import derive_accumulation
 from ..data.packing import Batch
 from ..errors import UserError, os_errors
 from ..files import write_json
 from ..model import evaluation_mode
-from .metrics import format_evaluation
+from .console import about, count
+from .metrics import describe_evaluation, num_evaluations
 from .run import Run, TrainState
 from .step import TrainingModel
 
@@ -54,6 +56,7 @@ def evaluate(
     nll_sum: Callable[[Batch], torch.Tensor],
     world: SumsOverRanks,
     stop_requested: Callable[[], bool] | None = None,
+    progress: Callable[[int, int], None] | None = None,  # called with (batches done, all) after each of them
 ) -> EvalResult:
     """Mean NLL over the labels of all ranks' batches. Every rank calls it, with filler where it has no rows.
 
@@ -69,6 +72,8 @@ def evaluate(
                 raise StopRequested
             totals[0] += nll_sum(batch.to(world.device)).double()
             totals[1] += batch.num_labels
+            if progress is not None:
+                progress(index + 1, len(batches))
     nll, num_labels = world.sum(totals).tolist()
     loss = nll / max(num_labels, 1)
     perplexity = math.exp(min(loss, 700.0))  # exp overflows above
@@ -89,16 +94,43 @@ def evaluate_held_out(run: Run, model: TrainingModel) -> dict[str, float]:
         lambda batch: model.update.forward(partial(model.nll_sum, batch)),
         run.world,
         lambda: run.stop.requested,
+        run.console.counting("evaluating batch"),
     )
+    run.metrics.eval_seconds = result.seconds
     return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_seconds": result.seconds}
 
 
-def evaluate_unless_stopped(run: Run, model: TrainingModel) -> tuple[dict[str, float], bool]:
-    """(held-out values, False), or ({}, True) on all ranks when a stop signal interrupted it."""
+def evaluate_if_due(run: Run, model: TrainingModel, step: int, is_stopping: bool) -> tuple[dict[str, float], bool]:
+    """After `step` updates: (held-out values if they are due, whether to stop), equal on all ranks. A stop signal
+    interrupts an evaluation, which is then made up for after the resume."""
+    if is_stopping or not run.evaluates_after(step):
+        _announce(run, step)
+        return {}, is_stopping
     try:
         return evaluate_held_out(run, model), False
     except StopRequested:
         return {}, True
+
+
+def _announce(run: Run, step: int) -> None:
+    """What evaluations will cost, from the first steps, when none was timed."""
+    to_come = num_evaluations(step, run.num_steps, run.config.train.eval_every)
+    of_step = run.metrics.seconds_per_step
+    if run.metrics.is_cost_announced or not run.data.held_out or of_step is None or not to_come:
+        return
+    run.metrics.is_cost_announced = True
+    seconds = estimated_seconds(run, of_step)
+    run.console.print(f"held-out data: {count(to_come, 'evaluation')} to come, about {about(seconds)} each")
+
+
+def estimated_seconds(run: Run, of_step: float) -> float:
+    """An evaluation's seconds from those of a step: a step's micro-batches run forward, through the layers that are
+    recomputed once more, and backward, which for frozen weights is one pass and for trained ones two."""
+    config = run.config
+    batch = config.batch
+    micro_steps = derive_accumulation(batch.rows_per_step, batch.resolved_micro_rows, run.world.size)
+    passes = (2 if config.lora is not None else 3) + (config.memory.recompute != "none")
+    return of_step / (micro_steps * passes) * len(run.data.held_out)
 
 
 def evaluate_at_start(run: Run, model: TrainingModel, state: TrainState) -> dict[str, float]:
@@ -113,7 +145,9 @@ def evaluate_at_start(run: Run, model: TrainingModel, state: TrainState) -> dict
             write_json(kept, values)
 
     run.world.from_main(keep)
-    run.metrics.print(f"before training: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
+    to_come = num_evaluations(0, run.num_steps, run.config.train.eval_every)
+    run.console.print(f"before training: {describe_evaluation(values)}, {to_come:,} more to come")
+    run.metrics.is_cost_announced = True
     return values
 
 

@@ -9,7 +9,7 @@ import torch
 from ..cluster.world import World
 from ..config import RunConfig
 from ..errors import UserError
-from ..files import GIB
+from ..files import format_bytes
 from ..memory import MemoryPlan, ModelShapes, choose, plan_memory
 from ..memory.constants import CONTEXT_BYTES, state_bytes
 from ..memory.read_shapes import read_shapes
@@ -35,7 +35,10 @@ class Fit:
     @property
     def text(self) -> str:
         """For the start of a run: what was chosen, and a short plan."""
-        return self.messages + "".join(f"\n{line}" for line in summary_lines(self.plan))
+        config = self.config
+        found = f"memory.recompute={config.memory.recompute} batch.micro_rows={config.batch.micro_rows}"
+        planned = [] if self.shapes.unknown else summary_lines(self.plan)
+        return "; ".join([self.messages or found, *planned])
 
 
 def resolve_auto(config: RunConfig, world: World) -> Fit:
@@ -54,7 +57,7 @@ def resolve_auto(config: RunConfig, world: World) -> Fit:
         why = f"the memory of a {world.device.type} is not planned"
     else:
         plan = choose(config, shapes, world_size=world.size, device_bytes=device_bytes)
-        why = f"the fastest that fits in {device_bytes / GIB:.2f} GiB" if plan.fits else "the least memory"
+        why = f"the fastest that fits in {format_bytes(device_bytes)}" if plan.fits else "the least memory"
     is_free = {
         "memory.recompute": config.memory.recompute == "auto",
         "batch.micro_rows": config.batch.micro_rows == "auto",
@@ -67,7 +70,7 @@ def resolve_auto(config: RunConfig, world: World) -> Fit:
         if plan.is_hopeless and shapes.is_exact:
             raise UserError(f"the run needs more memory than a GPU has here: {shortfall(plan)}; {remedy}")
         messages.append(f"according to the memory plan this run does not fit; {remedy}")
-    return Fit(_with_values(config, plan), shapes, plan, "".join(f"\n{line}" for line in messages))
+    return Fit(_with_values(config, plan), shapes, plan, "; ".join(messages))
 
 
 def _unplanned(config: RunConfig, shapes: ModelShapes, world: World, device_bytes: int | None) -> Fit:
@@ -82,7 +85,7 @@ def _unplanned(config: RunConfig, shapes: ModelShapes, world: World, device_byte
         f"warning: the memory of this model is not planned ({shapes.unknown}), and whether it fits is not known: "
         f"memory.recompute={resolved.memory.recompute} batch.micro_rows={resolved.batch.micro_rows}{tried}"
     )
-    return Fit(resolved, shapes, plan, f"\n{message}")
+    return Fit(resolved, shapes, plan, message)
 
 
 def _with_values(config: RunConfig, plan: MemoryPlan) -> RunConfig:
@@ -131,9 +134,9 @@ def try_longest(run: Run, model: TrainingModel, state: TrainState, progress: Pro
     batch = run.data.loader.longest_batch(state.step, run.num_steps)
     progress.place = f"the longest micro-batch ({batch.num_tokens:,} tokens), before step {state.step + 1}"
     try_batch(world, model, batch, 0 if state.step else states_to_come(run.config, model))
-    run.metrics.print(
+    run.console.print(
         f"the longest micro-batch of the run fits: {batch.num_tokens:,} tokens, peak "
-        f"{world.max(peak_bytes(world.device)) / GIB:.2f} GiB"
+        f"{format_bytes(world.max(peak_bytes(world.device)))}"
     )
 
 

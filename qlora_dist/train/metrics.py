@@ -1,4 +1,4 @@
-"""What a run reports: a progress line, metrics.jsonl, TensorBoard, trackers. Rank 0 writes.
+"""What a run reports of its steps: progress, metrics.jsonl, TensorBoard, trackers. Rank 0 writes.
 
 The only module that imports tensorboard.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import resource
-import shutil
-import sys
-import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,10 +22,12 @@ from ..config import RunConfig
 from ..config.run_dir import RunDir, num_damaged_metrics, read_metrics
 from ..data.loader import StepRows
 from ..errors import os_errors
-from ..files import GIB, write_text
+from ..files import format_bytes, write_text
+from .console import Console, about, format_seconds
 from .step import StepStats
 
-PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
+SMOOTHING = 0.9  # weight of the steps before in the smoothed loss
+RECENT = 50  # steps that the time left is estimated from
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -73,29 +75,33 @@ def step_values(
 class Metrics:
     """Context manager that records each step's values. Ranks other than 0 only take part in the trackers."""
 
-    def __init__(
-        self, run_dir: RunDir, is_main: bool, num_steps: int, trackers: Trackers, stream: TextIO | None = None
-    ) -> None:
+    def __init__(self, run_dir: RunDir, console: Console, num_steps: int, trackers: Trackers) -> None:
+        self.console = console
+        self.eval_seconds: float | None = None  # of the newest evaluation
+        self.is_cost_announced = False  # of evaluations
         self._run_dir = run_dir
-        self._is_main = is_main
         self._num_steps = num_steps
         self._trackers = trackers
-        self._stream = stream if stream is not None else sys.stdout
-        self._is_terminal = self._stream.isatty()
+        self._eval_every: int | None = None
         self._file: TextIO | None = None
         self._writer: Any = None
-        self._last_line = -1e9
-        self._seconds: list[float] = []
+        self._started = console.now()
+        self._seconds: deque[float] = deque(maxlen=RECENT)
+        self._num_seen = 0
+        self._smoothed = 0.0  # biased towards 0 until it is divided by 1 - SMOOTHING ** seen
 
     def start(self, step: int, config: RunConfig) -> None:
         """Opens the files for a run that continues after `step` updates, and starts the trackers. Lines of later steps,
         written before an interruption, are removed: every step appears in metrics.jsonl once."""
         self._trackers.start(config.logging.project, config.model_dump(mode="json"))
-        if not self._is_main:
+        self._eval_every = config.train.eval_every
+        self._started = self.console.now()
+        self.console.keep_log(self._run_dir.log)
+        if not self.console.is_main:
             return
         with self._disk_errors():
             if num_damaged := num_damaged_metrics(self._run_dir.metrics):
-                self.print(f"{self._run_dir.metrics}: damaged lines are left out ({num_damaged})")
+                self.console.print(f"{self._run_dir.metrics}: damaged lines are left out ({num_damaged})")
             self._rewrite([line for line in read_metrics(self._run_dir.metrics) if line["step"] <= step])
             if "tensorboard" in config.logging.trackers:
                 from torch.utils.tensorboard import SummaryWriter
@@ -125,13 +131,12 @@ class Metrics:
         lines[-1] |= values
         with self._disk_errors():
             self._rewrite(lines)
-        self.print(f"step {lines[-1]['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
+        self.console.print(f"step {lines[-1]['step']}: {describe_evaluation(values)}")
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end_line()
         for file in (self._file, self._writer):
             if file is not None:
                 with suppress(OSError):  # a full disk: each line was flushed, and the one that failed has ended the run
@@ -140,20 +145,21 @@ class Metrics:
     def step(self, values: dict[str, Any]) -> None:
         """Values of one update, with held-out ones (`eval_...`) if it was evaluated; `step` counts from 1."""
         self._trackers.log(values, values["step"])
-        if not self._is_main:
+        self._seconds.append(values["step_seconds"] + values["data_seconds"])
+        self._num_seen += 1
+        if not self.console.is_main:
             return
-        self._seconds.append(values["step_seconds"])
         with self._disk_errors():
             self._write(values)
         self._progress(values)
         if "eval_loss" in values:
-            self.print(f"step {values['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
+            self.console.print(f"step {values['step']}: {describe_evaluation(values)}")
 
-    def print(self, text: str) -> None:
-        """A line for the user, after the progress line."""
-        if self._is_main:
-            self._end_line()
-            print(text, file=self._stream, flush=True)
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Of the newest steps in this process, without the first one, which warms up; None before there are any."""
+        timed = list(self._seconds)[self._num_seen == len(self._seconds) :]
+        return sum(timed) / len(timed) if timed else None
 
     def _write(self, values: dict[str, Any]) -> None:
         assert self._file is not None, "start comes first"
@@ -166,27 +172,40 @@ class Metrics:
                     self._writer.add_scalar(f"{group}/{key.removeprefix('eval_')}", value, values["step"])
 
     def _progress(self, values: dict[str, Any]) -> None:
-        step, now = values["step"], time.monotonic()
-        is_edge = step == self._num_steps or len(self._seconds) == 1
-        if not self._is_terminal and not is_edge and now - self._last_line < PLAIN_SECONDS:
-            return
-        self._last_line = now
-        recent = self._seconds[-50:]
-        eta = sum(recent) / len(recent) * (self._num_steps - step)
-        text = (
-            f"step {step}/{self._num_steps}  loss {values['loss']:.4f}  grad {values['grad_norm']:.3g}  "
-            f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s  "
-            f"{values['peak_bytes'] / GIB:.2f} GiB  left {format_seconds(eta)}"
+        step = values["step"]
+        self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * values["loss"]
+        smoothed = self._smoothed / (1 - SMOOTHING**self._num_seen)
+        self.console.progress(
+            "step",
+            step,
+            self._num_steps,
+            [
+                f"loss {smoothed:.4f}",
+                f"elapsed {format_seconds(self.console.now() - self._started)}",
+                f"left {format_seconds(self._seconds_left(step))}",
+            ],
+            [
+                f"unsmoothed {values['loss']:.4f}",
+                f"{values['tokens_per_second']:,.0f} tok/s",
+                format_bytes(values["peak_bytes"]),
+                f"lr {values['lr']:.2e}",
+                f"grad {values['grad_norm']:.3g}",
+            ],
+            is_edge=step == self._num_steps or self._num_seen == 1,
         )
-        if self._is_terminal:
-            width = shutil.get_terminal_size().columns
-            print("\r" + text[: width - 1].ljust(width - 1), end="", file=self._stream, flush=True)
-        else:
-            print(text, file=self._stream, flush=True)
 
-    def _end_line(self) -> None:
-        if self._is_terminal and self._is_main and self._seconds:
-            print(file=self._stream)
+    def _seconds_left(self, step: int) -> float:
+        """Of the steps that are left, and of their evaluations if one was timed."""
+        num_steps = self._num_steps - step
+        seconds = sum(self._seconds) / len(self._seconds) * num_steps
+        return seconds + (self.eval_seconds or 0.0) * num_evaluations(step, self._num_steps, self._eval_every)
+
+
+def num_evaluations(done: int, num_steps: int, every: int | None) -> int:
+    """How many are due after steps done + 1 .. num_steps: every `every` steps, and after the last one."""
+    if done >= num_steps:
+        return 0
+    return 1 if every is None else -(-num_steps // every) - done // every
 
 
 def format_evaluation(loss: float, perplexity: float) -> str:
@@ -194,11 +213,10 @@ def format_evaluation(loss: float, perplexity: float) -> str:
     return f"held-out loss {loss:.4f}, perplexity {perplexity:.3f}"
 
 
-def format_seconds(seconds: float) -> str:
-    """1:02:03, or 2:03 below one hour."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def describe_evaluation(values: Mapping[str, float]) -> str:
+    """That, and its time, of the values of a line of metrics.jsonl."""
+    text = format_evaluation(values["eval_loss"], values["eval_perplexity"])
+    return f"{text}; it took {about(values['eval_seconds'])}"
 
 
 def median_tokens_per_second(metrics: Path) -> float | None:
@@ -206,3 +224,31 @@ def median_tokens_per_second(metrics: Path) -> float | None:
     found = (line.get("tokens_per_second") for line in read_metrics(metrics))
     rates = sorted(rate for rate in found if isinstance(rate, int | float))
     return rates[len(rates) // 2] if rates else None
+
+
+def whole_run(lines: Sequence[Mapping[str, Any]], at_start: Mapping[str, Any]) -> dict[str, float | int | None]:
+    """What the steps of all starts of a run add up to: seconds of steps, waits for data and evaluations; the mean loss
+    over labels; the best held-out loss and the step after which it was found (0: before training).
+
+    `lines`: of metrics.jsonl; `at_start`: held-out values before the first step.
+    """
+    timed = [_number(line, key) for line in lines for key in ("step_seconds", "data_seconds", "eval_seconds")]
+    labelled = [(_number(line, "loss"), _number(line, "num_labels")) for line in lines]
+    num_labels = sum(count or 0 for loss, count in labelled if loss is not None)
+    total_loss = sum(loss * (count or 0) for loss, count in labelled if loss is not None)
+    evaluated = [(_number(at_start, "eval_loss"), 0), *((_number(line, "eval_loss"), line["step"]) for line in lines)]
+    best_loss, best_step = min(((loss, step) for loss, step in evaluated if loss is not None), default=(None, None))
+    return {
+        "seconds": sum(one or 0.0 for one in (*timed, _number(at_start, "eval_seconds"))),
+        "mean_loss": total_loss / num_labels if num_labels else None,
+        "best_eval_loss": best_loss,
+        "best_eval_step": best_step,
+    }
+
+
+def _number(values: Mapping[str, Any], key: str) -> float | None:
+    """A finite number of a file that may be damaged."""
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value

@@ -10,7 +10,7 @@ import torch
 
 from ..cluster.world import World
 from ..errors import RunFailed
-from ..files import GIB
+from ..files import format_bytes
 from ..memory import choose
 from ..model import held_bytes
 from ..model.lora import trainable_parameters
@@ -68,10 +68,10 @@ def explain(fit: Fit, held: dict[str, int], peak: int, world_size: int) -> str:
     found = dict(held)
     if held:
         found[rest] = max(0, peak - sum(held.values()))
-    lines = [f"peak of tensors {peak / GIB:.2f} GiB, planned {plan.tensor_bytes / GIB:.2f} GiB:"]
+    lines = [f"peak of tensors {format_bytes(peak)}, planned {format_bytes(plan.tensor_bytes)}:"]
     for kind, size in planned.items():
-        measured = f"{found[kind] / GIB:8.2f}" if kind in found else "       ?"
-        lines.append(f"  {kind:<27}{measured} GiB, planned {size / GIB:8.2f} GiB")
+        measured = format_bytes(found[kind]) if kind in found else "?"
+        lines.append(f"  {kind:<27}{measured:>11}, planned {format_bytes(size):>11}")
     grown = [kind for kind, size in found.items() if size > planned[kind] + NOTICEABLE]
     if grown:
         lines.append(f"items that exceed the plan: {', '.join(grown)}")

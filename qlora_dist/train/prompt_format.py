@@ -19,9 +19,10 @@ from typing import Any
 from ..config.json_file import read_json_object
 from ..data.documents.encode import Encoder
 from ..data.templates import Template, render, tokenizer_template
+from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..files import write_json
-from ..model import load_tokenizer, save_generation_config, stop_ids_of
+from ..model import save_generation_config, stop_ids_of
 from .run import Run
 
 log = logging.getLogger(__name__)

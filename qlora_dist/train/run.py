@@ -19,6 +19,7 @@ from ..data.loader import derive_accumulation
 from ..data.templates import today
 from ..errors import os_errors
 from ..optim.adamw import lr_at
+from .console import Console, count
 from .metrics import Metrics, restart_peak
 from .setup_data import Data
 from .source_digests import Digests, source_digests
@@ -34,10 +35,16 @@ class TrainState:
     num_tokens: int = 0  # seen so far, all ranks
     num_labels: int = 0
     stopped_by: str | None = None  # the signal that ended this start of the run before its last step
+    started: str | None = None  # when the run began, see `utc_now`; None in runs of versions that did not record it
 
     def after(self, stats: StepStats) -> TrainState:
         """The state after one more update."""
-        return TrainState(self.step + 1, self.num_tokens + stats.num_tokens, self.num_labels + stats.num_labels)
+        return replace(
+            self,
+            step=self.step + 1,
+            num_tokens=self.num_tokens + stats.num_tokens,
+            num_labels=self.num_labels + stats.num_labels,
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,11 @@ class Run:
             if self.world.is_main:
                 _ = self.sources
 
+    @property
+    def console(self) -> Console:
+        """Where rank 0 speaks."""
+        return self.metrics.console
+
     def learning_rate(self, step: int) -> float:
         """Learning rate of 0-based update `step`."""
         optim = self.config.optim
@@ -85,21 +97,35 @@ class Run:
         """Whether to save a checkpoint after this many updates."""
         return num_done == self.num_steps or _is_due(num_done, self.config.train.save_every)
 
-    def describe(self) -> str:
-        """The run that is about to start, in one paragraph."""
-        config, world, data = self.config, self.world, self.data
+    def describe(self, memory: str) -> None:
+        """Says what is about to start: data, steps and `memory` in lines with one column of labels."""
+        config, world, data, say = self.config, self.world, self.data, self.console.print
         batch, stats = config.batch, data.documents.stats
-        accumulation = derive_accumulation(batch.rows_per_step, batch.resolved_micro_rows, world.size)
-        unread = [f"{source.path}: {source.unread_text()}" for source in stats.sources if source.unread]
-        note = f"fields that nothing reads (number of records): {'; '.join(unread)}\n" if unread else ""
-        return (
-            f"{len(data.documents):,} documents in {len(data.rows):,} rows of up to {config.data.row_tokens:,} tokens "
+        tokens, num_examples = f"{config.data.row_tokens:,} tokens", len(data.documents)
+        held_out = ""
+        if data.held_out:
+            of_all = "" if data.num_evaluated == data.num_held_out else f" of {data.num_held_out:,}"
+            held_out = f"; evaluates {data.num_evaluated:,}{of_all} held-out rows (train.eval_rows)"
+        say(
+            f"{count(num_examples, 'example')} in {count(len(data.rows), 'row')} of up to {tokens} "
             f"({data.rows.efficiency:.1%} full; truncated {stats.total('truncated'):,}, dropped "
-            f"{stats.total('dropped'):,}, bad {stats.total('bad'):,})\n{note}"
-            f"{self.num_steps:,} steps of {batch.rows_per_step} rows = {world.size} ranks x {accumulation} micro-steps "
-            f"x {batch.resolved_micro_rows} rows; strategy {config.strategy.name} on {world.device.type}: "
-            f"{describe_strategy(config, world.size)}"
+            f"{stats.total('dropped'):,}, bad {stats.total('bad'):,}){held_out}",
+            "data",
         )
+        accumulation = derive_accumulation(batch.rows_per_step, batch.resolved_micro_rows, world.size)
+        packed = round(batch.rows_per_step * num_examples / len(data.rows))
+        say(
+            f"{self.num_steps:,}; {count(batch.rows_per_step, 'row')} of {tokens} a step: about "
+            f"{count(packed, 'example')}; {count(world.size, 'rank')} x {count(accumulation, 'micro-step')} x "
+            f"{count(batch.resolved_micro_rows, 'row')}; strategy {config.strategy.name} on {world.device.type}: "
+            f"{describe_strategy(config, world.size)}",
+            "steps",
+        )
+        say(memory, "memory")
+        unread = [f"{source.path}: {source.unread_text()}" for source in stats.sources if source.unread]
+        notes = [f"fields that nothing reads (number of records): {'; '.join(unread)}"] if unread else []
+        for note in (*notes, *data.notes):
+            say(note)
 
 
 def _is_due(num_done: int, every: int | None) -> bool:
@@ -110,34 +136,37 @@ def _is_due(num_done: int, every: int | None) -> bool:
 
 
 @contextmanager
-def join_ranks(config: RunConfig, stop: StopSignal) -> Iterator[World]:
-    """Joins the process group, and leaves it at the end; after a failure all ranks end with its text.
+def join_ranks(config: RunConfig, stop: StopSignal, console: Console) -> Iterator[World]:
+    """Joins the process group, and leaves it at the end; after a failure all ranks end with its text. From here on rank
+    0's console speaks.
 
     A stop signal before the first step ends the block: by then all ranks have agreed, and there is nothing to save.
     """
     require_own_strategy(config.strategy.name)
     world = World.init(stop, config.strategy.timeout_seconds, config.device)
+    console.is_main = world.is_main
     restart_peak(world.device)  # an earlier run in this process must not count in this one's peak
     try:
         try:
-            yield world
+            with console.watched(lambda: world.status):
+                yield world
         except StopRequested:
             stop.name = world.first(stop.name)
-            if world.is_main:
-                print(
-                    f"stopped by {stop.name} before the first step; nothing is lost. Start the same command again to "
-                    "resume"
-                )
+            console.print(
+                f"stopped by {stop.name} before the first step; nothing is lost. Start the same command again to resume"
+            )
         world.close()
     except Exception as error:
-        if (ended := world.fail(error)) is error:
+        ended = world.fail(error)
+        console.log(f"error: {ended}")
+        if ended is error:
             raise
         raise ended from error
 
 
 @contextmanager
 def open_run_dir(
-    config: RunConfig, world: World, resume: str, fresh: bool = False
+    config: RunConfig, world: World, console: Console, resume: str, fresh: bool = False
 ) -> Iterator[tuple[RunDir, RunConfig]]:
     """The run directory for its resolved config, locked for this job, and that config.
 
@@ -147,21 +176,21 @@ def open_run_dir(
     run_dir = RunDir(Path(config.run_dir))
     lock = RunLock(run_dir.lock, *launched_job())
 
-    def open_on_main() -> str | None:
+    def open_on_main() -> tuple[str | None, int | str]:
         run_dir.make()
         with os_errors(f"{run_dir.lock}: cannot be written", "Nothing that was saved there has changed"):
             lock.acquire()
         if fresh and not is_repeated_start() and (aside := run_dir.set_aside()) is not None:
-            print(f"--fresh: the run that was in {run_dir.path} is now in {aside}", flush=True)
-        date = run_date(config, run_dir)
-        run_dir.open(dump_yaml(_dated(config, date)), free_fields(config))
+            console.print(f"--fresh: the run that was in {run_dir.path} is now in {aside}")
+        kept = run_date(config, run_dir), run_dir.eval_rows(config.train)
+        run_dir.open(dump_yaml(_with_kept(config, *kept)), free_fields(config))
         if resume == "never":
             run_dir.require_no_checkpoints()
-        return date
+        return kept
 
     try:
-        date = world.from_main(open_on_main)
-        yield run_dir, _dated(config, date)  # each rank's own config: whether they are equal is checked later
+        kept = world.from_main(open_on_main)
+        yield run_dir, _with_kept(config, *kept)  # each rank's own config: whether they are equal is checked later
     finally:
         lock.release()
         if world.is_main:
@@ -179,14 +208,19 @@ def run_date(config: RunConfig, run_dir: RunDir) -> str | None:
     return today() if saved is None else saved.get("data.date")
 
 
-def _dated(config: RunConfig, date: str | None) -> RunConfig:
-    return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
+def _with_kept(config: RunConfig, date: str | None, eval_rows: int | str) -> RunConfig:
+    """The config with what a run keeps from its first start."""
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"date": date}),
+            "train": config.train.model_copy(update={"eval_rows": eval_rows}),
+        }
+    )
 
 
-def report_completed(run_dir: RunDir, world: World, steps: int) -> TrainState:
+def report_completed(run_dir: RunDir, console: Console, steps: int) -> TrainState:
     """A finished run that is started again reports so and does nothing."""
-    if world.is_main:
-        print(f"{run_dir.path}: this run is finished ({steps} steps, see {run_dir.summary}); nothing to do")
+    console.print(f"{run_dir.path}: this run is finished ({steps} steps, see {run_dir.summary}); nothing to do")
     return TrainState(step=steps)
 
 
@@ -194,10 +228,8 @@ def report_stopped(run: Run, state: TrainState) -> TrainState:
     """After a stop signal: what was saved and how to continue. Called by all ranks: they may have received different
     signals."""
     name = run.world.first(run.stop.name)
-    if run.world.is_main:
-        print(
-            f"stopped by {name} after step {state.step}; checkpoint saved in {run.dir.checkpoints}. Start the same "
-            "command again to resume",
-            flush=True,
-        )
+    run.console.print(
+        f"stopped by {name} after step {state.step}; checkpoint saved in {run.dir.checkpoints}. Start the same command "
+        "again to resume"
+    )
     return replace(state, stopped_by=name)

@@ -11,13 +11,15 @@ from ..cluster.provenance import code_digest, commit, device_name, versions
 from ..config import dump_yaml
 from ..config.changes import config_changes, free_fields, moved_paths
 from ..config.run_dir import read_metrics
+from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
-from ..files import GIB, DamagedFolder, folder_aside, write_json
+from ..files import DamagedFolder, folder_aside, format_bytes, write_json
 from ..memory import MemoryPlan
-from ..model import base_checksum, load_tokenizer, unwrap, write_errors
+from ..model import base_checksum, unwrap, write_errors
 from . import checkpoint
 from .checks.base import check_base_unchanged
-from .metrics import median_tokens_per_second, peak_bytes
+from .console import utc_now
+from .metrics import median_tokens_per_second, peak_bytes, whole_run
 from .prompt_format import PromptFormat, export_tokenizer, record_prompts
 from .run import Run, TrainState
 from .source_digests import changed_sources
@@ -43,9 +45,9 @@ def resume_newest(run: Run, model: TrainingModel, choice: str) -> TrainState:
     base = _base_in_memory(run, model)
     path, notes, rejected = run.world.from_main(lambda: _choose_checkpoint(run, choice, base))
     for line in notes:
-        run.metrics.print(line)
+        run.console.print(line)
     if path is None:
-        return TrainState()
+        return TrainState(started=utc_now())
     loaded = checkpoint.load_checkpoint(Path(path))
     state = loaded.state
     if state["layout"] != model.update.layout():
@@ -57,7 +59,7 @@ def resume_newest(run: Run, model: TrainingModel, choice: str) -> TrainState:
     except ValueError as error:
         raise UserError(f"checkpoint {path}: {error}; use the optim.name it was trained with") from None
     run.world.from_main(lambda: checkpoint.set_aside_newer(run.dir.checkpoints, Path(path), state["step"], rejected))
-    return TrainState(state["step"], state["num_tokens"], state["num_labels"])
+    return TrainState(state["step"], state["num_tokens"], state["num_labels"], started=state.get("started"))
 
 
 def _choose_checkpoint(run: Run, choice: str, base: dict[str, str]) -> tuple[str | None, list[str], dict[str, str]]:
@@ -171,6 +173,7 @@ def save(run: Run, model: TrainingModel, state: TrainState) -> None:
                 "step": state.step,
                 "num_tokens": state.num_tokens,
                 "num_labels": state.num_labels,
+                "started": state.started,
                 "config": dump_yaml(config),
                 "data_fingerprint": run.data.documents.fingerprint,
                 "eval_fingerprint": run.data.held_out_fingerprint,
@@ -224,7 +227,7 @@ def finish(
     with model.update.whole_weights():
         world.from_main(finish_or_explain)
     error = f" (planned {plan.tensor_bytes / peak - 1:+.1%})" if world.device.type == "cuda" else ""
-    run.metrics.print(f"finished: {state.step} steps, peak {peak / GIB:.2f} GiB{error}; {target}, {run.dir.summary}")
+    run.console.print(f"finished: {state.step} steps, peak {format_bytes(peak)}{error}; {target}, {run.dir.summary}")
     return state
 
 
@@ -237,12 +240,15 @@ def _summary(
     peak: int,
     build_peak: int,
 ) -> dict[str, Any]:
-    last = [*read_metrics(run.dir.metrics)][-1:]
+    lines = list(read_metrics(run.dir.metrics))
     data = run.data
     stats = data.documents.stats
     return {
-        **(last[0] if last else {}),
+        **(lines[-1] if lines else {}),
         **{f"{key}_start": value for key, value in at_start.items() if key != "eval_seconds"},
+        **whole_run(lines, at_start),
+        "started": state.started,
+        "ended": utc_now(),
         "total_tokens": state.num_tokens,
         "total_labels": state.num_labels,
         "world_size": run.world.size,

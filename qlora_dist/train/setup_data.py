@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..cluster.world import World
 from ..config import DataConfig, RunConfig, SourceConfig
-from ..data.documents import Documents, build_documents, overlap_warning, split_sources
-from ..data.loader import Loader, eval_batches
-from ..data.packing import Batch, Rows, one_document_per_row, pack_best_fit
+from ..data.documents import Documents, overlap_warning, split_sources
+from ..data.from_config import build_rows, documents_of
+from ..data.loader import Loader, draw_rows, eval_batches
+from ..data.packing import Batch, Rows
 from ..data.templates import today
+from ..data.tokenizer import load_tokenizer
 from ..memory.read_shapes import read_shapes
-from ..model import load_tokenizer
 from .checks.learning import check_ends_are_learned, check_every_step_has_labels, check_ids
 
 
@@ -24,8 +25,11 @@ class Data:
     documents: Documents
     rows: Rows
     loader: Loader
-    held_out: list[Batch]  # this rank's
-    held_out_fingerprint: str | None  # None: nothing is held out
+    held_out: list[Batch] = field(default_factory=list)  # this rank's
+    held_out_fingerprint: str | None = None  # None: nothing is held out
+    num_held_out: int = 0  # rows, over all ranks
+    num_evaluated: int = 0  # of these, by every evaluation during training
+    notes: list[str] = field(default_factory=list)  # what the user should know of the data
 
 
 def build_data(config: RunConfig, world: World) -> Data:
@@ -48,17 +52,24 @@ def build_data(config: RunConfig, world: World) -> Data:
         seed=config.seed,
         total_rows=None if config.train.epochs is None else max(1, round(config.train.epochs * len(rows))),
     )
-    held_out, held_out_fingerprint = [], None
+    data = Data(documents, rows, loader)
     if eval_sources:
         unseen = documents_on_ranks(config.data, eval_sources, tokenizer, world, "data.eval", config.seed)
-        held_out_fingerprint = unseen.fingerprint
         check_ids(unseen, tokenizer, vocabulary)
         warning = overlap_warning(unseen.hashes, documents.hashes)
-        if warning and world.is_main:
-            print(f"warning: {warning}", flush=True)
-        unseen_rows = build_rows(config.data, unseen, config.seed)
-        held_out = eval_batches(unseen, unseen_rows, config.batch.resolved_micro_rows, world.rank, world.size)
-    return Data(documents, rows, loader, held_out, held_out_fingerprint)
+        if warning:
+            data.notes.append(f"warning: {warning}")
+        _add_held_out(data, unseen, config, world)
+    return data
+
+
+def _add_held_out(data: Data, unseen: Documents, config: RunConfig, world: World) -> None:
+    """Draws the rows that evaluations during training use, before they are shared out over the ranks."""
+    rows = build_rows(config.data, unseen, config.seed)
+    chosen = draw_rows(len(rows), config.train.eval_rows, config.seed)
+    data.held_out = eval_batches(unseen, rows, config.batch.resolved_micro_rows, world.rank, world.size, chosen)
+    data.held_out_fingerprint = unseen.fingerprint
+    data.num_held_out, data.num_evaluated = len(rows), len(chosen)
 
 
 def documents_on_ranks(
@@ -71,33 +82,6 @@ def documents_on_ranks(
         documents = documents_of(data, sources, tokenizer, seed, is_checked=world.local_rank != 0)
     world.require_equal(documents.fingerprint, what)
     return documents
-
-
-def documents_of(
-    data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Any, seed: int, *, is_checked: bool = False
-) -> Documents:
-    """Tokenized documents of some sources, by the settings of the data section. See `build_documents`."""
-    return build_documents(
-        sources,
-        tokenizer,
-        row_tokens=data.row_tokens,
-        on_long=data.on_long,
-        on_bad=data.on_bad,
-        learn=data.learn,
-        template=data.template,
-        date=data.date,
-        cache_dir=data.cache_dir,
-        seed=seed,
-        num_workers=data.num_workers,
-        is_checked=is_checked,
-    )
-
-
-def build_rows(data: DataConfig, documents: Documents, seed: int) -> Rows:
-    """Documents -> rows, packed or one document each."""
-    if data.packing:
-        return pack_best_fit(documents.lengths, data.row_tokens, seed)
-    return one_document_per_row(documents.lengths, data.row_tokens)
 
 
 def count_steps(config: RunConfig, data: Data) -> int:

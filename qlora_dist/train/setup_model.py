@@ -10,7 +10,7 @@ import torch
 
 from ..cluster.world import World
 from ..config import RunConfig
-from ..files import GIB
+from ..files import format_bytes
 from ..model import (
     base_checksum,
     cached_4bit,
@@ -153,4 +153,4 @@ def check_base(config: RunConfig, world: World, model: TrainingModel) -> str:
             model.module, settings.name, revision=settings.revision, compute_dtype=dtype, seed=config.seed
         )
     model.base_checksum = base_checksum(model.module)
-    return f"base: {expected / GIB:.2f} GiB on each rank, as {strategy} promises; {compared}"
+    return f"base: {format_bytes(expected)} on each rank, as {strategy} promises; {compared}"

@@ -14,7 +14,7 @@ from benchmarks.conductor import Conductor
 from benchmarks.shapes import SHAPES, shape_of
 from qlora_dist.config import SourceConfig
 from qlora_dist.data.documents import build_documents
-from qlora_dist.model import load_tokenizer
+from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.train.checks.learning import check_ends_are_learned
 
 ROOT = Path(__file__).parents[2]

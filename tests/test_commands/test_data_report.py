@@ -4,10 +4,13 @@ import copy
 import io
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import pytest
+from helpers.tiny_run import make_inputs, write_config
 from helpers.tiny_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 from rich.console import Console
 
@@ -192,3 +195,17 @@ def test_a_page_that_cannot_be_written_ends_in_one_paragraph(tmp_path):
     with pytest.raises(UserError, match=r"writing .*folder: .*a folder stands where a file is expected"):
         write_html([], tmp_path / "new" / "folder")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder"]
+
+
+def test_the_command_imports_no_library_that_only_a_model_needs(tmp_path):
+    config = write_config(tmp_path / "run.yaml", make_inputs(tmp_path))
+    code = (
+        "import sys\n"
+        "from qlora_dist.commands import invoke\n"
+        f"code = invoke(['data', {str(config)!r}, '--show', '1'])\n"
+        "print(sorted({'bitsandbytes', 'peft', 'deepspeed'} & sys.modules.keys()), file=sys.stderr)\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0 and "learned" in done.stdout, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "[]"

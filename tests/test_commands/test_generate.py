@@ -27,8 +27,9 @@ from qlora_dist.commands.generate import (
 )
 from qlora_dist.config import parse_config
 from qlora_dist.data.documents import build_documents
+from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
-from qlora_dist.model import Sampling, load_tokenizer
+from qlora_dist.model import Sampling
 from qlora_dist.model.generation import generate_ids
 from qlora_dist.model.lora import attach_lora, trainable_parameters
 from qlora_dist.model.lora_files import save_adapter

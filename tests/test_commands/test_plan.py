@@ -379,11 +379,12 @@ def test_live_bytes_counts_storages_once_and_forgets_freed_ones():
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_prints_its_plan_and_records_it_in_the_summary(tmp_path, capsys):
+def test_a_run_on_a_cpu_prints_no_plan_for_gpus_and_records_it_in_the_summary(tmp_path, capsys):
     raw = make_inputs(tmp_path)
     path = write_config(tmp_path / "run.yaml", raw, train__steps=1)
     assert invoke(["train", str(path)]) == 0
-    assert "planned for a GPU: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "planned for" not in said and "memory   memory.recompute=full (the memory of a cpu is not planned)\n" in said
     summary = json.loads((Path(raw["run_dir"]) / "summary.json").read_text())
     assert invoke(["plan", str(path), "--json"]) == 0
     assert summary["planned_peak_bytes"] == json.loads(capsys.readouterr().out)["tensor_bytes"]

@@ -27,7 +27,7 @@ from qlora_dist import commands
 from qlora_dist.commands.data_report import html, print_audit
 from qlora_dist.commands.data_report.measure import Audit, Run, Sample
 from qlora_dist.commands.outputs import check_output_file, check_output_folder
-from qlora_dist.commands.screen import PlainFormatter, guarded, styled, write_data, write_json
+from qlora_dist.commands.screen import PlainFormatter, PlainHandler, guarded, styled, write_data, write_json
 from qlora_dist.data.documents import SourceStats
 from qlora_dist.errors import RunFailed, UserError
 
@@ -218,6 +218,25 @@ def test_an_error_inside_of_the_package_names_its_own_line(capsys, command):
     command(lambda: PlainFormatter("%(x)s").format(logging.makeLogRecord({})))
     assert commands.invoke(["act"]) == 1
     assert re.match(r"internal error: .*\(screen\.py:\d+\)", capsys.readouterr().err)
+
+
+def test_on_a_terminal_errors_and_records_are_broken_between_words(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal, text = Terminal(), "word " * 40 + "/a/path-of/" + "x" * 30
+    monkeypatch.setattr("sys.stderr", terminal)
+    commands._say(text)
+    PlainHandler().handle(logging.makeLogRecord({"name": "somebody", "msg": text}))
+    lines = terminal.getvalue().splitlines()
+    assert len(lines) > 6 and max(map(len, lines)) <= 80
+    assert terminal.getvalue().split() == [*text.split(), "somebody:", *text.split()]
+    plain = io.StringIO()
+    monkeypatch.setattr("sys.stderr", plain)
+    commands._say(text)
+    assert plain.getvalue() == f"{text}\n"
 
 
 def _run(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:

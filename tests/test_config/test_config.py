@@ -35,6 +35,8 @@ def _load(tmp_path, raw, *overrides):
         ({"data__train": []}, r"data\.train: expected at least one source \{path: \.\.\.\} \(found \[\]\)"),
         ({"train": {"steps": 3, "epochs": 1}}, "exactly one of train.steps and train.epochs"),
         ({"train": {}}, "exactly one of train.steps and train.epochs"),
+        ({"train__eval_rows": 0}, r"train\.eval_rows.*: Input should be greater than or equal to 1 \(found 0\)"),
+        ({"train__eval_rows": "some"}, r"train\.eval_rows.*: Input should be 'all' \(found 'some'\)"),
         ({"lora__rank": 0}, r"lora\.rank: Input should be greater than or equal to 1 \(found 0\)"),
         ({"lora": None}, "quantized weights cannot be trained; set model.quantization=none"),
         ({"model__compute_dtype": "float16"}, "Input should be 'bfloat16' or 'float32'"),

@@ -132,6 +132,52 @@ def test_a_config_that_was_written_by_hand_is_not_replaced(tmp_path):
         run.open(_text(steps=8))
 
 
+# --- train.eval_rows --------------------------------------------------------------------------------------------------
+
+
+def _start(run: RunDir, **train: object) -> int | str:
+    """train.eval_rows of a start with this section, as `train` opens the directory."""
+    section = TrainConfig.model_validate({"steps": 5, **train})
+    eval_rows = run.eval_rows(section)
+    run.open(_text(**{**train, "eval_rows": eval_rows}))
+    run.begin()
+    run.metrics.write_text('{"step": 1, "loss": 1.0}\n')
+    return eval_rows
+
+
+def test_a_run_keeps_its_number_of_evaluated_rows_when_a_start_leaves_it_out(tmp_path):
+    run = RunDir(tmp_path / "run")
+    assert _start(run, eval_rows=16) == 16 == _start(run)
+    assert yaml.safe_load(run.config.read_text())["train"]["eval_rows"] == 16
+    with pytest.raises(UserError, match=r"train\.eval_rows: was 16, now 17"):
+        _start(run, eval_rows=17)
+
+
+def test_a_run_of_before_there_was_a_number_goes_on_with_all_rows(tmp_path):
+    run = _begun(tmp_path / "run")
+    old = yaml.safe_load(_text())
+    del old["train"]["eval_rows"]
+    run.config.write_text(yaml.safe_dump(old, sort_keys=False))
+    with pytest.raises(UserError, match=r"train\.eval_rows: was 'all', now 256"):
+        _start(run, eval_rows=256)
+    assert _start(run) == "all" == _start(run)
+    assert yaml.safe_load(run.config.read_text())["train"]["eval_rows"] == "all"
+
+
+def test_a_start_that_saved_nothing_binds_no_number_of_rows(tmp_path):
+    run = RunDir(tmp_path / "run")
+    assert _start(run, eval_rows=16) == 16
+    run.metrics.unlink()
+    assert _start(run) == 256
+
+
+def test_a_config_that_was_written_by_hand_without_the_number_has_the_default(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.make()
+    run.config.write_text("# my settings\n" + _text().replace("  eval_rows: 256\n", ""))
+    assert _start(run) == 256
+
+
 # --- a config of another version --------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packing import alpaca_like_lengths
 
-from qlora_dist.data.loader import Loader, balance_over_ranks, derive_accumulation, eval_batches, row_costs
+from qlora_dist.data.loader import (
+    Loader,
+    balance_over_ranks,
+    derive_accumulation,
+    draw_rows,
+    eval_batches,
+    row_costs,
+)
 from qlora_dist.data.packing import Example, one_document_per_row, pack_best_fit
 from qlora_dist.errors import UserError
 
@@ -197,6 +204,25 @@ def test_evaluation_sees_every_row_once_and_ranks_get_the_same_number_of_batches
     seen = sorted(row for share in shares for batch in share if batch.num_labels for row in batch.row_indices)
     assert seen == list(range(len(rows)))
     assert sum(b.num_labels for share in shares for b in share) == documents.num_labels.sum()
+
+
+@pytest.mark.parametrize("at_most", [1, 5, 23, 100, "all"])
+def test_every_number_of_ranks_evaluates_the_same_drawn_rows(at_most):
+    documents = FakeDocuments(np.full(23, 40))  # one to a row
+    rows = pack_best_fit(documents.lengths, 64, 0)
+    drawn = draw_rows(len(rows), at_most, seed=7)
+    assert len(drawn) == (23 if at_most == "all" else min(at_most, 23))
+    for world_size in (1, 2, 4):
+        shares = [eval_batches(documents, rows, 2, rank, world_size, drawn) for rank in range(world_size)]
+        assert {len(share) for share in shares} == {-(-len(drawn) // (2 * world_size))}
+        seen = sorted(row for share in shares for batch in share if batch.num_labels for row in batch.row_indices)
+        assert seen == drawn.tolist()
+
+
+def test_the_seed_draws_the_rows_and_they_are_no_prefix():
+    first, same, other = (draw_rows(1000, 100, seed).tolist() for seed in (0, 0, 1))
+    assert first == same != other
+    assert len(set(first)) == 100 and max(first) > 800
 
 
 def test_accumulation_follows_from_the_batch_and_an_invalid_row_count_is_rejected_with_the_nearest_valid_ones():

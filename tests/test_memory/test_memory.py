@@ -252,6 +252,31 @@ def test_the_largest_rows_and_micro_batch_fit_and_the_next_larger_do_not():
         assert plan_memory(tried, shapes, **sizes, recompute=32, micro_rows=count).fits is expected
 
 
+@pytest.mark.parametrize("positions", [100, 1000, 2048])
+def test_no_longer_rows_are_promised_than_the_model_has_positions(positions):
+    shapes, sizes = replace(llama("7B"), max_positions=positions), {"world_size": 1, "device_bytes": 16 * GIB}
+    settings = config(data__row_tokens=4096)
+    tokens = largest_row_tokens(settings, shapes, **sizes)
+    assert positions - 256 < tokens <= positions and tokens % min(256, positions) == 0
+    plan = plan_memory(settings, shapes, **sizes)
+    assert any(f"but the model was built for documents of up to {positions:,} tokens" in one for one in plan.remarks)
+    fitting = config(data__row_tokens=positions)
+    assert not any("was built for" in one for one in plan_memory(fitting, shapes, **sizes).remarks)
+
+
+@pytest.mark.parametrize(("key", "config_json"), [("max_position_embeddings", "llama"), ("n_positions", "gpt2")])
+def test_the_positions_of_a_model_are_read_from_its_config(key, config_json):
+    sizes = {
+        "llama": {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1},
+        "gpt2": {"n_embd": 8, "n_head": 2, "n_layer": 1},
+    }[config_json]
+    raw = {"model_type": config_json, "vocab_size": 16, **sizes}
+    assert shapes_from_config({**raw, key: 512}).max_positions == 512
+    assert shapes_from_config(raw).max_positions is None
+    with pytest.raises(UserError, match="missing or not a number"):
+        shapes_from_config({**raw, key: "many"})
+
+
 def test_if_nothing_fits_the_advice_lists_changes_that_do():
     shapes = llama("65B")
     sizes = {"world_size": 4, "device_bytes": 44 * GIB}

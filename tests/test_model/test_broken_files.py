@@ -10,9 +10,10 @@ import pytest
 from helpers.tiny_models import tiny_config
 from transformers import AutoConfig
 
+from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.memory.read_shapes import read_shapes
-from qlora_dist.model import check_config, load_config, load_tokenizer
+from qlora_dist.model import check_config, load_config
 from qlora_dist.model.weights.safetensors_files import BadFile, WeightFiles
 from qlora_dist.model.weights.sources import open_files
 

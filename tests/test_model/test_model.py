@@ -20,6 +20,7 @@ from helpers.tiny_models import (
 from safetensors.torch import load_file, save_file
 
 from qlora_dist.config.names import resolve_targets
+from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.model import (
     INFERENCE,
@@ -32,7 +33,6 @@ from qlora_dist.model import (
     is_4bit,
     linear_layers,
     load_base,
-    load_tokenizer,
     output_head,
     set_recompute,
 )

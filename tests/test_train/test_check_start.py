@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_a_run_directory_that_is_not_shared_names_who_does_not_see_it():
 def test_the_start_line_names_ranks_nodes_devices_time_and_disk():
     # the second node has the first one's name
     line = describe_start([GPU, GPU, with_changes(network="network 2", collective_seconds=0.0021)], 12 * 2**30)
-    assert line == "3 ranks on 2 nodes: 3 x NVIDIA H100; all-reduce 2.10 ms; 12.0 GiB free for checkpoints"
+    assert line == "3 ranks on 2 nodes: 3 x NVIDIA H100; all-reduce 2.10 ms; 12.00 GiB free for checkpoints"
 
 
 # --- on real ranks ----------------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ FAULTS = {
     "config": ("RunFailed", "has `lr: 0.01`, this one `lr: 0.5`. Start all ranks"),
     "code": ("RunFailed", "has code digest0, torch"),
     "sum": ("RunFailed", "a sum over the 2 ranks should be 3, but rank 1 ("),
-    "disk": ("UserError", "0.00 GiB are free"),
+    "disk": ("UserError", "1.0 MiB are free, 4"),
 }
 
 
@@ -161,8 +162,8 @@ def test_another_folder_of_the_same_name_on_one_rank_is_found_and_nothing_is_lef
 def test_rank_0_says_once_where_the_run_starts(raw, capsys):
     train(config_of(raw))
     said = capsys.readouterr().out
-    assert said.count("1 rank on 1 node: 1 x ") == 1 and "GiB free for checkpoints; code " in said
-    assert "base: 0.00 GiB on each rank, as ddp promises; model.layers." in said
+    assert said.count("machine  1 rank on 1 node: 1 x ") == 1 and "iB free for checkpoints; code " in said
+    assert re.search(r"base: [0-9.]+ KiB on each rank, as ddp promises; model\.layers\.", said)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])

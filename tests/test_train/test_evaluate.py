@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.tiny_models import alone, random_batch, save_model, tiny_model
+from helpers.tiny_run import config_of
 
 from qlora_dist.cluster.stop_signal import StopRequested
+from qlora_dist.cluster.trackers import Trackers
+from qlora_dist.config.run_dir import RunDir
 from qlora_dist.data.packing import Batch
 from qlora_dist.model import base_checksum, decoder_layers, hidden_states, load_base, output_head, set_recompute
 from qlora_dist.model.lora import attach_lora
 from qlora_dist.model.loss import nll_sum
-from qlora_dist.train.evaluation import BATCHES_PER_POLL, evaluate
+from qlora_dist.train.console import Console
+from qlora_dist.train.evaluation import BATCHES_PER_POLL, evaluate, evaluate_if_due
+from qlora_dist.train.metrics import Metrics
+from qlora_dist.train.run import Run
 
 
 class OneRank:
@@ -114,3 +123,28 @@ def test_all_ranks_are_asked_to_stop_every_few_batches_and_a_stop_ends_it() -> N
     with pytest.raises(StopRequested):
         evaluate(model, BATCHES[:1] * 100, nll, Asked(), lambda: seen >= 5)
     assert seen == 2 * BATCHES_PER_POLL and asked == [False, False, True]
+
+
+def test_progress_is_told_after_every_batch() -> None:
+    told: list[tuple[int, int]] = []
+    model = tiny_model()
+    evaluate(model, BATCHES, nll_of(model), OneRank(), progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_the_cost_of_evaluations_is_said_once_from_the_steps_when_none_was_timed(tmp_path: Path) -> None:
+    """Eight batches forward, of steps of two micro-batches that take forward, backward and the recomputed forward."""
+    said = io.StringIO()
+    config = config_of(
+        {"run_dir": str(tmp_path), "model": {"name": "m"}, "data": {"train": [{"path": "d"}]}, "train": {"steps": 100}},
+        train__eval_at_start=False, memory__recompute="full", batch={"rows_per_step": 4, "micro_rows": 1},
+    )  # fmt: skip
+    absent: Any = None
+    metrics = Metrics(RunDir(tmp_path), Console(True, said), 100, Trackers((), ""))
+    world, data = SimpleNamespace(size=2), SimpleNamespace(held_out=BATCHES * 4)
+    run = Run(config, cast(Any, world), absent, absent, cast(Any, data), 100, metrics)
+    for step, seconds in enumerate((900.0, 30.0, 30.0), 1):
+        assert evaluate_if_due(run, absent, step, is_stopping=False) == ({}, False)
+        metrics._seconds.append(seconds)
+        metrics._num_seen += 1
+    assert said.getvalue() == "held-out data: 1 evaluation to come, about 40 s each\n"

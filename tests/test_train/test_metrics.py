@@ -17,21 +17,23 @@ from qlora_dist.data.loader import StepRows
 from qlora_dist.errors import RunFailed
 from qlora_dist.files import write_json, write_text
 from qlora_dist.train.checks.learning import check_first_update
+from qlora_dist.train.console import Console, format_seconds
 from qlora_dist.train.metrics import (
     Metrics,
-    format_seconds,
     median_tokens_per_second,
+    num_evaluations,
     peak_bytes,
     restart_peak,
     step_values,
+    whole_run,
 )
 from qlora_dist.train.step import StepStats
 
 
 def _values(step, **more):
     return {
-        "step": step, "loss": 2.0, "grad_norm": 0.5, "lr": 1e-4, "step_seconds": 1.0, "tokens_per_second": 100.0 + step,
-        "peak_bytes": 2**30, **more,
+        "step": step, "loss": 2.0, "grad_norm": 0.5, "lr": 1e-4, "step_seconds": 0.75, "data_seconds": 0.25,
+        "tokens_per_second": 100.0 + step, "peak_bytes": 2**30, **more,
     }  # fmt: skip
 
 
@@ -47,10 +49,11 @@ def _config(tmp_path, trackers):
     )
 
 
-def _run(tmp_path, steps, start=0, stream=None, is_main=True, tensorboard=False):
+def _run(tmp_path, steps, start=0, stream=None, is_main=True, tensorboard=False, clock=None):
     run = RunDir(tmp_path)
     trackers = ("tensorboard",) if tensorboard else ()
-    with Metrics(run, is_main, 100, Trackers((), ""), stream or io.StringIO()) as metrics:
+    console = Console(is_main, stream or io.StringIO(), clock or (lambda: 0.0))
+    with console, Metrics(run, console, 100, Trackers((), "")) as metrics:
         metrics.start(start, _config(tmp_path, trackers))
         for step in steps:
             metrics.step(_values(step))
@@ -72,29 +75,45 @@ def test_other_ranks_write_and_say_nothing(tmp_path):
     assert stream.getvalue() == "" and not run.metrics.exists()
 
 
-def test_output_is_plain_lines_when_it_is_no_terminal_and_one_line_when_it_is(tmp_path):
+def test_output_is_plain_lines_when_it_is_no_terminal(tmp_path):
     plain = io.StringIO()
     _run(tmp_path, range(1, 50), stream=plain)
     assert "\r" not in plain.getvalue() and len(plain.getvalue().splitlines()) == 1  # the others came within seconds
-    assert plain.getvalue().startswith("step 1/100  loss 2.0000") and "1.00 GiB  left 1:39" in plain.getvalue()
+    start = "step 1/100  loss 2.0000  elapsed 0:00  left 1:39  unsmoothed 2.0000  101 tok/s  1.00 GiB  "
+    assert plain.getvalue() == f"{start}lr 1.00e-04  grad 0.5\n"
 
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
 
-    shown = Terminal()
-    _run(tmp_path, range(1, 50), stream=shown)
-    assert shown.getvalue().count("\r") == 49
+def test_the_smoothed_loss_begins_unbiased_and_follows_slowly(tmp_path):
+    console = Console(True, stream := io.StringIO(), lambda: 0.0)
+    with Metrics(RunDir(tmp_path), console, 3, Trackers((), "")) as metrics:
+        metrics.start(0, _config(tmp_path, ()))
+        for step, loss in enumerate((4.0, 4.0, 1.0), 1):
+            metrics.step(_values(step, loss=loss))
+    first, last = stream.getvalue().splitlines()
+    assert "  loss 4.0000" in first
+    assert f"  loss {4 - 3 * 0.1 / (1 - 0.9**3):.4f}" in last and "unsmoothed 1.0000" in last
+
+
+def test_the_time_left_counts_the_evaluations_to_come(tmp_path):
+    console = Console(True, stream := io.StringIO(), lambda: 0.0)
+    with Metrics(RunDir(tmp_path), console, 100, Trackers((), "")) as metrics:
+        config = _config(tmp_path, ())
+        metrics.start(0, config.model_copy(update={"train": config.train.model_copy(update={"eval_every": 40})}))
+        metrics.eval_seconds = 10.0
+        metrics.step(_values(1))
+    assert f"left {format_seconds(99 + 3 * 10)}" in stream.getvalue()  # after steps 40, 80 and 100
+    assert [num_evaluations(done, 100, 40) for done in (0, 39, 40, 80, 99, 100)] == [3, 3, 2, 1, 1, 0]
+    assert [num_evaluations(done, 100, None) for done in (0, 99, 100)] == [1, 1, 0]
 
 
 def test_tensorboard_gets_train_and_held_out_values(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = RunDir(tmp_path)
-    with Metrics(run, True, 2, Trackers((), ""), io.StringIO()) as metrics:
+    with Metrics(run, Console(True, io.StringIO()), 2, Trackers((), "")) as metrics:
         metrics.start(0, _config(tmp_path, ("tensorboard",)))
         metrics.step(_values(1))
-        metrics.step(_values(2, eval_loss=1.5, eval_perplexity=4.48))
+        metrics.step(_values(2, eval_loss=1.5, eval_perplexity=4.48, eval_seconds=3.0))
     events = EventAccumulator(str(run.tensorboard))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
@@ -182,3 +201,18 @@ def test_a_peak_begins_anew_with_what_is_dead_given_back():
 
 def test_the_peak_of_a_cpu_is_that_of_its_process():
     assert restart_peak(torch.device("cpu")) == peak_bytes(torch.device("cpu")) > 0
+
+
+def test_a_summary_adds_up_the_whole_run():
+    times = {"step_seconds": 1.0, "data_seconds": 0.5}
+    lines = [
+        {"step": 1, "loss": 4.0, "num_labels": 1, **times},
+        {"step": 2, "loss": 1.0, "num_labels": 3, **times, "eval_loss": 2.5, "eval_seconds": 7.0},
+        {"step": 3, "loss": 1.0, "num_labels": 0, **times, "eval_loss": 2.6, "eval_seconds": 7.0},
+        {"step": 4, "loss": float("nan"), "num_labels": 5, "step_seconds": "x", "eval_loss": float("nan")},
+    ]
+    found = whole_run(lines, {"eval_loss": 9.0, "eval_seconds": 10.0})
+    assert found == {"seconds": 28.5, "mean_loss": 7 / 4, "best_eval_loss": 2.5, "best_eval_step": 2}
+    assert whole_run(lines, {"eval_loss": 2.4})["best_eval_step"] == 0
+    nothing = {"seconds": 0, "mean_loss": None, "best_eval_loss": None, "best_eval_step": None}
+    assert whole_run([], {}) == whole_run([], {"eval_loss": "damaged"}) == nothing

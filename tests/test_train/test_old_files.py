@@ -114,6 +114,7 @@ def test_a_run_stopped_half_way_ends_as_it_did_with_the_tokens_that_it_had(capsy
     assert invoke([*TRAIN, "--set", "model.cache_4bit=null"]) == 0
     said = capsys.readouterr().out
     assert f"resuming from {HALF.absolute()} (step 2)" in said and "rejected" not in said
+    assert re.search(r"evaluates [0-9]+ held-out rows", said), "a run of before train.eval_rows evaluates them all"
     _assert_ended_as_recorded()
     _assert_same_tokens(_made_cache())
 

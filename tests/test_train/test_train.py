@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -76,13 +77,18 @@ def test_a_run_in_two_starts_has_the_rates_and_the_summary_of_one(raw, tmp_path)
     for run in (whole, broken):
         assert [line["lr"] for line in metrics_of(run)] == [5e-3, 1e-2, 1e-2, 1e-2]
     first, second = (json.loads((run / "summary.json").read_text()) for run in (whole, broken))
-    for key in ("step", "total_tokens", "total_labels", "loss", "eval_loss", "eval_loss_start"):
+    for key in ("step", "total_tokens", "total_labels", "loss", "mean_loss", "eval_loss", "eval_loss_start"):
         assert second[key] == first[key], key
+    state = json.loads((broken / "checkpoints" / "step-00000002" / "state.json").read_text())
+    assert second["started"] == state["started"] <= second["ended"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", second["ended"])
+    assert second["seconds"] > sum(line["step_seconds"] for line in metrics_of(broken)) > 0
+    assert (second["best_eval_loss"], second["best_eval_step"]) == (second["eval_loss"], 4)
     assert first["total_tokens"] == sum(line["tokens"] for line in metrics_of(whole))
     assert first["total_labels"] == sum(line["num_labels"] for line in metrics_of(whole)) != first["total_tokens"]
 
 
-def test_a_stopped_run_says_by_what(raw, monkeypatch):
+def test_a_stopped_run_says_by_what_and_the_log_has_what_was_said(raw, monkeypatch, capsys):
     import os
     import signal
 
@@ -98,11 +104,17 @@ def test_a_stopped_run_says_by_what(raw, monkeypatch):
     monkeypatch.setattr(trainer, "train_step", stopping)
     stopped = train(config_of(raw))
     monkeypatch.undo()
+    log = Path(raw["run_dir"], "train.log").read_text()
+    said = capsys.readouterr().out
+    assert said in log and f"\nstopped by SIGUSR1 after step {stopped.step}; checkpoint saved in " in log
+    assert [line[:9] for line in said.splitlines()[:4]] == ["machine  ", "data     ", "steps    ", "memory   "]
     assert stopped.stopped_by == "SIGUSR1" and stopped.step in (2, 3)  # the step at hand, or the next one
     names = [path.name for path in (Path(raw["run_dir"]) / "checkpoints").iterdir()]
     assert names == [f"step-{stopped.step:08d}"]
     whole = train(config_of(raw))
     assert (whole.step, whole.stopped_by) == (5, None)
+    both = Path(raw["run_dir"], "train.log").read_text()
+    assert both.startswith(log) and capsys.readouterr().out in both[len(log) :]
 
 
 def test_an_adapter_that_gets_no_gradient_ends_a_run_after_its_first_update(raw, monkeypatch):
@@ -118,6 +130,7 @@ def test_an_adapter_that_gets_no_gradient_ends_a_run_after_its_first_update(raw,
     monkeypatch.setattr(trainer, "train_step", losing)
     with pytest.raises(RunFailed, match=r"after the first update 1 of 14 LoRA B matrices are still zero"):
         train(config_of(raw))
+    assert "\nerror: after the first update 1 of 14" in Path(raw["run_dir"], "train.log").read_text()
     assert metrics_of(raw["run_dir"]) == []
 
 
@@ -232,6 +245,22 @@ def test_a_run_says_which_fields_nothing_reads_and_which_rows_are_trained_on_and
     output = capsys.readouterr().out
     assert output.count("warning: 10 of 10 evaluation examples also occur in the training data") == 1
     assert output.count(f"fields that nothing reads (number of records): {data}: id (1)") == 1
+
+
+def test_evaluations_use_the_same_few_rows_on_every_number_of_ranks_and_say_so(raw, tmp_path, capsys):
+    """Packed into other rows they would be other documents: one document to a row here."""
+    held_out = {**raw["data"]["train"][0], "path": raw["data"]["train"][0]["path"].replace("train", "held_out")}
+    raw = changed(raw, data__eval=[held_out], data__packing=False, train__steps=1)
+    losses = {}
+    for num_ranks, eval_rows in ((1, "all"), (1, 5), (2, 5)):
+        run_dir = tmp_path / f"{num_ranks}-{eval_rows}"
+        sized = changed(raw, run_dir=str(run_dir), train__eval_rows=eval_rows)
+        on_ranks(_train, num_ranks, sized)
+        losses[num_ranks, eval_rows] = json.loads((run_dir / "eval_start.json").read_text())["eval_loss"]
+    assert losses[2, 5] == pytest.approx(losses[1, 5], rel=1e-6)
+    assert losses[1, 5] != pytest.approx(losses[1, "all"], rel=1e-3)
+    train(config_of(raw, train__eval_rows=5))
+    assert capsys.readouterr().out.count("evaluates 5 of 12 held-out rows (train.eval_rows)") == 1
 
 
 def test_summary_and_metrics_hold_what_they_promise(raw):

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from ...config import RunConfig
 from ...data.documents import Documents, split_sources
+from ...data.from_config import build_rows, documents_of
 from ...errors import printable
-from ...train.setup_data import build_rows, documents_of
 from ..screen import styled
 from .html import write_html
 from .measure import Audit, Run, Sample, audit, sample_of

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from ...files import GIB
+from ...files import format_bytes
 from .finding import Finding, reason
 
 # Root mean square error of NF4 (blocks of 64, double quantization) on normally distributed weights, relative to their
@@ -76,7 +76,7 @@ def _describe_gpu(index: int) -> Finding:
     properties = torch.cuda.get_device_properties(index)
     subject = f"GPU {index}"
     found = (
-        f"{properties.name}, {properties.total_memory / GIB:.1f} GiB, "
+        f"{properties.name}, {format_bytes(properties.total_memory)}, "
         f"compute capability {properties.major}.{properties.minor}"
     )
     if properties.major < 8:

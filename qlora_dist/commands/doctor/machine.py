@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...cluster.own_address import described_interfaces, interfaces, is_loopback, resolve
-from ...files import GIB
+from ...files import GIB, format_bytes
 from .finding import Finding
 
 MIN_DISK_BYTES = 20 * GIB  # a 7B base in 16 bit is 13 GiB to download, a checkpoint with its optimizer state about 2
@@ -30,9 +30,9 @@ def check_machine() -> Iterator[Finding]:
 
 def _check_space(subject: str, path: Path, least: int, advice: str) -> Finding:
     usage = shutil.disk_usage(path)
-    found = f"{usage.free / GIB:.1f} GiB free of {usage.total / GIB:.1f} GiB ({path})"
+    found = f"{format_bytes(usage.free)} free of {format_bytes(usage.total)} ({path})"
     if usage.free < least:
-        return Finding("warn", subject, f"{found}, less than {least / GIB:.0f} GiB", advice)
+        return Finding("warn", subject, f"{found}, less than {format_bytes(least)}", advice)
     return Finding("ok", subject, found)
 
 

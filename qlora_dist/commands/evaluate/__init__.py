@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,17 +11,19 @@ import torch
 from ...cluster.world import World
 from ...config import DataConfig, load_config
 from ...data.documents import split_sources
+from ...data.from_config import build_rows
 from ...data.loader import eval_batches
 from ...data.packing import Batch
 from ...errors import UserError
 from ...model import check_head, hidden_states, output_head
 from ...model.lora import load_adapters
 from ...model.loss import nll_sum
+from ...train.console import Console, count
 from ...train.evaluation import EvalResult, evaluate
 from ...train.metrics import format_evaluation
-from ...train.setup_data import build_rows, documents_on_ranks
+from ...train.setup_data import documents_on_ranks
 from ..trained import Trained, find_trained, load_trained_base
-from .mmlu import MmluResult, read_questions, score
+from .mmlu import MmluResult, Question, read_questions, score
 from .mmlu import describe as describe_mmlu
 
 
@@ -62,13 +65,34 @@ def evaluate_trained(
     questions = read_questions(mmlu.folder, mmlu.split) if mmlu is not None else []
     worked = read_questions(mmlu.folder, "dev") if mmlu is not None and mmlu.shots else []
     world = World.init()
+    with Console(world.rank == 0, sys.stderr) as console, console.watched(lambda: world.status):
+        results = _measured(world, console, trained, held_out, questions, worked, micro_rows, with_base, mmlu)
+    world.close()
+    return results
+
+
+def _measured(
+    world: World,
+    console: Console,
+    trained: Trained,
+    held_out: tuple[DataConfig, int] | None,
+    questions: list[Question],
+    worked: list[Question],
+    micro_rows: int,
+    with_base: bool,
+    mmlu: MmluTask | None,
+) -> dict[str, Evaluation]:
+    """Results by name. Progress goes to stderr: stdout is for results."""
     tokenizer = trained.load_tokenizer()
     batches: list[Batch] = []
     if held_out is not None:
         data, seed = held_out
         _, sources = split_sources(data.train, data.eval)
         documents = documents_on_ranks(data, sources, tokenizer, world, "data.eval", seed)
-        batches = eval_batches(documents, build_rows(data, documents, seed), micro_rows, world.rank, world.size)
+        rows = build_rows(data, documents, seed)
+        batches = eval_batches(documents, rows, micro_rows, world.rank, world.size)
+        console.print(f"{count(len(documents), 'held-out example')} in {count(len(rows), 'row')}")
+    world.set_status(f"loading {trained.model.name}")
     module = load_trained_base(trained, world.device, trained.model.attention)
     check_head(module)
     head = output_head(module)
@@ -80,8 +104,10 @@ def evaluate_trained(
     def label_logits(batch: Batch) -> torch.Tensor:
         return head.logits(hidden_states(module, batch)[batch.label_positions])
 
-    def measure() -> Evaluation:
-        result = evaluate(module, batches, batch_nll, world) if batches else None
+    def measure(name: str) -> Evaluation:
+        world.set_status(f"evaluating the {name} model")
+        progress = console.counting(f"{name} model, batch")
+        result = evaluate(module, batches, batch_nll, world, progress=progress) if batches else None
         scored = None
         if mmlu is not None:
             scored = score(
@@ -96,16 +122,16 @@ def evaluate_trained(
                 world=world,
                 rank=world.rank,
                 world_size=world.size,
+                progress=console.counting(f"{name} model, MMLU batch"),
             )
         return Evaluation(result, scored)
 
     results = {}
     if with_base and trained.adapter is not None:
-        results["base"] = measure()
+        results["base"] = measure("base")
     if trained.adapter is not None:
         module = load_adapters(module, {"trained": trained.adapter})
-    results["trained"] = measure()
-    world.close()
+    results["trained"] = measure("trained")
     return results
 
 

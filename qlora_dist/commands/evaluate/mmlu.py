@@ -131,6 +131,7 @@ def score(
     world: SumsOverRanks,
     rank: int,
     world_size: int,
+    progress: Callable[[int, int], None] | None = None,  # called with (batches done, all) between them
 ) -> MmluResult:
     """Accuracy over all questions. Every rank calls it with the same arguments except `rank`.
 
@@ -152,7 +153,10 @@ def score(
     counts = torch.zeros(len(subjects), 2, dtype=torch.float64)  # right, all
     choices = torch.tensor(letters, device=world.device)
     with evaluation_mode(model):
-        for batch in eval_batches(prompts, rows, micro_rows, rank, world_size):
+        batches = eval_batches(prompts, rows, micro_rows, rank, world_size)
+        for done, batch in enumerate(batches):
+            if progress is not None and done:
+                progress(done, len(batches))
             logits = label_logits(batch.to(world.device))  # also for filler: a sharded base is gathered by all ranks
             if not batch.num_labels:
                 continue

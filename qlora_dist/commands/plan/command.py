@@ -31,7 +31,7 @@ def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json:
         write_json(plan.to_json() | _extra_json(device, limits, speed, trace), indent=1)
         return
     lines = list(plan_lines(plan))
-    lines += _where_it_fits(plan) if device is None else _limit_lines(limits, speed)
+    lines += _where_it_fits(plan) if device is None else _limit_lines(limits, shapes, speed)
     if trace is not None:
         lines += ["", f"Simulated peak of all tensors: {format_bytes(trace['peak_bytes'])} ({trace['peak_at']});"]
         lines += [f"  {name:<28}{format_bytes(size):>10}" for name, size in trace["categories"].items()]
@@ -72,9 +72,10 @@ def _extra_json(
     }
 
 
-def _limit_lines(limits: dict[str, int], speed: Speed | None) -> list[str]:
+def _limit_lines(limits: dict[str, int], shapes: ModelShapes, speed: Speed | None) -> list[str]:
     tokens, rows = limits["largest_row_tokens"], limits["largest_micro_rows"]
-    lines = ["", f"Longest rows that fit: {tokens:,} tokens (micro-batches of one row, every layer recomputed)"]
+    of_all = f", of the model's {shapes.max_positions:,} positions" if shapes.max_positions else ""
+    lines = ["", f"Longest rows that fit: {tokens:,} tokens{of_all} (micro-batches of one row, every layer recomputed)"]
     lines += [f"Largest micro-batch that fits: {rows:,} rows (every layer recomputed)"]
     if speed is not None:
         lines += [f"About {speed.tokens_per_second:,.0f} tokens/s ({speed.assumptions})"]

@@ -21,17 +21,12 @@ from transformers import GenerationConfig
 
 from ...cluster.file_lock import build_once
 from ...config.quantization import Quantization
+from ...data.tokenizer import expanded, load_tokenizer, where_to_read
 from ...errors import MachineFailed, UserError
 from ...files import check_manifest, folder_aside, identity, write_manifest
 from ..bitsandbytes_import import bitsandbytes
 from ..experts import PackedExperts, packed_experts
-from ..pretrained import (
-    expanded,
-    load_config,
-    load_tokenizer,
-    quantization_settings,
-    where_to_read,
-)
+from ..pretrained import load_config, quantization_settings
 from .quantize import Range
 from .safetensors_files import file_digest
 from .sources import WeightSource, open_files, weight_paths

@@ -21,9 +21,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from ...config.json_file import read_json_object
+from ...data.tokenizer import expanded, first_line, where_to_read
 from ...errors import UserError, shortened
 from ..experts import packed_experts
-from ..pretrained import expanded, first_line, where_to_read
 from .safetensors_files import BadFile, WeightFiles
 
 RANDOM_CHUNK = 2**20  # weights per seed: a part of a weight does not depend on how it is split

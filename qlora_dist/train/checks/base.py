@@ -13,6 +13,7 @@ from torch import nn
 
 from ...config.quantization import Quantization, quantized_bytes
 from ...errors import RunFailed
+from ...files import format_bytes
 from ...model import is_4bit, linear_layers, load_config, packed_experts, plain_name, stacked_experts, unwrap
 from ...model.check_config import build_on_meta
 from ...model.weights.original import (
@@ -101,13 +102,13 @@ def check_base_bytes(held: list[tuple[str, int]], promised: int, strategy: str, 
     or never.
     """
     wrong = [
-        f"rank {rank} ({host}) holds {num_bytes / 2**20:,.1f} MiB"
+        f"rank {rank} ({host}) holds {format_bytes(num_bytes)}"
         for rank, (host, num_bytes) in enumerate(held)
         if abs(num_bytes - promised) > slack * promised + 4096
     ]
     if wrong:
         raise RunFailed(
-            f"strategy {strategy} promises {promised / 2**20:,.1f} MiB of base weights on each rank, but "
+            f"strategy {strategy} promises {format_bytes(promised)} of base weights on each rank, but "
             f"{'; '.join(wrong[:4])}{f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''}: the base is not "
             "quantized or not sharded as model.quantization and strategy.name require. Nothing was trained"
         )
