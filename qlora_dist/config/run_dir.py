@@ -37,6 +37,9 @@ class RunDir:
         self.adapter = path / "adapter"
         self.model = path / "model"  # of full fine-tuning
         self.summary = path / "summary.json"
+        self.history = path / "history.jsonl"  # starts and ends
+        self.samples = path / "samples.json"  # answers before and after, where something wrote them
+        self.report = path / "report.html"
         self.completed = path / "completed"
         self._pending: str | None = None  # the config of this start until `begin`
         self._has_moved = False  # whether its paths still have to be compared with those of the run by content
@@ -172,7 +175,7 @@ class RunDir:
 
     def _remove_leftovers(self) -> None:
         """What a start that was killed left half-written: names that only this package makes."""
-        names = [path.name for path in (self.lock, *self._files())]
+        names = [path.name for path in (self.lock, self.report, *self._files())]
         folders = [path.name for path in (self.adapter, self.model)]
         made = re.compile(
             r"\.(write-test-.*|seen-.*|({})\..*|({})\.incomplete.*)".format(

@@ -8,16 +8,18 @@ setup_model      4-bit base -> adapters -> optimizer and reduction (strategy)
 step             one optimizer update
 evaluation       held-out loss, by the loss code of training
 save_and_resume  checkpoints, results; checkpoint: their files; prompt_format: the template that goes with them
-metrics, checks  what is reported, what is checked
+metrics, checks  what is reported, what is checked; run_page: the page of the run
 """
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from ..cluster.stop_signal import StopSignal
 from ..cluster.trackers import Trackers
 from ..config import RunConfig
+from ..config.run_dir import RunDir
 from .check_start import check_run
 from .checks.learning import check_first_update
 from .evaluation import evaluate_at_start, evaluate_missed, evaluate_unless_stopped
@@ -25,6 +27,7 @@ from .fit_memory import resolve_auto, try_longest
 from .metrics import Metrics, restart_peak, step_values
 from .out_of_memory import explain_out_of_memory
 from .run import Run, TrainState, join_ranks, open_run_dir, report_completed, report_stopped
+from .run_page import RunPage
 from .save_and_resume import begin, finish, save
 from .setup_data import build_data, count_steps
 from .setup_model import build_model, check_base
@@ -40,6 +43,7 @@ def train(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Train
     # 1. join the ranks, open the run directory
     with (
         StopSignal() as stop,
+        RunPage(RunDir(Path(config.run_dir)), stop) as page,
         join_ranks(config, stop) as world,
         Trackers(config.logging.trackers, config.run_dir) as trackers,
         open_run_dir(config, world, resume, fresh) as (run_dir, config),
@@ -56,7 +60,7 @@ def train(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Train
         data = build_data(config, world)
         num_steps = count_steps(config, data)
         with (
-            Metrics(run_dir, world.is_main, num_steps, trackers) as metrics,
+            Metrics(run_dir, world.is_main, num_steps, trackers, page) as metrics,
             explain_out_of_memory(fit, world) as progress,
         ):
             run = Run(config, world, run_dir, stop, data, num_steps, metrics)
@@ -69,7 +73,7 @@ def train(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Train
             model.build_peak_bytes = restart_peak(world.device)
 
             # 5. resume from the newest checkpoint
-            state = begin(run, model, resume)
+            state = begin(run, model, resume, fit.plan)
             try_longest(run, model, state, progress)
             loss_at_start = evaluate_at_start(run, model, state)
             evaluate_missed(run, model, state)

@@ -113,6 +113,7 @@ def evaluate_at_start(run: Run, model: TrainingModel, state: TrainState) -> dict
             write_json(kept, values)
 
     run.world.from_main(keep)
+    run.metrics.page.add_held_out(0, values)
     run.metrics.print(f"before training: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
     return values
 

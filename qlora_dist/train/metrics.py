@@ -23,6 +23,7 @@ from ..config.run_dir import RunDir, num_damaged_metrics, read_metrics
 from ..data.loader import StepRows
 from ..errors import os_errors
 from ..files import GIB, write_text
+from .run_page import RunPage
 from .step import StepStats
 
 PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal
@@ -74,12 +75,20 @@ class Metrics:
     """Context manager that records each step's values. Ranks other than 0 only take part in the trackers."""
 
     def __init__(
-        self, run_dir: RunDir, is_main: bool, num_steps: int, trackers: Trackers, stream: TextIO | None = None
+        self,
+        run_dir: RunDir,
+        is_main: bool,
+        num_steps: int,
+        trackers: Trackers,
+        page: RunPage,
+        stream: TextIO | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._is_main = is_main
         self._num_steps = num_steps
         self._trackers = trackers
+        self.page = page
+        self._said: list[str] = []  # before the first step
         self._stream = stream if stream is not None else sys.stdout
         self._is_terminal = self._stream.isatty()
         self._file: TextIO | None = None
@@ -87,9 +96,10 @@ class Metrics:
         self._last_line = -1e9
         self._seconds: list[float] = []
 
-    def start(self, step: int, config: RunConfig) -> None:
+    def start(self, step: int, config: RunConfig, **of_start: Any) -> None:
         """Opens the files for a run that continues after `step` updates, and starts the trackers. Lines of later steps,
-        written before an interruption, are removed: every step appears in metrics.jsonl once."""
+        written before an interruption, are removed: every step appears in metrics.jsonl once. `of_start`: for the
+        history of the run."""
         self._trackers.start(config.logging.project, config.model_dump(mode="json"))
         if not self._is_main:
             return
@@ -101,6 +111,7 @@ class Metrics:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._writer = SummaryWriter(str(self._run_dir.tensorboard), purge_step=step + 1)
+        self.page.begin(step, num_steps=self._num_steps, said="\n".join(self._said), **of_start)
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:
         if self._file is not None:
@@ -125,6 +136,7 @@ class Metrics:
         lines[-1] |= values
         with self._disk_errors():
             self._rewrite(lines)
+        self.page.add_held_out(lines[-1]["step"], values)
         self.print(f"step {lines[-1]['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
 
     def __enter__(self) -> Metrics:
@@ -146,12 +158,16 @@ class Metrics:
         with self._disk_errors():
             self._write(values)
         self._progress(values)
+        self.page.add(values)
         if "eval_loss" in values:
+            self.page.draw()
             self.print(f"step {values['step']}: {format_evaluation(values['eval_loss'], values['eval_perplexity'])}")
 
     def print(self, text: str) -> None:
         """A line for the user, after the progress line."""
         if self._is_main:
+            if not self._seconds:
+                self._said.append(text)
             self._end_line()
             print(text, file=self._stream, flush=True)
 

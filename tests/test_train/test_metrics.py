@@ -25,6 +25,7 @@ from qlora_dist.train.metrics import (
     restart_peak,
     step_values,
 )
+from qlora_dist.train.run_page import RunPage
 from qlora_dist.train.step import StepStats
 
 
@@ -50,7 +51,7 @@ def _config(tmp_path, trackers):
 def _run(tmp_path, steps, start=0, stream=None, is_main=True, tensorboard=False):
     run = RunDir(tmp_path)
     trackers = ("tensorboard",) if tensorboard else ()
-    with Metrics(run, is_main, 100, Trackers((), ""), stream or io.StringIO()) as metrics:
+    with Metrics(run, is_main, 100, Trackers((), ""), RunPage(run, StopSignal()), stream or io.StringIO()) as metrics:
         metrics.start(start, _config(tmp_path, trackers))
         for step in steps:
             metrics.step(_values(step))
@@ -91,7 +92,7 @@ def test_tensorboard_gets_train_and_held_out_values(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = RunDir(tmp_path)
-    with Metrics(run, True, 2, Trackers((), ""), io.StringIO()) as metrics:
+    with Metrics(run, True, 2, Trackers((), ""), RunPage(run, StopSignal()), io.StringIO()) as metrics:
         metrics.start(0, _config(tmp_path, ("tensorboard",)))
         metrics.step(_values(1))
         metrics.step(_values(2, eval_loss=1.5, eval_perplexity=4.48))
