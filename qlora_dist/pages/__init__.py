@@ -3,6 +3,7 @@
 curves     the numbers of a run as a bounded number of points; history: its starts and ends
 run_files  what a run directory says, read for a page
 report     the page of one run, or of several laid over each other
+bars       horizontal bars, as boxes of HTML
 render     templates, escaping, the content security policy; assets/: look.css, charts.js, uPlot
 
 Charts are uPlot's (MIT, see assets/README.md): its script travels in the wheel and in each page with charts. It was
@@ -18,10 +19,21 @@ A page is opened on a phone, or copied from a cluster: it should be small, and l
 its script (a viewer that runs none) it still has every table.
 """
 
+from .bars import Bar, BarChart
 from .curves import Curves
 from .history import append_event
 from .render import render
 from .report import write_report
 from .run_files import holds_run, read_curves, read_run
 
-__all__ = ["Curves", "append_event", "holds_run", "read_curves", "read_run", "render", "write_report"]
+__all__ = [
+    "Bar",
+    "BarChart",
+    "Curves",
+    "append_event",
+    "holds_run",
+    "read_curves",
+    "read_run",
+    "render",
+    "write_report",
+]

@@ -22,14 +22,14 @@ HERE = Path(__file__).parent
 SCRIPTS = ("uPlot.iife.min.js", "charts.js")
 
 
-def render(template: str, *, scripts: tuple[str, ...] = (), **values: Any) -> str:
-    """The page of a template in templates/, with these of the package's scripts inside."""
+def render(template: str, *, scripts: tuple[str, ...] = (), folder: Path | None = None, **values: Any) -> str:
+    """The page of a template in templates/ (or in `folder`), with these of the package's scripts inside."""
     texts = [_asset(name) for name in scripts]
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {_sources(hashes)}"
     # scripts and styles are this package's own files
     return (
-        _environment()
+        _environment(folder)
         .get_template(template)
         .render(
             policy=policy,
@@ -50,9 +50,9 @@ def _asset(name: str) -> str:
 
 
 @functools.cache
-def _environment() -> Environment:
+def _environment(folder: Path | None) -> Environment:
     return Environment(
-        loader=FileSystemLoader(HERE / "templates"),
+        loader=FileSystemLoader([HERE / "templates", *([] if folder is None else [folder])]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
