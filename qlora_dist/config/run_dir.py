@@ -235,7 +235,7 @@ class RunDir:
                 return text, str(path)
         own = {self.lock}
         if not self._holds_progress():  # what a start makes before it saves anything
-            own |= {self.checkpoints, self.tensorboard, self.metrics, self.eval_at_start}
+            own |= {self.checkpoints, self.tensorboard, self.metrics, self.eval_at_start, self.history, self.report}
         # hidden names are those of file systems and desktops
         others = sorted(e.name for e in self.path.iterdir() if e not in own and not e.name.startswith("."))[:5]
         if others:

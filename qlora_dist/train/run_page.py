@@ -51,6 +51,7 @@ class RunPage:
         """Writes the page as of now."""
         if self._curves is not None:
             with self._never_fails():
+                self._run_dir.require_present()  # not into what has taken its place
                 run = read_run(self._run_dir.path, self._curves)
                 write_report([run], self._run_dir.report, is_running=not self._has_ended)
 
@@ -63,6 +64,7 @@ class RunPage:
             return
         self._has_ended = True
         with self._never_fails():
+            self._run_dir.require_present()
             append_event(self._run_dir.history, "end", step=self._step, kind=kind, text=text)
         self.draw()
 

@@ -125,6 +125,22 @@ def test_a_page_that_cannot_be_written_is_said_once_and_ends_nothing(watched, mo
     assert "step</dt><dd>5" in run.report.read_text()
 
 
+def test_nothing_is_written_where_the_directory_was_replaced(watched, monkeypatch):
+    steps = trainer.train_step
+    run = _run_dir(watched)
+
+    def replacing(*arguments, **options):
+        if options["step"] == 1:
+            shutil.rmtree(run.path)
+            run.path.mkdir()
+        return steps(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "train_step", replacing)
+    with pytest.raises(RunFailed, match="was removed or replaced"):
+        train(config_of(watched))
+    assert not run.report.exists() and not run.history.exists()
+
+
 def test_curves_of_a_run_are_those_of_its_file(watched, monkeypatch):
     """Points that were added while it ran, and those of the lines that it left: also after a resume."""
     made = []
