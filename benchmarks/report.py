@@ -8,7 +8,6 @@ Every table row links to its raw file, and every number comes from one. A raw fi
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import sys
 from dataclasses import dataclass, field
@@ -16,21 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist.errors import UserError
+from qlora_dist.pages import render
 
 from . import sections
 from .null import sections as null_sections
 from .provenance import FIELDS, ROOT
 
 LEAST_FIELDS = ("commit", "command", "date", "versions")
-STYLE = """
-body{font-family:system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;line-height:1.45;
-color:#1a1a1a;background:#fff}
-table{border-collapse:collapse;font-size:14px;margin:1em 0;display:block;overflow-x:auto}
-th,td{border-bottom:1px solid #8885;padding:3px 9px;text-align:left;white-space:nowrap}
-td.number{text-align:right;font-variant-numeric:tabular-nums}
-svg{max-width:100%;height:auto;margin:.6em 0}code{font-size:90%}
-@media(prefers-color-scheme:dark){body{color:#ddd;background:#161616}a{color:#8ab4f8}}
-"""
 
 
 @dataclass
@@ -101,21 +92,22 @@ INTRODUCTION = (
 
 
 def to_html(parts: list[sections.Section]) -> str:
-    body = [f"<h1>Results of qlora_dist</h1><p>{_inline(INTRODUCTION)}</p>"]
-    for part in parts:
-        body.append(f"<h2>{html.escape(part.title)}</h2>")
-        body += [f"<p>{_inline(part.text)}</p>"] if part.text else []
-        body += part.charts
-        for table in part.tables:
-            body.append(f"<h3>{html.escape(table.title)}</h3>" if table.title else "")
-            head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
-            rows = "".join("<tr>" + "".join(map(_cell_html, row)) + "</tr>" for row in table.rows)
-            body.append(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Results of qlora_dist</title>'
-        '<link rel="icon" href="data:,"><meta name="viewport" content="width=device-width">'
-        f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
+    """The page, by templates/results.html and the look of the package's pages."""
+    views = [
+        {
+            "title": part.title,
+            "text": _inline(part.text),
+            "charts": part.charts,
+            "tables": [
+                {"title": table.title, "header": table.header, "rows": [[*map(_cell, row)] for row in table.rows]}
+                for table in part.tables
+            ],
+        }
+        for part in parts
+    ]
+    title = "Results of qlora_dist"
+    folder = Path(__file__).parent / "templates"
+    return render("results.html", folder=folder, title=title, introduction=_inline(INTRODUCTION), parts=views) + "\n"
 
 
 def _cell_markdown(value: Any) -> str:
@@ -124,16 +116,20 @@ def _cell_markdown(value: Any) -> str:
     return sections.shown(value).replace("|", "\\|")
 
 
-def _cell_html(value: Any) -> str:
+def _cell(value: Any) -> dict[str, Any]:
+    """A cell of the page: its text in pieces, the target of a link, and its kind."""
     if isinstance(value, sections.Link):
-        return f'<td><a href="{html.escape(value.path)}">{html.escape(value.text)}</a></td>'
-    kind = ' class="number"' if isinstance(value, int | float) and not isinstance(value, bool) else ""
-    return f"<td{kind}>{html.escape(sections.shown(value))}</td>"
+        return {"text": [value.text], "path": value.path, "kind": "short"}
+    text = sections.shown(value)
+    kind = "longest" if len(text) > 120 else "long" if len(text) > 40 else "short"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        kind = "n"
+    return {"text": _inline(text), "path": "", "kind": kind}
 
 
-def _inline(text: str) -> str:
-    parts = html.escape(text).split("`")
-    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+def _inline(text: str) -> list[str]:
+    """Pieces of text; those at odd places are code."""
+    return text.split("`")
 
 
 def main() -> None:

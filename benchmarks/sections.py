@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora_dist.pages import BarChart
+
 from .cells import Cell
 from .charts import Bar, bar_chart, number
 from .figures import out_of_memory
@@ -31,7 +33,7 @@ class Section:
     title: str
     text: str = ""
     tables: list[Table] = field(default_factory=list)
-    charts: list[str] = field(default_factory=list)
+    charts: list[BarChart] = field(default_factory=list)
 
 
 def shown(value: Any) -> str:
@@ -77,7 +79,7 @@ def _is_same(result: dict[str, Any]) -> bool | None:
     return None if same is None else same["is_same"]
 
 
-def _rate_bars(title: str, results: list[dict[str, Any]]) -> str:
+def _rate_bars(title: str, results: list[dict[str, Any]]) -> BarChart:
     bars = []
     for result in results:
         values = result["figures"]["tokens_per_second"]

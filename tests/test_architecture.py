@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "qlora_dist"
 LEVELS = [
     ["__init__", "errors", "files"],
     ["config", "cluster"],
-    ["data", "optim"],
+    ["data", "optim", "pages"],
     ["model"],
     ["memory"],
     ["train"],
@@ -20,7 +20,7 @@ LEVELS = [
     ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-FOLDERS = {"config", "cluster", "data", "optim", "model", "memory", "train", "commands"}
+FOLDERS = {"config", "cluster", "data", "optim", "model", "memory", "pages", "train", "commands"}
 
 # Library -> the files that may import it. doctor looks at what is installed: it may import anything.
 HOMES = {
@@ -38,6 +38,8 @@ HOMES = {
     "safetensors": ["model/*", "train/checkpoint.py", "train/trained_weights.py", "commands/verify/*"],
     "tensorboard": ["train/metrics.py"],
     "torch.utils.tensorboard": ["train/metrics.py"],
+    "jinja2": ["pages/render.py"],
+    "markupsafe": ["pages/render.py"],
     "click": ["commands/__init__.py", "commands/group.py", "commands/on_*.py"],
 }
 FREE = "commands/doctor/*"

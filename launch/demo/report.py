@@ -1,7 +1,7 @@
 """Step 5 of 5: exact match on held-out prompts before and after fine-tuning, and with the merged model.
 
-Adds `exact_match_before` and `exact_match_after` to the run's summary.json. Stock PEFT reads the adapter and stock
-transformers the merged model, so the saved files load elsewhere too.
+Adds `exact_match_before` and `exact_match_after` to the run's summary.json, and samples to its page. Stock PEFT reads
+the adapter and stock transformers the merged model, so the saved files load elsewhere too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tasks import BASE_DIR, DATA_DIR, MERGED_DIR, NEW_TASK, RUN_DIR
 
 from qlora_dist.files import write_json
 from qlora_dist.model import INFERENCE, load_base  # before peft and transformers: it imports bitsandbytes quietly
+from qlora_dist.pages import read_run, write_report
 
 from peft import PeftModel  # isort: skip
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # isort: skip
@@ -23,6 +24,7 @@ from transformers.utils import logging  # isort: skip
 
 MAX_BEFORE, MIN_AFTER = 0.20, 0.80  # the demo's pass criteria
 NUM_SAMPLES = 5
+NUM_PAGE_SAMPLES = 20
 MAX_ANSWER_TOKENS = 8  # six letters, the end token, and one more to see that it stopped
 
 
@@ -90,6 +92,14 @@ def main() -> None:
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
     write_json(summary_path, {**summary, "exact_match_before": scores["before"], "exact_match_after": scores["after"]})
     print(f"\n{summary_path}: exact_match_before and exact_match_after added")
+    rows = zip(new, answered["before"], answered["after"], strict=False)  # `answered` goes on with what the base knew
+    samples = [
+        {"prompt": record["input"], "before": before, "after": after, "expected": record["output"]}
+        for record, before, after in rows
+    ]
+    write_json(RUN_DIR / "samples.json", samples[:NUM_PAGE_SAMPLES])
+    write_report([read_run(RUN_DIR)], RUN_DIR / "report.html")
+    print(f"{RUN_DIR / 'report.html'}: the page of the run")
     if scores["before"] > MAX_BEFORE or min(scores["after"], scores["merged"]) < MIN_AFTER:
         sys.exit(f"expected at most {MAX_BEFORE:.0%} before and at least {MIN_AFTER:.0%} after tuning and merging")
 

@@ -170,6 +170,26 @@ def merge(
 
 
 @cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN...]", type=click.Path())
+@click.option(
+    "--out", type=click.Path(), metavar="FILE", help="The page to write (default: report.html in the one RUN)."
+)
+def report(runs: tuple[str, ...], out: str | None) -> None:
+    """Draw the page of a run again from its files, or lay several runs over each other in one page.
+
+    A page is one HTML file that needs no network. While a run trains it draws its own; this needs no torch and no GPU.
+
+    \b
+    Example:
+      qlora-dist report runs/alpaca-7b
+      qlora-dist report runs/alpaca-7b runs/alpaca-7b-r16 --out compared.html
+    """
+    from .report import report as run_report
+
+    click.echo(run_report(runs, out))
+
+
+@cli.command()
 @click.argument("model")
 @click.argument("out", type=click.Path())
 @click.option("--quantization", type=click.Choice(["nf4", "fp4"]), default="nf4", show_default=True)

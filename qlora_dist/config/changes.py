@@ -168,7 +168,7 @@ def _find(config: dict[str, Any], location: tuple[int | str, ...]) -> tuple[str,
 
 def is_dumped(text: str) -> bool:
     """Whether a config was written by this package and not by hand."""
-    return yaml.safe_dump(yaml.load(text, Loader=BoundedLoader), sort_keys=False, allow_unicode=True) == text
+    return yaml.safe_dump(_parsed(text), sort_keys=False, allow_unicode=True) == text
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -39,6 +39,9 @@ class RunDir:
         self.adapter = path / "adapter"
         self.model = path / "model"  # of full fine-tuning
         self.summary = path / "summary.json"
+        self.history = path / "history.jsonl"  # starts and ends
+        self.samples = path / "samples.json"  # answers before and after, where something wrote them
+        self.report = path / "report.html"
         self.completed = path / "completed"
         self._pending: str | None = None  # the config of this start until `begin`
         self._has_moved = False  # whether its paths still have to be compared with those of the run by content
@@ -174,7 +177,7 @@ class RunDir:
 
     def _remove_leftovers(self) -> None:
         """What a start that was killed left half-written: names that only this package makes."""
-        names = [path.name for path in (self.lock, *self._files())]
+        names = [path.name for path in (self.lock, self.report, *self._files())]
         folders = [path.name for path in (self.adapter, self.model)]
         made = re.compile(
             r"\.(write-test-.*|seen-.*|({})\..*|({})\.incomplete.*)".format(
@@ -243,6 +246,7 @@ class RunDir:
         own = {self.lock}
         if not self._holds_progress():  # what a start makes before it saves anything
             own |= {self.checkpoints, self.tensorboard, self.metrics, self.log, self.eval_at_start}
+            own |= {self.history, self.report}
         # hidden names are those of file systems and desktops
         others = sorted(e.name for e in self.path.iterdir() if e not in own and not e.name.startswith("."))[:5]
         if others:

@@ -9,16 +9,18 @@ step             one optimizer update
 evaluation       held-out loss, by the loss code of training
 console          what rank 0 says: lines, progress, train.log
 save_and_resume  checkpoints, results; checkpoint: their files; prompt_format: the template that goes with them
-metrics, checks  what is reported, what is checked
+metrics, checks  what is reported, what is checked; run_page: the page of the run
 """
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from ..cluster.stop_signal import StopSignal
 from ..cluster.trackers import Trackers
 from ..config import RunConfig
+from ..config.run_dir import RunDir
 from .check_start import check_run
 from .checks.learning import check_first_update
 from .console import Console
@@ -27,6 +29,7 @@ from .fit_memory import resolve_auto, try_longest
 from .metrics import Metrics, restart_peak, step_values
 from .out_of_memory import explain_out_of_memory
 from .run import Run, TrainState, join_ranks, open_run_dir, report_completed, report_stopped
+from .run_page import RunPage
 from .save_and_resume import begin, finish, save
 from .setup_data import build_data, count_steps
 from .setup_model import build_model, check_base
@@ -43,6 +46,7 @@ def train(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Train
     with (
         StopSignal() as stop,
         Console() as console,
+        RunPage(RunDir(Path(config.run_dir)), stop) as page,
         join_ranks(config, stop, console) as world,
         Trackers(config.logging.trackers, config.run_dir) as trackers,
         open_run_dir(config, world, console, resume, fresh) as (run_dir, config),
@@ -59,7 +63,7 @@ def train(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Train
         data = build_data(config, world)
         num_steps = count_steps(config, data)
         with (
-            Metrics(run_dir, console, num_steps, trackers) as metrics,
+            Metrics(run_dir, console, num_steps, trackers, page) as metrics,
             explain_out_of_memory(fit, world) as progress,
         ):
             run = Run(config, world, run_dir, stop, data, num_steps, metrics)
@@ -72,7 +76,7 @@ def train(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Train
             model.build_peak_bytes = restart_peak(world.device)
 
             # 5. resume from the newest checkpoint
-            state = begin(run, model, resume)
+            state = begin(run, model, resume, fit.plan)
             try_longest(run, model, state, progress)
             loss_at_start = evaluate_at_start(run, model, state)
             evaluate_missed(run, model, state)

@@ -77,6 +77,11 @@ class Console:
             self.last_said = self.now()
             self._to_log(f"{label:<{LABEL}}{text}" if label else text)
 
+    @property
+    def unlogged(self) -> str:
+        """What was said in this start before `keep_log`."""
+        return "\n".join(self._unlogged)
+
     def keep_log(self, path: Path) -> None:
         """From here on what is said goes to this file as well, after what was said before in this start."""
         if not self.is_main or self._log is not None:

@@ -145,6 +145,7 @@ def evaluate_at_start(run: Run, model: TrainingModel, state: TrainState) -> dict
             write_json(kept, values)
 
     run.world.from_main(keep)
+    run.metrics.page.add_held_out(0, values)
     to_come = num_evaluations(0, run.num_steps, run.config.train.eval_every)
     run.console.print(f"before training: {describe_evaluation(values)}, {to_come:,} more to come")
     run.metrics.is_cost_announced = True

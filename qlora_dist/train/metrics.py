@@ -24,6 +24,7 @@ from ..data.loader import StepRows
 from ..errors import os_errors
 from ..files import format_bytes, write_text
 from .console import Console, about, format_seconds
+from .run_page import RunPage
 from .step import StepStats
 
 SMOOTHING = 0.9  # weight of the steps before in the smoothed loss
@@ -75,8 +76,9 @@ def step_values(
 class Metrics:
     """Context manager that records each step's values. Ranks other than 0 only take part in the trackers."""
 
-    def __init__(self, run_dir: RunDir, console: Console, num_steps: int, trackers: Trackers) -> None:
+    def __init__(self, run_dir: RunDir, console: Console, num_steps: int, trackers: Trackers, page: RunPage) -> None:
         self.console = console
+        self.page = page
         self.eval_seconds: float | None = None  # of the newest evaluation
         self.is_cost_announced = False  # of evaluations
         self._run_dir = run_dir
@@ -90,13 +92,13 @@ class Metrics:
         self._num_seen = 0
         self._smoothed = 0.0  # biased towards 0 until it is divided by 1 - SMOOTHING ** seen
 
-    def start(self, step: int, config: RunConfig) -> None:
+    def start(self, step: int, config: RunConfig, **of_start: Any) -> None:
         """Opens the files for a run that continues after `step` updates, and starts the trackers. Lines of later steps,
-        written before an interruption, are removed: every step appears in metrics.jsonl once."""
+        written before an interruption, are removed: every step appears in metrics.jsonl once. `of_start`: for the
+        history of the run."""
         self._trackers.start(config.logging.project, config.model_dump(mode="json"))
         self._eval_every = config.train.eval_every
         self._started = self.console.now()
-        self.console.keep_log(self._run_dir.log)
         if not self.console.is_main:
             return
         with self._disk_errors():
@@ -107,6 +109,9 @@ class Metrics:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._writer = SummaryWriter(str(self._run_dir.tensorboard), purge_step=step + 1)
+        said = self.console.unlogged
+        self.console.keep_log(self._run_dir.log)
+        self.page.begin(step, num_steps=self._num_steps, said=said, **of_start)
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:
         if self._file is not None:
@@ -131,6 +136,7 @@ class Metrics:
         lines[-1] |= values
         with self._disk_errors():
             self._rewrite(lines)
+        self.page.add_held_out(lines[-1]["step"], values)
         self.console.print(f"step {lines[-1]['step']}: {describe_evaluation(values)}")
 
     def __enter__(self) -> Metrics:
@@ -152,7 +158,9 @@ class Metrics:
         with self._disk_errors():
             self._write(values)
         self._progress(values)
+        self.page.add(values)
         if "eval_loss" in values:
+            self.page.draw()
             self.console.print(f"step {values['step']}: {describe_evaluation(values)}")
 
     @property

@@ -27,12 +27,20 @@ from .step import TrainingModel
 from .trained_weights import export_trained, restore_trained, save_trained, verify_trained
 
 
-def begin(run: Run, model: TrainingModel, choice: str) -> TrainState:
+def begin(run: Run, model: TrainingModel, choice: str, plan: MemoryPlan) -> TrainState:
     """Resumes, or begins anew where there is nothing. From here on the run is in its directory."""
     state = resume_newest(run, model, choice)
     run.world.from_main(run.dir.begin)
     record_prompts(run)
-    run.metrics.start(state.step, run.config)
+    of_start = {
+        "world_size": run.world.size,
+        "host": socket.gethostname(),
+        "device": device_name(run.world.device),
+        "device_type": run.world.device.type,
+        "plan": plan.to_json(),
+        "versions": versions(),
+    }
+    run.metrics.start(state.step, run.config, **of_start)
     return state
 
 
@@ -190,6 +198,7 @@ def save(run: Run, model: TrainingModel, state: TrainState) -> None:
 
     with model.update.whole_weights():
         world.from_main(save_on_main)
+    run.metrics.page.draw()
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -215,6 +224,7 @@ def finish(
             if prompts is not None and config.lora is not None:
                 prompts.write(aside)  # an adapter may leave its run
         write_json(run.dir.summary, _summary(run, model, state, at_start, plan, peak, build_peak))
+        run.metrics.page.finished()
         run.dir.mark_completed(state.step, config.train.length)
 
     def finish_or_explain() -> None:

@@ -6,10 +6,10 @@ import json
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import pytest
+from helpers.browser import CUT, chromium
 from helpers.tiny_run import make_inputs, write_config
 from helpers.tiny_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 from rich.console import Console
@@ -168,18 +168,33 @@ def test_a_large_source_with_a_long_path_is_readable_in_80_columns(tmp_path):
     assert all(head in out.getvalue() for head in ("records", "tokens", "labels", "dropped", "bad"))
 
 
-def test_the_page_is_well_formed_self_contained_and_escapes_the_data(tmp_path):
+def test_the_page_is_self_contained_and_escapes_the_data(tmp_path):
     rows = [{"instruction": "<script>alert(1)</script> & more", "output": "<b>bold</b>"}]
     _, result = audit_of(tmp_path, rows, show=1)
     write_html([result], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
-    assert "http" not in page and "src=" not in page
-    body = page.replace("<!doctype html>", "").replace("<meta charset='utf-8'>", "")
-    root = ElementTree.fromstring(body)
-    learned = [span.text for span in root.iter("span") if span.get("class", "").startswith("label")]
-    assert "<b>bold</b>" in learned and "<|endoftext|>" in learned
-    assert len(list(root.iter("svg"))) == 2
+    assert "http" not in page.replace("http-equiv", "") and "src=" not in page
+    learned = re.findall(r'<span class="label[^"]*">(.*?)</span>', page, re.S)
+    assert "&lt;b&gt;bold&lt;/b&gt;" in learned and "&lt;|endoftext|&gt;" in learned
+    assert page.count('<div class="bars">') == 2 and f"{result.packed_share:.2%}" in page
+
+
+def test_the_page_opens_on_a_phone_and_a_screen(tmp_path):
+    """A long path, large numbers, and a word without an end stay inside."""
+    _, result = audit_of(tmp_path, [{"instruction": "a" * 120, "output": "<script>document.title = 'run'</script>"}])
+    source = replace(
+        result.sources[0], path="data/" + "long/" * 30 + "train.jsonl", records=12_345_678, tokens=9_876_543_210
+    )
+    warnings = ["data/" + "long/" * 60 + "train.jsonl: 3 examples"]
+    write_html([replace(result, sources=[source], warnings=warnings)] * 2, tmp_path / "page.html")
+    with chromium(tmp_path / "profile") as browser:
+        for width, dark in ((1000, False), (400, True)):
+            seen = browser.open(
+                tmp_path / "page.html", width=width, dark=dark, expressions={"title": "document.title", "cut": CUT}
+            )
+            assert seen.overflow == 0 and seen.width <= width, (width, seen)
+            assert (seen.reports, seen.requests, seen.values) == ([], [], {"title": "Training data", "cut": []}), width
 
 
 def test_the_command_writes_the_page(tmp_path):

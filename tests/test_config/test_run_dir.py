@@ -34,7 +34,16 @@ def _begun(path: Path, text: str = "") -> RunDir:
 
 
 @pytest.mark.parametrize(
-    "name", [".config.yaml.123", ".write-test-123", ".seen-0a1b", ".lock.77", ".metrics.jsonl.9.tmp", ".snapshot"]
+    "name",
+    [
+        ".config.yaml.123",
+        ".write-test-123",
+        ".seen-0a1b",
+        ".lock.77",
+        ".metrics.jsonl.9.tmp",
+        ".report.html.0a1b",
+        ".snapshot",
+    ],
 )
 def test_a_start_that_was_killed_at_once_blocks_no_later_one(tmp_path, name):
     run = RunDir(tmp_path / "run")
@@ -57,11 +66,14 @@ def test_a_directory_in_which_no_start_saved_anything_is_new(tmp_path):
     run = RunDir(tmp_path / "run")
     run.open(_text(steps=7))
     run.begin()
-    run.metrics.touch()
+    for file in (run.metrics, run.history, run.report):
+        file.touch()
     run.checkpoints.mkdir()
     run.open(_text(steps=8))
     run.begin()
     assert yaml.safe_load(run.config.read_text())["train"]["steps"] == 8
+    run.config.unlink()
+    run.open(_text(steps=9))
 
 
 def test_a_start_that_is_refused_leaves_nothing(tmp_path):

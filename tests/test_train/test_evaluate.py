@@ -140,7 +140,9 @@ def test_the_cost_of_evaluations_is_said_once_from_the_steps_when_none_was_timed
         train__eval_at_start=False, memory__recompute="full", batch={"rows_per_step": 4, "micro_rows": 1},
     )  # fmt: skip
     absent: Any = None
-    metrics = Metrics(RunDir(tmp_path), Console(True, said), 100, Trackers((), ""))
+    metrics = Metrics(
+        RunDir(tmp_path), Console(True, said), 100, Trackers((), ""), RunPage(RunDir(tmp_path), StopSignal())
+    )
     world, data = SimpleNamespace(size=2), SimpleNamespace(held_out=BATCHES * 4)
     run = Run(config, cast(Any, world), absent, absent, cast(Any, data), 100, metrics)
     for step, seconds in enumerate((900.0, 30.0, 30.0), 1):

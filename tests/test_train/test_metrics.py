@@ -27,6 +27,7 @@ from qlora_dist.train.metrics import (
     step_values,
     whole_run,
 )
+from qlora_dist.train.run_page import RunPage
 from qlora_dist.train.step import StepStats
 
 
@@ -53,7 +54,7 @@ def _run(tmp_path, steps, start=0, stream=None, is_main=True, tensorboard=False,
     run = RunDir(tmp_path)
     trackers = ("tensorboard",) if tensorboard else ()
     console = Console(is_main, stream or io.StringIO(), clock or (lambda: 0.0))
-    with console, Metrics(run, console, 100, Trackers((), "")) as metrics:
+    with console, Metrics(run, console, 100, Trackers((), ""), RunPage(run, StopSignal())) as metrics:
         metrics.start(start, _config(tmp_path, trackers))
         for step in steps:
             metrics.step(_values(step))
@@ -85,7 +86,7 @@ def test_output_is_plain_lines_when_it_is_no_terminal(tmp_path):
 
 def test_the_smoothed_loss_begins_unbiased_and_follows_slowly(tmp_path):
     console = Console(True, stream := io.StringIO(), lambda: 0.0)
-    with Metrics(RunDir(tmp_path), console, 3, Trackers((), "")) as metrics:
+    with Metrics(RunDir(tmp_path), console, 3, Trackers((), ""), RunPage(RunDir(tmp_path), StopSignal())) as metrics:
         metrics.start(0, _config(tmp_path, ()))
         for step, loss in enumerate((4.0, 4.0, 1.0), 1):
             metrics.step(_values(step, loss=loss))
@@ -96,7 +97,7 @@ def test_the_smoothed_loss_begins_unbiased_and_follows_slowly(tmp_path):
 
 def test_the_time_left_counts_the_evaluations_to_come(tmp_path):
     console = Console(True, stream := io.StringIO(), lambda: 0.0)
-    with Metrics(RunDir(tmp_path), console, 100, Trackers((), "")) as metrics:
+    with Metrics(RunDir(tmp_path), console, 100, Trackers((), ""), RunPage(RunDir(tmp_path), StopSignal())) as metrics:
         config = _config(tmp_path, ())
         metrics.start(0, config.model_copy(update={"train": config.train.model_copy(update={"eval_every": 40})}))
         metrics.eval_seconds = 10.0
@@ -110,7 +111,7 @@ def test_tensorboard_gets_train_and_held_out_values(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = RunDir(tmp_path)
-    with Metrics(run, Console(True, io.StringIO()), 2, Trackers((), "")) as metrics:
+    with Metrics(run, Console(True, io.StringIO()), 2, Trackers((), ""), RunPage(run, StopSignal())) as metrics:
         metrics.start(0, _config(tmp_path, ("tensorboard",)))
         metrics.step(_values(1))
         metrics.step(_values(2, eval_loss=1.5, eval_perplexity=4.48, eval_seconds=3.0))

@@ -1,0 +1,50 @@
+"""Horizontal bars, which templates/bars.html makes of boxes: labels of any length wrap, no width is known here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: stacked parts, with a whisker from `low` to `high` where the spread is known."""
+
+    label: str
+    parts: tuple[float, ...]
+    text: str  # its value, in words
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """`names` label the parts of stacked bars."""
+
+    title: str
+    unit: str
+    bars: Sequence[Bar]
+    names: Sequence[str] = ()
+    largest: float | None = None  # what the whole width stands for; None: the longest bar
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """label, text and, as percentages of the width: parts, whisker (left, width), gap between bar and text."""
+        ends = [max(sum(bar.parts), bar.high or 0.0) for bar in self.bars]
+        scale = 100 / (self.largest or max(ends, default=0.0) or 1.0)
+        rows = []
+        for bar, end in zip(self.bars, ends, strict=True):
+            whisker = None
+            if bar.low is not None and bar.high is not None:
+                whisker = (round(bar.low * scale, 2), round((bar.high - bar.low) * scale, 2))
+            rows.append(
+                {
+                    "label": bar.label,
+                    "text": bar.text,
+                    "parts": [round(max(0.0, part) * scale, 2) for part in bar.parts],
+                    "whisker": whisker,
+                    "gap": round((end - sum(bar.parts)) * scale, 2),
+                }
+            )
+        return rows
