@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..config.wrappers import text_json
 from ..errors import UserError, shortened
 from .shapes import Experts, Linear, ModelShapes
 
@@ -119,7 +120,9 @@ def _gemma2(config: dict[str, Any]) -> ModelShapes:
 
 
 def _gemma3(config: dict[str, Any]) -> ModelShapes:
-    return _llama_like({"head_dim": 256, **config}, tied=True, norms=4, norm_place="sandwich", qk_norm="head")
+    # files of the wrapper leave out what equals the class's own defaults
+    defaults = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
+    return _llama_like({**defaults, **config}, tied=True, norms=4, norm_place="sandwich", qk_norm="head")
 
 
 def _granite(config: dict[str, Any]) -> ModelShapes:
@@ -287,19 +290,23 @@ class _Unlisted(Exception):
 
 
 def shapes_from_config(config: dict[str, Any]) -> ModelShapes | None:
-    """Shapes from config.json as plain data. None: the family is not listed and must be measured.
+    """Shapes from config.json as plain data, of a wrapper those of its text model. None: the family is not listed and
+    must be measured.
 
     Raises UserError if the file lacks a size that every model has.
     """
-    family = config.get("model_type")
+    text = text_json(config)
+    family = text.get("model_type")
     if family not in FAMILIES:
         return None
     try:
-        shapes = FAMILIES[family](config)
+        shapes = FAMILIES[family](text)
         _check_sizes(shapes)
     except _Unlisted:
         return None
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if text is not config and isinstance(error, KeyError):
+            return None  # the class of a wrapper's text model has a default for everything
         raise UserError(
             f"config.json of a {family} model: {shortened(error)} is missing or not a number; expected the config.json "
             "that transformers writes next to the weights"

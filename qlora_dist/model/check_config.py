@@ -24,7 +24,7 @@ from ..errors import UserError
 from .attention import PROBE, Call, probing
 from .experts import stacked_experts
 from .forward import is_conv1d, linear_layers
-from .pretrained import check_cpu_shapes, check_weight_files, first_line, load_config
+from .pretrained import check_cpu_shapes, check_weight_files, find_text_part, first_line, load_config
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ def check_config(
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         check_quantization_method(name, dict(stored))
+    find_text_part(name, revision)
     model = build_on_meta(name, config)
     layers = linear_layers(model)
     resolve_targets(tuple(layers), target_modules)

@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from qlora_dist.data.packing import Batch, Example, collate
 from qlora_dist.model.attention import PACKED
@@ -76,6 +82,19 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "solar_open": {**_MIXTURE, "n_routed_experts": 8},
 }
 
+_VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+# models that read images or sound around a language model: (the text model's config, the rest)
+WRAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        {**FAMILIES["gemma3_text"], "query_pre_attn_scalar": 8},
+        {
+            "vision_config": {**_VISION, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 99,
+        },
+    ),
+}
+
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     return AutoConfig.for_model(family, **{**(FAMILIES | MIXTURES).get(family, _COMMON), **changes})
@@ -84,7 +103,22 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
 def tiny_model(family: str = "llama", attention: str | None = PACKED, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random fp32 model in eval mode. With attention PACKED it runs packed batches with the sdpa backend."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), attn_implementation=attention)
+    return _randomized(
+        AutoModelForCausalLM.from_config(tiny_config(family, **changes), attn_implementation=attention), seed
+    )
+
+
+def tiny_wrapper(family: str, seed: int = 0, tied: bool | None = None, **changes: Any) -> PreTrainedModel:
+    """A random fp32 model around a text model, in eval mode. `changes` are of the text model; `tied` of the whole."""
+    text, rest = WRAPPED[family]
+    config = AutoConfig.for_model(family, text_config={**text, **changes}, **rest)
+    if tied is not None:
+        config.tie_word_embeddings = tied
+    torch.manual_seed(seed)
+    return _randomized(AutoModelForMultimodalLM.from_config(config), seed)
+
+
+def _randomized(model: Any, seed: int) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -27,6 +27,7 @@ from ..bitsandbytes_import import bitsandbytes
 from ..experts import PackedExperts, packed_experts
 from ..pretrained import (
     expanded,
+    find_text_part,
     load_config,
     load_tokenizer,
     quantization_settings,
@@ -87,6 +88,9 @@ def quantize_model(
         raise UserError(f"{name} is already quantized ({method}); give the 16-bit model that it was made from")
     settings = quantization_settings(name, config, quantization, double_quant, compute_dtype)["quantization_config"]
     skeleton = build_skeleton(config, dtype=compute_dtype, attention=None, four_bit=settings)
+    skeleton.model.text_part = part = find_text_part(name, revision)  # type: ignore[assignment]
+    if part is not None:
+        log.info("%s: %s", name, part.describe())
     source, reason = match_files(skeleton, open_files(name, revision))
     if source is None:
         raise UserError(
