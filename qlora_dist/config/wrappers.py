@@ -21,6 +21,21 @@ class Wrapper:
 
 WRAPPERS = {
     "gemma3": Wrapper("gemma3_text", is_tied=True),
+    "mistral3": Wrapper("mistral", is_tied=True),
+    "qwen2_vl": Wrapper("qwen2_vl_text", is_tied=False, stand_in="qwen2"),
+    "qwen2_5_vl": Wrapper("qwen2_5_vl_text", is_tied=False, stand_in="qwen2"),
+    "qwen3_vl": Wrapper("qwen3_vl_text", is_tied=False, stand_in="qwen3"),
+}
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "head_dim")  # fmt: skip
+# sizes of the text model's class, which config.json leaves out where they hold; None: not a key of the class
+_DEFAULTS: dict[str, tuple[int | None, ...]] = {
+    "gemma3_text": (262_208, 2304, 9216, 26, 8, 4, 256),
+    "mistral": (32_000, 4096, 14_336, 32, 32, 8, None),
+    "qwen2_vl_text": (152_064, 8192, 29_568, 80, 64, 8, None),
+    "qwen2_5_vl_text": (152_064, 8192, 29_568, 80, 64, 8, None),
+    "qwen3_vl_text": (151_936, 4096, 22_016, 32, 32, 32, 128),
 }
 
 
@@ -32,8 +47,10 @@ def text_json(config: dict[str, Any]) -> dict[str, Any]:
     part = config.get("text_config")
     text: dict[str, Any] = part if isinstance(part, dict) else config  # older files have all keys on one level
     named = wrapper.text_type if text is config else text.get("model_type", wrapper.text_type)
+    defaults = dict(zip(_SIZES, _DEFAULTS.get(str(named), ()), strict=False))
     return {
+        **{key: value for key, value in defaults.items() if value is not None},
         **text,
-        "model_type": wrapper.stand_in or named,
+        "model_type": named if wrapper.stand_in is None else wrapper.stand_in,
         "tie_word_embeddings": config.get("tie_word_embeddings", wrapper.is_tied),
     }

@@ -120,9 +120,7 @@ def _gemma2(config: dict[str, Any]) -> ModelShapes:
 
 
 def _gemma3(config: dict[str, Any]) -> ModelShapes:
-    # files of the wrapper leave out what equals the class's own defaults
-    defaults = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
-    return _llama_like({**defaults, **config}, tied=True, norms=4, norm_place="sandwich", qk_norm="head")
+    return _llama_like({"head_dim": 256, **config}, tied=True, norms=4, norm_place="sandwich", qk_norm="head")
 
 
 def _granite(config: dict[str, Any]) -> ModelShapes:
@@ -306,7 +304,7 @@ def shapes_from_config(config: dict[str, Any]) -> ModelShapes | None:
         return None
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         if text is not config and isinstance(error, KeyError):
-            return None  # the class of a wrapper's text model has a default for everything
+            return None  # the class of a text model has defaults for what a wrapper's file leaves out
         raise UserError(
             f"config.json of a {family} model: {shortened(error)} is missing or not a number; expected the config.json "
             "that transformers writes next to the weights"

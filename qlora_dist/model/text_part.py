@@ -82,7 +82,9 @@ def _stand_in(text: PretrainedConfig, family: str) -> PretrainedConfig:
     values = {key: value for key, value in text.to_dict().items() if key in known}
     rope = values.get("rope_parameters")
     if isinstance(rope, dict):
-        values["rope_parameters"] = {key: rope[key] for key in rope if not key.startswith("mrope_")}
+        values["rope_parameters"] = {
+            key: value for key, value in rope.items() if not key.startswith("mrope_") and value != "mrope"
+        }
     return AutoConfig.for_model(family, **values)
 
 

@@ -82,18 +82,49 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "solar_open": {**_MIXTURE, "n_routed_experts": 8},
 }
 
-_VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+_VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+_PATCHES: dict[str, Any] = {**_VISION, "image_size": 16, "patch_size": 8}
+_QWEN_VISION: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
 # models that read images or sound around a language model: (the text model's config, the rest)
 WRAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gemma3": (
         {**FAMILIES["gemma3_text"], "query_pre_attn_scalar": 8},
+        {"vision_config": _PATCHES, "mm_tokens_per_image": 4, "image_token_index": 99},
+    ),
+    "mistral3": (
+        {**_GROUPED, "model_type": "mistral"},
         {
-            "vision_config": {**_VISION, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8},
-            "mm_tokens_per_image": 4,
+            "vision_config": {**_PATCHES, "model_type": "pixtral", "head_dim": 16},
             "image_token_index": 99,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen2_vl": (
+        {**_COMMON, "num_key_value_heads": 2, "rope_parameters": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        {"vision_config": {**_QWEN_VISION, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}},
+    ),
+    "qwen2_5_vl": (
+        {**_COMMON, "num_key_value_heads": 2, "rope_parameters": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        {"vision_config": {**_QWEN_VISION, **_VISION, "out_hidden_size": 64, "fullatt_block_indexes": [1]}},
+    ),
+    "qwen3_vl": (
+        {
+            **_GROUPED,
+            "rope_parameters": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]},
+        },
+        {
+            "vision_config": {
+                **_QWEN_VISION,
+                **_VISION,
+                "out_hidden_size": 64,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
         },
     ),
 }
+# in the names of their weights outside of the text model
+OTHER_TOWERS = ("vision", "visual", "multi_modal_projector")
 
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
