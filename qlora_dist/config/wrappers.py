@@ -25,6 +25,12 @@ WRAPPERS = {
     "qwen2_vl": Wrapper("qwen2_vl_text", is_tied=False, stand_in="qwen2"),
     "qwen2_5_vl": Wrapper("qwen2_5_vl_text", is_tied=False, stand_in="qwen2"),
     "qwen3_vl": Wrapper("qwen3_vl_text", is_tied=False, stand_in="qwen3"),
+    "llava": Wrapper("llama", is_tied=False),
+    "llava_next": Wrapper("llama", is_tied=False),
+    "llava_onevision": Wrapper("qwen2", is_tied=False),
+    "internvl": Wrapper("qwen2", is_tied=True),
+    "idefics3": Wrapper("llama", is_tied=False),
+    "smolvlm": Wrapper("llama", is_tied=False),
 }
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -36,6 +42,9 @@ _DEFAULTS: dict[str, tuple[int | None, ...]] = {
     "qwen2_vl_text": (152_064, 8192, 29_568, 80, 64, 8, None),
     "qwen2_5_vl_text": (152_064, 8192, 29_568, 80, 64, 8, None),
     "qwen3_vl_text": (151_936, 4096, 22_016, 32, 32, 32, 128),
+    "llama": (32_000, 4096, 11_008, 32, 32, None, None),
+    "qwen2": (151_936, 4096, 22_016, 32, 32, 32, None),
+    "qwen3": (151_936, 4096, 22_016, 32, 32, 32, 128),
 }
 
 

@@ -1,6 +1,7 @@
 """A wrapper's text model: what is trained of a model that also reads images or sound.
 
 text_config_of    the wrapper's config -> that of its text model, which is built, planned and trained
+check_wrapper     refuses those whose text model alone is not known to compute the same
 text_part_of      where the text model is in the wrapper, by name; checks that nothing of it is missing or left over
 
 Files of the base and saved adapters have the wrapper's names, the model in memory those of its text class.
@@ -18,7 +19,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..config.wrappers import WRAPPERS
-from ..errors import UserError
+from ..errors import UserError, shortened
+
+_ADVICE = "use another base model, or the text model's own files"
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,24 @@ def _stand_in(text: PretrainedConfig, family: str) -> PretrainedConfig:
 def text_part_of(name: str, config: PretrainedConfig) -> TextPart | None:
     """The text model of the wrapper `name` with this config; None for a model that is no wrapper.
 
-    Takes about a second, no memory. Raises UserError if the wrapper's text weights are not those of the text class.
+    Takes about a second, no memory. Raises UserError if the wrapper's text weights are not those of the text class, or
+    only one of the two changes its logits.
     """
     if config.model_type not in WRAPPERS:
         return None
-    with torch.device("meta"):
-        wrapper = _wrapper_class(config)._from_config(copy.deepcopy(config), dtype=torch.bfloat16)
-        text = AutoModelForCausalLM.from_config(text_config_of(config), dtype=torch.bfloat16, trust_remote_code=False)
+    _check_logits(name, config.model_type, config.get_text_config())
+    wrapper_class = _wrapper_class(config)
+    try:
+        with torch.device("meta"):
+            wrapper = wrapper_class._from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+            text = AutoModelForCausalLM.from_config(
+                text_config_of(config), dtype=torch.bfloat16, trust_remote_code=False
+            )
+    except Exception as error:  # a family's code on values that it does not expect
+        raise UserError(
+            f"model.name {name}: {config.model_type} cannot be built ({shortened(str(error))}); the config.json is "
+            "damaged or was edited: download it again"
+        ) from None
     pairs = (
         (wrapper.get_decoder(), text.base_model),
         (wrapper.get_output_embeddings(), text.get_output_embeddings()),
@@ -115,6 +129,30 @@ def text_part_of(name: str, config: PretrainedConfig) -> TextPart | None:
             "text model's own files"
         )
     return part
+
+
+def check_wrapper(name: str, config: PretrainedConfig) -> None:
+    """Raises UserError for a wrapper, by the config of its whole file, whose text model alone is not known to compute
+    the same."""
+    if config.model_type in WRAPPERS or not config.sub_configs:
+        return
+    text_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if text_class is None or text_class.config_class is type(config):
+        parts = ", ".join(sorted(config.sub_configs))
+        raise UserError(
+            f"model.name {name}: {config.model_type} is made of several models ({parts}); that its text model alone computes "
+            f"the same has been shown only for {', '.join(sorted(WRAPPERS))}; {_ADVICE}"
+        )
+
+
+def _check_logits(name: str, family: str, text: PretrainedConfig) -> None:
+    keys = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    scaled = next((key for key in keys if getattr(text, key, None) not in (None, 1.0)), None)
+    if scaled is not None:
+        raise UserError(
+            f"model.name {name}: its text_config sets {scaled} to {getattr(text, scaled)}, by which the text model "
+            f"changes its logits and {family} does not: they are not the same model; {_ADVICE}"
+        )
 
 
 def _wrapper_class(config: PretrainedConfig) -> Any:

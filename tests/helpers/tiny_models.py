@@ -123,8 +123,35 @@ WRAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
+# accepted by the same tests of the model, but those that take ranks or runs
+WRAPPED_ALSO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llava": (
+        {**_GROUPED, "model_type": "llama"},
+        {"vision_config": {**_PATCHES, "model_type": "clip_vision_model"}, "image_token_index": 99},
+    ),
+    "llava_next": (
+        {**_GROUPED, "model_type": "mistral", "sliding_window": 4},
+        {"vision_config": {**_PATCHES, "model_type": "clip_vision_model"}, "image_token_index": 99},
+    ),
+    "llava_onevision": (
+        {**FAMILIES["qwen2"], "model_type": "qwen2"},
+        {"vision_config": {**_PATCHES, "model_type": "siglip_vision_model"}, "image_token_index": 99},
+    ),
+    "internvl": (
+        {**_GROUPED, "model_type": "qwen3"},
+        {"vision_config": {**_VISION, "image_size": [16, 16], "patch_size": [8, 8]}, "image_token_id": 99},
+    ),
+    "idefics3": (
+        {**_GROUPED, "model_type": "llama"},
+        {"vision_config": _PATCHES, "image_token_id": 99, "pad_token_id": 0},
+    ),
+    "smolvlm": (
+        {**_GROUPED, "model_type": "llama"},
+        {"vision_config": _PATCHES, "image_token_id": 99, "pad_token_id": 0},
+    ),
+}
 # in the names of their weights outside of the text model
-OTHER_TOWERS = ("vision", "visual", "multi_modal_projector")
+OTHER_TOWERS = ("vision", "visual", "multi_modal_projector", "connector", "image_newline")
 
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
@@ -141,7 +168,7 @@ def tiny_model(family: str = "llama", attention: str | None = PACKED, seed: int 
 
 def tiny_wrapper(family: str, seed: int = 0, tied: bool | None = None, **changes: Any) -> PreTrainedModel:
     """A random fp32 model around a text model, in eval mode. `changes` are of the text model; `tied` of the whole."""
-    text, rest = WRAPPED[family]
+    text, rest = (WRAPPED | WRAPPED_ALSO)[family]
     config = AutoConfig.for_model(family, text_config={**text, **changes}, **rest)
     if tied is not None:
         config.tie_word_embeddings = tied

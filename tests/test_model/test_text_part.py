@@ -12,13 +12,13 @@ import pytest
 import torch
 from helpers.ranks import on_ranks
 from helpers.shards import load, world_and_shards
-from helpers.tiny_models import OTHER_TOWERS, WRAPPED, alone, random_batch, save_model, tiny_wrapper
+from helpers.tiny_models import OTHER_TOWERS, WRAPPED, WRAPPED_ALSO, alone, random_batch, save_model, tiny_wrapper
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-from qlora_dist.config.wrappers import WRAPPERS
+from qlora_dist.config.wrappers import WRAPPERS, Wrapper
 from qlora_dist.errors import UserError
 from qlora_dist.memory.families import shapes_from_config
 from qlora_dist.memory.measured_shapes import measure_shapes
@@ -46,6 +46,7 @@ from qlora_dist.train.checks.base import check_base_bytes, check_source_bits, pr
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 6, 5)
+KEY_MAPPING = {r"^model\.(language|text)_model": "model"}  # as in the README
 
 
 def base_of(folder: Path | str, quantization: Any = "none", **changes: Any) -> Any:
@@ -56,6 +57,16 @@ def base_of(folder: Path | str, quantization: Any = "none", **changes: Any) -> A
 @pytest.fixture(scope="module", params=WRAPPED)
 def folder(request: Any, tmp_path_factory: Any) -> Path:
     return save_model(tmp_path_factory.mktemp(request.param), tiny_wrapper(request.param))
+
+
+@pytest.fixture(scope="module", params=WRAPPED | WRAPPED_ALSO)
+def each(request: Any, tmp_path_factory: Any) -> Path:
+    return save_model(tmp_path_factory.mktemp(request.param), tiny_wrapper(request.param))
+
+
+def without_wrapper(name: str) -> str:
+    """A name in the wrapper as it is in the text class."""
+    return re.sub(r"model\.(language|text)_model\.", "model.", name)
 
 
 def adapted(folder: Path, targets: Any = "all-linear") -> Any:
@@ -84,25 +95,25 @@ def our_loss(model: Any, batch: Any) -> Tensor:
 
 
 def test_every_wrapper_that_is_accepted_is_tested() -> None:
-    assert WRAPPED.keys() == WRAPPERS.keys()
+    assert WRAPPED.keys() | WRAPPED_ALSO.keys() == WRAPPERS.keys()
 
 
 # --- the same mathematics ---------------------------------------------------------------------------------------------
 
 
-def test_loss_and_gradient_are_those_of_the_stock_wrapper_with_the_saved_adapter(folder: Path, tmp_path: Path) -> None:
+def test_loss_and_gradient_are_those_of_the_stock_wrapper_with_the_saved_adapter(each: Path, tmp_path: Path) -> None:
     """In fp32; ours packed, transformers' wrapper with each document alone, the adapter loaded by stock PEFT."""
-    check_config(str(folder), device_type="cpu")
-    model, batch = adapted(folder), random_batch(LENGTHS)
+    check_config(str(each), device_type="cpu")
+    model, batch = adapted(each), random_batch(LENGTHS)
     check_head(model)
     check_blocks(model)
-    save_adapter(model, tmp_path, str(folder))
+    save_adapter(model, tmp_path, str(each))
     verify_adapter_file(model, tmp_path, must_be_trained=True)
     loss = our_loss(model, batch)
     loss.backward()
     ours = {key.replace(".default", ""): value.grad for key, value in trainable_parameters(model).items()}
 
-    stock = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32)
+    stock = AutoModelForMultimodalLM.from_pretrained(each, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(stock, str(tmp_path), is_trainable=True).eval()
     losses = [nll(theirs(input_ids=one.input_ids).logits[0], one.input_ids[0]) for one in alone(batch)]
     torch.stack(losses).sum().backward()
@@ -110,9 +121,8 @@ def test_loss_and_gradient_are_those_of_the_stock_wrapper_with_the_saved_adapter
     assert abs(loss - sum(losses)) <= 1e-5 * loss
     assert len(grads) == len(ours) == len(load_file(tmp_path / "adapter_model.safetensors"))
     for key, grad in grads.items():
-        text_key = key.replace("language_model.", "")
         assert grad is not None and grad.abs().max() > 0, key
-        assert (ours[text_key] - grad).abs().max() <= 1e-5 * grad.abs().max().clamp_min(1.0), key
+        assert (ours[without_wrapper(key)] - grad).abs().max() <= 1e-5 * grad.abs().max().clamp_min(1.0), key
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
@@ -130,15 +140,15 @@ def test_positions_in_three_dimensions_are_plain_ones_for_text(family: str, tmp_
 
 
 @torch.no_grad()
-def test_the_saved_adapter_gives_our_logits_in_the_stock_text_class(folder: Path, tmp_path: Path) -> None:
+def test_the_saved_adapter_gives_our_logits_in_the_stock_text_class(each: Path, tmp_path: Path) -> None:
     """With the key mapping of the README: PEFT's keys hold the paths of modules, which differ between the classes."""
-    model, batch = adapted(folder), random_batch((12,))
-    save_adapter(model, tmp_path, str(folder))
+    model, batch = adapted(each), random_batch((12,))
+    save_adapter(model, tmp_path, str(each))
     ours = output_head(model).logits(hidden_states(model, batch))
-    text = AutoModelForCausalLM.from_config(load_config(str(folder)), dtype=torch.float32).eval()
-    text.load_state_dict(base_of(folder).state_dict())
+    text = AutoModelForCausalLM.from_config(load_config(str(each)), dtype=torch.float32).eval()
+    text.load_state_dict(base_of(each).state_dict())
     plain = text(input_ids=batch.input_ids).logits[0]
-    with_adapter = PeftModel.from_pretrained(text, str(tmp_path), key_mapping={r"^model\.language_model": "model"})
+    with_adapter = PeftModel.from_pretrained(text, str(tmp_path), key_mapping=KEY_MAPPING)
     theirs = with_adapter(input_ids=batch.input_ids).logits[0]
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
     assert (theirs - plain).abs().max() > 0.1
@@ -155,7 +165,7 @@ def test_the_saved_targets_select_the_adapted_layers_in_both_classes_and_no_othe
     chosen = {name for name, _ in wrapper.named_modules() if re.fullmatch(pattern, name)}
     assert chosen == expected and all(name.startswith("model.language_model.layers.") for name in chosen)
     text = {name for name, _ in base_of(folder).named_modules() if re.fullmatch(pattern, name)}
-    assert text == {name.replace("language_model.", "") for name in expected}
+    assert text == {without_wrapper(name) for name in expected}
 
 
 @torch.no_grad()
@@ -166,7 +176,7 @@ def test_adapters_are_read_under_the_names_of_either_class(folder: Path, tmp_pat
     save_adapter(model, tmp_path / "wrapper", str(folder))
     save_adapter(model, tmp_path / "text", str(folder))
     weights = load_file(tmp_path / "text/adapter_model.safetensors")
-    renamed = {key.replace("language_model.", ""): value for key, value in weights.items()}
+    renamed = {without_wrapper(key): value for key, value in weights.items()}
     assert renamed.keys() != weights.keys()
     save_file(renamed, tmp_path / "text/adapter_model.safetensors", metadata={"format": "pt"})
     for form in ("wrapper", "text"):
@@ -182,15 +192,15 @@ def test_adapters_are_read_under_the_names_of_either_class(folder: Path, tmp_pat
 
 
 def test_no_byte_of_another_tower_is_read_and_one_line_says_what_is_left_out(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    each: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     read, original = set(), WeightFiles.read_bytes
     monkeypatch.setattr(
         WeightFiles, "read_bytes", lambda files, name, *part: read.add(name) or original(files, name, *part)
     )
     with caplog.at_level(logging.INFO, "qlora_dist"):
-        model = base_of(folder, "nf4")
-    stored = load_file(folder / "model.safetensors")
+        model = base_of(each, "nf4")
+    stored = load_file(each / "model.safetensors")
     rest = {key for key in stored if any(tower in key for tower in OTHER_TOWERS)}
     assert read == stored.keys() - rest and len(read) == len(list(model.parameters())) and len(rest) > 10
     weights = sum(stored[key].numel() for key in rest)
@@ -199,22 +209,22 @@ def test_no_byte_of_another_tower_is_read_and_one_line_says_what_is_left_out(
 
 
 @pytest.mark.parametrize("form", ["modules of today", "no other towers"])
-def test_files_of_every_form_of_names_give_the_same_base(folder: Path, form: str, tmp_path: Path) -> None:
+def test_files_of_every_form_of_names_give_the_same_base(each: Path, form: str, tmp_path: Path) -> None:
     """What transformers writes has the names of the first files, and so has `folder`."""
-    stored = load_file(folder / "model.safetensors")
+    stored = load_file(each / "model.safetensors")
     if form == "modules of today":
-        wrapper = tiny_wrapper(family_of(folder))
+        wrapper = tiny_wrapper(family_of(each))
         changed = {key: value.contiguous() for key, value in wrapper.state_dict().items()}
         if wrapper.config.tie_word_embeddings:
             del changed["lm_head.weight"]
-        assert any("model.language_model.layers." in key for key in changed)
+        assert any(re.match(r"model\.(language|text)_model\.layers\.", key) for key in changed)
     else:
         changed = {key: stored[key] for key in stored if not any(tower in key for tower in OTHER_TOWERS)}
         assert len(changed) < len(stored)
     save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text((each / "config.json").read_text())
     model = base_of(tmp_path, "nf4")
-    assert base_checksum(model) == base_checksum(base_of(folder, "nf4"))
+    assert base_checksum(model) == base_checksum(base_of(each, "nf4"))
     assert check_source_bits(model, str(tmp_path), compute_dtype=torch.float32).endswith("its quantized source")
 
 
@@ -243,21 +253,21 @@ def test_codes_are_those_of_bitsandbytes_on_the_wrappers_weights(
     check_base_bytes([("a", held_bytes(model))], promised.on_each_rank(), "ddp", slack=0)
 
 
-def test_the_plan_is_of_the_text_model_and_of_a_known_family(folder: Path) -> None:
-    shapes = shapes_from_config(read_config_json(str(folder)))
-    measured, model = measure_shapes(str(folder)), base_of(folder)
+def test_the_plan_is_of_the_text_model_and_of_a_known_family(each: Path) -> None:
+    shapes = shapes_from_config(read_config_json(str(each)))
+    measured, model = measure_shapes(str(each)), base_of(each)
     assert shapes is not None and shapes.is_exact
     for field in ("num_layers", "hidden", "vocabulary", "num_heads", "num_kv_heads", "head_dim", "linears",
                   "norm_weights", "embedding_weights", "head_weights", "final_weights", "layer_prefix"):  # fmt: skip
         assert getattr(shapes, field) == getattr(measured, field), field
-    facts = check_config(str(folder), device_type="cpu")
+    facts = check_config(str(each), device_type="cpu")
     assert facts.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert set(facts.linear_names) == linear_layers(model).keys()
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_wrappers_own_word_on_tied_embeddings_holds(folder: Path, tied: bool, tmp_path: Path) -> None:
-    wrapper = tiny_wrapper(family_of(folder), tied=tied, tie_word_embeddings=not tied)
+def test_the_wrappers_own_word_on_tied_embeddings_holds(each: Path, tied: bool, tmp_path: Path) -> None:
+    wrapper = tiny_wrapper(family_of(each), tied=tied, tie_word_embeddings=not tied)
     save_model(tmp_path, wrapper, tokenizer=False)
     model = base_of(tmp_path)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
@@ -265,9 +275,9 @@ def test_the_wrappers_own_word_on_tied_embeddings_holds(folder: Path, tied: bool
     assert (read_shapes(str(tmp_path)).head_weights == 0) == tied
 
 
-def test_a_config_that_leaves_out_defaults_means_those_of_the_class(folder: Path, tmp_path: Path) -> None:
+def test_a_config_that_leaves_out_defaults_means_those_of_the_class(each: Path, tmp_path: Path) -> None:
     """Files on the hub name what differs from the class alone."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((each / "config.json").read_text())
     kept = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers")
     config["text_config"] = {key: config["text_config"][key] for key in kept}
     config.pop("tie_word_embeddings", None)
@@ -292,6 +302,55 @@ def test_the_4_bit_copy_is_a_text_model_and_its_adapter_one_of_the_wrapper(folde
 def test_int8_is_refused_with_the_reason(folder: Path) -> None:
     with pytest.raises(UserError, match=r"int8 is read by transformers, with all towers; use nf4, fp4 or none"):
         base_of(folder, "int8")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gemma3", {"final_logit_softcapping": 3.0}, "final_logit_softcapping to 3.0, by which the text model changes"),
+        ("gemma3", {"use_bidirectional_attention": True}, "tokens see what follows them"),
+        ("llava", {"model_type": "granite", "logits_scaling": 4.0}, "sets logits_scaling to 4.0"),
+    ],
+)
+def test_a_text_model_that_differs_from_its_wrapper_is_refused(
+    family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    save_model(tmp_path, tiny_wrapper(family, **changes), tokenizer=False)
+    with pytest.raises(UserError, match=message):
+        check_config(str(tmp_path), device_type="cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gemma4", r"gemma4 is made of several models \(audio_config, text_config, vision_config\); that its text"),
+        ("paligemma", "has been shown only for gemma3, .*use another base model, or the text model's own files"),
+        ("qwen3_5", "layers of type linear_attention"),
+        ("llama4", "stacked experts .* of an unsupported form"),
+    ],
+)
+def test_other_wrappers_are_refused_with_the_reason(family: str, message: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        check_config(str(tmp_path), device_type="cpu")
+
+
+def test_a_wrapper_around_other_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a later version of transformers gave one of the two classes a weight more."""
+    save_model(tmp_path, tiny_wrapper("qwen3_vl"), tokenizer=False)
+    monkeypatch.setitem(WRAPPERS, "qwen3_vl", Wrapper("qwen3_vl_text", is_tied=False, stand_in="qwen2"))
+    with pytest.raises(
+        UserError, match=r"of Qwen3VLForConditionalGeneration is not the same weight in Qwen2ForCausalLM"
+    ):
+        check_config(str(tmp_path), device_type="cpu")
+
+
+def test_layers_with_settings_of_their_own_are_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("gemma4_text").save_pretrained(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="gemma4_text has layers with settings of their own"):
+        check_config(str(tmp_path), quantization="none", device_type="cpu")
 
 
 def test_a_missing_weight_of_the_text_model_is_an_error(folder: Path, tmp_path: Path) -> None:
