@@ -62,7 +62,6 @@ def check_config(
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         check_quantization_method(name, dict(stored))
-    check_wrapper(name, whole)
     text_part_of(name, whole)
     model = build_on_meta(name, config)
     layers = linear_layers(model)
@@ -84,6 +83,7 @@ def check_config(
 
 def build_on_meta(name: str, config: PretrainedConfig) -> PreTrainedModel:
     """The model without storage. Raises UserError when the config does not describe a causal language model."""
+    check_wrapper(name, config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(

@@ -265,7 +265,7 @@ def _in_both_classes(model: nn.Module, part: TextPart) -> str:
 def _live_state(model: nn.Module) -> dict[str, Tensor]:
     """PEFT's keys -> the parameters themselves. Own code: PEFT's function does not handle wrappers inside the model."""
     part = text_part(model)
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, value in _peft(model).named_parameters():
         if "lora_" in name and f".{ADAPTER}." in name:
             suffix = "" if "lora_magnitude_vector" in name else ".weight"

@@ -136,12 +136,12 @@ def check_wrapper(name: str, config: PretrainedConfig) -> None:
     the same."""
     if config.model_type in WRAPPERS or not config.sub_configs:
         return
-    text_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    text_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if text_class is None or text_class.config_class is type(config):
         parts = ", ".join(sorted(config.sub_configs))
         raise UserError(
-            f"model.name {name}: {config.model_type} is made of several models ({parts}); that its text model alone computes "
-            f"the same has been shown only for {', '.join(sorted(WRAPPERS))}; {_ADVICE}"
+            f"model.name {name}: {config.model_type} is made of several models ({parts}); that its text model alone "
+            f"computes the same has been shown only for {', '.join(sorted(WRAPPERS))}; {_ADVICE}"
         )
 
 
