@@ -192,7 +192,7 @@ def write_draft(one: Draft, target: Path) -> list[str]:
 
 def show_data_and_plan(config: RunConfig, gpu: str | None, ranks: int) -> None:
     """What `qlora-dist data` and `qlora-dist plan` show of it."""
-    from ..model import load_tokenizer
+    from ..data.tokenizer import load_tokenizer
     from .data_report import run_data_command
     from .plan import run_plan_command
 

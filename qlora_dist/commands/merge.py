@@ -3,6 +3,9 @@
     onto base          W + delta             the original weights: best for serving in 16 bit
     onto dequantized   dequant(NF4(W)) + delta   what was trained: equals the run's own outputs
 
+A base that is a wrapper (with towers for images or sound) is written as a wrapper: its files again, with a new text
+model, every other tensor bit for bit. With `text_only` the text model alone is written.
+
 Each tensor is computed in fp32 and rounded once. The two differ by the quantization error; for some models that is
 larger than what was learned, so the merged model's largest logit difference from the trained one is measured and
 reported.
@@ -37,8 +40,12 @@ from ..model import (
     non_finite_tensor,
     quantized_and_back,
     stacked_experts,
+    text_part,
     write_errors,
 )
+from ..model.pretrained import find_text_part
+from ..model.text_part import TextPart
+from ..model.weights.wrapper_files import write_wrapper
 from ..train.prompt_format import PromptFormat, export_tokenizer
 from .generate import find_template
 from .outputs import check_output_folder
@@ -77,6 +84,7 @@ def merge(
     device: torch.device | None = None,
     compare: bool | None = None,
     max_shard_size: str = "5GB",
+    text_only: bool = False,
 ) -> MergeReport:
     """Merges the adapter of a run directory or adapter folder and writes a model folder with its tokenizer.
 
@@ -91,7 +99,7 @@ def merge(
     if onto not in ("base", "dequantized"):
         raise UserError(f"--onto {onto}: expected base or dequantized")
     _check_original(trained.model.name, load_config(trained.model.name, trained.model.revision))
-    adapter = Adapter.read(trained.adapter)
+    adapter = Adapter.read(trained.adapter, find_text_part(trained.model.name, trained.model.revision))
     device = device or own_device()
     samples = sample_ids(trained)
     reference = _logits(load_trained(trained, device), samples)
@@ -104,7 +112,7 @@ def merge(
             f"too large for {trained.model.compute_dtype} or {dtype}. Use --dtype float32, or another adapter. Nothing "
             "was written"
         )
-    _write(model, trained, out, max_shard_size)
+    _write(model, trained, out, max_shard_size, text_only)
     if compare or (compare is None and _num_parameters(model) <= CHEAP_PARAMETERS):
         other: Target = "dequantized" if onto == "base" else "base"
         del model
@@ -136,8 +144,8 @@ class Adapter:
     scale: float
 
     @classmethod
-    def read(cls, folder: Path) -> Adapter:
-        config, layers = lora_files.read_adapter(folder)
+    def read(cls, folder: Path, part: TextPart | None) -> Adapter:
+        config, layers = lora_files.read_adapter(folder, part)
         return cls(layers, lora_files.scale_of(config))
 
     def on(self, name: str, weight: Tensor) -> Tensor:
@@ -243,7 +251,7 @@ def _check_original(name: str, config: Any) -> None:
         raise UserError(f"{name} holds quantized weights; name the original 16-bit model with --base")
 
 
-def _write(model: Any, trained: Trained, out: Path, max_shard_size: str) -> None:
+def _write(model: Any, trained: Trained, out: Path, max_shard_size: str, text_only: bool) -> None:
     tokenizer = trained.load_tokenizer()
     try:
         prompts = PromptFormat(find_template(trained, tokenizer))
@@ -252,10 +260,15 @@ def _write(model: Any, trained: Trained, out: Path, max_shard_size: str) -> None
         prompts = None
     with write_errors(f"writing {out}", "No part of the model was kept"):
         out.parent.mkdir(parents=True, exist_ok=True)
+        part = None if text_only else text_part(model)
         needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        needed += 0 if part is None else 2 * part.num_left_out
         free = shutil.disk_usage(out.parent).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"{format_bytes(free)} are free, {format_bytes(needed)} are needed", str(out))
         with folder_aside(out, replaces=False) as aside:
-            model.save_pretrained(aside, max_shard_size=max_shard_size)
+            if part is None:
+                model.save_pretrained(aside, max_shard_size=max_shard_size)
+            else:
+                write_wrapper(model, trained.model.name, trained.model.revision, aside)
             export_tokenizer(aside, model, tokenizer, prompts)

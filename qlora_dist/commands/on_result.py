@@ -141,9 +141,19 @@ def generate(
 @click.option("--base", help="The base model, if it has moved.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--compare/--no-compare", default=None, help="Also measure the other target (default: for small models).")
-@click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of a wrapper the files stay the base's.")
+@click.option(
+    "--text-only", is_flag=True, help="Of a base with towers for images or sound, write the text model alone."
+)
 def merge(
-    adapter: str, out: str, onto: str, base: str | None, dtype: str, compare: bool | None, max_shard_size: str
+    adapter: str,
+    out: str,
+    onto: str,
+    base: str | None,
+    dtype: str,
+    compare: bool | None,
+    max_shard_size: str,
+    text_only: bool,
 ) -> None:
     """Merge ADAPTER (a run or an adapter folder) into its base and write the 16-bit model to the new folder OUT.
 
@@ -165,6 +175,7 @@ def merge(
         dtype=getattr(torch, dtype),
         compare=compare,
         max_shard_size=max_shard_size,
+        text_only=text_only,
     )
     click.echo(describe(report))
 

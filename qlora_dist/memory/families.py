@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..config.wrappers import text_json
 from ..errors import UserError, shortened
 from .shapes import Experts, Linear, ModelShapes
 
@@ -287,20 +288,24 @@ class _Unlisted(Exception):
 
 
 def shapes_from_config(config: dict[str, Any]) -> ModelShapes | None:
-    """Shapes from config.json as plain data. None: the family is not listed and must be measured.
+    """Shapes from config.json as plain data, of a wrapper those of its text model. None: the family is not listed and
+    must be measured.
 
     Raises UserError if the file lacks a size that every model has.
     """
-    family = config.get("model_type")
+    text = text_json(config)
+    family = text.get("model_type")
     if family not in FAMILIES:
         return None
     try:
-        positions = config.get("max_position_embeddings") or config.get("n_positions")
-        shapes = replace(FAMILIES[family](config), max_positions=positions)
+        positions = text.get("max_position_embeddings") or text.get("n_positions")
+        shapes = replace(FAMILIES[family](text), max_positions=positions)
         _check_sizes(shapes)
     except _Unlisted:
         return None
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if text is not config and isinstance(error, KeyError):
+            return None  # the class of a text model has defaults for what a wrapper's file leaves out
         raise UserError(
             f"config.json of a {family} model: {shortened(error)} is missing or not a number; expected the config.json "
             "that transformers writes next to the weights"

@@ -31,6 +31,7 @@ from .forward import (
     output_head,
     plain_name,
     set_recompute,
+    text_part,
     training_mode,
     unwrap,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "set_recompute",
     "stacked_experts",
     "stop_ids_of",
+    "text_part",
     "training_mode",
     "unwrap",
     "write_errors",

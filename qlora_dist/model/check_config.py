@@ -25,7 +25,8 @@ from ..errors import UserError
 from .attention import PROBE, Call, probing
 from .experts import stacked_experts
 from .forward import is_conv1d, linear_layers
-from .pretrained import check_cpu_shapes, check_weight_files, load_config
+from .pretrained import check_cpu_shapes, check_weight_files, load_whole_config
+from .text_part import check_wrapper, text_config_of, text_part_of
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,14 @@ def check_config(
     attention that cannot be packed, target modules that match nothing, rows longer than its position table, shapes
     that a CPU cannot dequantize, experts that cannot be quantized.
     """
-    config = load_config(name, revision)
+    whole = load_whole_config(name, revision)
+    config = text_config_of(whole)
     if weights == "files":
         check_weight_files(name)
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         check_quantization_method(name, dict(stored))
+    text_part_of(name, whole)
     model = build_on_meta(name, config)
     layers = linear_layers(model)
     resolve_targets(tuple(layers), target_modules)
@@ -81,6 +84,7 @@ def check_config(
 
 def build_on_meta(name: str, config: PretrainedConfig) -> PreTrainedModel:
     """The model without storage. Raises UserError when the config does not describe a causal language model."""
+    check_wrapper(name, config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -187,6 +191,16 @@ def _check_positions(name: str, model: PreTrainedModel, row_tokens: int, max_pos
 def _check_packing(name: str, model: PreTrainedModel, text: PretrainedConfig) -> None:
     """Every layer must compute attention by the registered function, with document boundaries and without a mask."""
     advice = "this family cannot be trained on packed rows; use another base model"
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        raise UserError(
+            f"model.name {name}: its config sets use_bidirectional_attention: tokens see what follows them, and the "
+            "next token cannot be learned; use a causal language model"
+        )
+    if getattr(text, "is_heterogeneous", False):
+        raise UserError(
+            f"model.name {name}: {text.model_type} has layers with settings of their own (per_layer_config: other head "
+            "sizes), which are not supported; use another base model"
+        )
     kinds = set(getattr(text, "layer_types", None) or PACKABLE_LAYERS)
     if kinds - PACKABLE_LAYERS:
         raise UserError(

@@ -26,6 +26,7 @@ from .bitsandbytes_import import bitsandbytes
 from .dropout import RowDropout
 from .loss import OutputHead
 from .rope import scaled_beyond
+from .text_part import TextPart
 
 WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -36,6 +37,12 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     while not isinstance(inner, PreTrainedModel):
         inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.module
     return inner
+
+
+def text_part(model: nn.Module) -> TextPart | None:
+    """Where the base is in the wrapper that it is the text model of; None for any other base."""
+    part: TextPart | None = getattr(unwrap(model), "text_part", None)
+    return part
 
 
 def strip_wrappers(name: str) -> str:

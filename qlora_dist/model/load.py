@@ -21,12 +21,14 @@ from .pretrained import (
     INFERENCE,
     attention_needs,
     check_weight_files,
+    find_text_part,
     guard_cpu_layers,
     load_config,
     quantization_settings,
     switch_dropout_off,
 )
 from .rope import scale_by_document
+from .text_part import TextPart
 from .weights import shard, stream
 from .weights.sources import RandomSource, WeightSource, open_files
 
@@ -39,6 +41,7 @@ def load_base(
     name: str,
     *,
     revision: str | None = None,
+    copy_of: str | None = None,
     quantization: Quantization,
     double_quant: bool,
     compute_dtype: torch.dtype,
@@ -53,6 +56,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The base on one device: quantized while it is read, the rest in `compute_dtype`, frozen, dropout off.
 
+    Of a wrapper its text model. `copy_of` is the model that `name` is a 4-bit copy of: adapters are saved for that.
     `run_device` is where it is moved afterwards, if that is not `device`.
     `attention_dtype` is the type of the queries, if that is not `compute_dtype` (fp32 weights under autocast).
     `attention` is auto, flash, varlen or sdpa (packed batches, see `hidden_states`), or INFERENCE (generation).
@@ -71,28 +75,25 @@ def load_base(
         disable_cudnn_attention(run_device or device)
     settings = quantization_settings(name, config, quantization, double_quant, compute_dtype)
     implementation = PACKED if is_packed else None
+    part = find_text_part(name, revision)
     model = None
     if quantization != "int8":
         skeleton = stream.build_skeleton(
             config, dtype=compute_dtype, attention=implementation, four_bit=settings.get("quantization_config")
         )
+        skeleton.model.text_part = part  # type: ignore[assignment]
         source = open_source(name, revision, skeleton, weights, seed, device)
-        if source is not None:
-            tied = stream.resolve_ties(skeleton.model, source)
-            stream.check_complete(name, skeleton.model, source, tied)
-            if shards is None:
-                model = stream.fill(skeleton, source, tied, device)
-            else:
-                model = shard.load_sharded(skeleton, source, tied, shards, offload)
+        model = None if source is None else _streamed(name, skeleton, source, device, shards, offload)
+        if model is None:
+            _check_convertible(name, skeleton.model, part)
+        else:
             _set_generation(model, name, revision)
-        elif packed_experts(skeleton.model):
-            raise UserError(
-                f"model.name {name}: its files must be converted while they are read, which leaves stacked experts in "
-                "16 bits; convert them once (transformers' from_pretrained, then save_pretrained), or set "
-                "model.quantization=none"
-            )
     elif weights == "random":
         raise UserError("model.weights is random, which int8 does not support; use nf4, fp4 or none")
+    elif part is not None:
+        raise UserError(
+            f"model.name {name}: model.quantization int8 is read by transformers, with all towers; use nf4, fp4 or none"
+        )
     if model is None and shards is not None:
         raise UserError(
             f"model.name {name}: strategy fsdp reads each rank's part of the files, which works neither for int8 nor "
@@ -100,8 +101,44 @@ def load_base(
         )
     if model is None:
         model = _from_pretrained(name, revision, settings, compute_dtype, implementation, device)
+    if copy_of is not None and copy_of != name:
+        part = find_text_part(copy_of, revision)
+    if part is not None:
+        log.info("model.name %s: %s", copy_of or name, part.describe())
+    model.text_part = part  # type: ignore[assignment]
     _require_finite(model, name, compute_dtype)
     return _finalize(model, backend, is_packed, compute_dtype, device)
+
+
+def _streamed(
+    name: str,
+    skeleton: stream.Skeleton,
+    source: WeightSource,
+    device: torch.device,
+    shards: ShardGroup | None,
+    offload: bool,
+) -> PreTrainedModel:
+    tied = stream.resolve_ties(skeleton.model, source)
+    stream.check_complete(name, skeleton.model, source, tied)
+    if shards is None:
+        return stream.fill(skeleton, source, tied, device)
+    return shard.load_sharded(skeleton, source, tied, shards, offload)
+
+
+def _check_convertible(name: str, model: PreTrainedModel, part: TextPart | None) -> None:
+    """Raises UserError for what transformers, which converts files while it reads them, would load otherwise than here:
+    wrappers with all towers, experts in 16 bits."""
+    reason = ""
+    if part is not None:
+        reason = "is not done for the text model of a wrapper"
+    elif packed_experts(model):
+        reason = "leaves stacked experts in 16 bits"
+    if reason:
+        raise UserError(
+            f"model.name {name}: its files must be converted while they are read, which {reason}; convert them once "
+            "(transformers' from_pretrained, then save_pretrained)"
+            + (", or set model.quantization=none" if part is None else "")
+        )
 
 
 def open_source(

@@ -8,6 +8,7 @@ Legend: T tokens, I inputs, O outputs of a layer, r rank.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from ..errors import UserError
 from .base_weights import num_weights
 from .decoder_block import use_decoder_blocks
 from .dropout import use_row_dropout
-from .forward import linear_layers, plain_name, strip_wrappers, unwrap
+from .forward import linear_layers, plain_name, strip_wrappers, text_part, unwrap
 from .lora_files import ADAPTER, load_adapter_weights, read_adapter
 from .lora_forward import lowrank_forward
 
@@ -158,14 +159,18 @@ def load_adapters(model: nn.Module, folders: dict[str, Path], *, lean: bool = Tr
     adapted: PeftModel | None = None
     for name, folder in folders.items():
         # fail clearly before PEFT, which would load pickled weights or look for them on the hub
-        _, factors = read_adapter(folder)
+        base = unwrap(model)
+        part = text_part(base)
+        _, factors = read_adapter(folder, part)
+        settings: dict[str, Any] = {"adapter_name": name, "is_trainable": False}
+        if part is not None:  # saved under the wrapper's names
+            settings["key_mapping"] = {rf"^{re.escape(theirs)}\.": f"{ours}." for theirs, ours in part.paths}
         try:
             with _without_deprecation_warning():
                 if adapted is None:
-                    base = unwrap(model)
-                    adapted = PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=False)
+                    adapted = PeftModel.from_pretrained(base, str(folder), **settings)
                 else:
-                    adapted.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+                    adapted.load_adapter(str(folder), **settings)
         except (ValueError, TypeError, RuntimeError) as error:  # layers that the base lacks, or of another shape
             raise UserError(f"{folder}: the adapter does not fit this base: {first_line(error)}") from None
         _check_adapted(factors.keys(), adapted, f"{folder}", name)

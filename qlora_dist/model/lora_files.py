@@ -1,4 +1,8 @@
-"""Adapter files in PEFT's format: save, read back, compare bit for bit. Stock PEFT loads them."""
+"""Adapter files in PEFT's format: save, read back, compare bit for bit. Stock PEFT loads them.
+
+An adapter trained on a wrapper's text model is saved under the wrapper's names, which is what its base names; its
+target_modules select the same layers in the text class. Adapters of either form are read.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,10 +23,12 @@ from torch import Tensor, nn
 from ..config.json_file import read_json_object
 from ..errors import RunFailed, UserError, shortened
 from .base_weights import same_bits
-from .forward import strip_wrappers
+from .forward import linear_layers, plain_name, strip_wrappers, text_part, unwrap
+from .text_part import TextPart
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER = "default"  # PEFT's name for the trained adapter
+_ROOT = "base_model.model."  # before the base's own names in PEFT's keys
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -36,6 +43,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
     save_file(adapter_state(model), folder / WEIGHTS, metadata={"format": "pt"})
     config = _peft(model).peft_config[ADAPTER].to_dict()
     config |= {"base_model_name_or_path": base_name, "inference_mode": True}
+    if (part := text_part(model)) is not None:
+        config["target_modules"] = _in_both_classes(model, part)
     # the order of sets differs between processes: sorted, equal adapters give equal files
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
@@ -44,6 +53,9 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
 def load_adapter_weights(model: nn.Module, folder: str | Path) -> None:
     """Copies a saved adapter into the attached one, in place. Raises UserError unless keys and shapes match."""
     live, stored = _live_state(model), read_adapter_weights(folder)
+    if (part := text_part(model)) is not None:  # saved for the text class by another program
+        renamed = {key: f"{_ROOT}{part.in_wrapper(key.removeprefix(_ROOT))}" for key in stored}
+        stored = {key if key in live else renamed[key]: value for key, value in stored.items()}
     missing, unexpected = sorted(live.keys() - stored.keys()), sorted(stored.keys() - live.keys())
     if missing or unexpected:
         lines = [f"{len(keys)} {what}, first {keys[0]}" for what, keys in
@@ -112,8 +124,9 @@ class Factors(NamedTuple):
     magnitude: Tensor | None  # (O,); DoRA only
 
 
-def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Factors]]:
-    """Config and weights of an adapter that anyone may have made, by the layers' names in the base.
+def read_adapter(folder: str | Path, part: TextPart | None = None) -> tuple[LoraConfig, dict[str, Factors]]:
+    """Config and weights of an adapter that anyone may have made, by the layers' names in the base; in the text model
+    if the base is that `part` of a wrapper.
 
     Raises UserError for what is not honoured here, and for weights that are damaged, not finite or not as the config
     says.
@@ -128,9 +141,9 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Factors]]:
             raise UserError(f"{path}: {key} has values that are NaN or infinite; use an earlier checkpoint")
         parts.setdefault(found[1], {})[found[2]] = value.float()
     layers = {}
-    for name, part in parts.items():
-        a, b, magnitude = (part.get(kind) for kind in ("A", "B", "magnitude_vector"))
-        shapes = {f"lora_{kind}": tuple(tensor.shape) for kind, tensor in part.items()}
+    for name, own in parts.items():
+        a, b, magnitude = (own.get(kind) for kind in ("A", "B", "magnitude_vector"))
+        shapes = {f"lora_{kind}": tuple(tensor.shape) for kind, tensor in own.items()}
         is_whole = a is not None and b is not None and a.ndim == b.ndim == 2 and len(a) == b.shape[1] == config.r
         if not is_whole or (magnitude is not None) != bool(config.use_dora):
             raise UserError(
@@ -139,7 +152,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Factors]]:
                 f"{CONFIG} say"
             )
         assert a is not None and b is not None
-        layers[name] = Factors(a, b, magnitude)
+        layers[name if part is None else part.in_text(name) or name] = Factors(a, b, magnitude)
     if not layers:
         raise UserError(f"{path}: holds no weights; the file is not a saved adapter")
     return config, layers
@@ -237,10 +250,25 @@ def _peft(model: nn.Module) -> PeftModel:
     return inner
 
 
+def _in_both_classes(model: nn.Module, part: TextPart) -> str:
+    """A pattern that selects the adapted layers in the wrapper and in the text class, and no other."""
+    adapted = [plain_name(name) for name, module in unwrap(model).named_modules() if isinstance(module, LoraLayer)]
+    linears = {name.removesuffix(".base_layer") for name in linear_layers(model) if "lora_" not in name}
+    patterns = {re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in adapted}  # any layer
+    if {name for name in linears if any(re.fullmatch(one, name) for one in patterns)} != set(adapted):
+        patterns = {re.escape(name) for name in adapted}
+    (theirs, ours), *_ = part.paths
+    rest = sorted(one.removeprefix(re.escape(f"{ours}.")) for one in patterns)
+    return rf"(?:{re.escape(theirs)}|{re.escape(ours)})\.(?:{'|'.join(rest)})"
+
+
 def _live_state(model: nn.Module) -> dict[str, Tensor]:
     """PEFT's keys -> the parameters themselves. Own code: PEFT's function does not handle wrappers inside the model."""
-    return {
-        strip_wrappers(name).replace(f".{ADAPTER}.weight", "" if "lora_magnitude_vector" in name else ".weight"): value
-        for name, value in _peft(model).named_parameters()
-        if "lora_" in name and f".{ADAPTER}." in name
-    }
+    part = text_part(model)
+    state: dict[str, Tensor] = {}
+    for name, value in _peft(model).named_parameters():
+        if "lora_" in name and f".{ADAPTER}." in name:
+            suffix = "" if "lora_magnitude_vector" in name else ".weight"
+            key = strip_wrappers(name).replace(f".{ADAPTER}.weight", suffix)
+            state[key if part is None else f"{_ROOT}{part.in_wrapper(key.removeprefix(_ROOT))}"] = value
+    return state

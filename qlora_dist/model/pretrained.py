@@ -28,6 +28,7 @@ from ..data.tokenizer import expanded, first_line, where_to_read
 from ..errors import UserError
 from .attention import AttentionNeeds, register
 from .bitsandbytes_import import bitsandbytes
+from .text_part import TextPart, text_config_of, text_part_of
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,12 @@ INFERENCE = "inference"  # value of `attention` for generation: transformers' ow
 
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """The config of the language model in `name`: config.json, or the text model's part of a wrapper's. Raises
+    UserError."""
+    return text_config_of(load_whole_config(name, revision))
+
+
+def load_whole_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """config.json of a model. Raises UserError when it is missing, odd in any way, or needs custom code."""
     source = where_to_read(name, revision)
     options = {"revision": source["revision"], "local_files_only": source["local_files_only"]}
@@ -58,6 +65,11 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
             else "give the name of a model on the hub, or a folder with config.json and *.safetensors"
         )
         raise UserError(f"model.name {name}: config.json cannot be read ({first_line(error)}); {hint}") from None
+
+
+def find_text_part(name: str, revision: str | None = None) -> TextPart | None:
+    """The text model of a wrapper; None for a model that is no wrapper. Raises UserError."""
+    return text_part_of(name, load_whole_config(name, revision))
 
 
 def check_weight_files(name: str) -> None:

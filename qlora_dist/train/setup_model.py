@@ -73,6 +73,7 @@ def _adapted_base(config: RunConfig, world: World, compute_dtype: torch.dtype) -
         module: torch.nn.Module = load_base(
             source,
             revision=settings.revision,
+            copy_of=settings.name,
             quantization=settings.quantization,
             double_quant=settings.double_quant,
             # full fine-tuning keeps fp32 masters and computes under autocast

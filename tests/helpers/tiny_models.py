@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from qlora_dist.data.packing import Batch, Example, collate
 from qlora_dist.model.attention import PACKED
@@ -76,6 +82,77 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "solar_open": {**_MIXTURE, "n_routed_experts": 8},
 }
 
+_VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+_PATCHES: dict[str, Any] = {**_VISION, "image_size": 16, "patch_size": 8}
+_QWEN_VISION: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+# models that read images or sound around a language model: (the text model's config, the rest)
+WRAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        {**FAMILIES["gemma3_text"], "query_pre_attn_scalar": 8},
+        {"vision_config": _PATCHES, "mm_tokens_per_image": 4, "image_token_index": 99},
+    ),
+    "mistral3": (
+        {**_GROUPED, "model_type": "mistral"},
+        {
+            "vision_config": {**_PATCHES, "model_type": "pixtral", "head_dim": 16},
+            "image_token_index": 99,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen2_vl": (
+        {**_COMMON, "num_key_value_heads": 2, "rope_parameters": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        {"vision_config": {**_QWEN_VISION, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}},
+    ),
+    "qwen2_5_vl": (
+        {**_COMMON, "num_key_value_heads": 2, "rope_parameters": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        {"vision_config": {**_QWEN_VISION, **_VISION, "out_hidden_size": 64, "fullatt_block_indexes": [1]}},
+    ),
+    "qwen3_vl": (
+        {
+            **_GROUPED,
+            "rope_parameters": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]},
+        },
+        {
+            "vision_config": {
+                **_QWEN_VISION,
+                **_VISION,
+                "out_hidden_size": 64,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+        },
+    ),
+}
+# accepted by the same tests of the model, but those that take ranks or runs
+WRAPPED_ALSO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llava": (
+        {**_GROUPED, "model_type": "llama"},
+        {"vision_config": {**_PATCHES, "model_type": "clip_vision_model"}, "image_token_index": 99},
+    ),
+    "llava_next": (
+        {**_GROUPED, "model_type": "mistral", "sliding_window": 4},
+        {"vision_config": {**_PATCHES, "model_type": "clip_vision_model"}, "image_token_index": 99},
+    ),
+    "llava_onevision": (
+        {**FAMILIES["qwen2"], "model_type": "qwen2"},
+        {"vision_config": {**_PATCHES, "model_type": "siglip_vision_model"}, "image_token_index": 99},
+    ),
+    "internvl": (
+        {**_GROUPED, "model_type": "qwen3"},
+        {"vision_config": {**_VISION, "image_size": [16, 16], "patch_size": [8, 8]}, "image_token_id": 99},
+    ),
+    "idefics3": (
+        {**_GROUPED, "model_type": "llama"},
+        {"vision_config": _PATCHES, "image_token_id": 99, "pad_token_id": 0},
+    ),
+    "smolvlm": (
+        {**_GROUPED, "model_type": "llama"},
+        {"vision_config": _PATCHES, "image_token_id": 99, "pad_token_id": 0},
+    ),
+}
+# in the names of their weights outside of the text model
+OTHER_TOWERS = ("vision", "visual", "multi_modal_projector", "connector", "image_newline")
+
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     return AutoConfig.for_model(family, **{**(FAMILIES | MIXTURES).get(family, _COMMON), **changes})
@@ -84,7 +161,22 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
 def tiny_model(family: str = "llama", attention: str | None = PACKED, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random fp32 model in eval mode. With attention PACKED it runs packed batches with the sdpa backend."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), attn_implementation=attention)
+    return _randomized(
+        AutoModelForCausalLM.from_config(tiny_config(family, **changes), attn_implementation=attention), seed
+    )
+
+
+def tiny_wrapper(family: str, seed: int = 0, tied: bool | None = None, **changes: Any) -> PreTrainedModel:
+    """A random fp32 model around a text model, in eval mode. `changes` are of the text model; `tied` of the whole."""
+    text, rest = (WRAPPED | WRAPPED_ALSO)[family]
+    config = AutoConfig.for_model(family, text_config={**text, **changes}, **rest)
+    if tied is not None:
+        config.tie_word_embeddings = tied
+    torch.manual_seed(seed)
+    return _randomized(AutoModelForMultimodalLM.from_config(config), seed)
+
+
+def _randomized(model: Any, seed: int) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -157,6 +157,13 @@ def _own_attention(case: Case) -> int:
     return case.train()
 
 
+def _other_towers(case: Case) -> int:
+    tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = {"model_type": "paligemma", "text_config": {"model_type": "gemma", **tower}, "vision_config": tower}
+    (case.model / "config.json").write_text(json.dumps(config))
+    return case.train()
+
+
 def _experts(case: Case) -> int:
     shutil.rmtree(case.model)
     tiny_model("gpt_oss", attention=None, num_key_value_heads=2, head_dim=16, num_local_experts=4).save_pretrained(
@@ -226,6 +233,7 @@ PROVOKED: dict[str, Callable[[Case], int]] = {
     "a truncated or damaged file of weights": _damaged_weights,
     "weights with NaN": _nan_weights,
     "attention that cannot be packed": _own_attention,
+    "a model of several towers that is not listed above": _other_towers,
     "stacked experts of another form": _experts,
     "an adapter made on a changed base (PiSSA, OLoRA, ...)": _adapter,
     "a run directory of another config": _other_config,

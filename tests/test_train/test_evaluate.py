@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from helpers.tiny_models import alone, random_batch, save_model, tiny_model
 from helpers.tiny_run import config_of
 
-from qlora_dist.cluster.stop_signal import StopRequested
+from qlora_dist.cluster.stop_signal import StopRequested, StopSignal
 from qlora_dist.cluster.trackers import Trackers
 from qlora_dist.config.run_dir import RunDir
 from qlora_dist.data.packing import Batch
@@ -25,6 +25,7 @@ from qlora_dist.train.console import Console
 from qlora_dist.train.evaluation import BATCHES_PER_POLL, evaluate, evaluate_if_due
 from qlora_dist.train.metrics import Metrics
 from qlora_dist.train.run import Run
+from qlora_dist.train.run_page import RunPage
 
 
 class OneRank:
@@ -140,9 +141,8 @@ def test_the_cost_of_evaluations_is_said_once_from_the_steps_when_none_was_timed
         train__eval_at_start=False, memory__recompute="full", batch={"rows_per_step": 4, "micro_rows": 1},
     )  # fmt: skip
     absent: Any = None
-    metrics = Metrics(
-        RunDir(tmp_path), Console(True, said), 100, Trackers((), ""), RunPage(RunDir(tmp_path), StopSignal())
-    )
+    run_dir = RunDir(tmp_path)
+    metrics = Metrics(run_dir, Console(True, said), 100, Trackers((), ""), RunPage(run_dir, StopSignal()))
     world, data = SimpleNamespace(size=2), SimpleNamespace(held_out=BATCHES * 4)
     run = Run(config, cast(Any, world), absent, absent, cast(Any, data), 100, metrics)
     for step, seconds in enumerate((900.0, 30.0, 30.0), 1):

@@ -26,7 +26,7 @@ from ...errors import MachineFailed, UserError
 from ...files import check_manifest, folder_aside, identity, write_manifest
 from ..bitsandbytes_import import bitsandbytes
 from ..experts import PackedExperts, packed_experts
-from ..pretrained import load_config, quantization_settings
+from ..pretrained import find_text_part, load_config, quantization_settings
 from .quantize import Range
 from .safetensors_files import file_digest
 from .sources import WeightSource, open_files, weight_paths
@@ -82,6 +82,9 @@ def quantize_model(
         raise UserError(f"{name} is already quantized ({method}); give the 16-bit model that it was made from")
     settings = quantization_settings(name, config, quantization, double_quant, compute_dtype)["quantization_config"]
     skeleton = build_skeleton(config, dtype=compute_dtype, attention=None, four_bit=settings)
+    skeleton.model.text_part = part = find_text_part(name, revision)  # type: ignore[assignment]
+    if part is not None:
+        log.info("%s: %s", name, part.describe())
     source, reason = match_files(skeleton, open_files(name, revision))
     if source is None:
         raise UserError(

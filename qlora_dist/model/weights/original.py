@@ -16,21 +16,26 @@ from ..bitsandbytes_import import bitsandbytes
 from ..experts import PackedExperts, packed_experts
 from ..forward import is_4bit
 from ..pretrained import load_config
+from ..text_part import TextPart
 from .safetensors_files import BadFile
 from .sources import open_files, weight_paths
 from .stream import Skeleton, match_files
 
 
-def read_source_weight(name: str, revision: str | None, key: str) -> Tensor | None:
-    """A tensor of the base's files by the model's own name for it; None where the files use another name."""
+def read_source_weight(name: str, revision: str | None, key: str, part: TextPart | None = None) -> Tensor | None:
+    """A tensor of the base's files by the model's own name for it; None where the files use another name.
+
+    `part`: the model is that part of a wrapper, whose files have one of several forms of names.
+    """
     short = key.partition(".")[2]  # some files store the decoder without the model's prefix: layers.0... h.0...
+    names = [key, short] if part is None else [part.in_wrapper(key), f"language_model.{key}", key]
     try:
         paths = weight_paths(name, revision)
     except (OSError, BadFile):  # a hub that does not answer now: the loader had the files
         return None
     for path in paths:
         with safe_open(path, framework="pt") as opened:
-            found = next((one for one in (key, short) if one in opened.keys()), None)  # noqa: SIM118  (not a dict)
+            found = next((one for one in names if one in opened.keys()), None)  # noqa: SIM118  (not a dict)
             if found is not None:
                 return opened.get_tensor(found)
     return None

@@ -24,6 +24,7 @@ from ...config.json_file import read_json_object
 from ...data.tokenizer import expanded, first_line, where_to_read
 from ...errors import UserError, shortened
 from ..experts import packed_experts
+from ..text_part import TextPart
 from .safetensors_files import BadFile, WeightFiles
 
 RANDOM_CHUNK = 2**20  # weights per seed: a part of a weight does not depend on how it is split
@@ -245,7 +246,7 @@ def match_names(model: PreTrainedModel, keys: list[str]) -> tuple[Names, str | N
     """(the files' names, why renaming and stacking are not enough, or None).
 
     Names are matched by transformers' own rules: old names, a missing or extra prefix of the base model, experts that
-    are stored one by one.
+    are stored one by one. The files of a wrapper are matched by its rules, and what is not in its text model is left.
     """
     found = Names({}, {})
     try:
@@ -253,18 +254,26 @@ def match_names(model: PreTrainedModel, keys: list[str]) -> tuple[Names, str | N
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:  # not in every version that pyproject.toml allows
         return found, "this version of transformers does not expose its rules for names"
-    mapping = get_model_conversion_mapping(model)
+    part: TextPart | None = getattr(model, "text_part", None)
+    whole = model if part is None else part.wrapper
+    mapping = get_model_conversion_mapping(whole)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     stacking = {pattern: (one, index) for one in converters if _stacks(one)
                 for index, pattern in enumerate(one.source_patterns)}  # fmt: skip
     # only the names count; experts in 4 bits have other parameters than the files
-    known = dict.fromkeys([*model.state_dict(), *packed_experts(model)], True)
+    own = [*model.state_dict(), *packed_experts(model)]
+    known = dict.fromkeys(own if part is None else [*part.wrapper.state_dict(), *map(part.in_wrapper, own)], True)
+    is_own = dict.fromkeys(own, True)
     parts: dict[str, dict[tuple[int, int], str]] = {}
     for key in sorted(keys):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        name, pattern = rename_source_key(key, renamings, converters, whole.base_model_prefix, known)
+        if part is not None:
+            if (inside := part.in_text(name)) is None:
+                continue
+            name = inside
         if pattern is None:
-            if name in known:
+            if name in is_own:
                 found.key_of[name] = key
         elif pattern in stacking:
             _, index = stacking[pattern]
@@ -273,12 +282,12 @@ def match_names(model: PreTrainedModel, keys: list[str]) -> tuple[Names, str | N
             parts.setdefault(name, {})[int(expert[1]), index] = key
         else:
             return found, f"{key} must be converted for this version of transformers ({pattern})"
-    for name, own in parts.items():
-        experts = sorted({expert for expert, _ in own})
-        num_parts = 1 + max(index for _, index in own)
-        if len(own) != len(experts) * num_parts or experts != list(range(len(experts))):
+    for name, pieces in parts.items():
+        experts = sorted({expert for expert, _ in pieces})
+        num_parts = 1 + max(index for _, index in pieces)
+        if len(pieces) != len(experts) * num_parts or experts != list(range(len(experts))):
             continue  # reported as missing
-        found.stacks[name] = [[own[expert, index] for index in range(num_parts)] for expert in experts]
+        found.stacks[name] = [[pieces[expert, index] for index in range(num_parts)] for expert in experts]
     return found, None
 
 

@@ -14,7 +14,16 @@ from torch import nn
 from ...config.quantization import Quantization, quantized_bytes
 from ...errors import RunFailed
 from ...files import format_bytes
-from ...model import is_4bit, linear_layers, load_config, packed_experts, plain_name, stacked_experts, unwrap
+from ...model import (
+    is_4bit,
+    linear_layers,
+    load_config,
+    packed_experts,
+    plain_name,
+    stacked_experts,
+    text_part,
+    unwrap,
+)
 from ...model.check_config import build_on_meta
 from ...model.weights.original import (
     has_quantized_files,
@@ -130,7 +139,7 @@ def check_source_bits(
         return "the base is not in 4 bits"
     if has_quantized_files(name, revision):
         return "the files hold quantized weights, which are read as they are"
-    said = _check_linear(layers, name, revision, compute_dtype, seed)
+    said = _check_linear(model, layers, name, revision, compute_dtype, seed)
     return said if not packed_experts(model) else f"{said}; {_check_expert(model, name, revision, compute_dtype, seed)}"
 
 
@@ -156,11 +165,11 @@ def _differs(weight: str, part: str, name: str) -> str:
 
 
 def _check_linear(
-    layers: dict[str, Any], name: str, revision: str | None, compute_dtype: torch.dtype, seed: int
+    model: nn.Module, layers: dict[str, Any], name: str, revision: str | None, compute_dtype: torch.dtype, seed: int
 ) -> str:
     key = sorted(layers)[seed % len(layers)]
     plain = plain_name(f"{key}.weight")
-    source = read_source_weight(name, revision, plain)
+    source = read_source_weight(name, revision, plain, text_part(model))
     if source is None or source.numel() != torch.Size(layers[key].weight.quant_state.shape).numel():
         return f"the files hold {plain} under another name or shape"
     part = same_as_quantized(layers[key], source, compute_dtype)
