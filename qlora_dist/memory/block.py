@@ -125,11 +125,14 @@ class BlockTape(LayerTape):
         )
         opened = down.joined - down.low
         of_down, of_gate, of_output = (one.adapter_gradients for one in (down, gate, output))
+        copies = 2 if self.shapes.family == "granite" else 1
         backward = (
             (down.gradient + opened, down.back_matrix),
             (down.gradient + opened + of_down, 0),
-            (of_down + of_gate + 2 * self.row, gate.back_matrix),
-            (of_down + of_gate + of_output + self.row + output.gradient + attended.size, output.back_matrix),
+            (of_down + of_gate + self.row, gate.back_matrix),
+            (of_down + of_gate + self.row + output.gradient, 0),
+            # the gradient of the residual stream is a part of `output.gradient`, unless the branch is scaled
+            (of_down + of_gate + of_output + copies * output.gradient + attended.size, output.back_matrix),
         )
         work, weights = max(forward, key=sum)
         back_work, back_weights = max(backward, key=sum)

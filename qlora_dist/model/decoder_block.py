@@ -283,13 +283,14 @@ class _Gate(torch.autograd.Function):
         if low_gate is not None:
             rms_norm(middle, block.post_norm, block.eps, normed)
             of_gate = block.gate.grad_adapters(both, normed, low_gate)
+        del normed
         of_normed = block.gate.grad_input(both)
-        rms_norm_backward(of_normed, middle, block.post_norm, block.eps, grad, normed)
-        of_middle = normed
+        joined, of_middle = block.output.gradient_buffer(grad)
+        rms_norm_backward(of_normed, middle, block.post_norm, block.eps, grad, of_middle)
         del of_normed
-
-        joined, copied = block.output.gradient_buffer(grad)
-        _scaled_copy(of_middle, block.residual_factor, copied)
+        if block.residual_factor != 1.0:
+            joined, copied = block.output.gradient_buffer(grad)
+            torch.mul(of_middle, block.residual_factor, out=copied)
         block.output.raise_gradient(joined)
         of_output = block.output.grad_adapters(joined, attended, low_output)
         of_attended = block.output.grad_input(joined)

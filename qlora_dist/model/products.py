@@ -175,8 +175,11 @@ class SharedInput:
 
 
 def _wide_mm(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp32, fp64 for fp64; summed and not rounded in between where the device can."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+    """left @ right in fp32, fp64 for fp64; summed and not rounded in between where the device can.
+
+    Fake tensors stand for those of a GPU: simulation and prediction see its operations.
+    """
+    if (left.is_cuda or _is_fake(left)) and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=torch.float32)
     return wide(torch.mm(left, right))
 
