@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_dist.config.joint_products import num_parts
+
 from .shapes import Shape
 
 ADAPTER_COLUMNS = 64
@@ -26,24 +28,34 @@ def operands(
     """Arguments of one call, random on a real device, without memory on the meta device.
 
     Names: the operations, `rotate_heads` and its gradient also with `+norms` (Qwen 3), `dequantize_4bit` also with
-    `+single` (without double quantization), `rms_norm_backward` also with `+residual`.
+    `+single` (without double quantization), `rms_norm` also with `+scales`, its gradient also with
+    `+residual`.
     """
     return _MAKERS[name.partition("+")[0]](name.partition("+")[2], shape, tokens, _Maker(device, dtype))
 
 
 # the file of an operation by its name's first word
-_FILES = {"rms": "norm", "rotate": "rotary", "swiglu": "swiglu", "dequantize": "dequantize", "write": "adapters"}
+_FILES = {
+    "rms": "norm", "rotate": "rotary", "swiglu": "swiglu", "dequantize": "dequantize", "write": "adapters",
+    "sum": "gradients",
+}  # fmt: skip
+
+
+def _file_of(operation: str) -> str:
+    if operation.endswith("_lower"):
+        return "lower"
+    return "gradients" if operation.endswith("_products") else _FILES[operation.split("_")[0]]
 
 
 def reference_of(operation: str) -> Callable[..., None]:
     """The plain PyTorch function behind an operation."""
-    module = importlib.import_module(f"qlora_dist.model.kernels.{_FILES[operation.split('_')[0]]}")
+    module = importlib.import_module(f"qlora_dist.model.kernels.{_file_of(operation)}")
     return getattr(module, f"_{operation}")  # type: ignore[no-any-return]
 
 
 def kernel_of(operation: str) -> Callable[..., bool]:
     """The function that launches its Triton kernel, or returns False."""
-    module = importlib.import_module(f"qlora_dist.model.kernels.{_FILES[operation.split('_')[0]]}_triton")
+    module = importlib.import_module(f"qlora_dist.model.kernels.{_file_of(operation)}_triton")
     return getattr(module, operation)  # type: ignore[no-any-return]
 
 
@@ -63,7 +75,8 @@ class _Maker:
 
 
 def _rms_norm(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
-    return [make(tokens, shape.hidden), make(shape.hidden), EPS, make.strided(tokens, shape.hidden)]
+    scales = make(tokens, dtype=torch.float32) if option == "scales" else None
+    return [make(tokens, shape.hidden), make(shape.hidden), EPS, scales, make.strided(tokens, shape.hidden)]
 
 
 def _rms_norm_backward(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
@@ -106,6 +119,35 @@ def _swiglu_backward(option: str, shape: Shape, tokens: int, make: _Maker) -> li
     return [make.strided(tokens, shape.intermediate), make.strided(tokens, 2 * shape.intermediate)]
 
 
+def _swiglu_backward_products(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    inner = shape.intermediate
+    columns, rows = num_parts(tokens, inner)
+    grad, raised = make(tokens, inner), make(tokens, shape.hidden + RANK)[:, shape.hidden :]
+    of_rows = make(2 * columns, tokens, RANK, dtype=torch.float32)
+    of_columns = make(rows, 3 * inner * RANK, dtype=torch.float32)
+    low, b, both = make(tokens, 2 * RANK), make(2 * inner, RANK), make.strided(tokens, 2 * inner)
+    return [grad, raised, low, b, 2.0, both, of_rows, of_columns]
+
+
+def _sum_parts(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    """Of gate and up."""
+    columns, _ = num_parts(tokens, shape.intermediate)
+    parts = make(2 * columns, tokens, RANK, dtype=torch.float32)
+    rows, scaled = make(tokens, dtype=torch.float32), make(tokens, 2 * RANK)
+    return [parts, [columns, 2 * columns], rows, scaled, make(tokens, shape.hidden + 2 * RANK)[:, shape.hidden :]]
+
+
+def _swiglu_lower(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    inner = shape.intermediate
+    both, low = make.strided(tokens, 2 * inner), make(tokens, RANK)
+    return [both, make(RANK, inner), low, make(tokens, inner + RANK)]
+
+
+def _copy_lower(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    rows, low = make(RANK, shape.hidden), make(tokens, RANK)
+    return [make(tokens, shape.hidden), rows, low, make(tokens, shape.hidden + RANK)]
+
+
 def _dequantize(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
     rows, columns = shape.intermediate, shape.hidden
     blocks = rows * columns // 64
@@ -139,11 +181,17 @@ _MAKERS = {
     "swiglu": _swiglu,
     "swiglu_backward": _swiglu_backward,
     "dequantize_4bit": _dequantize,
+    "swiglu_backward_products": _swiglu_backward_products,
+    "sum_parts": _sum_parts,
+    "swiglu_lower": _swiglu_lower,
+    "copy_lower": _copy_lower,
     "write_a": _write_a,
     "write_b": _write_b,
 }
 NAMES = (
-    "rms_norm", "rms_norm_backward", "rms_norm_backward+residual", "rotate_heads", "rotate_heads+norms",
+    "rms_norm", "rms_norm+scales", "rms_norm_backward", "rms_norm_backward+residual", "rotate_heads",
+    "rotate_heads+norms",
     "rotate_heads_backward", "rotate_heads_backward+norms", "swiglu", "swiglu_backward", "dequantize_4bit",
-    "dequantize_4bit+single", "write_a", "write_b",
+    "dequantize_4bit+single", "write_a", "write_b", "swiglu_backward_products", "sum_parts",
+    "swiglu_lower", "copy_lower",
 )  # fmt: skip

@@ -55,7 +55,7 @@ class Compiled:
         return sum(self.instructions[name] for name in ("LDL", "STL"))
 
     def accesses(self, kind: str) -> Counter[int]:
-        """Number of global loads (LDG) or stores (STG) in the code, by width in bytes."""
+        """Number of global loads (LDG; LDGSTS: into shared memory) or stores (STG) in the code, by width in bytes."""
         found: Counter[int] = Counter()
         for name, number in self.instructions.items():
             first, *rest = name.split(".")
@@ -118,7 +118,7 @@ def compiled(launch: Launch, architecture: int) -> Compiled:
     said = _dump(made.asm["cubin"])
     usage = re.search(r"REG:(\d+) STACK:(\d+)", said)
     assert usage is not None, said[:500]
-    found = Counter(re.findall(r"\b((?:LDG|STG|LDL|STL|LDS|STS)[A-Z0-9.]*)", said))
+    found = Counter(re.findall(r"\b((?:LDGSTS|LDG|STG|LDL|STL|LDS|STS)[A-Z0-9.]*)", said))
     threads = 32 * launch.options["num_warps"]
     return Compiled(int(usage[1]), int(usage[2]), made.metadata.shared, threads, found)
 
@@ -160,19 +160,19 @@ def main() -> None:
     if importlib.util.find_spec("triton") is None:
         print("Triton is not installed; pip install triton", file=sys.stderr)
         sys.exit(2)
-    print("| kernel | shape | sm | warps | registers | stack | shared | loads | stores | local |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| kernel | shape | sm | warps | registers | stack | shared | loads | copies to shared | stores | local |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in arguments.only:
         for shape in arguments.shapes:
             for architecture in arguments.architectures:
                 _, made = compile_case(name, SHAPES[shape], architecture)
-                loads, stores = (
+                loads, copies, stores = (
                     " ".join(f"{number}x{width}B" for width, number in sorted(made.accesses(kind).items()))
-                    for kind in ("LDG", "STG")
+                    for kind in ("LDG", "LDGSTS", "STG")
                 )
                 print(
                     f"| {name} | {shape} | {architecture} | {made.threads // 32} | {made.registers} "
-                    f"| {made.stack_bytes} | {made.shared_bytes} | {loads} | {stores} | {made.local} |",
+                    f"| {made.stack_bytes} | {made.shared_bytes} | {loads} | {copies} | {stores} | {made.local} |",
                     flush=True,
                 )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from qlora_dist.config.joint_products import padded_columns
+from qlora_dist.config.joint_products import LARGEST_JOINT_RANK, padded_columns
 
 MAX_POSITIONS = 8192
 DRAWN = "weights-are-drawn"  # marker file in a model folder without weights
@@ -70,14 +70,16 @@ class Shape:
         return weights + attention
 
     def product_flops(self, tokens: int, labels: int, rank: int, recomputed_layers: int) -> int:
-        """FLOPs of all matrix products of one QLoRA step with adapters on every linear layer, attention not counted.
+        """FLOPs of a library's matrix products in one QLoRA step with adapters on every linear layer; not attention's.
 
         2 per weight and token for a product. Layers that share their input are one product with R columns of adapters
         (`model.products`): the frozen matrix has one product forward and one for the gradient of its input, which the
         first layer's q, k and v do not need: nothing before them is trained. A and B have two forward and four backward
         (one fewer there). A recomputed layer repeats its forward products except the last one. The rotary angles are
-        an outer product.
+        an outer product. Not counted is what Triton kernels multiply (`model.kernels.lower`, `.gradients`, for ranks up
+        to LARGEST_JOINT_RANK): A forward of output and down, A's gradient of down, and B's two of gate and up.
         """
+        assert rank <= LARGEST_JOINT_RANK
         total = 4 * labels * self.vocabulary * self.hidden + self.head_dim * tokens
         matrices = self.matrices()
         for layer in range(self.layers):
@@ -90,7 +92,14 @@ class Shape:
                 # A: forward, in the product beside its input's gradient, its gradient
                 down = 2 + has_input_gradient + is_repeated
                 up = 3 + (is_repeated and not is_last)  # B: forward, its gradient, its input's gradient
-                total += 2 * tokens * (frozen * outputs * inputs + columns * (down * inputs + up * outputs))
+                of_a = 0  # columns of padding that the gradient of A has not
+                if len(names) == 1:
+                    down -= 1 + is_repeated + is_last
+                elif len(names) == 2:
+                    up -= 2
+                    of_a = columns - 2 * rank
+                thin = (columns * down - of_a) * inputs + columns * up * outputs
+                total += 2 * tokens * (frozen * outputs * inputs + thin)
         return total
 
 

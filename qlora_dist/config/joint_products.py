@@ -7,6 +7,14 @@ from collections.abc import Sequence
 COLUMNS = 16  # adapters' columns are rounded up to this: rows stay aligned to 32 bytes
 LARGEST_MATRIX = 2**27  # weights dequantized at a time, unless one layer has more: bounds the memory of a product
 
+# The gradient of SwiGLU with products of its adapters (model.kernels.gradients): in parts that programs sum alone
+ROWS_OF_STEP = 32  # tokens that a program takes at a time
+COLUMNS_OF_PART = 256
+LEAST_PROGRAMS = 256  # so that every multiprocessor has work
+TOKENS_OF_CALL = 8192  # parts of more tokens would take more memory than a dequantized matrix
+LARGEST_JOINT_RANK = 32  # sums of larger ranks do not fit in registers
+LARGEST_LOWERED = 64  # adapters' columns that `model.kernels.lower` computes with their input
+
 # model_type of the families whose layers can be computed as one block (`model.decoder_block`)
 BLOCK_FAMILIES = ("granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 
@@ -28,3 +36,11 @@ def split_product(outputs: Sequence[int], inputs: int) -> list[tuple[int, int]]:
             parts.append((index, index + 1))
             size = width
     return parts
+
+
+def num_parts(tokens: int, width: int) -> tuple[int, int]:
+    """Parts of the columns, and of the tokens. They depend on nothing else, so that results do not either."""
+    columns = -(-width // COLUMNS_OF_PART)
+    blocks = max(1, -(-tokens // ROWS_OF_STEP))
+    steps = -(-blocks // min(blocks, -(-LEAST_PROGRAMS // columns)))
+    return columns, -(-blocks // steps)

@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config.joint_products import BLOCK_FAMILIES, padded_columns, split_product
+from ..config.joint_products import (
+    BLOCK_FAMILIES,
+    LARGEST_JOINT_RANK,
+    TOKENS_OF_CALL,
+    num_parts,
+    padded_columns,
+    split_product,
+)
 from ..config.quantization import BLOCK
 from .expert_layer import ExpertTape
 from .layers import LayerBytes, LayerSettings, LayerTape
@@ -40,6 +47,7 @@ class _Product:
     matrix: int  # dequantized, with the adapters' columns
     back_matrix: int
     adapter_gradients: int
+    adapter_gradients_of_b: int
 
     @property
     def grad_input(self) -> int:
@@ -67,7 +75,13 @@ class BlockTape(LayerTape):
             matrix=max(rows) * (inputs + columns) * size,
             back_matrix=max(last) * inputs * size,
             adapter_gradients=4 * columns * (inputs + sum(widths)),
+            adapter_gradients_of_b=4 * columns * sum(widths),
         )
+
+    @property
+    def scales(self) -> int:
+        """What a norm multiplied each row by, in fp32."""
+        return 4 * self.settings.tokens
 
     def _layer(self, x: Value) -> Value:
         tape, shapes = self.tape, self.shapes
@@ -94,7 +108,7 @@ class BlockTape(LayerTape):
     def _queries(self, x: Value, product: _Product) -> list[Value]:
         """Queries, keys and values in one tensor, or with norms of heads [queries and keys, values]."""
         tape, has_norms = self.tape, self.shapes.qk_norm == "head"
-        saves = [x, tape.extra(product.low)]
+        saves = [x, tape.extra(self.scales), tape.extra(product.low)]
         values = self.settings.tokens * self.shapes.linears[2].outputs * self.settings.compute_size
         rotated = product.result - values if has_norms else product.result
         columns = tape.extra(rotated) if has_norms else None
@@ -105,30 +119,53 @@ class BlockTape(LayerTape):
             # the product is done when the rotated copy is made
             work=product.joined + (values if has_norms else 0),
             weights=product.matrix,
-            back_work=product.gradient + product.adapter_gradients + (0 if x.needs_grad else product.grad_input),
+            back_work=product.gradient + product.adapter_gradients,
             back_weights=product.back_matrix if x.needs_grad else 0,
         )
         if not has_norms:
             return [result]
         return [result, tape.op([result], values, shares=[])]
 
+    @property
+    def _is_joint(self) -> bool:
+        """`gate_gradients.is_joint`."""
+        settings = self.settings
+        is_adapted = all(linear.name in settings.adapted for linear in self.shapes.linears[4:])
+        return is_adapted and settings.compute_size == 2 and settings.rank <= LARGEST_JOINT_RANK
+
+    def _parts(self) -> int:
+        """`gate_gradients`: what it needs, parts of sums and their total."""
+        if not self._is_joint:
+            return 0
+        settings, (gate, up, down) = self.settings, self.shapes.linears[4:]
+        tokens = min(settings.tokens, TOKENS_OF_CALL)
+        columns, rows = num_parts(tokens, down.inputs)
+        thin = (gate.outputs + up.outputs + 2 * settings.tokens) * settings.rank * settings.compute_size
+        of_rows, total = 2 * columns * tokens, 3 * down.inputs
+        first = 0 if tokens == settings.tokens else total  # of the tokens before
+        return thin + 4 * settings.rank * (rows * total + max(of_rows + first, total))
+
     def _gate(self, attended: Value, x: Value, output: _Product, gate: _Product, down: _Product) -> Value:
         """`_Gate`: its result is the last product's input, whose gradient is that of the layer's output."""
-        tape = self.tape
+        tape, shapes = self.tape, self.shapes
         both = gate.gradient
-        kept = [output.low, self.row, gate.low, both, down.low]
+        kept = [output.low, self.row, self.scales, gate.low, both, down.low]
         held = sum(kept) + down.joined
         forward = (
             (output.joined + output.low + self.row, output.matrix),
-            (output.low + self.row + gate.joined + gate.low + both, gate.matrix),
+            (output.low + self.row + self.scales + gate.joined + gate.low + both, gate.matrix),
             (held, down.rows),
         )
         opened = down.joined - down.low
         of_down, of_gate, of_output = (one.adapter_gradients for one in (down, gate, output))
+        if self._is_joint:  # dA of down, dB of gate and up in one tensor, without padding
+            total = 4 * self.settings.rank * 3 * shapes.linears[6].inputs
+            of_down = total + down.adapter_gradients_of_b
+            of_gate = 4 * self.settings.rank * 2 * shapes.linears[4].inputs
         copies = 2 if self.shapes.family == "granite" else 1
         backward = (
             (down.gradient + opened, down.back_matrix),
-            (down.gradient + opened + of_down, 0),
+            (down.gradient + opened + max(of_down, self._parts()), 0),
             (of_down + of_gate + self.row, gate.back_matrix),
             (of_down + of_gate + self.row + output.gradient, 0),
             # the gradient of the residual stream is a part of `output.gradient`, unless the branch is scaled

@@ -29,7 +29,17 @@ from ..config.quantization import BLOCK
 from .attention import packed_attention
 from .bitsandbytes_import import bitsandbytes
 from .forward import decoder_layers, unwrap
-from .kernels import rms_norm, rms_norm_backward, rotate_heads, rotate_heads_backward, swiglu, swiglu_backward
+from .gate_gradients import gate_gradients, is_joint
+from .kernels import (
+    copy_lower,
+    rms_norm,
+    rms_norm_backward,
+    rotate_heads,
+    rotate_heads_backward,
+    swiglu,
+    swiglu_backward,
+    swiglu_lower,
+)
 from .products import SharedInput
 
 log = logging.getLogger(__name__)
@@ -194,7 +204,8 @@ class _Queries(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         layers = block.queries
         joined, normed = layers.input_buffer(x)
-        rms_norm(x, block.input_norm, block.eps, normed)
+        scales = _scales(x)
+        rms_norm(x, block.input_norm, block.eps, scales, normed)
         low = layers.lower(joined)
         columns = layers.product(joined)
         rotated_width = (block.num_q + block.num_kv) * block.head_dim
@@ -203,7 +214,7 @@ class _Queries(torch.autograd.Function):
             unrotated if block.q_norm is None else torch.empty_like(unrotated, memory_format=torch.contiguous_format)
         )
         rotate_heads(unrotated, block.q_norm, block.k_norm, block.eps, cos, sin, block.num_q, block.head_dim, rotated)
-        ctx.save_for_backward(x, cos, sin, low, None if block.q_norm is None else columns)
+        ctx.save_for_backward(x, scales, cos, sin, low, None if block.q_norm is None else columns)
         ctx.block = block
         heads = rotated.unflatten(1, (-1, block.head_dim))
         v = columns[:, rotated_width:].unflatten(1, (-1, block.head_dim))
@@ -211,7 +222,7 @@ class _Queries(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, cos, sin, low, columns = ctx.saved_tensors
+        x, scales, cos, sin, low, columns = ctx.saved_tensors
         block: Block = ctx.block
         layers = block.queries
         grad_q, grad_k, grad_v, grad_x = grads
@@ -221,10 +232,10 @@ class _Queries(torch.autograd.Function):
         layers.raise_gradient(joined)
         of_adapters: list[Tensor | None] = []
         if low is not None:
-            normed = torch.empty_like(x)
-            rms_norm(x, block.input_norm, block.eps, normed)
-            of_adapters = layers.grad_adapters(joined, normed, low)
-            del normed
+            raised = _scaled_rows(joined[:, layers.outputs :], scales)
+            of_adapters = layers.grad_a(raised, x, block.input_norm)
+            of_adapters += layers.grad_b(joined[:, : layers.outputs], low)
+            del raised
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = layers.grad_input(joined)
@@ -243,21 +254,18 @@ class _Gate(torch.autograd.Function):
     def forward(
         ctx: Any, attended: Tensor, x: Tensor, block: Block, *adapters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        joined, copied = block.output.input_buffer(x)
-        copied.copy_(attended)
-        low_output = block.output.lower(joined)
+        joined, low_output = block.output.filled_input(x, attended, _copy, copy_lower)
         middle = block.output.product(joined, residual=x, factor=block.residual_factor)
-        del joined, copied  # each buffer before the next
+        del joined  # each buffer before the next
         joined, normed = block.gate.input_buffer(x)
-        rms_norm(middle, block.post_norm, block.eps, normed)
+        scales = _scales(x)
+        rms_norm(middle, block.post_norm, block.eps, scales, normed)
         low_gate = block.gate.lower(joined)
         both, grown = block.gate.gradient_buffer(x)  # the backward pass writes the gradient in place
         block.gate.product(joined, out=grown)
         del joined, normed
-        joined, opened = block.down.input_buffer(x)
-        swiglu(both, opened)
-        low_down = block.down.lower(joined)
-        ctx.save_for_backward(attended, low_output, middle, low_gate, both, low_down)
+        joined, low_down = block.down.filled_input(x, both, swiglu, swiglu_lower)
+        ctx.save_for_backward(attended, low_output, middle, scales, low_gate, both, low_down)
         ctx.block = block
         ctx.mark_non_differentiable(middle, joined)
         ctx.set_materialize_grads(False)
@@ -265,7 +273,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        attended, low_output, middle, low_gate, both, low_down = ctx.saved_tensors
+        attended, low_output, middle, scales, low_gate, both, low_down = ctx.saved_tensors
         block: Block = ctx.block
         grad = grads[0]
 
@@ -273,17 +281,24 @@ class _Gate(torch.autograd.Function):
         _scaled_copy(grad, block.residual_factor, copied)
         block.down.raise_gradient(joined)
         opened = block.down.grad_input(joined)
-        swiglu_backward(opened, both)  # both: gradients of gate and up; opened: the product's input again
-        of_down = block.down.grad_adapters(joined, opened, low_down)
-        del joined, copied, opened
-
-        block.gate.raise_gradient(both)
-        normed = torch.empty_like(middle)
         of_gate: list[Tensor | None] = []
+        if low_gate is not None and is_joint(block.gate, block.down, opened):
+            of_down, of_gate_b, raised = gate_gradients(
+                block.gate, block.down, opened, joined[:, block.down.outputs :], both, low_gate, scales
+            )
+            of_down += block.down.grad_b(joined[:, : block.down.outputs], low_down)
+        else:
+            swiglu_backward(opened, both)  # both: gradients of gate and up; opened: the product's input again
+            of_down = block.down.grad_adapters(joined, opened, low_down)
+            block.gate.raise_gradient(both)
+            if low_gate is not None:
+                of_gate_b = block.gate.grad_b(both[:, : block.gate.outputs], low_gate)
+                raised = _scaled_rows(both[:, block.gate.outputs :], scales)
+        del joined, copied, opened
         if low_gate is not None:
-            rms_norm(middle, block.post_norm, block.eps, normed)
-            of_gate = block.gate.grad_adapters(both, normed, low_gate)
-        del normed
+            of_gate = block.gate.grad_a(raised, middle, block.post_norm) + of_gate_b
+            del raised
+
         of_normed = block.gate.grad_input(both)
         joined, of_middle = block.output.gradient_buffer(grad)
         rms_norm_backward(of_normed, middle, block.post_norm, block.eps, grad, of_middle)
@@ -295,6 +310,20 @@ class _Gate(torch.autograd.Function):
         of_output = block.output.grad_adapters(joined, attended, low_output)
         of_attended = block.output.grad_input(joined)
         return of_attended, of_middle, None, *of_output, *of_gate, *of_down
+
+
+def _scales(x: Tensor) -> Tensor:
+    """(T,), for what the norm multiplies each row by; fp64 for fp64."""
+    return x.new_empty(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _scaled_rows(raised: Tensor, scales: Tensor) -> Tensor:
+    out = torch.empty_like(raised, memory_format=torch.contiguous_format)
+    return torch.mul(raised, scales[:, None], out=out)
+
+
+def _copy(source: Tensor, out: Tensor) -> None:
+    out.copy_(source)
 
 
 def _scaled_copy(source: Tensor, factor: float, out: Tensor) -> None:
@@ -324,7 +353,7 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.weight, ctx.eps = weight, eps
         out = torch.empty_like(x)
-        rms_norm(x, weight, eps, out)
+        rms_norm(x, weight, eps, None, out)
         return out
 
     @staticmethod

@@ -17,13 +17,13 @@ Legend: T tokens, K inputs, N outputs of all layers together, R columns of all a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config.joint_products import padded_columns, split_product
+from ..config.joint_products import LARGEST_LOWERED, padded_columns, split_product
 from .bitsandbytes_import import bitsandbytes
 from .kernels import dequantize_4bit, write_a, write_b
 from .kernels.registry import wide
@@ -55,6 +55,12 @@ class SharedInput:
         self.parts = split_product(widths, self.inputs)
 
     @property
+    def rank(self) -> int | None:
+        """That of all layers; None if they differ or one has no adapter."""
+        ranks = {len(a) for a, _ in self.adapters}
+        return ranks.pop() if len(ranks) == 1 and len(self.adapters) == len(self.layers) else None
+
+    @property
     def parameters(self) -> list[Tensor]:
         """All A, then all B."""
         return [a for a, _ in self.adapters] + [b for _, b in self.adapters]
@@ -69,13 +75,29 @@ class SharedInput:
         buffer = like.new_empty(like.shape[0], self.outputs + self.columns)
         return buffer, buffer[:, : self.outputs]
 
+    def filled_input(
+        self, like: Tensor, source: Tensor, fill: Callable[[Tensor, Tensor], Any], fill_and_lower: Callable[..., None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """[X | low] and low, where `fill` makes X from `source`; both in one pass over X if there are few columns."""
+        joined, first = self.input_buffer(like)
+        if not self.adapters or self.columns > LARGEST_LOWERED or not computes_jointly(like):
+            fill(source, first)
+            return joined, self.lower(joined)
+        low = joined.new_empty(len(joined), self.columns)
+        fill_and_lower(source, self._stacked_a(joined), low, joined)
+        return joined, low
+
+    def _stacked_a(self, like: Tensor) -> Tensor:
+        """(R, K), in the type of `like`."""
+        rows = like.new_empty(self.columns, self.inputs)
+        write_a([a.detach() for a, _ in self.adapters], rows)
+        return rows
+
     def lower(self, joined: Tensor) -> Tensor | None:
         """Fills the second part of [X | low]; returns low (T, R), which the backward pass needs. None: no adapters."""
         if not self.adapters:
             return None
-        rows = joined.new_empty(self.columns, self.inputs)
-        write_a([a.detach() for a, _ in self.adapters], rows)
-        low = torch.mm(joined[:, : self.inputs], rows.t())
+        low = torch.mm(joined[:, : self.inputs], self._stacked_a(joined).t())
         joined[:, self.inputs :].copy_(low)
         return low
 
@@ -100,6 +122,13 @@ class SharedInput:
                 torch.mm(joined, matrix.t(), out=target)
             del matrix  # before the next one
         return out
+
+    def stacked_b(self, like: Tensor) -> Tensor:
+        """All B one below the other (N, r), for layers of one `rank`, in the type of `like`; not scaled."""
+        assert self.rank is not None
+        rows = like.new_empty(self.outputs, self.rank)
+        write_a([b.detach() for _, b in self.adapters], rows)
+        return rows
 
     def raise_gradient(self, joined: Tensor) -> None:
         """Fills the second part of [G | G']."""
@@ -128,17 +157,32 @@ class SharedInput:
         """fp32 gradients in the order of `parameters`, from [G | G'], X (T, K) and low (T, R)."""
         if low is None:
             return []
-        by_input = _wide_mm(joined[:, self.outputs :].t(), x)  # (R, K)
-        by_output = _wide_mm(joined[:, : self.outputs].t(), low).mul_(self.scale)  # (N, R)
-        of_a: list[Tensor | None] = []
-        of_b: list[Tensor | None] = []
+        return self.grad_a(joined[:, self.outputs :], x) + self.grad_b(joined[:, : self.outputs], low)
+
+    def grad_a(self, raised: Tensor, x: Tensor, weight: Tensor | None = None) -> list[Tensor | None]:
+        """Of all A, from G' (T, R) and X (T, K).
+
+        The norm of rows times `weight` (K,) need not be computed again: G'^T norm(X) is (scales * G')^T X * weight.
+        """
+        by_input = wide_mm(raised.t(), x)  # (R, K)
+        if weight is not None:
+            by_input.mul_(weight)
+        found: list[Tensor | None] = []
+        row = 0
+        for a, _ in self.adapters:
+            found.append(by_input[row : row + len(a)].to(a.dtype))
+            row += len(a)
+        return found
+
+    def grad_b(self, grad: Tensor, low: Tensor) -> list[Tensor | None]:
+        """Of all B, from G (T, N) and low (T, R)."""
+        by_output = wide_mm(grad.t(), low).mul_(self.scale)  # (N, R)
+        found: list[Tensor | None] = []
         column = 0
-        for (a, b), first in zip(self.adapters, self.adapter_rows, strict=True):
-            own = slice(column, column + len(a))
-            of_a.append(by_input[own].to(a.dtype))
-            of_b.append(by_output[first : first + len(b), own].to(b.dtype))
-            column += len(a)
-        return of_a + of_b
+        for (_, b), first in zip(self.adapters, self.adapter_rows, strict=True):
+            found.append(by_output[first : first + len(b), column : column + b.shape[1]].to(b.dtype))
+            column += b.shape[1]
+        return found
 
     # --- the matrices -------------------------------------------------------------------------------------------------
 
@@ -174,12 +218,12 @@ class SharedInput:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _wide_mm(left: Tensor, right: Tensor) -> Tensor:
+def wide_mm(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in fp32, fp64 for fp64; summed and not rounded in between where the device can.
 
     Fake tensors stand for those of a GPU: simulation and prediction see its operations.
     """
-    if (left.is_cuda or _is_fake(left)) and left.dtype in (torch.bfloat16, torch.float16):
+    if (left.is_cuda or is_fake(left)) and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=torch.float32)
     return wide(torch.mm(left, right))
 
@@ -192,7 +236,7 @@ def write_weight(base: Any, out: Tensor) -> None:
         return
     # a sharded layer's weight is whole while its decoder layer computes
     state = base.gathered_state() if hasattr(base, "gathered_state") else weight.quant_state
-    if out.device.type == "cpu" and not _is_fake(out):  # bitsandbytes' own kernel is vectorized
+    if out.device.type == "cpu" and not is_fake(out):  # bitsandbytes' own kernel is vectorized
         out.copy_(bitsandbytes.functional.dequantize_4bit(weight.data.view(-1, 1), state))
         return
     nested = state.state2
@@ -207,5 +251,10 @@ def write_weight(base: Any, out: Tensor) -> None:
     )
 
 
-def _is_fake(tensor: Tensor) -> bool:
+def computes_jointly(tensor: Tensor) -> bool:
+    """Whether kernels with products inside take this type: of 16 bits, and any on a CPU, where references run."""
+    return tensor.element_size() == 2 or (tensor.device.type == "cpu" and not is_fake(tensor))
+
+
+def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor)

@@ -67,6 +67,11 @@ def test_flops_of_a_block_are_those_of_the_formula(cells, recompute):
     attention = attention_flops(SHAPE.heads, SHAPE.head_dim, [DOCUMENT]) / DOCUMENT
     # base: 2 forward, 2 backward; columns of adapters: x A and with B forward, g B, A, dA and dB backward
     expected = sum(4 * n * k + 6 * r * (n + k) for n, k, r in groups()) + 3.5 * attention
+    # SwiGLU's gradient: g B and dB of gate and up, and dA of down, with r columns each, not those of all adapters;
+    # and dA of gate and up without the columns that pad theirs
+    (gate_outputs, gate_inputs, gate_columns), (_, down_inputs, down_columns) = groups()[2:]
+    expected -= 2 * (gate_columns - 2 * RANK) * gate_inputs
+    expected -= 4 * (gate_columns - RANK) * gate_outputs + 2 * (down_columns - RANK) * down_inputs
     if recompute == "full":
         # once more forward without the last product
         expected += sum(2 * n * k + 2 * r * (n + k) for n, k, r in groups()) + attention
@@ -322,9 +327,12 @@ def test_a_kernel_of_this_package_is_one_kernel_that_may_know_its_bytes(monkeypa
         found = traced(operations.roofline_test, *pair)
         assert (found.total(MEMORY_BOUND).kernels, found.total().num_bytes) == (1, 128 + 64)  # `out` is only written
         known = {"dequantize_roofline_test": lambda x, out, times: times * x.numel() + out.element_size()}
-        monkeypatch.setattr(launches, "_own_traffic", lambda: lambda name, arguments: known[name](*arguments))
+        monkeypatch.setattr(
+            launches, "_own_traffic", lambda: (lambda name, given: known[name](*given), lambda name, given: 5.0)
+        )
         found = traced(lambda x, out: operations.dequantize_roofline_test(x, out=out), *pair)
         assert (found.total(DEQUANTIZATION).kernels, found.total().num_bytes) == (1, 3 * 32 + 2)
+        assert found.total().flops == 5
         found = traced(operations.roofline_test, *pair)
         assert found.total().num_bytes == 128 + 64  # not listed there
     finally:
@@ -337,9 +345,9 @@ def test_traffic_is_read_from_the_packages_kernels_if_they_say(monkeypatch):
     for name in (package, traffic):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        module.bytes_moved = lambda name, args: 17
+        module.bytes_moved, module.flops = (lambda name, args: 17), (lambda name, args: 3.0)
         monkeypatch.setitem(sys.modules, name, module)
-    assert launches._own_traffic()("anything", ()) == 17
+    assert [known("anything", ()) for known in launches._own_traffic()] == [17, 3.0]
     launches._own_traffic.cache_clear()
     monkeypatch.setattr(launches.importlib.util, "find_spec", lambda name: None)
     assert launches._own_traffic() is None

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from qlora_dist.config import joint_products
-from qlora_dist.model import decoder_block, hidden_states, load_base, set_recompute
+from qlora_dist.model import decoder_block, gate_gradients, hidden_states, load_base, set_recompute
 from qlora_dist.model.decoder_block import use_decoder_blocks
 from qlora_dist.model.forward import decoder_layers
 from qlora_dist.model.lora import attach_lora, lora_layers, trainable_parameters
@@ -116,6 +116,17 @@ def test_products_of_one_matrix_at_a_time_give_the_same(targets, monkeypatch):
     expected = outcome(model)
     monkeypatch.setattr(joint_products, "LARGEST_MATRIX", 1)
     assert joint_products.split_product([3, 2, 2], 5) == [(0, 1), (1, 2), (2, 3)]
+    assert_equal_outcomes(outcome(model), expected, 1e-12)
+
+
+def test_the_gates_gradient_in_parts_and_in_calls_of_few_tokens_is_the_same(monkeypatch):
+    """As on a GPU, where programs sum parts."""
+    model = adapted("llama", ALL, torch.float64)
+    use_decoder_blocks(model)
+    expected = outcome(model)
+    monkeypatch.setattr(gate_gradients, "TOKENS_OF_CALL", 8)  # of 20
+    monkeypatch.setattr(gate_gradients, "num_parts", lambda tokens, width: (2, 1))
+    monkeypatch.setattr(gate_gradients, "is_fake", lambda tensor: True)
     assert_equal_outcomes(outcome(model), expected, 1e-12)
 
 

@@ -48,8 +48,9 @@ def test_norm_and_its_gradient(has_residual: bool) -> None:
     residual = torch.randn(5, 12, dtype=F64) if has_residual else None
     expected = normed(x, weight)
     out = torch.empty_like(x)
-    kernels.rms_norm(x.detach(), weight, EPS, out)
-    assert close(out, expected)
+    scales = torch.empty(5, dtype=F64)
+    kernels.rms_norm(x.detach(), weight, EPS, scales, out)
+    assert close(out, expected) and close(scales[:, None] * x * weight, expected)
     (gradient,) = torch.autograd.grad(expected, x, grad)
     kernels.rms_norm_backward(grad, x.detach(), weight, EPS, residual, grad)  # in place
     assert close(grad, gradient if residual is None else gradient + residual)
@@ -97,6 +98,47 @@ def test_gate_and_its_gradient_which_leaves_the_result_in_place_of_the_gradient(
     assert close(written, gradient) and close(grad, expected.detach())
 
 
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_an_input_with_its_adapters_columns(is_gated: bool) -> None:
+    x, rows = torch.randn(7, 24, dtype=F64), torch.randn(5, 12 if is_gated else 24, dtype=F64)
+    expected = torch.nn.functional.silu(x[:, :12]) * x[:, 12:] if is_gated else x
+    low, joined = torch.empty(7, 5, dtype=F64), torch.empty(7, rows.shape[1] + 5, dtype=F64)
+    (kernels.swiglu_lower if is_gated else kernels.copy_lower)(x, rows, low, joined)
+    assert close(low, expected @ rows.t()) and close(joined, torch.cat([expected, low], dim=1))
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (2, 3)])
+def test_gradients_of_the_gate_and_of_its_adapters_are_those_of_autograd(columns: int, rows: int) -> None:
+    """y = silu(x Wg + ...) * ..., down's product and all adapters: five products from one pass, and their parts."""
+    tokens, width, rank, scale = 70, 300, 4, 1.5
+    low = torch.randn(tokens, 2 * rank, dtype=F64)
+    b, base = leaf(2 * width, rank), leaf(tokens, 2 * width)
+    low_leaf = low.clone().requires_grad_()
+    grown = torch.cat([low_leaf[:, :rank] @ b[:width].t(), low_leaf[:, rank:] @ b[width:].t()], dim=1)
+    both = base + scale * grown
+    a, raised = leaf(rank, width), torch.randn(tokens, rank, dtype=F64)
+    opened = torch.nn.functional.silu(both[:, :width]) * both[:, width:]
+    grad = torch.randn(tokens, width, dtype=F64)
+    # of down's low, whose gradient is `raised`; and of the rest of down's product
+    expected = torch.autograd.grad([opened @ a.t(), opened], [a, b, low_leaf], [raised, grad], retain_graph=True)
+    of_both, of_b, of_low = torch.autograd.grad(opened, [base, b, low_leaf], grad)
+
+    written = both.detach().clone()
+    of_rows = torch.empty(2 * columns, tokens, rank, dtype=F64)
+    of_columns = torch.empty(rows, 3 * width * rank, dtype=F64)
+    arguments = (grad, raised, low, b.detach(), scale, written, of_rows, of_columns)
+    kernels.swiglu_backward_products(*arguments)
+    assert close(written, of_both)
+    summed = of_columns.sum(0)
+    assert close(summed[: rank * width].view(rank, width), expected[0])
+    assert close(summed[rank * width :].view(2 * width, rank), of_b)
+    scales, scaled = torch.randn(tokens, dtype=F64), torch.empty(tokens, 2 * rank, dtype=F64)
+    out = torch.full((tokens, 2 * rank + 3), 7.0, dtype=F64)
+    kernels.sum_parts(of_rows, [columns, 2 * columns], scales, scaled, out)
+    assert close(out[:, : 2 * rank], of_low) and bool((out[:, 2 * rank :] == 0).all())
+    assert close(scaled, of_low * scales[:, None])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_double", [False, True])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
@@ -133,6 +175,7 @@ def test_bytes_of_each_operation_are_those_of_the_table() -> None:
     heads = tokens * 128
     expected = {
         "rms_norm": (2 * hidden, 2 * hidden),
+        "rms_norm+scales": (2 * hidden, 2 * hidden + 4 * tokens),
         "rms_norm_backward": (4 * hidden, 2 * hidden),
         "rms_norm_backward+residual": (6 * hidden, 2 * hidden),
         "rotate_heads": (2 * 40 * heads, 2 * 40 * heads),
@@ -145,6 +188,13 @@ def test_bytes_of_each_operation_are_those_of_the_table() -> None:
         "dequantize_4bit+single": (weights * (0.5 + 4 / 64), 2 * weights),
         "write_a": (4 * 48 * 4096, 2 * 64 * 4096),
         "write_b": (4 * 16 * 6144, 2 * 64 * 6144),
+        "swiglu_backward_products": (
+            6 * inner + 2 * 16 * (3 * tokens + 2 * 14336),
+            4 * inner + 4 * 16 * (2 * 56 * tokens + 5 * 3 * 14336),
+        ),
+        "swiglu_lower": (4 * inner + 2 * 16 * 14336, 2 * inner + 2 * 2 * 16 * tokens),
+        "copy_lower": (2 * hidden + 2 * 16 * 4096, 2 * hidden + 2 * 2 * 16 * tokens),
+        "sum_parts": (4 * 16 * 2 * 56 * tokens, 2 * 2 * 32 * tokens),
     }
     assert expected.keys() == set(NAMES) and {name.partition("+")[0] for name in NAMES} == set(TRAFFIC)
     for name, (read, written) in expected.items():
@@ -152,7 +202,7 @@ def test_bytes_of_each_operation_are_those_of_the_table() -> None:
         found = traffic(name.partition("+")[0], arguments)
         angles = 2 * 2 * heads if name.startswith("rotate") else 0
         shared = found.read - read - angles
-        assert 0 <= shared <= 2 * 4096, name  # norm weights, tables of codes
+        assert 0 <= shared <= max(2 * 4096, 4 * tokens), name  # norm weights, tables of codes, factors of rows
         assert found.written == written
         assert bytes_moved(name.partition("+")[0], arguments) == sum(found)
 

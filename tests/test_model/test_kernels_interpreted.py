@@ -18,6 +18,7 @@ from helpers.ranks import run_python
 from torch import Tensor
 
 from benchmarks.kernel_cases import kernel_of, reference_of
+from qlora_dist.config.joint_products import num_parts
 from qlora_dist.model.kernels import registry
 
 U32, U16 = 2.0**-24, 2.0**-11  # unit roundoff of fp32 and fp16
@@ -53,12 +54,12 @@ class Inputs:
 
 
 def norm(make: Inputs, rows: int, width: int) -> list[Any]:
-    return [make(rows, width), make.row(width), EPS, make(rows, width)]
+    return [make(rows, width), make.row(width), EPS, make.row(rows, torch.float32), make(rows, width)]
 
 
 def norm_in_place(make: Inputs, rows: int, width: int) -> list[Any]:
     x = make(rows, width)
-    return [x, make.row(width), EPS, x]
+    return [x, make.row(width), EPS, None, x]
 
 
 def norm_backward(make: Inputs, rows: int, width: int, has_residual: bool, is_in_place: bool) -> list[Any]:
@@ -115,6 +116,28 @@ def adapters_b(make: Inputs, sizes: list[tuple[int, int]], first_rows: list[int]
     return [[make(*size, torch.float32) for size in sizes], first_rows, 1.7, make(rows, columns)]
 
 
+def gate_products(make: Inputs, tokens: int, width: int, rank: int) -> list[Any]:
+    columns, rows = num_parts(tokens, width)
+    f32 = torch.float32
+    of_rows = make.row(2 * columns * tokens * rank, f32).view(2 * columns, tokens, rank)
+    of_columns = make.row(rows * 3 * width * rank, f32).view(rows, -1)
+    operands = [make(tokens, width), make(tokens, rank), make(tokens, 2 * rank), make.row(2 * width * rank)]
+    return [*operands[:3], operands[3].view(-1, rank), 1.7, make(tokens, 2 * width), of_rows, of_columns]
+
+
+def lowered(make: Inputs, tokens: int, width: int, columns: int, is_gated: bool) -> list[Any]:
+    rows = make.row(columns * width).view(columns, width)
+    x = make(tokens, width * (1 + is_gated))
+    return [x, rows, make(tokens, columns), make(tokens, width + columns)]
+
+
+def parts_of_sums(make: Inputs, tokens: int, ends: list[int], rank: int, pad: int, is_scaled: bool) -> list[Any]:
+    f32 = torch.float32
+    parts = make.row(ends[-1] * tokens * rank, f32).view(ends[-1], tokens, rank)
+    scaled = [make.row(tokens, f32), make(tokens, rank * len(ends))] if is_scaled else [None, None]
+    return [parts, ends, *scaled, make(tokens, rank * len(ends) + pad)]
+
+
 # operation, maker of its arguments, their sizes, terms of its longest sum (0: bit for bit), dtype, far
 F32, F16 = torch.float32, torch.float16
 QWEN, ODD, PARTIAL = (4, 2, 16, 16), (11, 3, 12, 12), (9, 1, 20, 8)
@@ -160,6 +183,19 @@ CASES: dict[str, tuple[str, Callable[..., list[Any]], tuple[Any, ...], int, torc
     "gate backward, odd width": ("swiglu_backward", gated_backward, (3, 77), 8, F32, False),
     "gate backward, pieces": ("swiglu_backward", gated_backward, (2, 2048 + 50), 8, F32, False),
     "gate backward, far rows": ("swiglu_backward", gated_backward, (3, 40), 8, F16, True),
+    "gate and products": ("swiglu_backward_products", gate_products, (40, 64, 16), 64, F16, False),
+    "gate and products, odd": ("swiglu_backward_products", gate_products, (75, 300, 5), 300, F16, False),
+    "gate and products, rank 32": ("swiglu_backward_products", gate_products, (33, 72, 32), 72, F16, False),
+    "gate and products, parts": ("swiglu_backward_products", gate_products, (200, 520, 8), 520, F16, False),
+    "gate and products, far": ("swiglu_backward_products", gate_products, (3, 40, 8), 40, F16, True),
+    "gate and low": ("swiglu_lower", lowered, (40, 96, 16, True), 96, F16, False),
+    "gate and low, odd": ("swiglu_lower", lowered, (35, 203, 5, True), 203, F16, False),
+    "gate and low, far": ("swiglu_lower", lowered, (3, 40, 48, True), 40, F16, True),
+    "copy and low": ("copy_lower", lowered, (33, 136, 64, False), 136, F16, False),
+    "copy and low, far": ("copy_lower", lowered, (3, 40, 8, False), 40, F16, True),
+    "sums of parts": ("sum_parts", parts_of_sums, (40, [3, 12, 14], 16, 0, True), 14, F32, False),
+    "sums of parts, padded": ("sum_parts", parts_of_sums, (19, [9], 3, 13, False), 9, F16, False),
+    "sums of parts, far": ("sum_parts", parts_of_sums, (3, [2, 4], 8, 0, True), 4, F16, True),
     "codes": ("dequantize_4bit", codes, (6, 192, False), 0, F32, False),
     "codes, double": ("dequantize_4bit", codes, (96, 448, True), 0, F32, False),
     "codes, in fp32 storage": ("dequantize_4bit", codes, (5, 64, True, torch.float32), 0, F32, False),
@@ -220,6 +256,10 @@ def check_fallback() -> None:
         "rotate_heads_backward": rotation_backward(wide, 2, QWEN, True),
         "swiglu": [make(4, 16).t(), make(16, 2)],
         "swiglu_backward": gated_backward(wide, 2, 8),
+        "swiglu_backward_products": gate_products(make, 2, 8, 2),  # fp32
+        "swiglu_lower": lowered(make, 2, 8, 2, True),  # fp32
+        "copy_lower": lowered(Inputs(0, F16, 4), 2, 8, 65, False),
+        "sum_parts": parts_of_sums(make, 2, [1, 2, 3, 4], 2, 0, False),
         "dequantize_4bit": codes(make, 64, 96, False),
         "write_a": adapters_a(make, (1, 1, 1, 1), 8, 4),
         "write_b": adapters_b(make, [(2, 1)] * 4, [0, 2, 4, 6], 8, 4),

@@ -134,21 +134,24 @@ def _product(left: Tensor, flops: float, num_bytes: float) -> Kernel:
 def _own_kernel(call: Call, name: str) -> Kernel:
     """A kernel of this package, bound by its bytes: inputs and outputs, unless `kernels.traffic` knows better."""
     num_bytes: float = moved(call)
+    num_flops = 0.0
     known = _own_traffic()
     if known is not None:
+        bytes_moved, flops = known
         with suppress(KeyError):  # an operation that `traffic` does not list
-            num_bytes = known(name, call.all_arguments)
-    return Kernel(DEQUANTIZATION if name.startswith("dequantize") else MEMORY_BOUND, num_bytes)
+            num_bytes = bytes_moved(name, call.all_arguments)
+        num_flops = flops(name, call.all_arguments)
+    return Kernel(DEQUANTIZATION if name.startswith("dequantize") else MEMORY_BOUND, num_bytes, num_flops)
 
 
 @lru_cache(maxsize=1)
-def _own_traffic() -> Callable[[str, Sequence[Any]], float] | None:
-    """`bytes_moved` of the package's kernels; None where the package has no kernels, or they do not say."""
+def _own_traffic() -> tuple[Callable[[str, Sequence[Any]], float], Callable[[str, Sequence[Any]], float]] | None:
+    """`bytes_moved` and `flops` of the package's kernels; None where the package has no kernels, or they do not say."""
     package = "qlora_dist.model.kernels"
     if importlib.util.find_spec(package) is None or importlib.util.find_spec(f"{package}.traffic") is None:
         return None
-    found: Callable[[str, Sequence[Any]], float] = importlib.import_module(f"{package}.traffic").bytes_moved
-    return found
+    module = importlib.import_module(f"{package}.traffic")
+    return module.bytes_moved, module.flops
 
 
 # --- operations that are not one kernel over their inputs and outputs -------------------------------------------------

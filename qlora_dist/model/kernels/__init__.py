@@ -2,18 +2,24 @@
 
 from .adapters import write_a, write_b
 from .dequantize import dequantize_4bit
+from .gradients import sum_parts, swiglu_backward_products
+from .lower import copy_lower, swiglu_lower
 from .norm import rms_norm, rms_norm_backward
 from .rotary import rotate_heads, rotate_heads_backward
 from .swiglu import swiglu, swiglu_backward
 
 __all__ = [
+    "copy_lower",
     "dequantize_4bit",
     "rms_norm",
     "rms_norm_backward",
     "rotate_heads",
     "rotate_heads_backward",
+    "sum_parts",
     "swiglu",
     "swiglu_backward",
+    "swiglu_backward_products",
+    "swiglu_lower",
     "write_a",
     "write_b",
 ]

@@ -19,6 +19,11 @@ def start(kernel: Any, num_programs: int, *arguments: Any, **constants: Any) -> 
     kernel[(num_programs,)](*arguments, **constants)
 
 
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which knows no machine instructions."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 def accepts(*tensors: Tensor | None) -> bool:
     """Whether kernels can read and write these: 16- or 32-bit floats, contiguous in the last dimension."""
     return all(t is None or (t.dtype in TYPES and (t.stride(-1) == 1 or t.shape[-1] == 1)) for t in tensors)

@@ -17,8 +17,11 @@ def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x * scale, scale
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    out.copy_(_normalized(wide(x), eps)[0] * weight)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, scales: Tensor | None, out: Tensor) -> None:
+    normed, scale = _normalized(wide(x), eps)
+    if scales is not None:
+        scales.copy_(scale.squeeze(-1))
+    out.copy_(normed * weight)
 
 
 def _rms_norm_backward(
@@ -30,8 +33,10 @@ def _rms_norm_backward(
     out.copy_(result if residual is None else result + residual)
 
 
-# (T, H), (H,) -> out (T, H)
-rms_norm = register("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()", _rms_norm, "norm_triton")
+# (T, H), (H,) -> out (T, H), and `scales` (T,) in fp32: 1 / rms(x) of each row
+rms_norm = register(
+    "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? scales, Tensor(b!) out) -> ()", _rms_norm, "norm_triton"
+)
 
 # Gradient of the input; `residual` (T, H) is a second gradient of x, added. `out` may be `grad`.
 rms_norm_backward = register(

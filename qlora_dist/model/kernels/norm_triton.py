@@ -16,7 +16,7 @@ LONGEST = 16384  # columns
 
 @triton.jit(do_not_specialize=["x_step", "out_step"])
 def _rms_norm(
-    x, weight, out, x_step, out_step, eps, UNIT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    x, weight, scales, out, x_step, out_step, eps, UNIT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * x_step * UNIT
@@ -26,6 +26,8 @@ def _rms_norm(
         inside = columns < WIDTH
         value = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(value * value) / WIDTH + eps)
+        if scales is not None:
+            tl.store(scales + row, scale)
         result = value * scale * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + columns, result.to(out.dtype.element_ty), mask=inside)
     else:
@@ -34,6 +36,8 @@ def _rms_norm(
             value = tl.load(x + start + columns, mask=start + columns < WIDTH, other=0.0).to(tl.float32)
             squares += value * value
         scale = tl.rsqrt(tl.sum(squares) / WIDTH + eps)
+        if scales is not None:
+            tl.store(scales + row, scale)
         for start in range(0, WIDTH, BLOCK):
             inside = start + columns < WIDTH
             value = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)
@@ -87,14 +91,14 @@ def _rms_norm_backward(
             tl.store(out + start + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> bool:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, scales: Tensor | None, out: Tensor) -> bool:
     """See norm.py. False, with nothing written, for types or strides that the kernel does not take."""
-    if not launching.accepts(x, weight, out):
+    if not launching.accepts(x, weight, scales, out):
         return False
     unit, width = launching.unit_of(x, out), x.shape[-1]
     block = min(LONGEST, launching.power_of_two(width))
     launching.start(
-        _rms_norm, len(x), x, weight, out, x.stride(0) // unit, out.stride(0) // unit, eps,
+        _rms_norm, len(x), x, weight, scales, out, x.stride(0) // unit, out.stride(0) // unit, eps,
         UNIT=unit, WIDTH=width, BLOCK=block, num_warps=launching.warps_for(block),
     )  # fmt: skip
     return True

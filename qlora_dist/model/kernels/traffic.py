@@ -11,6 +11,12 @@ program reads again at once (rows of more than 16,384 columns) comes from a cach
     swiglu_backward          grad     reads 6, writes 6
     dequantize_4bit          out      reads 0.516 with double quantization, 0.5625 without, writes 2
     write_a, write_b         out      read the fp32 adapters, write 2
+    swiglu_backward_products grad     reads 6, writes 4; and the operands of rank r once, and its parts in fp32
+    swiglu_lower             joined   reads 4, writes 2; and A and low once
+    copy_lower               joined   reads 2, writes 2; and A and low once
+    sum_parts                parts    reads 4; writes the sum
+
+Products inside of kernels count in `FLOPS`, though bytes bound all of these kernels.
 """
 
 from __future__ import annotations
@@ -33,6 +39,11 @@ def bytes_moved(name: str, arguments: Sequence[Any]) -> int:
     return sum(traffic(name, arguments))
 
 
+def flops(name: str, arguments: Sequence[Any]) -> float:
+    """Of the products inside of a call; 0 for operations without."""
+    return FLOPS[name](*arguments) if name in FLOPS else 0.0
+
+
 def traffic(name: str, arguments: Sequence[Any]) -> Traffic:
     """The two parts of `bytes_moved`."""
     return TRAFFIC[name](*arguments)
@@ -42,8 +53,8 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Traffic:
-    return Traffic(_bytes(x, weight), _bytes(out))
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, scales: Tensor | None, out: Tensor) -> Traffic:
+    return Traffic(_bytes(x, weight), _bytes(scales, out))
 
 
 def _rms_norm_backward(
@@ -112,6 +123,38 @@ def _write_b(adapters: list[Tensor], first_rows: list[int], scale: float, out: T
     return Traffic(_bytes(*adapters), _bytes(out))
 
 
+def _swiglu_backward_products(
+    grad: Tensor,
+    raised: Tensor,
+    low: Tensor,
+    b: Tensor,
+    scale: float,
+    both: Tensor,
+    of_rows: Tensor,
+    of_columns: Tensor,
+) -> Traffic:
+    halves, rank = 2 * grad.numel() * both.element_size(), b.shape[1]
+    thin = 3 * rank * len(grad) * low.element_size() + _bytes(b)
+    return Traffic(_bytes(grad) + halves + thin, halves + _bytes(of_rows, of_columns))
+
+
+def _sum_parts(parts: Tensor, ends: list[int], rows: Tensor | None, scaled: Tensor | None, out: Tensor) -> Traffic:
+    return Traffic(_bytes(parts, rows), _bytes(scaled, out))
+
+
+def _swiglu_lower(both: Tensor, rows: Tensor, low: Tensor, joined: Tensor) -> Traffic:
+    read = 2 * len(both) * rows.shape[1] * both.element_size()
+    return Traffic(read + _bytes(rows), _bytes(low, joined))
+
+
+def _copy_lower(x: Tensor, rows: Tensor, low: Tensor, joined: Tensor) -> Traffic:
+    return Traffic(_bytes(x, rows), _bytes(low, joined))
+
+
+def _flops_of_low(x: Tensor, rows: Tensor, low: Tensor, joined: Tensor) -> float:
+    return 2.0 * len(x) * rows.numel()
+
+
 TRAFFIC: dict[str, Callable[..., Traffic]] = {
     "rms_norm": _rms_norm,
     "rms_norm_backward": _rms_norm_backward,
@@ -120,6 +163,17 @@ TRAFFIC: dict[str, Callable[..., Traffic]] = {
     "swiglu": _swiglu,
     "swiglu_backward": _swiglu_backward,
     "dequantize_4bit": _dequantize_4bit,
+    "swiglu_backward_products": _swiglu_backward_products,
+    "sum_parts": _sum_parts,
+    "swiglu_lower": _swiglu_lower,
+    "copy_lower": _copy_lower,
     "write_a": _write_a,
     "write_b": _write_b,
+}
+
+# dA, dB of gate and of up, G' of gate and of up: r columns each
+FLOPS: dict[str, Callable[..., float]] = {
+    "swiglu_backward_products": lambda grad, raised, low, b, *_: 10.0 * grad.numel() * b.shape[1],
+    "swiglu_lower": _flops_of_low,
+    "copy_lower": _flops_of_low,
 }
