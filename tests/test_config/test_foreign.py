@@ -42,7 +42,8 @@ INFO = {
         "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
     },
     "qa": {
-        "hf_hub_url": "x/qa", "file_name": "qa.json", "subset": "en", "columns": {"prompt": "question", "response": "answer"},
+        "hf_hub_url": "x/qa", "file_name": "qa.json", "subset": "en",
+        "columns": {"prompt": "question", "response": "answer"},
     },
     "pairs": {"file_name": "pairs.json", "ranking": True, "columns": {"chosen": "chosen"}},
 }  # fmt: skip
