@@ -254,7 +254,7 @@ CASES: list[tuple[str, str, Any, dict[str, Any], dict[str, Any] | None]] = [
     ("trl", "activation_offloading", True, {}, {"memory.offload_activations": True}),
     ("torchtune", "enable_activation_offloading", True, {}, {"memory.offload_activations": True}),
     ("axolotl", "deepspeed", "deepspeed_configs/zero2.json", {}, {"strategy.name": "zero2"}),
-    ("llama-factory", "deepspeed", "examples/deepspeed/ds_z2_offload_config.json", {}, {"strategy.name": "zero2_offload", "optim.name": "adamw"}),
+    ("llama-factory", "deepspeed", "examples/deepspeed/ds_z2_offload_config.json", {"optim": "paged_adamw_8bit"}, {"strategy.name": "zero2_offload", "optim.name": "adamw"}),
     ("trl", "deepspeed", {"zero_optimization": {"stage": 3}}, {}, {"strategy.name": "zero3"}),
     ("trl", "deepspeed", "my.json", {}, None),
     ("axolotl", "fsdp", ["full_shard", "auto_wrap"], {}, {"strategy.name": "fsdp", "strategy.offload": False}),

@@ -11,11 +11,13 @@ import yaml
 from helpers.foreign_cases import CASES
 
 from qlora_dist.config import load_config
+from qlora_dist.config.commented import Setting, commented_yaml, nested
 from qlora_dist.config.foreign.answers import Given
 from qlora_dist.config.foreign.left_out import _NOT_HERE, _NOT_NEEDED
 from qlora_dist.config.foreign.table import ANSWERS, lookup
 from qlora_dist.config.foreign.trainers import _SIGNS, DEFAULTS
 from qlora_dist.config.foreign.translate import Translation, report, translate_file
+from qlora_dist.config.reading import parse_yaml
 from qlora_dist.errors import UserError
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -39,7 +41,10 @@ INFO = {
         "file_name": "chat.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages", "system": "system"},
         "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
     },
-    "qa": {"hf_hub_url": "x/qa", "subset": "en", "columns": {"prompt": "question", "response": "answer"}},
+    "qa": {
+        "hf_hub_url": "x/qa", "file_name": "qa.json", "subset": "en",
+        "columns": {"prompt": "question", "response": "answer"},
+    },
     "pairs": {"file_name": "pairs.json", "ranking": True, "columns": {"chosen": "chosen"}},
 }  # fmt: skip
 
@@ -93,8 +98,15 @@ def test_a_key_means_here_what_it_means_there(tmp_path, trainer, key, value, bes
         assert f"#   {key}" in translation.text("theirs.yaml")
         return
     assert not any(answer.is_lost for answer in answers.values()), answers
+    assert not any(line.is_default and "already" in line.answer.text for line in translation.lost)
     for name, wanted in expected.items():
         assert _value(config, name) == wanted, name
+
+
+def test_a_mapping_that_is_a_value_stays_one():
+    settings = [Setting("s.a.0.b", {"0": "x"}), Setting("s.a.1.b", 2), Setting("c", {})]
+    assert nested(settings) == {"s": {"a": [{"b": {"0": "x"}}, {"b": 2}]}, "c": {}}
+    assert parse_yaml(commented_yaml(settings), "text") == nested(settings)
 
 
 def test_every_key_of_the_table_has_a_case():
