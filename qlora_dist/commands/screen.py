@@ -122,7 +122,7 @@ class PlainFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-class PlainHandler(logging.StreamHandler[TextIO]):
+class PlainHandler(logging.StreamHandler):
     """Writes records to stderr."""
 
     def __init__(self) -> None:

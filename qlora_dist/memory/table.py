@@ -11,8 +11,8 @@ from .plan import MemoryPlan
 BAR = 24  # characters of a full bar
 
 
-def plan_lines(plan: MemoryPlan) -> Iterator[str]:
-    """The table of a plan."""
+def plan_lines(plan: MemoryPlan, bar: int = BAR) -> Iterator[str]:
+    """The table of a plan; `bar`: characters of a full bar."""
     recomputed = {0: "no layer", plan.num_layers: "every layer"}.get(
         plan.recompute, f"the first {plan.recompute} of {plan.num_layers} layers"
     )
@@ -24,11 +24,11 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
     )
     yield ""
     yield f"On each GPU, at the peak ({plan.peak_at})"
-    yield from _items(plan.items, plan.peak_bytes)
+    yield from _items(plan.items, plan.peak_bytes, bar)
     yield f"  {'total':<28}{format_bytes(plan.peak_bytes):>10}"
     yield ""
     yield "On the host, per rank"
-    yield from _items(plan.host_items, plan.host_peak_bytes)
+    yield from _items(plan.host_items, plan.host_peak_bytes, bar)
     yield f"  {'total':<28}{format_bytes(plan.host_peak_bytes):>10}"
     yield ""
     yield verdict(plan)
@@ -36,11 +36,11 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
     yield from (f"Note: {line}" for line in plan.remarks)
 
 
-def _items(items: dict[str, Item], total: int) -> Iterator[str]:
+def _items(items: dict[str, Item], total: int, bar: int) -> Iterator[str]:
     for name, item in items.items():
-        filled = round(BAR * item.size / total)
-        bar = "█" * filled + "·" * (BAR - filled)
-        yield f"  {name:<28}{format_bytes(item.size):>10}  {bar}  {item.note}"
+        filled = round(bar * item.size / total)
+        drawn = "█" * filled + "·" * (bar - filled)
+        yield f"  {name:<28}{format_bytes(item.size):>10}  {drawn}  {item.note}"
 
 
 def verdict(plan: MemoryPlan) -> str:

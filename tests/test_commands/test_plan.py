@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -374,6 +376,27 @@ def test_live_bytes_counts_storages_once_and_forgets_freed_ones():
         (kept + 1).sum()
     assert live.peak_bytes == 8004 and view.numel() == 10
     assert live.peak["kept"] == 4000
+
+
+def test_on_a_terminal_of_80_columns_no_word_of_a_plan_is_broken(big, tmp_path, capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    path = str(write_config(tmp_path / "run.yaml", big))
+    assert invoke(["plan", path, "--gpu", "a6000"]) == 0
+    plain = capsys.readouterr().out
+    assert max(map(len, plain.splitlines())) > 80, "the guard: a file's lines are whole"
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout", terminal := Terminal())
+    assert invoke(["plan", path, "--gpu", "a6000"]) == 0
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
+    assert max(map(len, shown.splitlines())) <= 80
+
+    def words(text):
+        return [word for word in text.split() if not set(word) <= set("█·")]
+
+    assert words(shown) == words(plain)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

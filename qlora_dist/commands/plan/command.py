@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
 from typing import Any
 
 from ...config import RunConfig
-from ...errors import printable
+from ...errors import printable, wrapped
 from ...files import format_bytes
 from ...memory import MemoryPlan, ModelShapes, choose, largest_micro_rows, largest_row_tokens, plan_memory
 from ...memory.gpus import GPUS, Gpu, Speed, estimate_speed, parse_gpu
 from ...memory.read_shapes import read_shapes
-from ...memory.table import plan_lines
+from ...memory.table import BAR, plan_lines
 from ..screen import styled, write_json
+
+WIDE, NARROW_BAR = 110, 8  # columns of a terminal from which on bars are long; characters of a full bar on others
 
 
 def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
@@ -30,7 +34,8 @@ def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json:
     if as_json:
         write_json(plan.to_json() | _extra_json(device, limits, speed, trace), indent=1)
         return
-    lines = list(plan_lines(plan))
+    is_narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < WIDE
+    lines = list(plan_lines(plan, NARROW_BAR if is_narrow else BAR))
     lines += _where_it_fits(plan) if device is None else _limit_lines(limits, shapes, speed)
     if trace is not None:
         lines += ["", f"Simulated peak of all tensors: {format_bytes(trace['peak_bytes'])} ({trace['peak_at']});"]
@@ -91,7 +96,7 @@ def _where_it_fits(plan: MemoryPlan) -> list[str]:
 
 
 def _show(lines: list[str]) -> None:
-    """Plain text; on a terminal the bars are coloured."""
+    """Plain text; on a terminal the bars are coloured, and lines are broken between words, notes under notes."""
     if not sys.stdout.isatty():
         print("\n".join(lines))
         return
@@ -100,7 +105,8 @@ def _show(lines: list[str]) -> None:
 
     console = Console(file=styled(), highlight=False, soft_wrap=True)
     for line in lines:
-        text = Text(printable(line))
+        note = re.search("[█·]{2,}  ", line)
+        text = Text(wrapped(printable(line), shutil.get_terminal_size().columns, note.end() if note else 2))
         text.highlight_regex("█+", "cyan")
         text.highlight_regex("·{2,}", "dim")
         text.highlight_regex(r"^(Fits|Longest|Largest|About)[^;(]*", "green")
