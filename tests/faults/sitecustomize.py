@@ -23,7 +23,7 @@ import time
 PLACES = {
     "step": ("qlora_dist.train", "train_step"),
     "save": ("qlora_dist.train.checkpoint", "write_json"),
-    "data": ("qlora_dist.train.setup_data", "build_documents"),
+    "data": ("qlora_dist.data.from_config", "build_documents"),
     "load": ("qlora_dist.train.setup_model", "load_base"),
     "loss": ("qlora_dist.train.step", "nll_sum"),
     "evaluate": ("qlora_dist.train.evaluation", "evaluate"),
