@@ -21,10 +21,11 @@ TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
 # Whole files for each worker, in the order of tests/conftest.py: the longest first. Two workers a core: many tests wait
 WORKERS ?= 4
+SUITE = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 # In memory where there is room: runs sync what they save to the disk, and wait for it
 TEMP := $(shell [ "$$(df --output=avail -k /dev/shm 2>/dev/null | tail -1)" -gt 8000000 ] 2>/dev/null && echo /dev/shm)
 test: env
-	PYTEST_DEBUG_TEMPROOT=$(TEMP) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTEST_DEBUG_TEMPROOT=$(TEMP) $(BIN)/python $(SUITE)
 
 # Launches by torchrun, accelerate and Slurm on two hosts, each a set of network namespaces, and over a bad cable between
 # them: a quarter of an hour. Needs root, iproute2 and util-linux, /dev/net/tun, slurm-wlm and munge; what is missing is
@@ -43,7 +44,7 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/ready
-	CUDA_VISIBLE_DEVICES= $(OLDEST)/bin/python -m pytest $(ARGS)
+	CUDA_VISIBLE_DEVICES= PYTEST_DEBUG_TEMPROOT=$(TEMP) $(OLDEST)/bin/python $(SUITE)
 
 # Its fast part, for CI: the oldest transformers beside the rest of .venv. Nothing else of constraints-oldest.txt differs
 # from it but torch, whose oldest version PyPI has only as a CUDA build of several GB.

@@ -17,6 +17,7 @@ from qlora_dist.data.packing import Batch
 from qlora_dist.model import unwrap
 from qlora_dist.model.lora import trainable_parameters
 from qlora_dist.train.check_start import check_model
+from qlora_dist.train.console import Console
 from qlora_dist.train.run import join_ranks
 from qlora_dist.train.setup_data import build_data
 from qlora_dist.train.setup_model import build_model
@@ -110,7 +111,7 @@ def run(
 ) -> dict[str, Any]:
     """Trains until the conductor stops it; returns facts for the raw result (on every rank; rank 0 writes)."""
     config = config_of(cell, model_folder, data_folder, scratch)
-    with StopSignal() as stop, join_ranks(config, stop) as world:
+    with StopSignal() as stop, join_ranks(config, stop, Console()) as world:
         check_model(config, world)  # not `check_run`: no checkpoint is written, so no disk space is needed for one
         data = build_data(config, world)
         watch.imported()

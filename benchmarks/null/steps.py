@@ -27,6 +27,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.memory import MemoryPlan, plan_memory
 from qlora_dist.memory.read_shapes import read_shapes
 from qlora_dist.train import step as training
+from qlora_dist.train.console import Console
 from qlora_dist.train.metrics import peak_bytes, restart_peak
 from qlora_dist.train.run import join_ranks
 from qlora_dist.train.setup_data import build_data
@@ -144,7 +145,7 @@ def run(point: Point, work: Path) -> dict[str, Any]:
     _write_inputs(point, inputs)
     config = parse_config(point.config(inputs))
     steps: list[dict[str, Any]] = []
-    with StopSignal() as stop, join_ranks(config, stop) as world:
+    with StopSignal() as stop, join_ranks(config, stop, Console()) as world:
         held = torch.cuda.memory_allocated()  # an earlier point's cuBLAS workspaces
         plan = plan_memory(config, read_shapes(config.model.name, None), world_size=1, device_bytes=None)
         data = build_data(config, world)

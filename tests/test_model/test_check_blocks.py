@@ -11,22 +11,32 @@ from helpers.tiny_models import tiny_model
 from torch import Tensor
 
 from qlora_dist.errors import RunFailed
-from qlora_dist.model import check_blocks, decoder_block, products
+from qlora_dist.model import check_blocks, decoder_block, gate_gradients, products
 from qlora_dist.model.forward import decoder_layers
 from qlora_dist.model.lora import attach_lora, trainable_parameters
 
 # the operation, where it is used, the place of what it writes among its arguments
 OPERATIONS = [
-    ("rms_norm", decoder_block, 3), ("rms_norm_backward", decoder_block, 5), ("rotate_heads", decoder_block, 8),
-    ("rotate_heads_backward", decoder_block, 9), ("swiglu", decoder_block, 1), ("swiglu_backward", decoder_block, 0),
-    ("swiglu_backward", decoder_block, 1), ("write_weight", products, 1), ("write_a", products, 1),
-    ("write_b", products, 3),
+    ("rms_norm", decoder_block, 3), ("rms_norm", decoder_block, 4), ("rms_norm_backward", decoder_block, 5),
+    ("rotate_heads", decoder_block, 8), ("rotate_heads_backward", decoder_block, 9), ("swiglu_lower", decoder_block, 2),
+    ("swiglu_lower", decoder_block, 3), ("copy_lower", decoder_block, 2), ("copy_lower", decoder_block, 3),
+    ("swiglu_backward_products", gate_gradients, 5), ("swiglu_backward_products", gate_gradients, 6),
+    ("swiglu_backward_products", gate_gradients, 7), ("sum_parts", gate_gradients, 3), ("sum_parts", gate_gradients, 4),
+    ("write_weight", products, 1), ("write_a", products, 1), ("write_b", products, 3),
 ]  # fmt: skip
+# those of ranks that are too large for products inside of a kernel
+SEPARATE = [("swiglu", decoder_block, 1), ("swiglu_backward", decoder_block, 0), ("swiglu_backward", decoder_block, 1)]
+LARGE = 80
+SUMMED = ("copy_lower", "sum_parts")  # of which only sums over all tokens are compared
+# In a tiny model the gradient through the adapters of gate and up is nothing beside that of the residual
+WIDE = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1}
 
 
-def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> torch.nn.Module:
+def adapted(
+    family: str = "llama", dtype: torch.dtype = torch.float32, rank: int = 4, **changes: Any
+) -> torch.nn.Module:
     model = tiny_model(family, **changes).to(dtype)
-    return attach_lora(model, rank=4, alpha=8, target_modules="all-linear").train()
+    return attach_lora(model, rank=rank, alpha=8, target_modules="all-linear").train()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,25 +55,30 @@ def test_right_kernels_pass_and_nothing_is_changed(family, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fault", ["a row is not written", "another sign", "not a number"])
-@pytest.mark.parametrize(("name", "module", "written"), OPERATIONS)
-def test_a_wrong_kernel_is_found(name, module, written, fault, dtype, monkeypatch):
+@pytest.mark.parametrize("fault", ["rows are not written", "another sign", "not a number"])
+@pytest.mark.parametrize(
+    ("name", "module", "written", "rank"), [(*one, 4) for one in OPERATIONS] + [(*one, LARGE) for one in SEPARATE]
+)
+def test_a_wrong_kernel_is_found(name, module, written, rank, fault, dtype, monkeypatch):
     real: Callable[..., Any] = getattr(module, name)
 
     def wrong(*arguments: Any, **keywords: Any) -> None:
-        out: Tensor = arguments[written]
-        before = out[0].clone()
+        out: Tensor | None = arguments[written]
+        if out is None:  # without gradients
+            return real(*arguments, **keywords)
+        before = out.clone()
         real(*arguments, **keywords)
-        if fault == "a row is not written":
-            out[0] = before if name == "swiglu_backward" else 0
+        if fault == "rows are not written":
+            rows = slice(1 if name not in SUMMED else len(out) // 2 + 1)
+            out[rows] = before[rows] if name.startswith("swiglu_backward") and written < 6 else 0
         elif fault == "another sign":
-            out[:, ::5].neg_()
+            out[..., :: 5 if name not in SUMMED else 1].neg_()
         else:
-            out[0, 0] = float("nan")
+            out[(0,) * out.ndim] = float("nan")
 
     monkeypatch.setattr(module, name, wrong)
     with pytest.raises(RunFailed, match=r"kernels of a decoder layer give wrong results .* model\.kernels=reference"):
-        check_blocks(adapted("qwen3", dtype))
+        check_blocks(adapted("qwen3", dtype, rank, **(WIDE if (name, written) == ("sum_parts", 4) else {})))
 
 
 def test_each_kind_of_layer_is_compared(monkeypatch):

@@ -87,12 +87,12 @@ def test_one_layer_of_a_hundred_left_in_16_bits_is_noticed(promised):
 def test_a_run_with_a_wrong_kernel_ends_before_its_first_step(raw, monkeypatch):
     from qlora_dist.model import decoder_block
 
-    def halved(gate_up, out):
-        right(gate_up, out)
-        out[:, ::2] *= 0.5
+    def halved(gate_up, rows, low, joined):
+        right(gate_up, rows, low, joined)
+        joined[:, ::2] *= 0.5
 
-    right = decoder_block.swiglu
-    monkeypatch.setattr(decoder_block, "swiglu", halved)
+    right = decoder_block.swiglu_lower
+    monkeypatch.setattr(decoder_block, "swiglu_lower", halved)
     with pytest.raises(RunFailed, match="kernels of a decoder layer give wrong results"):
         train(config_of(raw))
     assert not (Path(raw["run_dir"]) / "metrics.jsonl").exists()
