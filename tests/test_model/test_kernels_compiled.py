@@ -132,7 +132,9 @@ def test_sums_of_parts_read_each_once(shape: str) -> None:
     """In the loop: a block of parts of 16 tokens."""
     launch, made, expected = check("sum_parts", shape, 90)
     parts, ends, *_ = operands("sum_parts", SHAPES[shape], TOKENS, META)
-    assert made.bytes_of("LDG") == SUM_PARTS * SUM_ROWS * 16 * 4 + 4 * 2 * made.threads
+    of_parts = SUM_PARTS * SUM_ROWS * 16 * 4
+    # beside them each thread reads the scales of its rows: two words with Triton 3.7, up to sixteen with 3.6
+    assert of_parts + 4 * 2 * made.threads <= made.bytes_of("LDG") <= of_parts + 4 * 16 * made.threads
     rounds = sum(-(-(end - start) // SUM_PARTS) for start, end in zip([0, *ends], ends, strict=False))
     assert rounds * SUM_PARTS * SUM_ROWS * 16 * 4 * launch.programs // 2 == parts.numel() * 4
     assert made.bytes_of("STG") * launch.programs == expected.written
