@@ -185,6 +185,7 @@ COMPARES_VALUES = {
 }
 ENDS_AT_VALUES = {
     "resume": "states are loaded before the first step",  # uninitialized gradients
+    "zero1": "a non-finite norm stops the run",
     "zero2": "a non-finite norm stops the run",
     "zero3": "a non-finite norm stops the run",
     "generate": "generate: exit code 1",  # token ids may be none of the vocabulary's
