@@ -33,13 +33,14 @@ test: env
 test-hosts: env
 	$(BIN)/python -m pytest -m hosts -rs $(ARGS)
 
-# The oldest supported versions, in a separate environment: the CUDA build of torch, several GB.
+# The oldest supported versions, in a separate environment: the CUDA build of torch, several GB. The interpreter of its
+# Triton, 3.6, fails with numpy 2.4.
 OLDEST := build/oldest
 OLDEST_PYTHON ?= python3.12
 $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
-	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt torch numpy
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt torch "numpy<2.4"
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable ".[dev]"
 	touch $@
 
