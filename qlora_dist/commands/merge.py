@@ -262,7 +262,7 @@ def _write(model: Any, trained: Trained, out: Path, max_shard_size: str, text_on
         out.parent.mkdir(parents=True, exist_ok=True)
         part = None if text_only else text_part(model)
         needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        needed += 0 if part is None else 2 * part.num_left_out
+        needed += 0 if part is None else 4 * part.num_left_out  # kept as stored: fp32 at most
         free = shutil.disk_usage(out.parent).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"{format_bytes(free)} are free, {format_bytes(needed)} are needed", str(out))
