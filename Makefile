@@ -24,7 +24,10 @@ WORKERS ?= 4
 SUITE = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 # In memory where there is room: runs sync what they save to the disk, and wait for it
 TEMP := $(shell [ "$$(df --output=avail -k /dev/shm 2>/dev/null | tail -1)" -gt 8000000 ] 2>/dev/null && echo /dev/shm)
+# Tests write no bytecode: without this each process that they start would compile the package again, for a second
+BYTECODE = -m compileall -q -j 2 qlora_dist benchmarks tests/helpers
 test: env
+	$(BIN)/python $(BYTECODE)
 	PYTEST_DEBUG_TEMPROOT=$(TEMP) $(BIN)/python $(SUITE)
 
 # Launches by torchrun, accelerate and Slurm on two hosts, each a set of network namespaces, and over a bad cable between
@@ -45,6 +48,7 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python $(BYTECODE)
 	CUDA_VISIBLE_DEVICES= PYTEST_DEBUG_TEMPROOT=$(TEMP) $(OLDEST)/bin/python $(SUITE)
 
 # Its fast part, for CI: the oldest transformers beside the rest of .venv. Nothing else of constraints-oldest.txt differs

@@ -32,8 +32,12 @@ def _version(name: str) -> str:
     return metadata.version(name)
 
 
+@functools.cache
 def commit() -> str | None:
-    """Commit of the package's checkout, with `-dirty` when files differ from it; None outside of a checkout."""
+    """Commit of the package's checkout, with `-dirty` when files differ from it; None outside of a checkout.
+
+    As it was when this process asked first: it goes on with the code that it has, whatever becomes of the files.
+    """
     folder = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
@@ -46,8 +50,10 @@ def commit() -> str | None:
         return None
 
 
+@functools.cache
 def code_digest() -> str:
-    """SHA-256 of the package's source files on this host, 12 digits: differs wherever the code differs."""
+    """SHA-256 of the package's source files on this host, 12 digits: differs wherever the code differs. As `commit`, it
+    is that of the first time it is asked."""
     folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,7 +63,7 @@ def heavy_imports() -> Iterator[None]:
     They create a million objects that live as long as the process. Collecting garbage among them takes a tenth of a
     start, and every later collection would visit them all: they are put aside.
     """
-    if not gc.isenabled() or gc.get_freeze_count():
+    if not gc.isenabled() or "torch" in sys.modules:
         yield
         return
     gc.disable()

@@ -112,6 +112,8 @@ def _forked_main(code: str, arguments: tuple[str, ...], *files: str) -> None:
     ended = 0
     try:
         exec(compile(textwrap.dedent(code), "<forked>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        ended = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         ended = 1

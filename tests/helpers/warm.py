@@ -18,8 +18,10 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import qlora_dist.train  # noqa: F401
+from qlora_dist.cluster import provenance
 
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns
+provenance.code_digest(), provenance.commit()  # kept for all runs
 # All this lives as long as the process: a collection in a rank (there are two in each run) would visit, and so copy,
 # every page of it
 gc.collect()

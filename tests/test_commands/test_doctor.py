@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.ranks import run_forked
 
 from qlora_dist.commands.doctor import Finding, doctor
 from qlora_dist.commands.doctor import devices as doctor_devices
@@ -19,8 +16,6 @@ from qlora_dist.commands.doctor.finding import guarded
 from qlora_dist.commands.doctor.machine import check_hub, check_network
 from qlora_dist.commands.doctor.packages import check_packages, requires
 from qlora_dist.model.bitsandbytes_import import bitsandbytes
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def test_a_machine_that_can_train_gives_exit_code_0_and_names_the_device(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,7 +29,7 @@ def test_a_machine_that_can_train_gives_exit_code_0_and_names_the_device(capsys:
 
 
 def test_missing_packages_are_named_with_what_to_install_and_give_exit_code_1() -> None:
-    program = textwrap.dedent("""
+    program = """
         import sys
 
         class Hide:
@@ -43,12 +38,12 @@ def test_missing_packages_are_named_with_what_to_install_and_give_exit_code_1() 
                     raise ModuleNotFoundError(f"No module named {name!r}")
 
         sys.meta_path.insert(0, Hide())
+        for name in [name for name in sys.modules if name.split(".")[0] in ("peft", "bitsandbytes", "qlora_dist")]:
+            del sys.modules[name]
         from qlora_dist.commands.doctor import doctor
         sys.exit(doctor())
-    """)
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=240, cwd=REPOSITORY, check=False
-    )
+    """
+    result = run_forked(program, timeout=240)
     lines = result.stdout.splitlines()
     assert result.returncode == 1, result.stderr
     assert lines[-1] == "Training cannot run here; missing: peft, bitsandbytes."

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.ranks import run_python
+from helpers.ranks import run_forked
 from helpers.tiny_models import tiny_config
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -77,9 +77,9 @@ def test_memory_is_bounded_by_what_stays_loaded_plus_a_constant_far_below_the_mo
     what: str, large: Path, tmp_path: Path
 ) -> None:
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
-    before, peak, held = map(
-        int, run_python(_PEAK, what, str(large), str(tmp_path / "out"), timeout=280).stdout.split()
-    )
+    done = run_forked(_PEAK, what, str(large), str(tmp_path / "out"), timeout=280)
+    assert done.returncode == 0, done.stderr
+    before, peak, held = map(int, done.stdout.split())
     # pieces of 2 M weights in the types that bitsandbytes uses on a CPU, modules imported on first use, what the
     # allocator keeps, and a file of 32 MiB with its serialized form while it is written
     constant = 192 * 2**20
