@@ -111,7 +111,8 @@ def _trace_ours(
     assert shapes is not None
     count = raw["num_hidden_layers"] if recompute == "full" else 0
     plan = plan_memory(config, shapes, world_size=1, device_bytes=None, recompute=count, micro_rows=rows)
-    return trace_micro_step(config, plan, _pretrained(raw), rates)
+    roofline, _ = trace_micro_step(config, plan, _pretrained(raw), rates)
+    return roofline
 
 
 def _trace_peer(

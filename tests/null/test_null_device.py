@@ -27,6 +27,7 @@ from helpers.tiny_run import changed, metrics_of
 from benchmarks.gpu.items import ITEMS
 from benchmarks.repro_65b import write_inputs
 from benchmarks.shapes import Shape, config_json
+from benchmarks.sparse import write_sparse_weights
 
 NULL_PYTHON = os.environ.get("QLORA_DIST_NULL_PYTHON")
 PATCHES = Path(__file__).parent / "patches"
@@ -126,6 +127,31 @@ def test_offload_moves_activations_there_and_back(raw, tmp_path):
     assert calls(moved[-1], "synchronize") == 1
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2", "zero2_offload", "zero3"])
+def test_every_strategy_trains_evaluates_and_saves_on_one_rank(strategy, raw, tmp_path):
+    steps = train(changed(raw, strategy__name=strategy), tmp_path, LAUNCHER)
+    assert all(sum(step.values()) > 500 for step in steps), "nothing was counted"
+    run = Path(raw["run_dir"])
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["world_size"] == 1 and (run / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_what_was_trained_is_evaluated_and_merged(raw, tmp_path):
+    """From files: what is evaluated and merged reads the weights again."""
+    write_sparse_weights(tmp_path / "model", tmp_path / "files")
+    raw = changed(raw, model={"name": str(tmp_path / "model")})
+    train(raw, tmp_path)
+    done = on_null("-m", "qlora_dist", "evaluate", raw["run_dir"], "--with-base")
+    require_success(done)
+    assert "trained: held-out loss" in done.stdout and "base: held-out loss" in done.stdout
+    for onto in ("base", "dequantized"):
+        merged = tmp_path / onto
+        require_success(on_null("-m", "qlora_dist", "merge", raw["run_dir"], str(merged), "--onto", onto))
+        weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
+        assert weights == pytest.approx(2 * SHAPE.parameters, rel=0.01)
+
+
 def test_grouped_keys_and_values_are_not_repeated(raw, tmp_path):
     """2 key heads for 8 query heads: repeated, they would be written once per layer and micro-step, and kept."""
     for step in train(raw, tmp_path):
@@ -185,9 +211,6 @@ COMPARES_VALUES = {
 }
 ENDS_AT_VALUES = {
     "resume": "states are loaded before the first step",  # uninitialized gradients
-    "zero1": "a non-finite norm stops the run",
-    "zero2": "a non-finite norm stops the run",
-    "zero3": "a non-finite norm stops the run",
     "generate": "generate: exit code 1",  # token ids may be none of the vocabulary's
     "int8": "",  # bitsandbytes counts outliers
     "graph": "API call is not supported",  # the null device has no graphs

@@ -379,7 +379,7 @@ def test_a_rate_that_does_not_exist_or_is_no_rate_is_refused():
 
 def test_the_raw_file_has_provenance_and_rates_and_is_reported_as_predicted(tmp_path, monkeypatch, capsys):
     path = tmp_path / "results" / "traced" / "roofline-1b.json"
-    options = ["--shape", "1b", "--tokens", "64", "--document", "32", "--methods", "ours", "--gpu", "a100",
+    options = ["--shape", "1b", "--tokens", "64", "--document", "32", "--methods", "ours", "--gpu", "a100-80",
                "--rate", "bandwidth=1e12", "--allow-dirty"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["roofline", "--json", str(path), *options])
     roofline.main()
@@ -387,7 +387,7 @@ def test_the_raw_file_has_provenance_and_rates_and_is_reported_as_predicted(tmp_
     content = json.loads(path.read_text())
     assert all(name in content["provenance"] for name in provenance.FIELDS)
     assert content["rates"]["bandwidth"] == 1e12
-    assert content["rates"]["product_flops"] == RATES["a100"].product_flops
+    assert content["rates"]["product_flops"] == RATES["a100-80"].product_flops
     assert [cell["is_predicted"] for cell in content["cells"]] == [True, True]
     text = report.to_markdown(report.build(tmp_path / "results"))
     assert "1b, 64 tokens in documents of 32, r = 16, a100: predicted, not measured" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from ...config import RunConfig
@@ -30,17 +31,20 @@ def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json:
         plan = choose(config, shapes, **sizes, device_bytes=device.device_bytes)
     limits = {} if device is None else _limits(config, shapes, sizes | {"device_bytes": device.device_bytes})
     speed = None if device is None else estimate_speed(config, shapes, plan, device)
-    trace = _simulation(config, plan) if simulate else None
+    trace, predicted = _simulation(config, plan, device) if simulate else (None, None)
     if as_json:
-        write_json(plan.to_json() | _extra_json(device, limits, speed, trace), indent=1)
+        extra = _extra_json(device, limits, speed, trace) | {"prediction": predicted}
+        write_json(plan.to_json() | extra, indent=1)
         return
     is_narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < WIDE
     lines = list(plan_lines(plan, NARROW_BAR if is_narrow else BAR))
-    lines += _where_it_fits(plan) if device is None else _limit_lines(limits, shapes, speed)
+    lines += _where_it_fits(plan) if device is None else _limit_lines(limits, shapes, None if predicted else speed)
     if trace is not None:
         lines += ["", f"Simulated peak of all tensors: {format_bytes(trace['peak_bytes'])} ({trace['peak_at']});"]
         lines += [f"  {name:<28}{format_bytes(size):>10}" for name, size in trace["categories"].items()]
         lines += [f"planned for them: {format_bytes(trace['planned_bytes'])} ({trace['error']:+.2%})"]
+    if predicted is not None:
+        lines += _prediction_lines(predicted, plan.world_size)
     _show(lines)
 
 
@@ -51,18 +55,50 @@ def _limits(config: RunConfig, shapes: ModelShapes, sizes: dict[str, int]) -> di
     }
 
 
-def _simulation(config: RunConfig, plan: MemoryPlan) -> dict[str, Any]:
+def _simulation(
+    config: RunConfig, plan: MemoryPlan, device: Gpu | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What a step takes of memory and, on a GPU whose data are known, of time."""
     from ...model import load_config
+    from .roofline import predict, rates_of, trace_micro_step
     from .simulate import simulate
 
-    trace = simulate(config, plan, load_config(config.model.name, config.model.revision))
-    return {
+    pretrained = load_config(config.model.name, config.model.revision)
+    rates = None if device is None else rates_of(device)
+    predicted = None
+    if device is None or rates is None:
+        trace = simulate(config, plan, pretrained)
+    else:
+        roofline, trace = trace_micro_step(config, plan, pretrained, rates)
+        found = predict(config, plan, roofline, device)
+        predicted = asdict(found) | {"is_host_bound": found.is_host_bound, "rates": asdict(rates), "gpu": device.name}
+    memory = {
         "peak_bytes": trace.peak_bytes,
         "peak_at": trace.peak_at,
         "categories": trace.categories,
         "planned_bytes": trace.planned_bytes,
         "error": trace.error,
     }
+    return memory, predicted
+
+
+def _prediction_lines(found: dict[str, Any], ranks: int) -> list[str]:
+    """Never to be taken for a measurement."""
+    rates, kinds = found["rates"], found["seconds_by_kind"]
+    device = sum(kinds.values())
+    shares = ", ".join(f"{name} {seconds / device:.0%}" for name, seconds in kinds.items())
+    host = f"the host needs {1e3 * found['host_seconds']:,.0f} ms for its {found['kernels']:,} kernels"
+    bound = "so it is the bound" if found["is_host_bound"] else "so it is not the bound"
+    gpus = f"{ranks} GPUs, which wait for nothing" if ranks > 1 else "one GPU"
+    return [
+        "",
+        f"Predicted from a trace of the real code, not measured: about {found['tokens_per_second']:,.0f} tokens/s "
+        f"on {gpus}",
+        f"  micro-step {1e3 * device:,.0f} ms: {shares}",
+        f"  {host}, {bound}; update {1e3 * found['update_seconds']:,.1f} ms once in {found['micro_steps']} micro-steps",
+        f"  {found['share_of_peak']:.0%} of the card's peak in 16-bit products, recomputation counted; rates assumed: "
+        f"{rates['product_flops'] / 1e12:,.0f} TFLOP/s, {rates['bandwidth'] / 1e12:.2f} TB/s",
+    ]
 
 
 def _extra_json(

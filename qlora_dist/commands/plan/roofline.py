@@ -14,15 +14,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...config import RunConfig
 from ...errors import UserError
 from ...memory import MemoryPlan
-from .launches import Call, Kernel, kernels_of
-from .live_bytes import LiveBytes
-from .simulate import create_tables, fill_resident, forward, full_rows, meta_model
+from ...memory.gpus import Gpu
+from .launches import KINDS, Call, Kernel, kernels_of
+from .simulate import Trace, simulate
 
 # --- what a card sustains ---------------------------------------------------------------------------------------------
 
@@ -64,6 +63,15 @@ class Rates:
         return Rates(**{**{one: getattr(self, one) for one in names}, name: value})
 
 
+def rates_of(gpu: Gpu) -> Rates | None:
+    """Of a card without rates of its own: shares of its data sheet that large kernels reach on the others. None where
+    its data are not known."""
+    if gpu.name in RATES or not gpu.peak_flops:
+        return RATES.get(gpu.name)
+    peak = gpu.peak_flops
+    return Rates(0.75 * peak, peak / 16, 0.5 * peak, 0.4 * peak, 0.8 * gpu.memory_rate)
+
+
 # Each a data sheet's peak times an assumed share; a measurement replaces it (`changed`)
 RATES = {
     # 989 TFLOP/s in bf16 x 0.71: large products run into the power limit. fp32 without tensor cores: 67 x 0.75.
@@ -73,7 +81,7 @@ RATES = {
     # The same chip with 4.8 TB/s
     "h200": Rates(700e12, 50e12, 380e12, 300e12, 3.75e12),
     # 80 GB. 312 TFLOP/s x 0.8 (no power limit in the way), 19.5 x 0.77, attention 0.6 and 0.5, 2.0 TB/s x 0.8
-    "a100": Rates(250e12, 15e12, 190e12, 160e12, 1.6e12),
+    "a100-80": Rates(250e12, 15e12, 190e12, 160e12, 1.6e12),
 }
 
 
@@ -125,17 +133,56 @@ class Roofline(TorchDispatchMode):
         return result
 
 
-def trace_micro_step(config: RunConfig, plan: MemoryPlan, pretrained: Any, rates: Rates) -> Roofline:
-    """Forward, loss and backward of one micro-batch of full rows, a document each; no update.
+def trace_micro_step(config: RunConfig, plan: MemoryPlan, pretrained: Any, rates: Rates) -> tuple[Roofline, Trace]:
+    """Forward, loss and backward of one micro-batch of full rows, a document each, without the update; and what its
+    step takes of memory.
 
     Two things differ from a GPU: the head's logits are cast to fp32 by a kernel of their own, not by the product; and
     the host is never the bound. `pretrained` is transformers' config. Raises UserError for what cannot be simulated.
     """
-    create_tables(config.model.quantization)
-    model = meta_model(config, plan, pretrained)
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-        head, _ = fill_resident(config, model, live)
-        batch = full_rows(plan.micro_rows, plan.row_tokens, live)
-        with Roofline(rates, batch.lengths) as roofline:
-            forward(config, model, head, batch, live).backward()
-    return roofline
+    roofline = Roofline(rates, (plan.row_tokens,) * plan.micro_rows)
+    return roofline, simulate(config, plan, pretrained, watching=roofline)
+
+
+# --- what a run is predicted to do ------------------------------------------------------------------------------------
+
+# Of Python and the dispatcher for each launch: this package's steps of 849 to 2,129 launches took 42 to 53 microseconds
+# for each on the null device, on one core of a server (benchmarks/results/null/host.json)
+HOST_SECONDS = 45e-6
+# AdamW reads weight, gradient and two states, and writes all but the gradient, in fp32; 8-bit states take a byte each
+UPDATE_BYTES = {False: 28.0, True: 16.0}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The speed of full rows, predicted from a trace: no waiting for data, other ranks, or memory that is paged."""
+
+    seconds_by_kind: dict[str, float]  # of a micro-step on the device
+    host_seconds: float  # of the same, on the host
+    update_seconds: float  # once a step
+    seconds: float  # of a step of `micro_steps`: the larger of device and host, and the update
+    micro_steps: int
+    kernels: int  # of a micro-step
+    tokens_per_second: float  # over all ranks
+    share_of_peak: float  # FLOPs of products and attention, recomputed ones too, over seconds and the card's peak
+
+    @property
+    def is_host_bound(self) -> bool:
+        return self.host_seconds > sum(self.seconds_by_kind.values())
+
+
+def predict(config: RunConfig, plan: MemoryPlan, roofline: Roofline, gpu: Gpu) -> Prediction:
+    """The speed of a run on `plan.world_size` of these GPUs, from the trace of its micro-step."""
+    by_kind = {kind: roofline.total(kind).seconds for kind in KINDS}
+    whole = roofline.total()
+    host = whole.kernels * HOST_SECONDS
+    moved = plan.trainable_parameters * UPDATE_BYTES["8bit" in config.optim.name]
+    update = moved / roofline.rates.bandwidth
+    micro_steps = max(1, config.batch.rows_per_step // (plan.micro_rows * plan.world_size))
+    seconds = micro_steps * max(whole.seconds, host) + update
+    tokens = micro_steps * plan.micro_rows * plan.row_tokens
+    return Prediction(
+        by_kind, host, update, seconds, micro_steps, whole.kernels,
+        tokens_per_second=plan.world_size * tokens / seconds,
+        share_of_peak=micro_steps * whole.flops / seconds / gpu.peak_flops,
+    )  # fmt: skip

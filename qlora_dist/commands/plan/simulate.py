@@ -17,6 +17,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +61,14 @@ def simulated_bytes(plan: MemoryPlan) -> int:
     return tensors + plan.pageable_bytes
 
 
-def simulate(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> Trace:
-    """One training step of this plan under fake tensors. `pretrained` is transformers' config of the model.
+def simulate(
+    config: RunConfig,
+    plan: MemoryPlan,
+    pretrained: Any,
+    watching: AbstractContextManager[object] | None = None,
+) -> Trace:
+    """One training step of this plan under fake tensors. `pretrained` is transformers' config of the model; `watching`
+    is around forward, loss and backward, and sees their operations.
 
     Raises UserError for what cannot be simulated: int8, dora, full fine-tuning, activation offload.
     """
@@ -70,7 +77,7 @@ def simulate(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> Trace:
     create_tables(config.model.quantization)
     model = meta_model(config, plan, pretrained)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(_workspaces()) as live:
-        _run_step(config, plan, model, live)
+        _run_step(config, plan, model, live, watching=watching)
     return Trace(live.peak_bytes, live.peak_at, dict(live.peak), simulated_bytes(plan))
 
 
@@ -94,16 +101,18 @@ def _run_step(
     model: torch.nn.Module,
     live: LiveBytes,
     at_start: Callable[[], None] = lambda: None,
+    watching: AbstractContextManager[object] | None = None,
 ) -> None:
     """Forward, loss, backward, update, in the order and with the lifetimes of `train.step`."""
     head, optimizer = fill_resident(config, model, live)
     batch = full_rows(plan.micro_rows, plan.row_tokens, live)
     at_start()
     live.reset_peak()
-    nll = forward(config, model, head, batch, live)
-    with live.category("backward"):
-        nll.backward()
-    del nll
+    with watching or nullcontext():
+        nll = forward(config, model, head, batch, live)
+        with live.category("backward"):
+            nll.backward()
+        del nll
     with live.category("optimizer step"):
         step_optimizer(optimizer, 1e-4)
 
