@@ -55,7 +55,7 @@ def _section(schema: dict[str, Any], field: dict[str, Any]) -> dict[str, Any] | 
 
 def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
     if "anyOf" in field:
-        return ", ".join(_type(one, schema) for one in field["anyOf"])
+        return " or ".join(_type(one, schema) for one in field["anyOf"])
     if "$ref" in field:
         return "source"
     if "const" in field:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import runpy
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -137,7 +139,7 @@ class _Parsed(Exception):
     """Stops a program that has taken its words."""
 
 
-def _parsed_by_script(start: object, name: str, words: Sequence[str]) -> None:
+def _parsed_by_script(start: Callable[[], object], name: str, words: Sequence[str]) -> None:
     """Starts a program, and ends it when its argparse parser has taken the words."""
     parse = argparse.ArgumentParser.parse_args
 
@@ -148,9 +150,12 @@ def _parsed_by_script(start: object, name: str, words: Sequence[str]) -> None:
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_args", parse_only),
         mock.patch.object(sys, "argv", [name, *words]),
+        mock.patch.dict(os.environ),
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter("ignore")  # runpy's, of modules that are imported already
         try:
-            start()  # type: ignore[operator]
+            start()
         except _Parsed:
             return
         except SystemExit as error:

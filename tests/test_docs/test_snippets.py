@@ -55,7 +55,7 @@ def test_every_block_says_what_it_is_and_output_has_no_command():
         assert one.language in LANGUAGES, f"{one}: {one.language or 'no language'}"
         if one.language == "text" and "[OPTIONS]" not in one.text:
             assert not re.search(r"^(qlora-dist|make|python|accelerate|sbatch|torchrun) ", one.text, re.MULTILINE), one
-    fences = sum(text.count("\n```") for text in pages().values())
+    fences = sum(len(re.findall(r"^ *```", text, re.MULTILINE)) for text in pages().values())
     assert fences == 2 * len(blocks()), "a fence within a list, or one that is not closed"
 
 
