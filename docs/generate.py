@@ -1,7 +1,7 @@
 """Writes the generated parts of these pages: `python -m docs.generate`, from the root of the repository.
 
 A part stands between two comments that name it. What it says comes from the code that the program itself uses: the
-config's schema, the commands' options, and `qlora-dist import`. A test compares the pages with it (tests/test_docs).
+config's schema, the commands' options, the memory plan, and `qlora-dist import`. A test compares the pages with it (tests/test_docs).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from docs.parts.commands import commands, exit_codes
 from docs.parts.config import config
 from docs.parts.foreign import defaults, left_out, translated
+from docs.parts.memory import fits_on_one, fits_sharded
 from qlora_dist.config.foreign.left_out import _NOT_HERE, _NOT_NEEDED
 from qlora_dist.config.foreign.trainers import NAMES
 
@@ -21,6 +22,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "config": config,
     "commands": commands,
     "exit codes": exit_codes,
+    "fits on one": fits_on_one,
+    "fits sharded": fits_sharded,
     "not needed": lambda: left_out(_NOT_NEEDED),
     "not here": lambda: left_out(_NOT_HERE),
     **{f"translated {name}": lambda name=name: translated(name) for name in NAMES},  # type: ignore[misc]
