@@ -1,7 +1,8 @@
 """Writes the generated parts of these pages: `python -m docs.generate`, from the root of the repository.
 
 A part stands between two comments that name it. What it says comes from the code that the program itself uses: the
-config's schema, the commands' options, the memory plan, and `qlora-dist import`. A test compares the pages with it (tests/test_docs).
+config's schema, the commands' options, the memory plan, and `qlora-dist import`. A test compares the pages with it
+(tests/test_docs).
 """
 
 from __future__ import annotations
