@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 # DeepSpeed's kernels are not used: without this its installation may look for a compiler and CUDA
 export DS_BUILD_OPS := 0
 
-.PHONY: env test test-hosts test-oldest test-oldest-fast test-null lint format demo bench bench-ratios bench-gpu clean
+.PHONY: env test test-hosts test-oldest test-oldest-fast test-null lint format docs demo bench bench-ratios bench-gpu clean
 
 env: .venv/ready
 
@@ -82,6 +82,13 @@ lint: env
 format: env
 	$(BIN)/ruff check --no-cache --fix .
 	$(BIN)/ruff format --no-cache .
+
+# The pages of docs/ as a site: a link that leads nowhere is an error. Its tools are installed at the first call
+SITE ?= build/site
+docs: env
+	$(BIN)/python -c "import material" 2>/dev/null || \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir $(CURDIR)/$(SITE)
 
 # Data -> tiny base -> NF4 QLoRA over 2 processes -> merged model -> before and after. Always on the CPU: two ranks on a
 # machine with one GPU would be refused.

@@ -4,7 +4,7 @@
 
 The faults are those of tests/test_train/test_faults.py, injected into runs of two CPU ranks; `-k` chooses as pytest
 does. Seconds depend on the machine's load, which the file records: a limit that is stated in the fault is part of them.
-The file's rows are those of README's table.
+The file's rows are those of the table in docs/faults.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def measure(expression: str) -> list[dict[str, str]]:
 
 
 def line(row: dict[str, str]) -> str:
-    """A row of README's table."""
+    """A row of the table in docs/faults.md."""
     return f"| {row['fault']} | {row['outcome']} | {row['steps_lost']} | {row['seconds']} |"
 
 

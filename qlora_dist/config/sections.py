@@ -70,7 +70,7 @@ class ModelConfig(_Section):
     name: ModelPath
     """Hub name or local folder of a causal language model with safetensors weights."""
     revision: str | None = None
-    """Hub branch, tag or commit. None: the default branch."""
+    """Hub branch, tag or commit. null: the default branch."""
     quantization: Quantization = "nf4"
     """Storage type of the frozen base. `none` stores it in `compute_dtype` (LoRA on a 16-bit or 32-bit base)."""
     double_quant: bool = True
@@ -161,7 +161,7 @@ class DataConfig(_Section):
     row_tokens: int = Field(2048, ge=8, le=2**24)
     """Maximum number of tokens per row, and so per document."""
     packing: bool = True
-    """Pack whole documents into rows. False: one document per row."""
+    """Pack whole documents into rows. false: one document per row."""
     on_long: Literal["truncate", "drop", "error"] = "truncate"
     """What to do with a document longer than row_tokens. Always counted; a truncated one loses its end token."""
     on_bad: Literal["error", "skip"] = "error"

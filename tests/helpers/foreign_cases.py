@@ -8,6 +8,36 @@ from __future__ import annotations
 
 from typing import Any
 
+# a config of each, to which the cases add
+SMALL: dict[str, dict[str, Any]] = {
+    "axolotl": {
+        "base_model": "a/b", "datasets": [{"path": "c/d", "type": "completion"}], "learning_rate": 1e-4,
+        "adapter": "qlora", "load_in_4bit": True, "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True,
+    },
+    "llama-factory": {
+        "model_name_or_path": "a/b", "stage": "sft", "finetuning_type": "lora", "dataset": "words",
+        "quantization_bit": 4,
+    },
+    "trl": {"model_name_or_path": "a/b", "dataset_name": "c/d", "use_peft": True, "load_in_4bit": True},
+    "torchtune": {
+        "model._component_": "torchtune.models.llama3_1.qlora_llama3_1_8b", "checkpointer.checkpoint_dir": "/models/b",
+        "dataset._component_": "torchtune.datasets.alpaca_cleaned_dataset", "batch_size": 2, "epochs": 1,
+    },
+}  # fmt: skip
+# the dataset_info.json beside it
+INFO: dict[str, Any] = {
+    "words": {"file_name": "words.json"},
+    "chat": {
+        "file_name": "chat.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages", "system": "system"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    },
+    "qa": {
+        "hf_hub_url": "x/qa", "file_name": "qa.json", "subset": "en",
+        "columns": {"prompt": "question", "response": "answer"},
+    },
+    "pairs": {"file_name": "pairs.json", "ranking": True, "columns": {"chosen": "chosen"}},
+}  # fmt: skip
+
 HELD = {"val_set_size": 0.1}
 CASES: list[tuple[str, str, Any, dict[str, Any], dict[str, Any] | None]] = [
     # batch, length

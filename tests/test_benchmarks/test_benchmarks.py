@@ -270,9 +270,9 @@ def test_the_committed_report_is_generated_from_the_committed_raw_files():
     assert (ROOT / "benchmarks" / "results.html").read_text() == report.to_html(parts)
 
 
-def test_the_readmes_faults_are_those_of_the_raw_file():
+def test_the_documented_faults_are_those_of_the_raw_file():
     rows = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "faults.json").read_text())["results"]
-    table = (ROOT / "README.md").read_text()
+    table = (ROOT / "docs" / "faults.md").read_text()
     assert rows and all(f"\n{faults.line(row)}\n" in table for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""README's table "What is refused, and why": each row is provoked, and what it promises is what is said."""
+"""What docs/troubleshooting.md says is refused: each row is provoked, and what it promises is what is said."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from qlora_dist.commands import invoke
 from qlora_dist.data.templates import limited
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 CHAT = [{"role": "user", "content": "w6 w7"}, {"role": "assistant", "content": "w8"}]
 
 
@@ -233,7 +233,7 @@ PROVOKED: dict[str, Callable[[Case], int]] = {
     "a truncated or damaged file of weights": _damaged_weights,
     "weights with NaN": _nan_weights,
     "attention that cannot be packed": _own_attention,
-    "a model of several towers that is not listed above": _other_towers,
+    "a model of several towers that is not listed": _other_towers,
     "stacked experts of another form": _experts,
     "an adapter made on a changed base (PiSSA, OLoRA, ...)": _adapter,
     "a run directory of another config": _other_config,
@@ -245,8 +245,8 @@ PROVOKED: dict[str, Callable[[Case], int]] = {
 
 
 def _rows() -> dict[str, str]:
-    """What is refused -> what is then said, as README promises."""
-    _, section = README.read_text(encoding="utf-8").split("## What is refused, and why\n")
+    """What is refused -> what is then said, as the page promises."""
+    _, section = PAGE.read_text(encoding="utf-8").split("## What is refused, and why\n")
     rows = re.findall(r"^\| (.+?) \| .+? \| `(.+?)` \|$", section.split("\n## ")[0], flags=re.MULTILINE)
     return dict(rows)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.foreign_cases import CASES
+from helpers.foreign_cases import CASES, INFO, SMALL
 
 from qlora_dist.config import load_config
 from qlora_dist.config.commented import Setting, commented_yaml, nested
@@ -19,34 +19,6 @@ from qlora_dist.config.foreign.trainers import _SIGNS, DEFAULTS
 from qlora_dist.config.foreign.translate import Translation, report, translate_file
 from qlora_dist.config.reading import parse_yaml
 from qlora_dist.errors import UserError
-
-SMALL: dict[str, dict[str, Any]] = {
-    "axolotl": {
-        "base_model": "a/b", "datasets": [{"path": "c/d", "type": "completion"}], "learning_rate": 1e-4,
-        "adapter": "qlora", "load_in_4bit": True, "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True,
-    },
-    "llama-factory": {
-        "model_name_or_path": "a/b", "stage": "sft", "finetuning_type": "lora", "dataset": "words",
-        "quantization_bit": 4,
-    },
-    "trl": {"model_name_or_path": "a/b", "dataset_name": "c/d", "use_peft": True, "load_in_4bit": True},
-    "torchtune": {
-        "model._component_": "torchtune.models.llama3_1.qlora_llama3_1_8b", "checkpointer.checkpoint_dir": "/models/b",
-        "dataset._component_": "torchtune.datasets.alpaca_cleaned_dataset", "batch_size": 2, "epochs": 1,
-    },
-}  # fmt: skip
-INFO = {
-    "words": {"file_name": "words.json"},
-    "chat": {
-        "file_name": "chat.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages", "system": "system"},
-        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
-    },
-    "qa": {
-        "hf_hub_url": "x/qa", "file_name": "qa.json", "subset": "en",
-        "columns": {"prompt": "question", "response": "answer"},
-    },
-    "pairs": {"file_name": "pairs.json", "ranking": True, "columns": {"chosen": "chosen"}},
-}  # fmt: skip
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

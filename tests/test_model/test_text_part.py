@@ -46,7 +46,7 @@ from qlora_dist.train.checks.base import check_base_bytes, check_source_bits, pr
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 6, 5)
-KEY_MAPPING = {r"^model\.(language|text)_model": "model"}  # as in the README
+KEY_MAPPING = {r"^model\.(language|text)_model": "model"}  # as in docs/models.md
 
 
 def base_of(folder: Path | str, quantization: Any = "none", **changes: Any) -> Any:
@@ -141,7 +141,7 @@ def test_positions_in_three_dimensions_are_plain_ones_for_text(family: str, tmp_
 
 @torch.no_grad()
 def test_the_saved_adapter_gives_our_logits_in_the_stock_text_class(each: Path, tmp_path: Path) -> None:
-    """With the key mapping of the README: PEFT's keys hold the paths of modules, which differ between the classes."""
+    """With the key mapping of docs/models.md: PEFT's keys hold the paths of modules, and the classes differ in them."""
     model, batch = adapted(each), random_batch((12,))
     save_adapter(model, tmp_path, str(each))
     ours = output_head(model).logits(hidden_states(model, batch))
