@@ -113,7 +113,11 @@ def torchrun(first_node: str, options: tuple[str, ...]) -> None:
 @click.option("--gpu", metavar="48GiB|NAME", help="A GPU's memory or name: a100-80, h100, rtx4090, a6000, ...")
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs over all nodes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--simulate", is_flag=True, help="Also run a step of the real code under fake tensors (no GPU, seconds).")
+@click.option(
+    "--simulate",
+    is_flag=True,
+    help="Also run a step of the real code under fake tensors (no GPU): its memory and, with --gpu, its predicted time.",
+)
 def plan(config: str, overrides: tuple[str, ...], gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
     """Show what a run needs and whether it fits, from CONFIG and the model's config.json alone, in about a second.
 

@@ -210,11 +210,9 @@ COMPARES_VALUES = {
     "test_cuda_gathers_every_bit_pattern_in_codes_and_constants_unchanged",
 }
 ENDS_AT_VALUES = {
-    "resume": "states are loaded before the first step",  # uninitialized gradients
-    "generate": "generate: exit code 1",  # token ids may be none of the vocabulary's
-    "int8": "",  # bitsandbytes counts outliers
+    "int8": "",  # any end: bitsandbytes counts outliers
     "graph": "API call is not supported",  # the null device has no graphs
-    "fsdp-gather": "",  # any end: the size of a pickled object comes through device memory
+    "fsdp-gather": "",  # any end: the size of a pickled object is copied by a kernel
 }
 
 
@@ -244,7 +242,7 @@ def test_every_smoke_case_runs_to_completion_or_to_a_check_of_values(tmp_path):
     ended = {case["name"]: case["reason"] for case in cases if not case["ran"] and case["status"] != "skipped"}
     assert set(ended) <= set(ENDS_AT_VALUES), {name: ended[name] for name in set(ended) - set(ENDS_AT_VALUES)}
     assert all(ENDS_AT_VALUES[name] in reason for name, reason in ended.items()), ended
-    assert {case["name"] for case in cases if case["ran"]} >= {"plain", "offload", "full", "paged-adamw-32bit", "fsdp"}
+    assert {case["name"] for case in cases if case["ran"]} >= {"plain", "resume", "fsdp", "zero1", "zero2", "zero3"}
 
 
 @pytest.mark.slow

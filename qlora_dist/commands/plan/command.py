@@ -90,12 +90,13 @@ def _prediction_lines(found: dict[str, Any], ranks: int) -> list[str]:
     host = f"the host needs {1e3 * found['host_seconds']:,.0f} ms for its {found['kernels']:,} kernels"
     bound = "so it is the bound" if found["is_host_bound"] else "so it is not the bound"
     gpus = f"{ranks} GPUs, which wait for nothing" if ranks > 1 else "one GPU"
+    once = f"once in {found['micro_steps']} micro-steps" if found["micro_steps"] > 1 else "after each"
     return [
         "",
         f"Predicted from a trace of the real code, not measured: about {found['tokens_per_second']:,.0f} tokens/s "
         f"on {gpus}",
         f"  micro-step {1e3 * device:,.0f} ms: {shares}",
-        f"  {host}, {bound}; update {1e3 * found['update_seconds']:,.1f} ms once in {found['micro_steps']} micro-steps",
+        f"  {host}, {bound}; update {1e3 * found['update_seconds']:,.1f} ms {once}",
         f"  {found['share_of_peak']:.0%} of the card's peak in 16-bit products, recomputation counted; rates assumed: "
         f"{rates['product_flops'] / 1e12:,.0f} TFLOP/s, {rates['bandwidth'] / 1e12:.2f} TB/s",
     ]
