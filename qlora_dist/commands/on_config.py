@@ -116,7 +116,7 @@ def torchrun(first_node: str, options: tuple[str, ...]) -> None:
 @click.option(
     "--simulate",
     is_flag=True,
-    help="Also run a step of the real code under fake tensors (no GPU): its memory and, with --gpu, its predicted time.",
+    help="Also run a step of the real code under fake tensors, without a GPU: its memory and, with --gpu, its time.",
 )
 def plan(config: str, overrides: tuple[str, ...], gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
     """Show what a run needs and whether it fits, from CONFIG and the model's config.json alone, in about a second.
