@@ -7,7 +7,7 @@ import click
 from ..errors import UserError
 from ..files import format_bytes
 from .group import cli, heavy_imports, rank
-from .outputs import check_output_folder
+from .outputs import check_input_file, check_output_folder
 from .screen import write_json
 
 
@@ -46,11 +46,14 @@ def evaluate(
     """
     from dataclasses import asdict
 
+    from .preflight import check_result
+
     wanted = {task.strip() for task in tasks.split(",")}
     if wanted - {"perplexity", "mmlu"}:
         raise UserError(f"--tasks {tasks}: expected perplexity, mmlu, or perplexity,mmlu")
     if ("mmlu" in wanted) != (mmlu is not None):
         raise UserError("--tasks mmlu and --mmlu DIR (the folder of MMLU's original release) go together")
+    check_result(run_or_adapter, config, is_evaluated="perplexity" in wanted)
     with heavy_imports():
         from .evaluate import MmluTask, describe, evaluate_trained
 
@@ -110,6 +113,13 @@ def generate(
     Example:
       qlora-dist generate runs/guanaco-7b --prompt "Name three rivers in Spain."
     """
+    from .preflight import check_result
+
+    if prompt is not None and prompts is not None:
+        raise UserError("--prompt and --prompts were both given; give one of them, or neither for a chat")
+    if prompts is not None:
+        check_input_file("--prompts", prompts)
+    check_result(run_or_adapter)
     with heavy_imports():
         from ..model import Sampling
         from .generate import generate as run_generation
@@ -166,6 +176,10 @@ def merge(
     Example:
       qlora-dist merge runs/alpaca-7b merged/alpaca-7b
     """
+    from .preflight import check_result
+
+    check_output_folder("OUT", out)
+    check_result(adapter)
     with heavy_imports():
         import torch
 

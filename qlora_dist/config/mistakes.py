@@ -81,7 +81,7 @@ def _explained(kind: str, value: Any, place: Place, given: dict[str, Any]) -> st
     if kind == "model_type" and isinstance(value, str) and (other := foreign_answer(place.name, value, given)):
         return f"expected a section of keys; {other} (found {found(value)})"
     names = [str(one) for one in _names(place.annotation)]
-    if isinstance(value, str) and (near := difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.75)):
+    if isinstance(value, str) and (near := _near(value.lower(), names)):
         advice = f"; did you mean {near[0]}?"
     elif isinstance(value, bool | int | float | datetime.date) and "text" in wanted and kind == "string_type":
         advice = "; put it in quotes"
@@ -174,6 +174,13 @@ def _names(annotation: Any) -> Iterator[Any]:
             yield from get_args(one)
 
 
+def _near(word: str, names: list[str]) -> list[str]:
+    """The name that a word may stand for: one that resembles it, or that it begins with."""
+    return difflib.get_close_matches(word, names, n=1, cutoff=0.75) or [
+        name for name in names if word.startswith((f"{name}_", f"{name}-"))
+    ]
+
+
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
@@ -228,4 +235,17 @@ def _nearest(keys: tuple[int | str, ...]) -> str:
     sections = [section for one, _ in _members(place.annotation, ()) if (section := _section_of(one)) is not None]
     siblings = [name for section in sections for name in section.model_fields]
     near = difflib.get_close_matches(_shown(keys[-1]), siblings, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(siblings)}"
+    if near:
+        return f"did you mean {near[0]}?"
+    elsewhere = [
+        f"{name}.{keys[-1]}" if section is not RunConfig else str(keys[-1])
+        for name, section in (("", RunConfig), *_sections())
+        if keys[-1] in section.model_fields
+    ]
+    return f"did you mean {elsewhere[0]}?" if elsewhere else f"known keys: {', '.join(siblings)}"
+
+
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    """The sections of the config with their names."""
+    for name, field in RunConfig.model_fields.items():
+        yield from ((name, section) for one, _ in _members(field.annotation, ()) if (section := _section_of(one)))

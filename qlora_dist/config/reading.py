@@ -33,7 +33,10 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """
     raw = read_yaml(path)
     if not isinstance(raw, dict):
-        raise UserError(f"config {path}: expected a mapping of sections at the top level, found {found(raw)}")
+        what = "nothing: the file is empty" if raw is None else found(raw)
+        raise UserError(
+            f"config {path}: expected a mapping of sections at the top level (run_dir, model, data, ...), found {what}"
+        )
     for override in overrides:
         apply_override(raw, override)
     return parse_config(raw, str(path))
@@ -42,10 +45,12 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 def read_yaml(path: str | Path, what: str = "config") -> Any:
     """Plain data of a YAML file, in bounded time and memory. Raises UserError, which names the file as `what`."""
     where = f"{what} {path}"
+    advice = "; expected a YAML file, qlora-dist init writes a first one" if what == "config" else ""
     try:
         text = regular_bytes(path, MAX_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
-        raise UserError(f"{where}: cannot be read ({error})") from None
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UserError(f"{where}: cannot be read ({reason}){advice}") from None
     return parse_yaml(text, where)
 
 
@@ -109,7 +114,7 @@ class BoundedLoader(yaml.SafeLoader):
                 continue  # not hashable: refused below
             if key_node.value in seen:
                 line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"key {shortened(key_node.value)} appears twice, again on line {line}")
+                raise yaml.YAMLError(f"key {shortened(key_node.value)} appears twice, again on line {line}; keep one")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 

@@ -27,7 +27,7 @@ from ..cluster.provenance import code_digest, device_name
 from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
 from ..config.run_dir import RunDir
-from ..data.loader import derive_accumulation
+from ..data.accumulation import derive_accumulation
 from ..errors import RunFailed, UserError, os_errors
 from ..files import GIB, format_bytes
 from ..memory import MemoryPlan

@@ -15,7 +15,7 @@ from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
 from ..config.changes import free_fields
 from ..config.run_dir import RunDir
-from ..data.loader import derive_accumulation
+from ..data.accumulation import derive_accumulation
 from ..data.templates import today
 from ..errors import os_errors
 from ..optim.adamw import lr_at
