@@ -110,8 +110,8 @@ def map_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
 
 
 def check_columns(record: Mapping[str, Any], columns: Mapping[str, str], source: str) -> None:
-    """Raises UserError for a column that is mapped to another one, which a source's first record lacks, while it has the
-    column itself: that would be read, against what the config says."""
+    """Raises UserError for a column that is mapped to another one, which a source's first record lacks, while it has
+    the column itself: that would be read, against what the config says."""
     for name, own in columns.items():
         if own not in record and name in record:
             raise UserError(
