@@ -96,6 +96,7 @@ def test_a_wrong_value_is_told_by_its_key_what_was_expected_and_what_was_found(k
         # of a list or section, what is in it may be named instead
         itself = [line for line in said if line.startswith(f"{key}: ")]
         assert len(itself) <= 1 and (itself or isinstance(value, list | dict) or _is_between_keys(said[0])), said
+        assert not itself or len(said) == 1 or any(map(_is_between_keys, said)), said  # not the same in other words
         for line in itself:
             assert "expected " in line or "set exactly one" in line, line
             assert f"(found {shown}" in line or "set exactly one" in line, line
