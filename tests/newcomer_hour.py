@@ -101,7 +101,7 @@ def prepare(hour: Hour) -> None:
     draw = random.Random(0)
     records = [
         {"instruction": "w6 w7", "input": " ".join(draw.choices(WORDS, k=4)) if draw.random() < 0.5 else "",
-         "output": " ".join(draw.choices(WORDS[:4], k=3))}
+         "output": " ".join(draw.choices(WORDS, k=3))}
         for _ in range(150)
     ]  # fmt: skip
     (hour.home / "mine.json").write_text(json.dumps(records, indent=1))
@@ -122,14 +122,14 @@ def first_run(hour: Hour) -> None:
     hour.run("qlora-dist train mine.yam --ranks 2", "error: config mine.yam: cannot be read", code=2)
     hour.run(
         "qlora-dist train mine.yaml --ranks 2 --set train.epochs=1",
-        "machine", "2 ranks", "memory", "step 1/", "eval_loss", "adapter",
+        "machine", "2 ranks", "memory", "step 1/", "held-out loss", "runs/mine/adapter",
     )  # fmt: skip
     page = (runs / "mine" / "report.html").read_text()
     require("</html>" in page and "finished" in page, "runs/mine/report.html is no page of a finished run")
     require((runs / "mine" / "adapter" / "adapter_model.safetensors").is_file(), "there is no adapter in runs/mine")
     hour.run("qlora-dist train mine.yaml --ranks 2 --set train.epochs=1", "this run is finished")
     hour.run("qlora-dist report runs/mine --out mine.html", "mine.html", "opens in any browser")
-    hour.run("qlora-dist evaluate runs/mine --with-base", "base: eval_loss", "trained: eval_loss")
+    hour.run("qlora-dist evaluate runs/mine --with-base", "base: held-out loss", "trained: held-out loss")
     hour.run('qlora-dist generate runs/mine --prompt "w6 w7" --max-new-tokens 8', "w")
     hour.run(
         "qlora-dist merge runs/mine merged", "merged onto dequantized, the nearer to what was trained", "onto base"
@@ -140,7 +140,8 @@ def first_run(hour: Hour) -> None:
 
 def stop_and_resume(hour: Hour) -> None:
     """Ctrl-C, and the same command again."""
-    line = "qlora-dist train mine.yaml --ranks 2 --set run_dir=runs/second --set train.epochs=null --set train.steps=80"
+    line = "qlora-dist train mine.yaml --ranks 2 --set run_dir=runs/second --set batch.rows_per_step=2"
+    line += " --set train.epochs=null --set train.steps=80"
     second = hour.home / "runs" / "second"
     hour.interrupt(line, second / "metrics.jsonl", "stopped by SIGINT after step", "Start the same command again")
     hour.run(line, "resuming from", "step 80/80")
