@@ -16,6 +16,7 @@ from helpers.ranks import clean_environment, run_command, torchrun
 from helpers.slurm_cluster import wait_for
 from helpers.tiny_run import changed, losses_of, make_inputs, write_config
 
+from qlora_dist.cluster import device
 from qlora_dist.commands.start_ranks import number_of_ranks
 from qlora_dist.errors import UserError
 
@@ -100,6 +101,19 @@ def test_ctrl_c_of_the_launcher_saves_and_ends_with_success(raw, tmp_path):
     assert process.returncode == 0, output
     assert "checkpoint saved in" in output and "Traceback" not in output
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_more_ranks_than_gpus_are_refused_before_torch_is_imported(monkeypatch):
+    monkeypatch.setattr(device.importlib.metadata, "version", lambda _: "2.11.0+cu128")
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-1")
+    assert number_of_ranks("2", "auto") == 2 and number_of_ranks("8", "cpu") == 8
+    with pytest.raises(UserError, match=r"--ranks 4: 2 GPUs are visible here, expected at least one for each rank"):
+        number_of_ranks("4", "auto")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(device.os, "listdir", lambda path: ["0000:01:00.0"])
+    with pytest.raises(UserError, match=r"--ranks 2: 1 GPUs"):
+        number_of_ranks("2", "cuda")
 
 
 @pytest.mark.parametrize("ranks", ["0", "-1", "two", "1e3", "99999", ""])
