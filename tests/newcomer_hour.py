@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import site
@@ -143,7 +144,9 @@ def stop_and_resume(hour: Hour) -> None:
     line = "qlora-dist train mine.yaml --ranks 2 --set run_dir=runs/second --set batch.rows_per_step=2"
     line += " --set train.epochs=null --set train.steps=80"
     second = hour.home / "runs" / "second"
-    hour.interrupt(line, second / "metrics.jsonl", "stopped by SIGINT after step", "Start the same command again")
+    hour.interrupt(
+        line, second / "metrics.jsonl", "stopped by SIG", "checkpoint saved in", "Start the same command again"
+    )
     hour.run(line, "resuming from", "step 80/80")
     steps = [json.loads(one)["step"] for one in (second / "metrics.jsonl").read_text().splitlines()]
     require(steps == list(range(1, 81)), f"runs/second/metrics.jsonl has the steps {steps}")
@@ -158,7 +161,11 @@ def main() -> None:
     hour = Hour(folder)
     for part in (install, prepare, first_run, stop_and_resume):
         part(hour)
-    print(f"{sum(seconds for seconds, _ in hour.seconds):7.1f} s in all; everything was as expected")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = (
+        f"{sum(seconds for seconds, _ in hour.seconds):.1f} s, {used.ru_utime + used.ru_stime:.1f} s of the processor"
+    )
+    print(f"{took}; everything was as expected")
     if "--keep" not in sys.argv[1:]:
         shutil.rmtree(folder)
 

@@ -237,15 +237,12 @@ def _nearest(keys: tuple[int | str, ...]) -> str:
     near = difflib.get_close_matches(_shown(keys[-1]), siblings, n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]}?"
-    elsewhere = [
-        f"{name}.{keys[-1]}" if section is not RunConfig else str(keys[-1])
-        for name, section in (("", RunConfig), *_sections())
-        if keys[-1] in section.model_fields
-    ]
+    elsewhere = [f"{name}{keys[-1]}" for name, section in _sections() if keys[-1] in section.model_fields]
     return f"did you mean {elsewhere[0]}?" if elsewhere else f"known keys: {', '.join(siblings)}"
 
 
 def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    """The sections of the config with their names."""
+    """The sections of the config with what stands before the names of their keys; at first the top level."""
+    yield "", RunConfig
     for name, field in RunConfig.model_fields.items():
-        yield from ((name, section) for one, _ in _members(field.annotation, ()) if (section := _section_of(one)))
+        yield from ((f"{name}.", section) for one, _ in _members(field.annotation, ()) if (section := _section_of(one)))
