@@ -48,7 +48,10 @@ def train(
     from .start_ranks import number_of_ranks, start_ranks
 
     if ranks is not None and (number := number_of_ranks(ranks, loaded.device)) > 1:
-        check_train(loaded, resume, fresh, is_main=True, ranks=number)
+        finished = check_train(loaded, resume, fresh, is_main=True, ranks=number)
+        if finished is not None and not outcome:
+            click.echo(finished)  # the ranks would say so once they have imported torch
+            return
         words = ["train", config, *(f"--set={one}" for one in overrides), f"--resume={resume}"]
         words += ["--fresh"] * fresh + ([f"--outcome={outcome}"] if outcome else [])
         start_ranks(number, [*debug_words(), *words])

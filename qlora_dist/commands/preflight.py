@@ -27,9 +27,9 @@ from ..memory.shapes import ModelShapes, adapted_linears
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def check_train(config: RunConfig, resume: str, fresh: bool, is_main: bool, ranks: int = 1) -> None:
+def check_train(config: RunConfig, resume: str, fresh: bool, is_main: bool, ranks: int = 1) -> str | None:
     """Raises UserError for what `train` would refuse on that many ranks. `is_main`: rank 0, which alone looks at the
-    run directory."""
+    run directory. Returns what is to be said if the run there is finished, else None."""
     if fresh and resume not in ("auto", "never"):
         raise UserError(
             f"--fresh starts over, --resume {resume} goes on from a checkpoint: give one of the two; to start another "
@@ -37,8 +37,7 @@ def check_train(config: RunConfig, resume: str, fresh: bool, is_main: bool, rank
         )
     micro_rows = config.batch.micro_rows
     _check_resume(resume)
-    if is_main and not fresh:
-        _check_run_dir(config, resume)
+    finished = _check_run_dir(config, resume) if is_main and not fresh else None
     require_cuda(config.device, why_no_cuda())
     if config.model.attention == "flash" and (config.device == "cpu" or why_no_cuda() is not None):
         raise UserError(
@@ -49,6 +48,7 @@ def check_train(config: RunConfig, resume: str, fresh: bool, is_main: bool, rank
     require_trackers(config.logging.trackers)
     check_data(config)
     check_base(config)
+    return finished
 
 
 def check_data(config: RunConfig) -> None:
@@ -111,7 +111,7 @@ def _check_resume(resume: str) -> None:
         )
 
 
-def _check_run_dir(config: RunConfig, resume: str) -> None:
+def _check_run_dir(config: RunConfig, resume: str) -> str | None:
     run = RunDir(Path(config.run_dir))
     date = config.data.date or (run.saved_fields() or {}).get("data.date")
     data = config.data.model_copy(update={"date": date})
@@ -119,6 +119,8 @@ def _check_run_dir(config: RunConfig, resume: str) -> None:
     run.check(dump_yaml(config.model_copy(update={"data": data, "train": train})), free_fields(config))
     if resume == "never":
         run.require_no_checkpoints()
+    steps = run.completed_steps(config.train.length)
+    return None if steps is None else run.describe_completed(steps)
 
 
 def _check_vocabulary(name: str, folder: Path) -> None:

@@ -226,7 +226,7 @@ def _with_kept(config: RunConfig, date: str | None, eval_rows: int | str) -> Run
 
 def report_completed(run_dir: RunDir, console: Console, steps: int) -> TrainState:
     """A finished run that is started again reports so and does nothing."""
-    console.print(f"{run_dir.path}: this run is finished ({steps} steps, see {run_dir.summary}); nothing to do")
+    console.print(run_dir.describe_completed(steps))
     return TrainState(step=steps)
 
 
