@@ -65,9 +65,10 @@ def test_a_mistake_is_said_by_one_of_two_ranks_without_a_traceback_of_ours(raw, 
 def test_ranks_that_the_command_starts_give_the_run_and_a_mistake_is_the_last_word(raw, tmp_path):
     """--ranks: without a traceback of the launcher, with the exit code of the rank."""
     start = [sys.executable, "-m", "qlora_dist", "train", str(write_config(tmp_path / "c.yaml", raw, train__steps=2))]
-    done = run_command([*start, "--ranks", "2", "--set", "batch.rows_per_step=3"])
+    done = run_command([*start, "--ranks", "2", "--set", "data.train.0.format=messages"])  # found by reading the data
     assert done.returncode == 2, done.stderr
-    assert done.stderr.rstrip().splitlines()[-1].startswith("error: batch.rows_per_step is 3"), done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("error: "), done.stderr
+    assert "field messages is missing" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and "exitcode" not in done.stderr
     assert not Path(raw["run_dir"]).exists()
     done = run_command([*start, "--ranks", "2"])
