@@ -5,7 +5,8 @@ export TOKENIZERS_PARALLELISM := false
 # DeepSpeed's kernels are not used: without this its installation may look for a compiler and CUDA
 export DS_BUILD_OPS := 0
 
-.PHONY: env test test-hosts test-oldest test-oldest-fast test-null lint format docs demo bench bench-ratios bench-gpu clean
+.PHONY: env test test-hour test-hosts test-oldest test-oldest-fast test-null lint format docs demo bench bench-ratios \
+  bench-gpu clean
 
 env: .venv/ready
 
@@ -29,6 +30,10 @@ BYTECODE = -m compileall -q -j 2 qlora_dist benchmarks tests/helpers
 test: env
 	$(BIN)/python $(BYTECODE)
 	PYTEST_DEBUG_TEMPROOT=$(TEMP) $(BIN)/python $(SUITE)
+
+# A newcomer's first hour: a fresh clone, installed as a wheel, and every command typed in an empty folder
+test-hour: env
+	$(BIN)/python tests/newcomer_hour.py
 
 # Launches by torchrun, accelerate and Slurm on two hosts, each a set of network namespaces, and over a bad cable between
 # them: a quarter of an hour. Needs root, iproute2 and util-linux, /dev/net/tun, slurm-wlm and munge; what is missing is

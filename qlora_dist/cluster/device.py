@@ -27,6 +27,17 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def visible_gpus() -> int | None:
+    """How many GPUs this process may use at most, as far as that is known without torch; None: not known."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([one for one in visible.split(",") if one.strip()])
+    try:
+        return len(os.listdir("/proc/driver/nvidia/gpus")) or None
+    except OSError:  # containers do not always show it
+        return None
+
+
 def require_cuda(wanted: str, missing: str | None) -> None:
     """Raises UserError when the config asks for a GPU and there is none: hours later nobody wants a run on the CPU."""
     if wanted == "cuda" and missing is not None:

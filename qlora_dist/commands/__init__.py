@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ from .screen import fitted, guarded, write_json
 
 __all__ = ["cli", "invoke", "main"]
 
+NAME = "qlora-dist"
 PACKAGE = Path(__file__).parents[1]
 PIPE_CODE = 141  # 128 + SIGPIPE, a shell's code for it
 
@@ -62,13 +62,13 @@ def invoke(arguments: list[str]) -> int:
     with guarded() as out:
         try:
             # click catches its own Exit and returns the code
-            code = cli.main(arguments, standalone_mode=False)
+            code = cli.main(arguments, prog_name=NAME, standalone_mode=False)
             out.flush()
             return code if isinstance(code, int) else 0
         except click.ClickException as error:
-            said = io.StringIO()
-            error.show(said)
-            _say(said.getvalue().rstrip("\n"))
+            context = getattr(error, "ctx", None)  # of a usage error
+            asks = f"; see {context.command_path} --help" if context is not None else ""
+            _say(f"error: {error.format_message().strip().rstrip('.')}{asks}")
             return 2
         except (click.Abort, KeyboardInterrupt):
             _say("interrupted")

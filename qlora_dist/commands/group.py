@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import gc
 import logging
 import sys
@@ -33,6 +34,12 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (EOFError, BrokenPipeError) as error:
             raise Carried from error
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        near = difflib.get_close_matches(args[0], self.commands, n=1) if args else []
+        if near and args[0] not in self.commands:
+            ctx.fail(f"No such command '{args[0]}': did you mean {near[0]}?")
+        return super().resolve_command(ctx, args)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -87,7 +87,7 @@ def _fitting(
         for rank in RANKS:
             for rows in lengths:
                 why = f"the longest of {', '.join(map(str, lengths))} that fits on {gpu.name}"
-                one = _draft(head, sources, shapes, wanted, rows, rank, why, strategy)
+                one = _draft(head, sources, shapes, wanted, rows, rank, why, strategy, gpu)
                 plan = choose(one.config, shapes, world_size=wanted.ranks, device_bytes=gpu.device_bytes)
                 if plan.fits:
                     return Draft(one.settings, one.config, plan)
@@ -108,12 +108,13 @@ def _draft(
     rank: int,
     why: str,
     strategy: str = "ddp",
+    gpu: Gpu | None = None,
 ) -> Draft:
     is_cpu, is_large = wanted.device == "cpu", _linear_weights(shapes) > LARGE
     rows = -(-16 // wanted.ranks) * wanted.ranks
     settings = [
         *head,
-        Setting("model.compute_dtype", "float32" if is_cpu else "bfloat16", "many CPUs emulate bfloat16" * is_cpu),
+        _compute_type(is_cpu, gpu),
         Setting("lora.rank", rank, "adapters on all linear layers"),
         Setting("lora.alpha", 16, "updates are scaled by alpha / rank"),
         *sources,
@@ -137,6 +138,15 @@ def _draft(
     result = Draft(tuple(settings), config, None)
     assert parse_yaml(result.text(Path("x")), "init") == raw, "the text is not what was checked"
     return result
+
+
+def _compute_type(is_cpu: bool, gpu: Gpu | None) -> Setting:
+    if is_cpu:
+        return Setting("model.compute_dtype", "float32", "many CPUs emulate bfloat16")
+    if gpu is not None and not gpu.has_bfloat16:
+        why = f"a {gpu.name} has no bfloat16; on other GPUs that takes less memory and time"
+        return Setting("model.compute_dtype", "float32", why)
+    return Setting("model.compute_dtype", "bfloat16")
 
 
 def _linear_weights(shapes: ModelShapes) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..cluster.launcher import launched_ranks
 from .group import SET, cli, debug_words, heavy_imports, rank
 from .outputs import check_output_file
 from .screen import write_json
@@ -47,14 +48,17 @@ def train(
     from .start_ranks import number_of_ranks, start_ranks
 
     if ranks is not None and (number := number_of_ranks(ranks, loaded.device)) > 1:
-        check_train(loaded, resume, fresh, is_main=True)
+        finished = check_train(loaded, resume, fresh, is_main=True, ranks=number)
+        if finished is not None and not outcome:
+            click.echo(finished)  # the ranks would say so once they have imported torch
+            return
         words = ["train", config, *(f"--set={one}" for one in overrides), f"--resume={resume}"]
         words += ["--fresh"] * fresh + ([f"--outcome={outcome}"] if outcome else [])
         start_ranks(number, [*debug_words(), *words])
     from .supervise.exit_report import report_outcome
 
     def run() -> TrainState:
-        check_train(loaded, resume, fresh, rank() == 0)
+        check_train(loaded, resume, fresh, rank() == 0, launched_ranks().size)
         with heavy_imports():
             from ..train import train as run_training
 

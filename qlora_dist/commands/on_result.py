@@ -7,7 +7,7 @@ import click
 from ..errors import UserError
 from ..files import format_bytes
 from .group import cli, heavy_imports, rank
-from .outputs import check_output_folder
+from .outputs import check_input_file, check_output_folder
 from .screen import write_json
 
 
@@ -46,11 +46,14 @@ def evaluate(
     """
     from dataclasses import asdict
 
+    from .preflight import check_result
+
     wanted = {task.strip() for task in tasks.split(",")}
     if wanted - {"perplexity", "mmlu"}:
         raise UserError(f"--tasks {tasks}: expected perplexity, mmlu, or perplexity,mmlu")
     if ("mmlu" in wanted) != (mmlu is not None):
         raise UserError("--tasks mmlu and --mmlu DIR (the folder of MMLU's original release) go together")
+    check_result(run_or_adapter, config, is_evaluated="perplexity" in wanted)
     with heavy_imports():
         from .evaluate import MmluTask, describe, evaluate_trained
 
@@ -110,6 +113,13 @@ def generate(
     Example:
       qlora-dist generate runs/guanaco-7b --prompt "Name three rivers in Spain."
     """
+    from .preflight import check_result
+
+    if prompt is not None and prompts is not None:
+        raise UserError("--prompt and --prompts were both given; give one of them, or neither for a chat")
+    if prompts is not None:
+        check_input_file("--prompts", prompts)
+    check_result(run_or_adapter)
     with heavy_imports():
         from ..model import Sampling
         from .generate import generate as run_generation
@@ -133,14 +143,15 @@ def generate(
 @click.argument("out", type=click.Path())
 @click.option(
     "--onto",
-    type=click.Choice(["base", "dequantized"]),
-    default="base",
+    type=click.Choice(["auto", "base", "dequantized"]),
+    default="auto",
     show_default=True,
-    help="The original weights, or the dequantized 4-bit weights used in training.",
+    help="The original weights, or those that a quantized base computed with in training. auto: the nearer to what was "
+    "trained, which for models over 2B is the latter, without measuring both.",
 )
 @click.option("--base", help="The base model, if it has moved.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--compare/--no-compare", default=None, help="Also measure the other target (default: for small models).")
+@click.option("--compare/--no-compare", default=None, help="Measure the other target, too (default: up to 2B).")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of a wrapper the files stay the base's.")
 @click.option(
     "--text-only", is_flag=True, help="Of a base with towers for images or sound, write the text model alone."
@@ -157,10 +168,18 @@ def merge(
 ) -> None:
     """Merge ADAPTER (a run or an adapter folder) into its base and write the 16-bit model to the new folder OUT.
 
+    An adapter is trained to correct the base that it saw. Onto the dequantized base the merged model equals the trained
+    one, up to rounding; onto the original weights it is another model, better or worse. By how much their logits
+    differ is measured and printed.
+
     \b
     Example:
-      qlora-dist merge runs/alpaca-7b merged/alpaca-7b --onto dequantized
+      qlora-dist merge runs/alpaca-7b merged/alpaca-7b
     """
+    from .preflight import check_result
+
+    check_output_folder("OUT", out)
+    check_result(adapter)
     with heavy_imports():
         import torch
 

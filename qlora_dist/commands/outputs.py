@@ -1,4 +1,4 @@
-"""Where a command writes: checked before the work is done, which may take hours."""
+"""The files and folders that options name: checked before the work is done, which may take hours."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def check_output_folder(option: str, path: str | Path) -> Path:
         raise UserError(f"{where}: exists and is not empty; name a new folder")
     _check_folder(where, target.parent)
     return target
+
+
+def check_input_file(option: str, path: str | Path) -> Path:
+    """The path of a file to read. Raises UserError if there is none."""
+    file = _expanded(option, path)
+    if not file.exists():
+        raise UserError(f"{option} {path}: there is no such file; name one that exists")
+    if file.is_dir():
+        raise UserError(f"{option} {path}: this is a folder, expected a file; name one in it")
+    return file
 
 
 def _expanded(option: str, path: str | Path) -> Path:

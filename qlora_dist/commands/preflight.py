@@ -11,11 +11,12 @@ from typing import Any
 
 from ..cluster.device import require_cuda, why_no_cuda
 from ..cluster.trackers import require_trackers
-from ..config import RunConfig, dump_yaml
+from ..config import RunConfig, dump_yaml, load_config
 from ..config.changes import free_fields
 from ..config.json_file import read_json_object
 from ..config.names import is_data_path, is_template_path, model_folder
 from ..config.run_dir import RunDir
+from ..data.accumulation import derive_accumulation
 from ..data.formats import find_files
 from ..errors import UserError
 from ..files import MANIFEST
@@ -23,26 +24,31 @@ from ..memory.families import shapes_from_config
 from ..memory.read_shapes import read_config_json
 from ..memory.shapes import ModelShapes, adapted_linears
 
+ADAPTER_CONFIG = "adapter_config.json"
 
-def check_train(config: RunConfig, resume: str, fresh: bool, is_main: bool) -> None:
-    """Raises UserError for what `train` would refuse. `is_main`: rank 0, which alone looks at the run directory."""
+
+def check_train(config: RunConfig, resume: str, fresh: bool, is_main: bool, ranks: int = 1) -> str | None:
+    """Raises UserError for what `train` would refuse on that many ranks. `is_main`: rank 0, which alone looks at the
+    run directory. Returns what is to be said if the run there is finished, else None."""
     if fresh and resume not in ("auto", "never"):
         raise UserError(
             f"--fresh starts over, --resume {resume} goes on from a checkpoint: give one of the two; to start another "
             "run from trained weights, set lora.init_from to the folder of an adapter"
         )
+    micro_rows = config.batch.micro_rows
     _check_resume(resume)
-    if is_main and not fresh:
-        _check_run_dir(config, resume)
+    finished = _check_run_dir(config, resume) if is_main and not fresh else None
     require_cuda(config.device, why_no_cuda())
     if config.model.attention == "flash" and (config.device == "cpu" or why_no_cuda() is not None):
         raise UserError(
             "model.attention is flash, which cannot be used here: it needs a CUDA device, and this run has none. Set "
             "model.attention=auto, or sdpa, which always works"
         )
+    derive_accumulation(config.batch.rows_per_step, 1 if micro_rows == "auto" else micro_rows, ranks)
     require_trackers(config.logging.trackers)
     check_data(config)
     check_base(config)
+    return finished
 
 
 def check_data(config: RunConfig) -> None:
@@ -61,15 +67,35 @@ def check_data(config: RunConfig) -> None:
 def check_base(config: RunConfig) -> None:
     """The model's folder and config.json, the target modules of a family that is known, an adapter to start from."""
     if config.lora is not None and config.lora.init_from is not None:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for name in (ADAPTER_CONFIG, "adapter_model.safetensors"):
             _require_file("lora.init_from", Path(config.lora.init_from) / name, "give the folder of a PEFT adapter")
     if config.strategy.ds_config is not None:
         _require_file("strategy.ds_config", Path(config.strategy.ds_config), "give a DeepSpeed config, or leave it out")
-    if model_folder(config.model.name) is None:
-        return  # of the hub: found, or not, when it is read
     shapes = shapes_from_config(read_config_json(config.model.name, config.model.revision))
     if shapes is not None and config.lora is not None:
         adapted_linears(shapes, config.lora.target_modules)
+
+
+def check_result(path: str, config: str | None = None, is_evaluated: bool = False) -> None:
+    """A run directory or the folder of an adapter, and with `is_evaluated` its held-out data, as far as its files tell.
+    `config`: of another data section. Raises UserError."""
+    folder = Path(path).expanduser()
+    run = RunDir(folder)
+    if not folder.is_dir():
+        raise UserError(f"{path}: there is no such folder; give a run directory or the folder of an adapter")
+    if not run.config.is_file():
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise UserError(
+                f"{path}: neither a run directory (config.yaml) nor an adapter ({ADAPTER_CONFIG}); give one"
+            )
+        return
+    trained = load_config(run.config)
+    has_result = (run.adapter / ADAPTER_CONFIG).is_file() or (run.path / "model").is_dir()
+    if not has_result and not (run.checkpoints.is_dir() and any(run.checkpoints.iterdir())):
+        raise UserError(f"{path}: no adapter and no intact checkpoint yet; train first (qlora-dist train CONFIG)")
+    data = trained.data if config is None else load_config(config).data
+    if is_evaluated and not data.eval and all(source.hold_out is None for source in data.train):
+        raise UserError(f"{config or path}: data.eval is empty; name held-out data with --config CONFIG")
 
 
 def _require_file(field: str, path: Path, remedy: str) -> None:
@@ -85,7 +111,7 @@ def _check_resume(resume: str) -> None:
         )
 
 
-def _check_run_dir(config: RunConfig, resume: str) -> None:
+def _check_run_dir(config: RunConfig, resume: str) -> str | None:
     run = RunDir(Path(config.run_dir))
     date = config.data.date or (run.saved_fields() or {}).get("data.date")
     data = config.data.model_copy(update={"date": date})
@@ -93,6 +119,8 @@ def _check_run_dir(config: RunConfig, resume: str) -> None:
     run.check(dump_yaml(config.model_copy(update={"data": data, "train": train})), free_fields(config))
     if resume == "never":
         run.require_no_checkpoints()
+    steps = run.completed_steps(config.train.length)
+    return None if steps is None else run.describe_completed(steps)
 
 
 def _check_vocabulary(name: str, folder: Path) -> None:

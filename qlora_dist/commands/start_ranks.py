@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ..cluster.device import why_no_cuda
+from ..cluster.device import visible_gpus, why_no_cuda
 from ..cluster.launcher import launched_ranks
 from ..errors import UserError
 
@@ -26,6 +26,12 @@ def number_of_ranks(wanted: str, device: str) -> int:
         return 1 if device == "cpu" or why_no_cuda() is not None else _num_gpus()
     if not re.fullmatch("[1-9][0-9]{0,3}", wanted) or int(wanted) > MOST:
         raise UserError(f"--ranks {wanted}: expected auto or a number of processes from 1 to {MOST}")
+    gpus = None if device == "cpu" or why_no_cuda() is not None else visible_gpus()
+    if gpus is not None and int(wanted) > gpus:
+        raise UserError(
+            f"--ranks {wanted}: {gpus} GPUs are visible here, expected at least one for each rank. Use --ranks auto, "
+            "or to train on the CPU on purpose --set device=cpu"
+        )
     return int(wanted)
 
 

@@ -10,12 +10,16 @@ from pathlib import Path
 from ..errors import UserError
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+MODEL_FOLDER = (
+    "expected the folder of a model in Hugging Face's form, with config.json and 16-bit safetensors. A GGUF file was "
+    "quantized for llama.cpp: give the model that it was made from"
+)
 _PATH_STARTS = (".", "/", "~")
 
 
 def is_model_path(name: str) -> bool:
-    """Whether `model.name` is a local path: it names a folder, or has the form of no name on the hub."""
-    return name.startswith(_PATH_STARTS) or name.count("/") > 1 or os.path.isdir(name)
+    """Whether `model.name` is a local path: it exists, or has the form of no name on the hub."""
+    return name.startswith(_PATH_STARTS) or name.count("/") > 1 or os.path.exists(name)
 
 
 def is_data_path(name: str) -> bool:
@@ -37,6 +41,8 @@ def model_folder(name: str) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UserError(f"model.name {name}: this is a file; {MODEL_FOLDER}")
     if is_model_path(name):
         raise UserError(f"model.name {name}: there is no such folder (looked in {folder.resolve()})")
     return None

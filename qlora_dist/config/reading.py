@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ..errors import UserError, shortened
-from .foreign.table import answer as foreign_answer
-from .foreign.table import given_fields
 from .json_file import regular_bytes
+from .mistakes import explain, found
 from .sections import RunConfig
 
 # PyYAML is linear in the size of what it reads once aliases and numbers are bounded: seconds for the largest config
 MAX_BYTES = 2**18  # of a file; also of what its aliases expand to
 MAX_NUMBER = 100  # characters of a number, date or truth value
-MAX_MISTAKES = 40  # that are listed
+_ADVICE = {  # what PyYAML says -> what to do
+    "'\\t'": "indent with spaces, YAML takes no tabs",
+    "expected <block end>": "is it indented like the lines that it belongs to?",
+    "mapping values are not allowed": "text that holds ': ' needs quotes; a key needs a space after its colon, and the "
+    "indentation of the keys beside it",
+}
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -30,7 +33,10 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """
     raw = read_yaml(path)
     if not isinstance(raw, dict):
-        raise UserError(f"config {path}: expected a mapping of sections at the top level, found {type(raw).__name__}")
+        what = "nothing: the file is empty" if raw is None else found(raw)
+        raise UserError(
+            f"config {path}: expected a mapping of sections at the top level (run_dir, model, data, ...), found {what}"
+        )
     for override in overrides:
         apply_override(raw, override)
     return parse_config(raw, str(path))
@@ -39,10 +45,12 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 def read_yaml(path: str | Path, what: str = "config") -> Any:
     """Plain data of a YAML file, in bounded time and memory. Raises UserError, which names the file as `what`."""
     where = f"{what} {path}"
+    advice = "; expected a YAML file, qlora-dist init writes a first one" if what == "config" else ""
     try:
         text = regular_bytes(path, MAX_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
-        raise UserError(f"{where}: cannot be read ({error})") from None
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UserError(f"{where}: cannot be read ({reason}){advice}") from None
     return parse_yaml(text, where)
 
 
@@ -52,6 +60,12 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise UserError(f"{where}: not valid YAML: nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        problem = str(error.problem or error.context)
+        advice = next((f"; {words}" for sign, words in _ADVICE.items() if sign in problem), "")
+        raise UserError(f"{where}: not valid YAML: {place}{problem[:300]}{advice}") from None
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # PyYAML's constructors let Python's own errors out: !!int x, !!bool x, 2024-99-99
         reason = " ".join(str(error).split())[:300]
@@ -63,7 +77,7 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError(_explain(error, origin, raw)) from None
+        raise UserError(explain(error, origin, raw)) from None
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -100,13 +114,14 @@ class BoundedLoader(yaml.SafeLoader):
                 continue  # not hashable: refused below
             if key_node.value in seen:
                 line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"key {shortened(key_node.value)} appears twice, again on line {line}")
+                raise yaml.YAMLError(f"key {shortened(key_node.value)} appears twice, again on line {line}; keep one")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
 class _Loader(BoundedLoader):
-    """One that reads 2e-4 as a number (YAML 1.1 requires 2.0e-4)."""
+    """One that reads 2e-4 as a number (YAML 1.1 requires 2.0e-4), and only true and false as truth values: off, no and
+    yes are words that keys take."""
 
 
 def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
@@ -125,6 +140,11 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what _Loader would read as a number, such as the commit 1234567e8."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+    for first, resolvers in BoundedLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
 for _one in (_Loader, _Dumper):
     _one.add_implicit_resolver(
         "tag:yaml.org,2002:float",
@@ -160,51 +180,3 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             if isinstance(node, dict) and node.get(index) is None:
                 node[index] = {}
             node = node[index]
-
-
-def _explain(error: ValidationError, origin: str, raw: Any) -> str:
-    lines, given = [], given_fields(raw)
-    for item in error.errors(include_url=False)[:MAX_MISTAKES]:
-        where = ".".join(map(_shown, item["loc"]))
-        if item["type"] == "extra_forbidden":
-            hint = foreign_answer(str(item["loc"][-1]), item["input"], given) or _nearest(item["loc"])
-            lines.append(f"{where}: unknown key; {hint}")
-        elif item["type"] == "model_type":
-            name = foreign_answer(where, item["input"], given) if isinstance(item["input"], str) else None
-            hint = f"; {name}" if name else f", such as {', '.join(_fields_at(item['loc'])[:3])}"
-            lines.append(f"{where}: expected a section of keys{hint} (found {shortened(item['input'])})")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: missing; it has no default")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(item["input"], dict | BaseModel) else f" (found {shortened(item['input'])})"
-            lines.append(f"{where}: {message}{found}" if where else message)
-    more = error.error_count() - MAX_MISTAKES
-    return f"{origin}: " + "\n".join([*dict.fromkeys(lines), *([f"and {more:,} more"] if more > 0 else [])])
-
-
-def _shown(part: int | str) -> str:
-    """A key as the user wrote it, unless that could not stand in one line."""
-    return str(part) if re.fullmatch(r"[\w-]{1,60}", str(part)) else shortened(part)
-
-
-def _nearest(location: tuple[int | str, ...]) -> str:
-    siblings = _fields_at(location[:-1])
-    near = difflib.get_close_matches(_shown(location[-1]), siblings, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(siblings)}"
-
-
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the section at a location such as ('data', 'train', 0)."""
-    model: type[BaseModel] = RunConfig
-    for part in location:
-        if isinstance(part, int) or part not in model.model_fields:
-            continue
-        model = _section_of(model.model_fields[part].annotation) or model
-    return list(model.model_fields)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section_of, getattr(annotation, "__args__", ()))), None)

@@ -51,6 +51,10 @@ class RunDir:
         """Step of the newest checkpoint by folder name, -1 if there is none. Verifies nothing, uses no clock."""
         return max((checkpoint_step(path.parent) for path in self.checkpoints.glob("step-*/manifest.json")), default=-1)
 
+    def describe_completed(self, steps: int) -> str:
+        """What a start of a run says that is finished."""
+        return f"{self.path}: this run is finished ({steps} steps, see {self.summary}); nothing to do"
+
     def completed_steps(self, length: dict[str, Any]) -> int | None:
         """Number of steps if the run was completed with this length (train.steps, train.epochs), else None.
 

@@ -13,6 +13,7 @@ import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from .paths import DataPath, LocalPath, ModelPath, TemplatePath
 from .quantization import Quantization
@@ -45,7 +46,7 @@ class _Section(BaseModel):
         annotation = cls.model_fields[str(info.field_name)].annotation
         for one in _values(value):
             if isinstance(one, bool) and not _allows_bool(annotation):
-                raise ValueError("expected no truth value here")
+                raise PydanticCustomError("truth_value", "what is expected stands in the annotation")
             if isinstance(one, int | float) and not abs(one) <= LARGEST:
                 raise ValueError("expected a finite number below 2**63")
             if isinstance(one, str) and "\0" in one:
@@ -140,7 +141,9 @@ class SourceConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, raw: Any) -> Any:
-        return {**raw, "name": raw.get("path")} if isinstance(raw, dict) and raw.get("name") is None else raw
+        if isinstance(raw, dict) and raw.get("name") is None and isinstance(raw.get("path"), str):
+            return {**raw, "name": raw["path"]}
+        return raw
 
     @model_validator(mode="after")
     def _consistent(self) -> SourceConfig:
@@ -187,10 +190,13 @@ class DataConfig(_Section):
     def _is_date(cls, value: Any) -> Any:
         if type(value) is datetime.date:  # YAML reads it as one where it is not quoted
             return value.isoformat()
-        if isinstance(value, str) and not re.fullmatch(r"\d{4}-\d\d-\d\d", value):
-            raise ValueError("expected a date as YYYY-MM-DD")
         if isinstance(value, str):
-            datetime.date.fromisoformat(value)  # raises ValueError for the 31st of February
+            try:
+                if not re.fullmatch(r"\d{4}-\d\d-\d\d", value):
+                    raise ValueError
+                datetime.date.fromisoformat(value)  # raises ValueError for the 31st of February
+            except ValueError:
+                raise ValueError("expected a date of the calendar as YYYY-MM-DD") from None
         return value
 
     @field_validator("train")
@@ -269,25 +275,18 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _length(self) -> TrainConfig:
-        found = f"found steps={self.steps}, epochs={self.epochs}"
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"set exactly one of train.steps and train.epochs; {found}")
+            found = "neither" if self.steps is None else f"steps: {self.steps} and epochs: {self.epochs:g}"
+            raise ValueError(f"set exactly one of train.steps and train.epochs; found {found}")
         return self
 
 
 class MemoryConfig(_Section):
-    recompute: Literal["auto", "full", "none"] | int = "auto"
+    recompute: Literal["auto", "full", "none"] | Annotated[int, Field(ge=0, le=2**20)] = "auto"
     """Gradient checkpointing: full = every layer is recomputed in the backward pass, none = no layer, N = the first
     N layers. auto: as few as fit according to the memory plan (all on a CPU). Gradients are bit-identical for all."""
     offload_activations: bool = False
     """Keep saved activations in (pinned) host memory between the forward and backward pass."""
-
-    @field_validator("recompute")
-    @classmethod
-    def _layers(cls, value: Any) -> Any:
-        if isinstance(value, int) and not 0 <= value <= 2**20:
-            raise ValueError("expected auto, full, none or a number of layers >= 0")
-        return value
 
 
 class StrategyConfig(_Section):

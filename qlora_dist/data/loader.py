@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ..errors import UserError
+from .accumulation import derive_accumulation
 from .packing import Batch, Example, Rows, collate, hashed_order
 
 MAX_EXACT_STEPS = 16  # steps whose assignment to ranks `longest_batch` computes
@@ -44,19 +45,6 @@ class StepRows:
     epoch: float  # passes over the rows once this step is done
     row_indices: tuple[int, ...]  # of the step, over all ranks, in stream order
     imbalance: float  # the busiest rank's work divided by the mean over ranks
-
-
-def derive_accumulation(rows_per_step: int, micro_rows: int, world_size: int) -> int:
-    """Micro-steps per optimizer step. Raises UserError with the nearest valid row counts."""
-    unit = micro_rows * world_size
-    if rows_per_step % unit == 0:
-        return rows_per_step // unit
-    below = rows_per_step // unit * unit
-    near = f"{below} or {below + unit}" if below else f"{unit}"
-    raise UserError(
-        f"batch.rows_per_step is {rows_per_step}, which is not a multiple of batch.micro_rows {micro_rows} x "
-        f"{world_size} ranks = {unit}; nearest multiples: {near}"
-    )
 
 
 class Loader:

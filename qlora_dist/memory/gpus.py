@@ -21,6 +21,7 @@ class Gpu:
     peak_flops: float = 0.0  # dense bf16 with fp32 accumulation; 0: unknown
     memory_rate: float = 0.0  # bytes per second
     efficiency: float = 0.0  # fraction of peak_flops reached in adapter training, counting recomputation
+    has_bfloat16: bool = True  # compute capability 8.0 and above
 
 
 # Memory: as nvidia-smi and torch report it, not the round number in the name. Efficiencies: published adapter training,
@@ -43,12 +44,21 @@ GPUS = {
         Gpu("rtx4090", 24_217 * MIB, 165e12, 1.01e12, 0.65),
         Gpu("rtx5090", 32_120 * MIB, 210e12, 1.79e12, 0.60),
         Gpu("rtx6000ada", 48_531 * MIB, 364e12, 0.96e12, 0.45),
-        Gpu("v100-32", 32_494 * MIB),  # no bf16
-        Gpu("t4", 14_918 * MIB),
+        Gpu("v100-32", 32_494 * MIB, has_bfloat16=False),
+        Gpu("t4", 14_918 * MIB, has_bfloat16=False),
     )
 }
 _ALIASES = {"a100": "a100-80", "4090": "rtx4090", "3090": "rtx3090", "5090": "rtx5090", "v100": "v100-32"}
 DEQUANT_EFFICIENCY = 0.5  # fraction of the memory rate reached by bitsandbytes' kernels
+
+
+def without_bfloat16(name: str) -> str:
+    """What to know of a GPU that is older than bfloat16, before training in it there."""
+    return (
+        f"{name} computes no bfloat16: torch emulates it, and kernels of this package may not start there. Set "
+        "model.compute_dtype=float32, which it computes, in more memory; float16 is not supported, as its gradients "
+        "underflow"
+    )
 
 
 def parse_gpu(text: str) -> Gpu:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..config.json_file import read_json_object
 from ..config.model_json import check_quantization_method, read_model_json
-from ..config.names import model_folder
-from ..errors import UserError
+from ..config.names import MODEL_FOLDER, model_folder
+from ..errors import UserError, shortened
 from .families import shapes_from_config
 from .shapes import ModelShapes
 
@@ -33,19 +34,37 @@ def read_config_json(name: str, revision: str | None = None) -> dict[str, Any]:
     return config
 
 
+def _what_it_is(folder: Path) -> str:
+    """What to do with a folder that is no model's."""
+    adapter = folder if (folder / "adapter_config.json").is_file() else folder / "adapter"
+    if (adapter / "adapter_config.json").is_file():
+        named = read_json_object(adapter / "adapter_config.json", str(adapter)).get("base_model_name_or_path")
+        return (
+            f"it holds an adapter. Set model.name to the adapter's base ({shortened(named)[1:-1]}), and lora.init_from "
+            f"to {adapter} to train it further; or merge it first (qlora-dist merge)"
+        )
+    return MODEL_FOLDER
+
+
 def _find(name: str, revision: str | None) -> Path:
     folder = model_folder(name)
     if folder is not None:
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.name {name}: the folder has no config.json; give a model folder")
+            raise UserError(f"model.name {name}: the folder has no config.json; {_what_it_is(folder)}")
         return folder / "config.json"
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     try:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except Exception as error:  # many kinds: network, gated repository, unknown name, offline mode
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if HF_HUB_OFFLINE:
+            reason = "HF_HUB_OFFLINE is set"
+            advice = f"download it where there is a network (hf download {name})"
+        else:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            advice = "check the name and the network, and log in (hf auth login) if it asks for a licence"
         raise UserError(
-            f"model.name {name}: config.json is not in the hub's cache and could not be downloaded ({reason}); "
-            "give a folder with config.json, the only file that a plan reads"
+            f"model.name {name}: config.json is not in the hub's cache and could not be downloaded ({reason}); {advice}"
+            ", or give the folder of a model"
         ) from None

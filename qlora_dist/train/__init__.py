@@ -15,12 +15,10 @@ metrics, checks  what is reported, what is checked; run_page: the page of the ru
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from ..cluster.stop_signal import StopSignal
 from ..cluster.trackers import Trackers
 from ..config import RunConfig
-from ..config.run_dir import RunDir
 from .check_start import check_run
 from .checks.learning import check_first_update
 from .console import Console
@@ -28,7 +26,7 @@ from .evaluation import evaluate_at_start, evaluate_if_due, evaluate_missed
 from .fit_memory import resolve_auto, try_longest
 from .metrics import Metrics, restart_peak, step_values
 from .out_of_memory import explain_out_of_memory
-from .run import Run, TrainState, join_ranks, open_run_dir, report_completed, report_stopped
+from .run import Run, TrainState, join_ranks, open_run_dir, place_of_run, report_completed, report_stopped
 from .run_page import RunPage
 from .save_and_resume import begin, finish, save
 from .setup_data import build_data, count_steps
@@ -46,11 +44,12 @@ def train(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Train
     with (
         StopSignal() as stop,
         Console() as console,
-        RunPage(RunDir(Path(config.run_dir)), stop) as page,
+        place_of_run(config) as place,
+        RunPage(place[0], stop) as page,
         join_ranks(config, stop, console) as world,
         Trackers(config.logging.trackers, config.run_dir) as trackers,
-        open_run_dir(config, world, console, resume, fresh) as (run_dir, config),
     ):
+        run_dir, config = open_run_dir(config, place, world, console, resume, fresh)
         if (steps := world.from_main(lambda: run_dir.completed_steps(config.train.length))) is not None:
             return report_completed(run_dir, console, steps)
 

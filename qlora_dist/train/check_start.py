@@ -8,6 +8,7 @@ gathered facts.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
 import time
@@ -26,14 +27,16 @@ from ..cluster.provenance import code_digest, device_name
 from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
 from ..config.run_dir import RunDir
-from ..data.loader import derive_accumulation
+from ..data.accumulation import derive_accumulation
 from ..errors import RunFailed, UserError, os_errors
 from ..files import GIB, format_bytes
 from ..memory import MemoryPlan
 from ..memory.constants import state_bytes
+from ..memory.gpus import without_bfloat16
 from ..model import ModelFacts, check_config
 from .strategy import check_update
 
+log = logging.getLogger(__name__)
 SHARED_PATIENCE_SECONDS = 60.0  # NFS: a new file appears on other nodes when their directory cache expires
 
 
@@ -58,6 +61,8 @@ def check_run(config: RunConfig, world: World, run_dir: RunDir, plan: MemoryPlan
     derive_accumulation(config.batch.rows_per_step, config.batch.resolved_micro_rows, world.size)
     check_update(config, world)
     check_model(config, world)
+    if config.model.compute_dtype == "bfloat16" and world.is_main and is_before_bfloat16(world.device):
+        log.warning("%s", without_bfloat16(device_name(world.device)))
     return check_start(
         world,
         run_dir.path,
@@ -65,6 +70,11 @@ def check_run(config: RunConfig, world: World, run_dir: RunDir, plan: MemoryPlan
         keep=config.train.keep,
         allow_mixed=config.strategy.mixed_devices,
     )
+
+
+def is_before_bfloat16(device: torch.device) -> bool:
+    """Whether it is a GPU that does not compute in bfloat16."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def check_model(config: RunConfig, world: World) -> ModelFacts:

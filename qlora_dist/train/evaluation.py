@@ -14,7 +14,7 @@ import torch
 
 from ..cluster.stop_signal import StopRequested
 from ..config.json_file import read_json_object
-from ..data.loader import derive_accumulation
+from ..data.accumulation import derive_accumulation
 from ..data.packing import Batch
 from ..errors import UserError, os_errors
 from ..files import write_json

@@ -15,7 +15,7 @@ from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
 from ..config.changes import free_fields
 from ..config.run_dir import RunDir
-from ..data.loader import derive_accumulation
+from ..data.accumulation import derive_accumulation
 from ..data.templates import today
 from ..errors import os_errors
 from ..optim.adamw import lr_at
@@ -165,16 +165,27 @@ def join_ranks(config: RunConfig, stop: StopSignal, console: Console) -> Iterato
 
 
 @contextmanager
+def place_of_run(config: RunConfig) -> Iterator[tuple[RunDir, RunLock]]:
+    """The run directory and its lock, which `open_run_dir` takes. It is given back after all else has ended: a start
+    writes its last lines (page, history, log) under it, so that those of the next one come after them."""
+    run_dir = RunDir(Path(config.run_dir))
+    lock = RunLock(run_dir.lock, *launched_job())
+    try:
+        yield run_dir, lock
+    finally:
+        lock.release()
+        run_dir.discard()
+
+
 def open_run_dir(
-    config: RunConfig, world: World, console: Console, resume: str, fresh: bool = False
-) -> Iterator[tuple[RunDir, RunConfig]]:
+    config: RunConfig, place: tuple[RunDir, RunLock], world: World, console: Console, resume: str, fresh: bool = False
+) -> tuple[RunDir, RunConfig]:
     """The run directory for its resolved config, locked for this job, and that config.
 
     Refuses the directory of another run, one in use by another job, and `--resume never` where there is a run. `fresh`
     sets a run that is there aside, except in a start that a launcher repeats.
     """
-    run_dir = RunDir(Path(config.run_dir))
-    lock = RunLock(run_dir.lock, *launched_job())
+    run_dir, lock = place
 
     def open_on_main() -> tuple[str | None, int | str]:
         run_dir.make()
@@ -188,13 +199,8 @@ def open_run_dir(
             run_dir.require_no_checkpoints()
         return kept
 
-    try:
-        kept = world.from_main(open_on_main)
-        yield run_dir, _with_kept(config, *kept)  # each rank's own config: whether they are equal is checked later
-    finally:
-        lock.release()
-        if world.is_main:
-            run_dir.discard()
+    kept = world.from_main(open_on_main)
+    return run_dir, _with_kept(config, *kept)  # each rank's own config: whether they are equal is checked later
 
 
 def run_date(config: RunConfig, run_dir: RunDir) -> str | None:
@@ -220,7 +226,7 @@ def _with_kept(config: RunConfig, date: str | None, eval_rows: int | str) -> Run
 
 def report_completed(run_dir: RunDir, console: Console, steps: int) -> TrainState:
     """A finished run that is started again reports so and does nothing."""
-    console.print(f"{run_dir.path}: this run is finished ({steps} steps, see {run_dir.summary}); nothing to do")
+    console.print(run_dir.describe_completed(steps))
     return TrainState(step=steps)
 
 

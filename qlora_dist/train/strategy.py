@@ -8,7 +8,7 @@ import torch
 
 from ..cluster.world import World
 from ..config import RunConfig
-from ..data.loader import derive_accumulation
+from ..data.accumulation import derive_accumulation
 from ..errors import UserError
 from ..model import packed_experts
 from ..model.lora import trainable_parameters

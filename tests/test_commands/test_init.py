@@ -72,6 +72,21 @@ def test_a_larger_gpu_gets_longer_rows_and_a_model_without_positions_for_them_do
     assert short.config.data.row_tokens == 1000
 
 
+@pytest.mark.parametrize("gpu", [name for name in GPUS if not GPUS[name].has_bfloat16])
+def test_a_gpu_without_bfloat16_gets_a_plan_in_float32_and_plan_says_so_of_bfloat16(here, gpu, capsys):
+    drafted = draft(Wanted(_base(here, "1b"), ("mine.json",), "cuda", gpu, 1), "run")
+    assert drafted.config.model.compute_dtype == "float32" and drafted.plan is not None and drafted.plan.fits
+    assert f"# a {gpu} has no bfloat16" in drafted.text(Path("run.yaml"))
+    Path("run.yaml").write_text(drafted.text(Path("run.yaml")))
+    assert invoke(["plan", "run.yaml", "--gpu", gpu]) == 0
+    assert "bfloat16" not in capsys.readouterr().out
+    assert invoke(["plan", "run.yaml", "--gpu", gpu, "--set", "model.compute_dtype=bfloat16"]) == 0
+    assert f"Note: a {gpu} computes no bfloat16" in capsys.readouterr().out
+    assert invoke(["plan", "run.yaml", "--set", "model.compute_dtype=bfloat16"]) == 0
+    assert f"{gpu} (which has no bfloat16)" in capsys.readouterr().out
+    assert {"t4", "v100-32"} == {name for name in GPUS if not GPUS[name].has_bfloat16}
+
+
 def test_what_does_not_fit_is_sharded_over_several_gpus_or_refused_with_what_would_fit(here):
     base = _base(here, "70b")
     with pytest.raises(UserError, match=r"does not fit on 1 x l4 \(22\.16 GiB\), not even with rows of 512 .* rank 16"):

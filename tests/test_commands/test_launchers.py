@@ -16,6 +16,7 @@ from helpers.ranks import clean_environment, run_command, torchrun
 from helpers.slurm_cluster import wait_for
 from helpers.tiny_run import changed, losses_of, make_inputs, write_config
 
+from qlora_dist.cluster import device
 from qlora_dist.commands.start_ranks import number_of_ranks
 from qlora_dist.errors import UserError
 
@@ -64,9 +65,10 @@ def test_a_mistake_is_said_by_one_of_two_ranks_without_a_traceback_of_ours(raw, 
 def test_ranks_that_the_command_starts_give_the_run_and_a_mistake_is_the_last_word(raw, tmp_path):
     """--ranks: without a traceback of the launcher, with the exit code of the rank."""
     start = [sys.executable, "-m", "qlora_dist", "train", str(write_config(tmp_path / "c.yaml", raw, train__steps=2))]
-    done = run_command([*start, "--ranks", "2", "--set", "batch.rows_per_step=3"])
+    done = run_command([*start, "--ranks", "2", "--set", "data.train.0.format=messages"])  # found by reading the data
     assert done.returncode == 2, done.stderr
-    assert done.stderr.rstrip().splitlines()[-1].startswith("error: batch.rows_per_step is 3"), done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("error: "), done.stderr
+    assert "field messages is missing" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and "exitcode" not in done.stderr
     assert not Path(raw["run_dir"]).exists()
     done = run_command([*start, "--ranks", "2"])
@@ -100,6 +102,19 @@ def test_ctrl_c_of_the_launcher_saves_and_ends_with_success(raw, tmp_path):
     assert process.returncode == 0, output
     assert "checkpoint saved in" in output and "Traceback" not in output
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_more_ranks_than_gpus_are_refused_before_torch_is_imported(monkeypatch):
+    monkeypatch.setattr(device.importlib.metadata, "version", lambda _: "2.11.0+cu128")
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-1")
+    assert number_of_ranks("2", "auto") == 2 and number_of_ranks("8", "cpu") == 8
+    with pytest.raises(UserError, match=r"--ranks 4: 2 GPUs are visible here, expected at least one for each rank"):
+        number_of_ranks("4", "auto")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(device.os, "listdir", lambda path: ["0000:01:00.0"])
+    with pytest.raises(UserError, match=r"--ranks 2: 1 GPUs"):
+        number_of_ranks("2", "cuda")
 
 
 @pytest.mark.parametrize("ranks", ["0", "-1", "two", "1e3", "99999", ""])

@@ -122,13 +122,53 @@ def test_the_report_names_the_nearer_target(tmp_path: Path) -> None:
     report = merge(run, tmp_path / "out", onto="base", dtype=torch.float32)
     assert describe(report).endswith("dequantized is closer to what was trained")
     assert report.gaps["base"] > 0.1 and report.logit_range > report.gaps["base"]
-    assert list(merge(run, tmp_path / "two", compare=False).gaps) == ["base"]
+    assert list(merge(run, tmp_path / "two", onto="base", compare=False).gaps) == ["base"]
+
+
+def test_auto_merges_onto_what_was_trained_and_measures_both_where_that_is_cheap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, strength=0.01)
+    report = merge(run, tmp_path / "out", dtype=torch.float32)
+    assert report.onto == "dequantized" and report.gaps["dequantized"] < report.gaps["base"]
+    assert "merged onto dequantized, the nearer to what was trained; its" in describe(report)
+    assert describe(report).endswith(f"onto base it would be {report.gaps['base']:.4g}")
+    monkeypatch.setattr(merge_module, "CHEAP_WEIGHTS", 1000)
+    large = merge(run, tmp_path / "large", dtype=torch.float32)
+    assert list(large.gaps) == ["dequantized"]
+    assert "merged onto dequantized, the weights that it was trained on; its" in describe(large)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "large"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert list(merge(run, tmp_path / "asked", compare=True).gaps) == ["base", "dequantized"]
+
+
+def test_auto_takes_what_is_measured_to_be_nearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    gaps = iter([0.1, 0.2])  # base, dequantized
+    monkeypatch.setattr(merge_module, "_gap", lambda *_: next(gaps))
+    report = merge(run, tmp_path / "out", dtype=torch.float32)
+    assert report.onto == "base" and report.gaps == {"base": 0.1, "dequantized": 0.2}
+    monkeypatch.undo()
+    merge(run, tmp_path / "base", onto="base", dtype=torch.float32)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "base"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_an_adapter_that_does_not_tell_what_it_was_trained_on_is_merged_as_the_user_says(tmp_path: Path) -> None:
+    (make_run(tmp_path) / "adapter").rename(tmp_path / "alone")
+    with pytest.raises(UserError, match=r"alone: this adapter belongs to no run.* --onto dequantized .* --onto base"):
+        merge(tmp_path / "alone", tmp_path / "out")
+    report = merge(tmp_path / "alone", tmp_path / "out", onto="base", dtype=torch.float32)
+    assert "differ from those of the adapter on the base in nf4 by up to" in describe(report)
+    assert "was trained" not in describe(report)
 
 
 def test_a_base_without_quantization_merges_to_the_trained_model(tmp_path: Path) -> None:
     run = make_run(tmp_path, quantization="none")
     report = merge(run, tmp_path / "out", dtype=torch.float32)
-    assert report.gaps["base"] == report.gaps["dequantized"] < 1e-4
+    assert report.onto == "base" and list(report.gaps) == ["base"] and report.gaps["base"] < 1e-4
+    both = merge(run, tmp_path / "two", dtype=torch.float32, compare=True).gaps
+    assert both["base"] == both["dequantized"] == report.gaps["base"]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +218,7 @@ def test_what_cannot_be_merged_is_refused_before_the_model_is_read(tmp_path: Pat
     (tmp_path / "used" / "file").touch()
     with pytest.raises(UserError, match="exists and is not empty"):
         merge(run, tmp_path / "used")
-    with pytest.raises(UserError, match="expected base or dequantized"):
+    with pytest.raises(UserError, match="expected auto, base or dequantized"):
         merge(run, tmp_path / "out", onto="other")  # type: ignore[arg-type]
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     for key, value in (("modules_to_save", ["lm_head"]), ("rank_pattern", {"q_proj": 8})):

@@ -108,7 +108,7 @@ def test_what_cannot_be_planned_is_a_user_error(big, tmp_path, capsys, monkeypat
     assert "there is no such folder" in error_of(model__name="./nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "the folder has no config.json; give a model folder" in error_of(model__name=str(empty))
+    assert "the folder has no config.json; expected the folder of a model" in error_of(model__name=str(empty))
     (empty / "config.json").write_text("{")
     assert "cannot be read" in error_of(model__name=str(empty))
     (empty / "config.json").write_text("[]")

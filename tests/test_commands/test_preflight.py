@@ -80,6 +80,21 @@ def test_a_run_of_another_config_is_refused_by_rank_0_alone_unless_it_is_set_asi
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_a_finished_run_is_known_without_its_ranks(raw, tmp_path, capsys):
+    from qlora_dist.commands import invoke
+
+    run = RunDir(Path(raw["run_dir"]))
+    run.open(dump_yaml(config_of(raw, data__date="2024-07-06")))
+    run.begin()
+    (tmp_path / "c.yaml").write_text(dump_yaml(config_of(raw)))
+    assert check_train(config_of(raw), "auto", fresh=False, is_main=True) is None
+    run.completed.write_text(json.dumps({"step": 5, "length": config_of(raw).train.length}))
+    assert invoke(["train", str(tmp_path / "c.yaml"), "--ranks", "2"]) == 0
+    assert "this run is finished (5 steps, see " in capsys.readouterr().out
+    assert check_train(config_of(raw), "auto", fresh=True, is_main=True) is None
+    assert check_train(config_of(raw, train__steps=6), "auto", fresh=False, is_main=True) is None
+
+
 def test_who_calls_train_itself_is_refused_too(raw):
     from qlora_dist.train import train
 

@@ -233,13 +233,16 @@ def test_what_cannot_be_trained_here_is_refused_with_the_key_that_says_so(tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "expected a mapping of keys at the top level, found NoneType"),
-        ("- 1\n- 2\n", "found list"),
+        ("", "expected a mapping of keys at the top level, found null"),
+        ("- 1\n- 2\n", "found [1, 2]"),
         ("a: [1", "not valid YAML"),
         ("1: 2\n", "found keys that are no names"),
         ("colour: red\n", "its keys do not tell which trainer it is from (colour)"),
         ("run_dir: x\nmodel: {name: m}\n", "this is a config of qlora-dist already"),
-        ("base_model: !!python/object/apply:os.system [id]\n", "not valid YAML: could not determine a constructor"),
+        (
+            "base_model: !!python/object/apply:os.system [id]\n",
+            "not valid YAML: line 1, column 13: could not determine a constructor",
+        ),
         ("base_model: \x00\n", "not valid YAML"),
     ],
 )

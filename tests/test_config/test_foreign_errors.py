@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import pytest
 import yaml
 from helpers.tiny_run import changed
+from pydantic import BaseModel
 
 from qlora_dist.config import RunConfig, parse_config
 from qlora_dist.config.foreign.table import ANSWERS, answer
-from qlora_dist.config.reading import _section_of
 from qlora_dist.errors import UserError
 
 MINIMAL = {"run_dir": "runs/x", "model": {"name": "m"}, "data": {"train": [{"path": "d.json"}]}, "train": {"steps": 3}}
@@ -87,8 +88,9 @@ def test_the_value_is_computed_where_it_can_be(given, expected):
 def _keys(model, prefix=""):
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
-        if (section := _section_of(field.annotation)) is not None and field.annotation is not None:
-            yield from _keys(section, f"{prefix}{name}.")
+        for section in (field.annotation, *get_args(field.annotation)):
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                yield from _keys(section, f"{prefix}{name}.")
 
 
 @pytest.mark.parametrize("value", [True, False, None, 1, 0.5, "all", [], {}], ids=repr)

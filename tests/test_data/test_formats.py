@@ -142,7 +142,7 @@ def test_an_invalid_line_of_jsonl_is_reported_by_line_number_and_the_others_are_
     path.write_bytes(b'{"text": "a"}\n\n{"text": \n[1]\n{"text": "\xff"}\n{"text": "b"}\n')
     records = list(read_file(path))
     assert [r.where.split(", ")[1] for r in records] == ["line 1", "line 3", "line 4", "line 5", "line 6"]
-    assert records[1].problem.startswith("not valid JSON") and "found list" in records[2].problem
+    assert records[1].problem.startswith("not valid JSON") and "found a list" in records[2].problem
     assert "not UTF-8" in records[3].problem
     assert [r.fields["text"] for r in (records[0], records[4])] == ["a", "b"]
 

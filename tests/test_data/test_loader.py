@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packing import alpaca_like_lengths
 
+from qlora_dist.data.accumulation import derive_accumulation
 from qlora_dist.data.loader import (
     Loader,
     balance_over_ranks,
-    derive_accumulation,
     draw_rows,
     eval_batches,
     row_costs,

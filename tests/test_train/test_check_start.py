@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.ranks import on_ranks, outcome
 from helpers.tiny_run import changed, config_of, make_inputs
 
@@ -90,6 +91,15 @@ def test_too_little_disk_says_how_much_is_needed_and_counts_what_is_there():
 def test_a_run_directory_that_is_not_shared_names_who_does_not_see_it():
     with pytest.raises(UserError, match=r"run_dir runs/x on rank 1 \(node2\) is not the one that rank 0 \(node1\)"):
         check_shared([GPU, with_changes(host="node2", sees_run_dir=False)], Path("runs/x"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_before"), [((7, 0), True), ((7, 5), True), ((8, 0), False), ((9, 0), False)]
+)
+def test_a_gpu_before_bfloat16_is_known_by_its_capability(monkeypatch, capability, is_before):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert preflight.is_before_bfloat16(torch.device("cuda", 0)) == is_before
+    assert not preflight.is_before_bfloat16(torch.device("cpu"))
 
 
 def test_the_start_line_names_ranks_nodes_devices_time_and_disk():

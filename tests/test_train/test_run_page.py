@@ -1,5 +1,6 @@
 """A run draws its page while it goes on, records its starts and ends, and never ends because of that."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -98,6 +99,38 @@ def test_the_end_of_a_run_that_fails_is_on_its_page(watched, monkeypatch):
     run = _run_dir(watched)
     assert read_history(run.history)[-1]["text"] == "the loss is <b>not</b> finite"
     assert "failed: the loss is &lt;b&gt;not&lt;/b&gt; finite" in run.report.read_text()
+
+
+@pytest.mark.parametrize("ends_by", ["finished", "stopped", "failed"])
+def test_the_last_words_of_a_start_are_written_before_another_may_begin(raw, monkeypatch, ends_by):
+    run, held = _run_dir(raw), []
+    steps, append, write = trainer.train_step, run_page.append_event, write_report
+
+    def ending(*arguments, **options):
+        if options["step"] == 2 and ends_by == "stopped":
+            os.kill(os.getpid(), signal.SIGUSR1)
+            options["stop_requested"] = True
+        if options["step"] == 2 and ends_by == "failed":
+            raise RunFailed("as wanted")
+        return steps(*arguments, **options)
+
+    def appending(path, event, **values):
+        held.append((event, values.get("kind"), run.lock.exists()))
+        append(path, event, **values)
+
+    def writing(*arguments, **options):
+        held.append(("page", None, run.lock.exists()))
+        write(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "train_step", ending)
+    monkeypatch.setattr(run_page, "append_event", appending)
+    monkeypatch.setattr(run_page, "write_report", writing)
+    with pytest.raises(RunFailed) if ends_by == "failed" else contextlib.nullcontext():
+        train(config_of(raw, train__steps=4))
+    assert ("end", ends_by, True) in held and held[-1] == ("page", None, True)
+    assert all(is_held for *_, is_held in held)
+    assert not run.lock.exists()
+    assert "as wanted" in run.log.read_text() if ends_by == "failed" else True
 
 
 @pytest.mark.parametrize("what", ["a folder in its place", "a disk that is full", "a mistake in the template"])

@@ -12,7 +12,7 @@ from ...config import RunConfig
 from ...errors import printable, wrapped
 from ...files import format_bytes
 from ...memory import MemoryPlan, ModelShapes, choose, largest_micro_rows, largest_row_tokens, plan_memory
-from ...memory.gpus import GPUS, Gpu, Speed, estimate_speed, parse_gpu
+from ...memory.gpus import GPUS, Gpu, Speed, estimate_speed, parse_gpu, without_bfloat16
 from ...memory.read_shapes import read_shapes
 from ...memory.table import BAR, plan_lines
 from ..screen import styled, write_json
@@ -38,7 +38,14 @@ def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json:
         return
     is_narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < WIDE
     lines = list(plan_lines(plan, NARROW_BAR if is_narrow else BAR))
-    lines += _where_it_fits(plan) if device is None else _limit_lines(limits, shapes, None if predicted else speed)
+    is_bfloat16 = config.model.compute_dtype == "bfloat16"
+    lines += (
+        _where_it_fits(plan, is_bfloat16)
+        if device is None
+        else _limit_lines(limits, shapes, None if predicted else speed)
+    )
+    if device is not None and is_bfloat16 and not device.has_bfloat16:
+        lines += ["", f"Note: {without_bfloat16(f'a {device.name}')}"]
     if trace is not None:
         lines += ["", f"Simulated peak of all tensors: {format_bytes(trace['peak_bytes'])} ({trace['peak_at']});"]
         lines += [f"  {name:<28}{format_bytes(size):>10}" for name, size in trace["categories"].items()]
@@ -124,10 +131,12 @@ def _limit_lines(limits: dict[str, int], shapes: ModelShapes, speed: Speed | Non
     return lines
 
 
-def _where_it_fits(plan: MemoryPlan) -> list[str]:
+def _where_it_fits(plan: MemoryPlan, is_bfloat16: bool) -> list[str]:
     needed = plan.peak_bytes - plan.pageable_bytes
     fitting = [
-        gpu.name for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.device_bytes) if gpu.device_bytes >= needed
+        gpu.name + " (which has no bfloat16)" * (is_bfloat16 and not gpu.has_bfloat16)
+        for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.device_bytes)
+        if gpu.device_bytes >= needed
     ]
     return [f"Fits on: {', '.join(fitting) or 'none of the known GPUs'} (pass --gpu for the settings that fit best)"]
 

@@ -74,7 +74,7 @@ def translate_file(
     """
     raw = read_yaml(path, "file")
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
-        found = type(raw).__name__ if not isinstance(raw, dict) else "keys that are no names"
+        found = "keys that are no names" if isinstance(raw, dict) else shown(raw)
         raise UserError(f"file {path}: expected a mapping of keys at the top level, found {found}")
     keys = dict(_flat(raw))
     trainer = trainer or detect(raw, keys, f"file {path}")

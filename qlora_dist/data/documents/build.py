@@ -17,7 +17,7 @@ from ...cluster.file_lock import build_once
 from ...config import SourceConfig
 from ...errors import UserError, os_errors
 from ...files import folder_aside, sha256
-from ..formats import RawRecord, detect_format, group_records, map_columns
+from ..formats import RawRecord, check_columns, detect_format, group_records, map_columns
 from ..templates import template_key
 from .encode import Encoded, Encoder, check_tokenizer
 from .select import select_documents
@@ -112,6 +112,7 @@ class Build:
         self, writer: StoreWriter, index: int, source: SourceConfig, opened: OpenSource, stats: SourceStats
     ) -> None:
         head, records = _peek(opened.records, source.path)
+        check_columns(head, source.columns, source.path)
         if source.format == "auto":
             stats.format, stats.why = detect_format(map_columns(head, source.columns), source.path)
         else:

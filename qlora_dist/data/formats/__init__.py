@@ -1,7 +1,7 @@
 """Step 1 of the data pipeline: files or hub datasets in any format -> conversations, texts or token ids."""
 
 from ...config.names import is_data_path as is_local
-from .detect import FORMATS, convert, detect_format, group_records, map_columns
+from .detect import FORMATS, check_columns, convert, detect_format, group_records, map_columns
 from .fields import BadRecord, Conversation, Document, Text, Tokens
 from .files import RawRecord, available_splits, find_files, read_file, read_hub
 from .slices import parse_split
@@ -15,6 +15,7 @@ __all__ = [
     "Text",
     "Tokens",
     "available_splits",
+    "check_columns",
     "convert",
     "detect_format",
     "find_files",

@@ -109,6 +109,17 @@ def map_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
     return mapped | {name: record[own] for name, own in columns.items() if own in record}
 
 
+def check_columns(record: Mapping[str, Any], columns: Mapping[str, str], source: str) -> None:
+    """Raises UserError for a column that is mapped to another one, which a source's first record lacks, while it has
+    the column itself: that would be read, against what the config says."""
+    for name, own in columns.items():
+        if own not in record and name in record:
+            raise UserError(
+                f"data source {source}: columns says that {name} is called {shortened(own)}, but the first record has "
+                f"{name} and no {shortened(own)}; correct it, or leave {name} out of columns"
+            )
+
+
 def group_records(format_name: str, records: Iterator[RawRecord]) -> Iterator[RawRecord]:
     """Joins records that form one document: OASST's messages -> trees. Other formats pass through."""
     if format_name != "oasst":

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from ...errors import UserError, shortened
 from . import json_text
+from .fields import type_name
 
 # Approximate characters per part of a .txt document: a book fits into memory at once, a whole dump does not.
 _TEXT_PART = 2**22
@@ -302,5 +303,5 @@ def _parsed(text: str, where: str) -> RawRecord:
 
 def _as_record(value: Any, where: str) -> RawRecord:
     if not isinstance(value, dict):
-        return RawRecord(None, where, f"expected an object with named fields, found {type(value).__name__}")
+        return RawRecord(None, where, f"expected an object with named fields, found {type_name(value)}")
     return RawRecord(value, where)
