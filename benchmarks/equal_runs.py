@@ -3,8 +3,8 @@
     python -m benchmarks.equal_runs --out benchmarks/results/cpu/equal_runs.json
 
 The run is the demo's (launch/recipes/demo.yaml: NF4 with double quantization, packed rows, fp32 compute on a CPU), with
-its base and data made by the demo's scripts, in fewer steps. The third run is ended by SIGKILL, which gives it no chance
-to save, and is started again by the same command: it repeats the steps since its last checkpoint.
+its base and data made by the demo's scripts, in fewer and shorter steps. The third run is ended by SIGKILL, which gives it no
+chance to save, and is started again by the same command: it repeats the steps since its last checkpoint.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def make_inputs(folder: Path) -> None:
 def command(recipe: Path, run_dir: Path, ranks: int, steps: int, overrides: Sequence[str] = ()) -> list[str]:
     """The run; without a launcher on one rank, so that a signal to the process is one to the run."""
     settings = [f"run_dir={run_dir}", f"train.steps={steps}", "train.epochs=null", f"train.save_every={SAVE_EVERY}",
+                "batch.rows_per_step=4", "batch.micro_rows=2", "data.row_tokens=128",
                 "train.eval_every=null", "data.eval=[]", "logging.trackers=[]", *overrides]  # fmt: skip
     words = [word for setting in settings for word in ("--set", setting)]
     many = ["--ranks", str(ranks)] if ranks > 1 else []

@@ -137,7 +137,7 @@ def run(words: Sequence[str], folder: Path) -> str:
     """Output of a command, without the caller's settings of Python. Raises RuntimeError with both streams."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON") and name != "VIRTUAL_ENV"}
     offline = {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-    done = subprocess.run(words, cwd=folder, env=kept | offline, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(words, cwd=folder, env=kept | offline, capture_output=True, text=True, timeout=3000)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done.stdout
