@@ -1,10 +1,11 @@
 """One config on one rank, on two ranks, and killed and started again: the losses of every step, laid over each other.
 
-    python -m benchmarks.equal_runs --out benchmarks/results/cpu/equal_runs.json
+    python -m benchmarks.equal_runs --out benchmarks/results/cpu/equal_runs.json [--inputs .]
 
 The run is the demo's (launch/recipes/demo.yaml: NF4 with double quantization, packed rows, fp32 compute on a CPU), with
-its base and data made by the demo's scripts, in fewer and shorter steps. The third run is ended by SIGKILL, which gives it no
-chance to save, and is started again by the same command: it repeats the steps since its last checkpoint.
+its base and data made by the demo's scripts (or in `--inputs` by `make demo` before), in fewer and smaller steps. The
+third run is ended by SIGKILL, which gives it no chance to save, and is started again by the same command: it repeats the
+steps since its last checkpoint.
 """
 
 from __future__ import annotations
@@ -115,13 +116,17 @@ def measure(recipe: Path, folder: Path, steps: int, overrides: Sequence[str] = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--inputs", type=Path, help="where the demo's scripts were run; else they are")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--allow-dirty", action="store_true")
     options = parser.parse_args()
     provenance.require_clean(options.allow_dirty)
     origin = provenance.collect(provenance.this_command("benchmarks.equal_runs"), torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
-        make_inputs(Path(name))
+        if options.inputs is None:
+            make_inputs(Path(name))
+        else:
+            Path(name, "build").symlink_to(options.inputs.resolve() / "build")
         recipe = provenance.ROOT / "launch" / "recipes" / "demo.yaml"
         record = {"benchmark": "equal_runs", "provenance": origin, **measure(recipe, Path(name), options.steps)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
