@@ -4,8 +4,8 @@
 
 The run is the demo's (launch/recipes/demo.yaml: NF4 with double quantization, packed rows, fp32 compute on a CPU), with
 its base and data made by the demo's scripts (or in `--inputs` by `make demo` before), in fewer and smaller steps. The
-third run is ended by SIGKILL, which gives it no chance to save, and is started again by the same command: it repeats the
-steps since its last checkpoint.
+third run is ended by SIGKILL, which gives it no chance to save, and is started again by the same command: it repeats
+the steps since its last checkpoint.
 """
 
 from __future__ import annotations
