@@ -5,8 +5,8 @@ export TOKENIZERS_PARALLELISM := false
 # DeepSpeed's kernels are not used: without this its installation may look for a compiler and CUDA
 export DS_BUILD_OPS := 0
 
-.PHONY: env test test-hour test-hosts test-oldest test-oldest-fast test-null lint format docs demo bench bench-ratios \
-  bench-gpu clean
+.PHONY: env dist test test-dist test-hour test-hosts test-oldest test-oldest-fast test-null lint format docs demo bench \
+  bench-ratios bench-gpu clean
 
 env: .venv/ready
 
@@ -78,6 +78,16 @@ build/null/python: $(OLDEST)/ready $(wildcard tests/null/device/*)
 
 test-null: env build/null/python
 	QLORA_DIST_NULL_PYTHON=$(CURDIR)/build/null/python $(BIN)/python -m pytest -m null $(ARGS)
+
+# sdist and wheel. The wheel is built from the sdist, so that what one lacks the other lacks as well.
+dist: env
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+# Builds both from a copy, installs the wheel beside the libraries of .venv, and uses it from an empty folder;
+# ARGS=--demo runs the whole demo there, two minutes more.
+test-dist: env
+	$(BIN)/python tests/dist/check.py $(ARGS)
 
 lint: env
 	$(BIN)/ruff check --no-cache .

@@ -18,10 +18,12 @@ class Bar:
     high: float | None = None
 
 
-def bar_chart(title: str, bars: Sequence[Bar], unit: str, names: Sequence[str] = ()) -> pages.BarChart:
-    """Horizontal bars, each with the sum of its parts; `names` label the parts of a stacked bar."""
+def bar_chart(
+    title: str, bars: Sequence[Bar], unit: str, names: Sequence[str] = (), marks: Sequence[pages.Mark] = ()
+) -> pages.BarChart:
+    """Horizontal bars, each with the sum of its parts; `names` label the parts of a stacked bar, `marks` are lines."""
     written = [pages.Bar(bar.label, bar.parts, number(sum(bar.parts)), bar.low, bar.high) for bar in bars]
-    return pages.BarChart(title, unit, written, names)
+    return pages.BarChart(title, unit, written, names, marks=marks)
 
 
 def number(value: float) -> str:

@@ -34,6 +34,7 @@ class Section:
     text: str = ""
     tables: list[Table] = field(default_factory=list)
     charts: list[BarChart] = field(default_factory=list)
+    kind: str = ""  # of its figures, see claims.KINDS; empty: that of the folder
 
 
 def shown(value: Any) -> str:
@@ -45,7 +46,7 @@ def shown(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def _label(result: dict[str, Any]) -> str:
+def label_of(result: dict[str, Any]) -> str:
     return Cell(**result["cell"]).label
 
 
@@ -53,7 +54,7 @@ def _raw(raw: Any, name: str) -> Link:
     return Link("raw", raw.paths[name])
 
 
-def _median(result: dict[str, Any], name: str = "tokens_per_second") -> float | None:
+def median_of(result: dict[str, Any], name: str = "tokens_per_second") -> float | None:
     values = result.get("figures", {}).get(name)
     return None if values is None else values["median"]
 
@@ -83,7 +84,7 @@ def _rate_bars(title: str, results: list[dict[str, Any]]) -> BarChart:
     bars = []
     for result in results:
         values = result["figures"]["tokens_per_second"]
-        bars.append(Bar(_label(result), (values["median"],), values["quartile_low"], values["quartile_high"]))
+        bars.append(Bar(label_of(result), (values["median"],), values["quartile_low"], values["quartile_high"]))
     return bar_chart(title, bars, "tokens/s, median and quartiles")
 
 
@@ -117,7 +118,7 @@ def methods(raw: Any) -> Section | None:
     for title in sorted({cell["group"] for cell in _measured(raw, "methods")}):
         results = _measured(raw, title)
         rows = [
-            [_label(r), _spread(r), _median(r, "label_tokens_per_second"), r["memory"]["peak_bytes"] / MIB,
+            [label_of(r), _spread(r), median_of(r, "label_tokens_per_second"), r["memory"]["peak_bytes"] / MIB,
              r["memory"].get("steps_peak_rss_bytes", 0) / MIB, r["memory"].get("reserved_bytes", 0) / MIB or None,
              r["figures"]["share_of_measured_gemm"], r["figures"]["mfu_of_datasheet"], r["startup_seconds"],
              _raw(raw, r["name"])]
@@ -127,7 +128,7 @@ def methods(raw: Any) -> Section | None:
                   "share of GEMM rate", "MFU", "start s", "raw"]  # fmt: skip
         tables.append(Table(title, header, rows))
         charts.append(_rate_bars(f"{title}: speed", results))
-        bars = [Bar(_label(r), (r["memory"]["peak_bytes"] / MIB,)) for r in results]
+        bars = [Bar(label_of(r), (r["memory"]["peak_bytes"] / MIB,)) for r in results]
         charts.append(bar_chart(f"{title}: peak memory of the steps", bars, "MiB"))
     if not tables:
         return None
@@ -159,15 +160,15 @@ def peers(raw: Any) -> Section | None:
         {cell["group"] for cell in raw.cells if cell.get("group", "").endswith(("peers", "full rows"))}
     ):
         results = _measured(raw, title)
-        ours = [_median(r) or 0.0 for r in results if r["cell"]["engine"] == "ours"]
+        ours = [median_of(r) or 0.0 for r in results if r["cell"]["engine"] == "ours"]
         best = max(ours, default=0.0)
         rows = []
         for r in results:
             same = r.get("same_work") or {}
             verdict = {True: "same", False: "different", None: "not compared"}[_is_same(r)]
-            rate = _median(r)
+            rate = median_of(r)
             rows.append(
-                [_label(r), _spread(r), best / rate if rate and best else None, r["memory"]["peak_bytes"] / MIB,
+                [label_of(r), _spread(r), best / rate if rate and best else None, r["memory"]["peak_bytes"] / MIB,
                  r["memory"].get("steps_peak_rss_bytes", 0) / MIB, r["figures"]["share_of_measured_gemm"],
                  r["startup_seconds"], same.get("gradient_cosine"), verdict, _raw(raw, r["name"])]
             )  # fmt: skip
@@ -187,10 +188,10 @@ def peers(raw: Any) -> Section | None:
 def split(raw: Any) -> Section | None:
     results = [r for r in _measured(raw) if r["phases"]]
     names = ("data", "forward", "backward", "communication", "optimizer", "other")
-    rows = [[_label(r), r["cell"]["shape"], *(1000 * r["phases"][n] for n in names), _raw(raw, r["name"])]
+    rows = [[label_of(r), r["cell"]["shape"], *(1000 * r["phases"][n] for n in names), _raw(raw, r["name"])]
             for r in results]  # fmt: skip
     bars = [
-        Bar(f"{_label(r)} ({r['cell']['shape']})", tuple(1000 * r["phases"][name] for name in names)) for r in results
+        Bar(f"{label_of(r)} ({r['cell']['shape']})", tuple(1000 * r["phases"][name] for name in names)) for r in results
     ]
     text = (
         "Mean of the instrumented steps, which are separate from the timed ones. Recomputation counts as backward; "
@@ -202,30 +203,32 @@ def split(raw: Any) -> Section | None:
 
 
 def memory_items(raw: Any) -> Section | None:
-    """Measured items of each cell next to the plan's."""
+    """Measured items of each cell; on a GPU next to the plan's, which are for a GPU."""
     rows, bars = [], []
     names = ("base", "trainable", "gradients", "optimizer")
+    has_gpu = any(r["provenance"]["hardware"].get("gpus") for r in raw.cells if "provenance" in r)
     for r in _measured(raw):
         if "items" not in r:
             continue
         sizes = [r["items"][name] / MIB for name in names]
         peak = r["memory"]["peak_bytes"] / MIB
         rest = peak - sum(sizes)
-        plan = r.get("plan") or {}
-        planned = plan.get("tensor_bytes")
-        planned_mib = None if planned is None else planned / MIB
-        error = None if planned is None else (planned / MIB - peak) / peak
-        rows.append([_label(r), r["cell"]["shape"], *sizes, rest, peak, planned_mib, error, _raw(raw, r["name"])])
-        bars.append(Bar(f"{_label(r)} ({r['cell']['shape']})", (*sizes, max(0.0, rest))))
+        bytes_planned = (r.get("plan") or {}).get("tensor_bytes")
+        mib_planned = None if bytes_planned is None else bytes_planned / MIB
+        error = None if mib_planned is None else (mib_planned - peak) / peak
+        of_plan = [mib_planned, error] if has_gpu else []
+        rows.append([label_of(r), r["cell"]["shape"], *sizes, rest, peak, *of_plan, _raw(raw, r["name"])])
+        bars.append(Bar(f"{label_of(r)} ({r['cell']['shape']})", (*sizes, max(0.0, rest))))
     if not rows:
         return None
     text = (
         "Counted on the live tensors after the first update; the rest is the measured peak minus these: activations, "
-        "dequantized matrices, logits, the allocator's slack (and on a CPU what libraries allocate while they run). "
-        "Planned is what `qlora-dist plan` computes for the tensors, for a GPU."
+        "dequantized matrices, logits, the allocator's slack (and on a CPU what libraries allocate while they run)."
     )
-    header = ["engine", "shape", *(f"{name} MiB" for name in names), "rest MiB", "peak MiB", "planned MiB",
-              "plan error", "raw"]  # fmt: skip
+    if has_gpu:
+        text += " Planned is what `qlora-dist plan` computes for the tensors."
+    header = ["engine", "shape", *(f"{name} MiB" for name in names), "rest MiB", "peak MiB",
+              *(["planned MiB", "plan error"] * has_gpu), "raw"]  # fmt: skip
     charts = [bar_chart("Memory by item", bars, "MiB", (*names, "rest"))]
     return Section(f"{raw.name}: memory by item", text, [Table("", header, rows)], charts)
 
@@ -246,8 +249,8 @@ def planned(raw: Any) -> Section | None:
     ]
     header = ["shape", "method", *(f"{name} GiB" for name in names), "peak GiB", "raw"]
     charts = [bar_chart("Planned memory by item", bars, "GiB", names)]
-    return Section(f"{raw.name}: planned memory at the paper's sizes", content["text"],
-                   [Table("", header, rows)], charts)  # fmt: skip
+    return Section("planned memory at the paper's sizes, item by item", content["text"],
+                   [Table("", header, rows)], charts, "planned")  # fmt: skip
 
 
 def ranks(raw: Any) -> Section | None:
@@ -256,8 +259,8 @@ def ranks(raw: Any) -> Section | None:
     for r in results:
         cell = r["cell"]
         alone = next((o for o in results if o["cell"]["ranks"] == 1 and o["cell"]["shape"] == cell["shape"]), None)
-        rate = _median(r)
-        one = _median(alone) if alone is not None else None
+        rate = median_of(r)
+        one = median_of(alone) if alone is not None else None
         efficiency = rate / (one * cell["ranks"]) if rate and one else None
         rows.append([cell["shape"], cell["strategy"], cell["ranks"], r["num_threads"], _spread(r), efficiency,
                      1000 * r["phases"].get("communication", 0.0), _raw(raw, r["name"])])  # fmt: skip
@@ -299,7 +302,7 @@ def equal_memory(raw: Any) -> Section | None:
     rows = []
     for r in sorted(results, key=lambda r: (r["cell"]["shape"], r["cell"]["cap_gib"])):
         outcome = _spread(r) if r["status"] == "ok" else out_of_memory(r) if r["status"] == "oom" else r["status"]
-        rows.append([r["cell"]["shape"], r["cell"]["cap_gib"], _label(r), outcome, _raw(raw, r["name"])])
+        rows.append([r["cell"]["shape"], r["cell"]["cap_gib"], label_of(r), outcome, _raw(raw, r["name"])])
     text = (
         "A smaller card is emulated by an allocator limit, minus the measured context: a real card of that size may "
         "differ by what its driver takes."
@@ -368,17 +371,19 @@ def roofline(raw: Any) -> Section | None:
             bars.append(Bar(label, tuple(1000 * kinds[part]["seconds"] for part in parts)))
         tables.append(Table(title, header, rows))
         charts.append(bar_chart(f"{title}, one decoder layer", bars, "ms", parts))
-    return Section(f"{raw.name}: predicted time of a micro-step", raw.others[names[0]]["text"], tables, charts)
+    return Section(
+        f"{raw.name}: predicted time of a micro-step", raw.others[names[0]]["text"], tables, charts, "traced"
+    )
 
 
 def not_measured(raw: Any) -> Section | None:
     rows = []
     for r in raw.cells:
         if r["status"] == "oom":
-            rows.append([_label(r), r["cell"]["shape"], out_of_memory(r), _raw(raw, r["name"])])
+            rows.append([label_of(r), r["cell"]["shape"], out_of_memory(r), _raw(raw, r["name"])])
         elif r["status"] != "ok":
             reason = (r["reason"].strip().splitlines() or [""])[-1][:160]
-            rows.append([_label(r), r["cell"]["shape"], f"{r['status']}: {reason}", _raw(raw, r["name"])])
+            rows.append([label_of(r), r["cell"]["shape"], f"{r['status']}: {reason}", _raw(raw, r["name"])])
     header = ["engine", "shape", "what happened", "raw"]
     return Section(f"{raw.name}: not measured", "", [Table("", header, rows)]) if rows else None
 

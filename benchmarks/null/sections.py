@@ -34,7 +34,9 @@ def plan(raw: Any) -> Section | None:
         f"{content['largest_error']:+.2%} ({content['largest_error_at']}). Peaks were measured at "
         f"{', '.join(commits)}, the plan is that of {content['provenance']['commit'][:12]}."
     )
-    return Section(f"{raw.name}: the allocator's peak against the plan", text, [Table("", header, rows)])
+    return Section(
+        f"{raw.name}: the allocator's peak against the plan", text, [Table("", header, rows)], kind="null device"
+    )
 
 
 def large_model(raw: Any) -> Section | None:
@@ -59,7 +61,9 @@ def large_model(raw: Any) -> Section | None:
         f"adapter follow, all with the card's size as a limit: {held / GIB:.2f} of {content['cap_bytes'] / GIB:.2f} "
         f"GiB are taken with every optimizer state on the card, error of the plan {content['plan_error']:+.2%}."
     )
-    return Section(f"{raw.name}: 65B on a 48 GB card", text, [Table("", ["what", "GiB", "raw"], rows)])
+    return Section(
+        f"{raw.name}: 65B on a 48 GB card", text, [Table("", ["what", "GiB", "raw"], rows)], kind="null device"
+    )
 
 
 def host(raw: Any) -> Section | None:
@@ -85,7 +89,7 @@ def host(raw: Any) -> Section | None:
         f"ratios within each. Attention is torch's flash attention for all (a card also has cuDNN's); weights: "
         f"{content['weights']}."
     )
-    return Section(f"{raw.name}: host seconds of a step", text, tables)
+    return Section(f"{raw.name}: host seconds of a step", text, tables, kind="null device")
 
 
 ALL = (plan, large_model, host)

@@ -8,7 +8,7 @@ import click
 
 from ..errors import UserError
 from .group import SET, cli
-from .outputs import check_new_file
+from .outputs import check_new_file, check_output_folder
 
 
 @cli.command("import")
@@ -48,6 +48,7 @@ def import_(file: str, out: str | None, gpus: int, trainer: str | None, override
 @click.option("--check/--no-check", default=True, help="Show `data` and `plan` of it at once.  [default: check]")
 @click.option("--recipe", metavar="NAME", help="Write a recipe, launch file or Slurm script of this package.")
 @click.option("--list-recipes", is_flag=True, help="List them.")
+@click.option("--demo", is_flag=True, help="Write the demo: scripts and a recipe, two minutes on two CPU cores.")
 def init(
     base: str | None,
     data: tuple[str, ...],
@@ -58,6 +59,7 @@ def init(
     check: bool,
     recipe: str | None,
     list_recipes: bool,
+    demo: bool,
 ) -> None:
     """Write a first config, with a comment on each line: for a base, data and hardware, or a recipe.
 
@@ -67,11 +69,19 @@ def init(
     Example:
       qlora-dist init --base Qwen/Qwen2.5-0.5B --data data/mine.jsonl --gpu t4 --out mine.yaml
       qlora-dist init --recipe alpaca-7b
+      qlora-dist init --demo
     """
-    from .recipes import recipe_file, recipe_lines, write_recipe
+    from .recipes import recipe_file, recipe_lines, write_demo, write_recipe
 
     if list_recipes:
         click.echo("\n".join(recipe_lines()))
+        return
+    if demo:
+        if base is not None or data or gpu is not None or recipe is not None:
+            raise UserError("--demo writes files as they are; leave --base, --data, --gpu and --recipe out")
+        folder = check_output_folder("--out", out or "demo")
+        commands = write_demo(folder)
+        click.echo("\n  ".join([f"Written to {folder}. Next, in this folder:", *commands]))
         return
     if recipe is not None:
         if base is not None or data or gpu is not None:

@@ -45,6 +45,19 @@ def write_recipe(name: str, target: Path) -> str:
     return f"qlora-dist train {target} --ranks auto"
 
 
+def write_demo(folder: Path) -> list[str]:
+    """Copies the demo's scripts and recipe into `folder`. Returns the commands that run it. Raises UserError."""
+    scripts = shipped_files("launch/demo", "*.py")
+    if not scripts:
+        raise UserError("--demo: the package was installed without its data files; install its wheel again")
+    folder.mkdir(parents=True, exist_ok=True)
+    train = write_recipe("demo", folder / "demo.yaml").replace("auto", "2")
+    for script in scripts:
+        write_text(folder / script.name, script.read_text(encoding="utf-8"))
+    make_data, make_base, report = (f"python {folder / name}.py" for name in ("make_data", "make_base", "report"))
+    return [make_data, make_base, train, "qlora-dist merge runs/demo build/demo/merged --onto dequantized", report]
+
+
 def _about(path: Path) -> str:
     """The first sentence of the comment at the head of a file, on one line; of a script, how it is started."""
     words: list[str] = []

@@ -19,17 +19,19 @@ A page is opened on a phone, or copied from a cluster: it should be small, and l
 its script (a viewer that runs none) it still has every table.
 """
 
-from .bars import Bar, BarChart
+from .bars import Bar, BarChart, Mark
 from .curves import Curves
 from .history import append_event
-from .render import render
+from .render import SCRIPTS, render
 from .report import write_report
 from .run_files import holds_run, read_curves, read_run
 
 __all__ = [
+    "SCRIPTS",
     "Bar",
     "BarChart",
     "Curves",
+    "Mark",
     "append_event",
     "holds_run",
     "read_curves",

@@ -19,6 +19,14 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A vertical line through all bars, with its name above them."""
+
+    value: float
+    text: str
+
+
+@dataclass(frozen=True)
 class BarChart:
     """`names` label the parts of stacked bars."""
 
@@ -27,12 +35,24 @@ class BarChart:
     bars: Sequence[Bar]
     names: Sequence[str] = ()
     largest: float | None = None  # what the whole width stands for; None: the longest bar
+    marks: Sequence[Mark] = ()
+
+    @property
+    def _scale(self) -> float:
+        """Percent of the width for 1."""
+        ends = [max(sum(bar.parts), bar.high or 0.0) for bar in self.bars] + [mark.value for mark in self.marks]
+        return 100 / (self.largest or max(ends, default=0.0) or 1.0)
+
+    @property
+    def lines(self) -> list[tuple[str, float]]:
+        """Name and place of each mark, as a percentage of the width."""
+        return [(mark.text, round(mark.value * self._scale, 2)) for mark in self.marks]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """label, text and, as percentages of the width: parts, whisker (left, width), gap between bar and text."""
         ends = [max(sum(bar.parts), bar.high or 0.0) for bar in self.bars]
-        scale = 100 / (self.largest or max(ends, default=0.0) or 1.0)
+        scale = self._scale
         rows = []
         for bar, end in zip(self.bars, ends, strict=True):
             whisker = None

@@ -230,8 +230,8 @@ def test_measuring_changed_files_is_refused(tmp_path):
 def test_the_report_links_each_row_and_opens_in_a_browser_without_network(measured, tmp_path):
     results = tmp_path / "benchmarks" / "results"
     shutil.copytree(measured[1], results / "cpu")
-    parts = report.build(results)
-    text, page = report.to_markdown(parts), report.to_html(parts)
+    made = report.build(results)
+    text, page = report.to_markdown(made), report.to_html(made)
     for name, result in measured[0].items():
         assert f"(results/cpu/{name}.json)" in text
         assert f"{result['figures']['tokens_per_second']['median']:,.0f}"[:2] in text
@@ -265,9 +265,9 @@ def test_a_stated_commit_is_reported_as_stated(measured, tmp_path):
 
 
 def test_the_committed_report_is_generated_from_the_committed_raw_files():
-    parts = report.build(ROOT / "benchmarks" / "results")
-    assert (ROOT / "benchmarks" / "RESULTS.md").read_text() == report.to_markdown(parts)
-    assert (ROOT / "benchmarks" / "results.html").read_text() == report.to_html(parts)
+    made = report.build(ROOT / "benchmarks" / "results")
+    assert (ROOT / "benchmarks" / "RESULTS.md").read_text() == report.to_markdown(made)
+    assert (ROOT / "benchmarks" / "results.html").read_text() == report.to_html(made)
 
 
 def test_the_documented_faults_are_those_of_the_raw_file():

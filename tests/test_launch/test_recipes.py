@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.shared_data import shared_file
 
 from qlora_dist.config import RunConfig, dump_yaml, load_config
+from qlora_dist.data.from_config import documents_of
 from qlora_dist.memory import MemoryPlan, choose, shapes_from_config
-from qlora_dist.memory.gpus import GPUS
+from qlora_dist.memory.gpus import GPUS, parse_gpu
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
@@ -48,7 +52,8 @@ def test_a_recipes_run_directory_has_its_name(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_a_recipe_for_gpus_does_not_train_on_a_cpu_in_silence(path: Path) -> None:
-    assert load_config(path).device == ("auto" if path.stem == "demo" else "cuda")
+    on_cpu = {"demo": "auto", "smollm2-135m-cpu": "cpu", "distilgpt2-alpaca-1000": "cpu"}
+    assert load_config(path).device == on_cpu.get(path.stem, "cuda")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
@@ -173,6 +178,109 @@ def test_the_65b_recipe_lists_variants_beyond_the_paper_and_40_gb_needs_one() ->
     assert plan.fits is False and plan.headroom_bytes is not None
     assert round(-plan.headroom_bytes / 2**30, 1) in (1.1, 1.2, 1.3)  # the recipe states 1.2 GiB
     assert any("strategy.name=zero2_offload with optim.name=adamw" in line for line in plan.advice)
+
+
+# --- the recipes of today ---------------------------------------------------------------------------------------------
+
+# config.json of the models that they name, as far as a plan reads it; defaults of Gemma's class are written out
+MODELS = json.loads((REPOSITORY / "tests" / "data" / "recipe_models.json").read_text(encoding="utf-8"))
+TODAY = [path for path in RECIPES if load_config(path).model.name in MODELS]
+PLANNED = re.compile(
+    r"^# Planned, not measured: ([\d.]+) GiB on (\d+) x (\S+), (\d+) of (\d+) layers recomputed\.$", re.M
+)
+ALSO = re.compile(r"^# Also fits, (\d+) x (\S+): (.+)$", re.M)
+
+
+def plan_of(path: Path, num_gpus: str, gpu: str, overrides: tuple[str, ...] = ()) -> MemoryPlan:
+    config = load_config(path, overrides)
+    shapes = shapes_from_config(MODELS[config.model.name])
+    assert shapes is not None, "a family that has to be measured"
+    return choose(config, shapes, world_size=int(num_gpus), device_bytes=parse_gpu(gpu).device_bytes)
+
+
+def test_every_model_of_the_list_has_a_recipe_that_says_hardware_memory_and_data() -> None:
+    assert {load_config(path).model.name for path in TODAY} == set(MODELS)
+    for path in TODAY:
+        text = path.read_text(encoding="utf-8")
+        for line in ("# Hardware: ", "# Planned, not measured: ", "# Data: "):
+            assert line in text, path
+
+
+@pytest.mark.parametrize("path", [path for path in TODAY if load_config(path).device == "cuda"], ids=name)
+def test_a_recipe_takes_the_memory_that_its_header_states_and_fits_there(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    (stated,) = PLANNED.findall(text)
+    plan = plan_of(path, stated[1], stated[2])
+    assert plan.fits and plan.micro_rows == 1
+    found = (f"{(plan.peak_bytes - plan.paged_out_bytes) / 2**30:.1f}", str(plan.recompute), str(plan.num_layers))
+    assert found == (stated[0], stated[3], stated[4])
+    for num_gpus, gpu, overrides in ALSO.findall(text):
+        assert plan_of(path, num_gpus, gpu, tuple(overrides.split())).fits, (path, gpu, overrides)
+
+
+def test_each_of_a_header_s_other_settings_changes_the_run() -> None:
+    found = [(path, line.split()) for path in TODAY for *_, line in ALSO.findall(path.read_text(encoding="utf-8"))]
+    assert len(found) >= 5
+    for path, overrides in found:
+        assert load_config(path, tuple(overrides)) != load_config(path)
+
+
+def test_llama_3_3_with_its_shards_on_two_24_gb_cards_does_not_fit_and_its_header_says_so() -> None:
+    path = REPOSITORY / "launch" / "recipes" / "llama3.3-70b-fsdp.yaml"
+    plan = plan_of(path, "2", "rtx4090", ("strategy.offload=false", "data.row_tokens=512"))
+    assert not plan.fits
+    assert "rows of more than 256 tokens do not fit" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_distilgpt2_trains_589_824_of_82_502_400_parameters(quantization: str) -> None:
+    path = REPOSITORY / "launch" / "recipes" / "distilgpt2-alpaca-1000.yaml"
+    plan = plan_of(path, "1", "8GB", ("device=cuda", f"model.quantization={quantization}"))
+    assert plan.trainable_parameters == 589_824
+    assert plan.base_parameters + plan.trainable_parameters == 82_502_400
+
+
+def test_the_experts_of_a_mixture_are_frozen_and_its_attention_layers_are_adapted() -> None:
+    config = recipe("qwen3-30b-a3b")
+    shapes = shapes_from_config(MODELS[config.model.name])
+    assert shapes is not None and shapes.expert_weights > 0.9 * (shapes.expert_weights + shapes.linear_weights)
+    plan = choose(config, shapes, world_size=1, device_bytes=GPUS["rtx4090"].device_bytes)
+    # q, k, v, o of 48 layers: rank x (inputs + outputs)
+    assert plan.trainable_parameters == 48 * 32 * ((2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048))
+
+
+def learned_of(stem: str, sample: str, tokenizer: str, tmp_path: Path, *more: str) -> tuple[list[str], list[str]]:
+    """The whole texts and the learned parts of 40 records of `sample`, by the data section of a recipe."""
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(shared_file(tokenizer))
+    source = f"data.train.0.path={shared_file(sample)}"
+    overrides = (source, "data.train.0.max_examples=40", "data.train.0.hold_out=4", f"data.cache_dir={tmp_path}", *more)
+    config = recipe(stem, overrides)
+    documents = documents_of(config.data, config.data.train, words, config.seed)
+    assert len(documents) >= 30
+    examples = [documents[i] for i in range(len(documents))]
+    assert all(example.is_label.any() and not example.is_label.all() for example in examples)
+    texts = [words.decode(example.input_ids) for example in examples]
+    return texts, [words.decode(example.input_ids[example.is_label]) for example in examples]
+
+
+def test_tool_calls_are_learned_and_what_tools_return_is_not(tmp_path: Path) -> None:
+    template = f"data.template={shared_file('templates/qwen2_5.jinja')}"  # the recipe's base has it in its tokenizer
+    texts, learned = learned_of(
+        "qwen2.5-7b-tools", "instruct/glaive_toolcall_sharegpt.json", "tokenizers/gpt2_hf", tmp_path, template
+    )
+    assert sum("<tools>" in text for text in texts) > 15 and not any("<tools>" in text for text in learned)
+    assert sum("<tool_response>" in text for text in texts) > 10 and not any("<tool_response>" in t for t in learned)
+    assert sum("<tool_call>" in text for text in learned) > 10
+
+
+def test_every_answer_of_a_sharegpt_conversation_is_learned_in_mistrals_form(tmp_path: Path) -> None:
+    texts, learned = learned_of(
+        "mistral-7b-sharegpt", "instruct/sharegpt_dummy_conversation.json", "tokenizers/mistral_v3_hf", tmp_path
+    )
+    assert all("[INST]" in text for text in texts) and not any("[INST]" in text for text in learned)
+    assert all(text.count("[/INST]") == answers.count("</s>") for text, answers in zip(texts, learned, strict=True))
 
 
 @pytest.mark.parametrize("path", LAUNCH_CONFIGS, ids=name)

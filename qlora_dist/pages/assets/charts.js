@@ -24,7 +24,7 @@
       const x = run.steps[axis];
       if (values) {
         const label = several ? run.name : chart.title.toLowerCase();
-        const line = { label, width: 1.5, stroke: () => ofRun(i), points: { show: x.length < 2 } };
+        const line = { label, width: run.line || 1.5, dash: run.dash || undefined, stroke: () => ofRun(i), points: { show: x.length < 2 } };
         if (values.low) {
           const edge = { label: "", class: "edge", width: 0, points: { show: false } };
           found.push({ run: i, table: [x, values.mean, values.low, values.high], options: [line, { ...edge }, { ...edge }], band: true });
@@ -116,7 +116,7 @@
 
   const select = document.querySelector("select.axis");
   drawAll("step");
-  select.addEventListener("change", () => drawAll(select.value));
+  if (select) select.addEventListener("change", () => drawAll(select.value));
   addEventListener("resize", () => {
     for (const { u, holder } of drawn) u.setSize({ width: holder.clientWidth, height: u.height });
   });
