@@ -8,7 +8,8 @@
 A mutant is an entry of mutants/*.toml: a file below qlora_dist, a text that stands in it once, what to put in its
 place, and the test files (or FILE::TEST) that should notice. It counts as caught when one of them fails, and as
 survived when all pass; `equivalent` says why no test can tell it from the original. Each runs in a copy of this
-checkout below build/mutation; results are kept there, by the texts of the mutant, so that an interrupted run goes on.
+checkout below build/mutation. Results are kept in results.json, each with the commit that it was tried on, by the texts
+of the mutant: an interrupted run goes on, and a mutant that was changed counts as not tried.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIES = ROOT / "build" / "mutation"
-RESULTS = ROOT / "build" / "mutation" / "results.json"
+RESULTS = Path(__file__).parent / "results.json"
 SECONDS = 600  # per mutant: a hang counts as noticed
 
 
@@ -82,9 +83,21 @@ def _stands(test: str) -> bool:
     return path.exists() and f"def {function.partition('[')[0]}" in path.read_text(encoding="utf-8")
 
 
+def read_results() -> dict[str, dict[str, object]]:
+    """By the keys of the mutants."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def write_results(results: dict[str, dict[str, object]]) -> None:
+    """One a line, in the order of their ids, so that results of two branches can be merged."""
+    lines = [f"  {json.dumps(key)}: {json.dumps(one)}" for key, one in results.items()]
+    lines.sort(key=lambda line: line.partition(": ")[2])
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
 def make_copy(number: int) -> Path:
     """A fresh copy of what git tracks or would track, as it is now."""
-    copy = COPIES / f"copy-{number}"
+    copy = COPIES / f"copy-{os.getpid()}-{number}"
     shutil.rmtree(copy, ignore_errors=True)
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -203,6 +216,9 @@ def try_all(mutants: list[Mutant], results: dict[str, dict[str, object]], jobs: 
     free: SimpleQueue[Path] = SimpleQueue()
     for number in range(jobs):
         free.put(make_copy(number))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, check=True, text=True
+    )
 
     def try_one(mutant: Mutant) -> tuple[Mutant, dict[str, object]]:
         copy = free.get()
@@ -214,10 +230,12 @@ def try_all(mutants: list[Mutant], results: dict[str, dict[str, object]], jobs: 
     with ThreadPoolExecutor(jobs) as threads:
         for future in as_completed([threads.submit(try_one, mutant) for mutant in mutants]):
             mutant, result = future.result()
-            results[mutant.key] = result
+            results |= read_results() | {mutant.key: {**result, "commit": commit.stdout.strip()}}
             print(result, flush=True)
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            write_results(results)
     server.close()
+    while not free.empty():
+        shutil.rmtree(free.get())
 
 
 def report(mutants: list[Mutant], results: dict[str, dict[str, object]]) -> int:
@@ -249,7 +267,7 @@ def main() -> None:
         serve()
         return
     mutants = read_mutants()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = read_results()
     chosen = [mutant for mutant in mutants if not options.ids or mutant.id in options.ids]
     if options.ids:
         chosen.sort(key=lambda mutant: options.ids.index(mutant.id))
@@ -265,6 +283,8 @@ def main() -> None:
     elif not options.ids:
         chosen = [mutant for mutant in chosen if results.get(mutant.key, {}).get("outcome") != "caught"]
     try_all(chosen, results, options.jobs)
+    listed = {mutant.key for mutant in read_mutants()}
+    write_results({key: one for key, one in read_results().items() if key in listed})
     sys.exit(1 if report(mutants, results) else 0)
 
 
