@@ -3,7 +3,7 @@
     python tests/mutation/run.py                   # all mutants that have no result yet
     python tests/mutation/run.py --again ID ...    # these once more; with no ID: all that survived
     python tests/mutation/run.py --jobs 2          # two at a time
-    python tests/mutation/run.py --sound           # their tests on the package as it is: all must pass
+    python tests/mutation/run.py --sound           # on the package as it is, the tests that noticed: all must pass
 
 A mutant is an entry of mutants/*.toml: a file below qlora_dist, a text that stands in it once, what to put in its
 place, and the test files (or FILE::TEST) that should notice. It counts as caught when one of them fails, and as
@@ -22,6 +22,7 @@ import json
 import math
 import os
 import py_compile
+import re
 import shutil
 import signal
 import subprocess
@@ -238,19 +239,32 @@ def try_all(mutants: list[Mutant], results: dict[str, dict[str, object]], jobs: 
         shutil.rmtree(free.get())
 
 
+def tests_that_decide(mutant: Mutant, results: dict[str, dict[str, object]]) -> tuple[str, ...]:
+    """The test that noticed it, with all its cases; all of its tests while that is not known."""
+    found = re.match(r"(?:FAILED|ERROR) tests/([^\s:]+::\w+)", str(results.get(mutant.key, {}).get("by")))
+    return mutant.tests if found is None else (found[1],)
+
+
+def score(mutants: list[Mutant], results: dict[str, dict[str, object]]) -> tuple[list[Mutant], int, int]:
+    """Mutants that survived and should not; how many were caught; of how many that were tried and can be noticed."""
+    real = [mutant for mutant in mutants if mutant.key in results and not mutant.equivalent]
+    survived = [mutant for mutant in real if results[mutant.key]["outcome"] != "caught"]
+    return survived, len(real) - len(survived), len(real)
+
+
 def report(mutants: list[Mutant], results: dict[str, dict[str, object]]) -> int:
     """Prints what survived and the share that was caught; returns the number of survivors that should not be."""
-    done = [(mutant, results[mutant.key]) for mutant in mutants if mutant.key in results]
-    real = [(mutant, result) for mutant, result in done if not mutant.equivalent]
-    survived = [mutant for mutant, result in real if result["outcome"] != "caught"]
+    survived, caught, real = score(mutants, results)
     for mutant in survived:
         print(f"{results[mutant.key]['outcome']}: {mutant.id} ({mutant.file}: {mutant.old!r} -> {mutant.new!r})")
-    for mutant, result in done:
-        if mutant.equivalent and result["outcome"] == "caught":
+    for mutant in mutants:
+        if mutant.equivalent and results.get(mutant.key, {}).get("outcome") == "caught":
             print(f"called equivalent, but caught: {mutant.id}")
+    waiting = sum(mutant.key not in results for mutant in mutants)
+    equivalent = sum(bool(mutant.equivalent) for mutant in mutants)
+    print(f"{len(mutants)} mutants, {waiting} not tried, {equivalent} equivalent")
     if real:
-        share = 1 - len(survived) / len(real)
-        print(f"{len(mutants)} mutants, {len(done)} tried, {len(done) - len(real)} equivalent; caught: {share:.1%}")
+        print(f"{caught} of {real} that were tried and are not equivalent were caught: {caught / real:.1%}")
     return len(survived)
 
 
@@ -272,7 +286,7 @@ def main() -> None:
     if options.ids:
         chosen.sort(key=lambda mutant: options.ids.index(mutant.id))
     if options.sound:
-        tests = sorted({name for mutant in chosen for name in mutant.tests})
+        tests = sorted({name for mutant in chosen for name in tests_that_decide(mutant, results)})
         server = Server()
         code, said = server.run(make_copy(0), tests)
         server.close()
