@@ -95,6 +95,19 @@ def test_what_holds_for_the_whole_file_holds_for_the_text_model(family: str, key
         assert (vars(config), vars(config.get_text_config())) == before
 
 
+@pytest.mark.parametrize("more", [{}, {"mrope_section": [2, 3, 3]}, {"mrope_interleaved": True}])
+@pytest.mark.parametrize("family", [key for key, one in WRAPPERS.items() if one.stand_in is not None])
+def test_positions_in_three_dimensions_become_plain_ones_however_the_file_spells_them(
+    family: str, more: dict[str, Any]
+) -> None:
+    for key in ("rope_parameters", "rope_scaling"):
+        for kind in ({"type": "mrope"}, {"rope_type": "mrope"}, {"type": "mrope", "rope_type": "default"}):
+            for theta in (1e4, 5e5):
+                config: Any = AutoConfig.for_model(family, text_config={key: {**kind, **more, "rope_theta": theta}})
+                found = text_config_of(config).rope_parameters
+                assert found == {"rope_theta": theta, "rope_type": "default"}, (key, kind)
+
+
 @pytest.mark.parametrize("value", [None, 1.0, 0.5, 30.0])
 @pytest.mark.parametrize("key", ["final_logit_softcapping", "logits_scaling", "logit_scale"])
 def test_logits_that_a_text_model_would_change_are_refused(key: str, value: float | None) -> None:
