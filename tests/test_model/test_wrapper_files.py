@@ -12,13 +12,20 @@ import torch
 from helpers.tiny_models import OTHER_TOWERS, WRAPPED, tiny_wrapper
 from safetensors.torch import load_file
 from transformers import AutoConfig
+from transformers.utils import (
+    IMAGE_PROCESSOR_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+)
 
 from qlora_dist.config.wrappers import WRAPPERS, Wrapper
 from qlora_dist.errors import UserError
 from qlora_dist.model import load_base
 from qlora_dist.model.text_part import _check_logits, text_config_of, text_part_of
-from qlora_dist.model.weights.wrapper_files import BESIDE, write_wrapper
+from qlora_dist.model.weights.wrapper_files import write_wrapper
 
+BESIDE = (IMAGE_PROCESSOR_NAME, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
 INDEX = "model.safetensors.index.json"
 
 

@@ -96,6 +96,20 @@ def test_the_echo_of_ctrl_c_has_room_behind_the_progress_at_every_width(monkeypa
             assert len(line) + len(ECHO) + 1 == columns
 
 
+def test_a_file_and_a_wide_terminal_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    rng = random.Random(0)
+    for _ in range(50):
+        total = int(10 ** rng.uniform(0, 7))
+        done, fields = rng.randint(1, total), rng.sample(FIELDS, 2)
+        terminal, file = Terminal(), io.StringIO()
+        for stream in (terminal, file):
+            Console(True, stream).progress("step", done, total, fields, MORE, is_edge=True)
+        parts = [part for part in re.split(r"  +", terminal.screen()[0]) if "━" not in part and "╸" not in part]
+        assert file.getvalue() == "  ".join(parts) + "\n"
+        assert parts[0].replace(",", "") == f"step {done}/{total}" and ("," in parts[0]) == (total >= 1000)
+
+
 def test_states_that_follow_at_once_are_not_drawn() -> None:
     terminal, clock = Terminal(), Clock()
     console = Console(True, terminal, clock)
