@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 
+import pytest
 import torch
 from helpers.ranks import ROOT, process_context, python_path
 
@@ -24,12 +25,22 @@ def test_processes_are_not_forked_where_there_is_a_cuda_device(monkeypatch):
     assert process_context().get_start_method() == "forkserver"
 
 
-def test_the_list_of_mutants_fits_the_package():
-    """Each change has its place in the code just once, and the tests that should notice it are there."""
+@pytest.fixture(scope="module")
+def mutation():
     path = ROOT / "tests" / "mutation" / "run.py"
     spec = importlib.util.spec_from_file_location("mutation_run", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    assert len(module.read_mutants()) >= 150
+    return module
+
+
+def test_the_list_of_mutants_fits_the_package(mutation):
+    """Each change has its place in the code just once, and the tests that should notice it are there."""
+    assert len(mutation.read_mutants()) >= 500
+
+
+def test_of_the_mutants_that_were_tried_few_survive(mutation):
+    survived, caught, real = mutation.score(mutation.read_mutants(), mutation.read_results())
+    assert real >= 200 and caught >= 0.95 * real, [mutant.id for mutant in survived]

@@ -3,12 +3,13 @@
     python tests/mutation/run.py                   # all mutants that have no result yet
     python tests/mutation/run.py --again ID ...    # these once more; with no ID: all that survived
     python tests/mutation/run.py --jobs 2          # two at a time
-    python tests/mutation/run.py --sound           # their tests on the package as it is: all must pass
+    python tests/mutation/run.py --sound           # on the package as it is, the tests that noticed: all must pass
 
 A mutant is an entry of mutants/*.toml: a file below qlora_dist, a text that stands in it once, what to put in its
 place, and the test files (or FILE::TEST) that should notice. It counts as caught when one of them fails, and as
 survived when all pass; `equivalent` says why no test can tell it from the original. Each runs in a copy of this
-checkout below build/mutation; results are kept there, by the texts of the mutant, so that an interrupted run goes on.
+checkout below build/mutation. Results are kept in results.json, each with the commit that it was tried on, by the texts
+of the mutant: an interrupted run goes on, and a mutant that was changed counts as not tried.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import py_compile
+import re
 import shutil
 import signal
 import subprocess
@@ -37,7 +39,7 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIES = ROOT / "build" / "mutation"
-RESULTS = ROOT / "build" / "mutation" / "results.json"
+RESULTS = Path(__file__).parent / "results.json"
 SECONDS = 600  # per mutant: a hang counts as noticed
 
 
@@ -82,9 +84,21 @@ def _stands(test: str) -> bool:
     return path.exists() and f"def {function.partition('[')[0]}" in path.read_text(encoding="utf-8")
 
 
+def read_results() -> dict[str, dict[str, object]]:
+    """By the keys of the mutants."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def write_results(results: dict[str, dict[str, object]]) -> None:
+    """One a line, in the order of their ids, so that results of two branches can be merged."""
+    lines = [f"  {json.dumps(key)}: {json.dumps(one)}" for key, one in results.items()]
+    lines.sort(key=lambda line: line.partition(": ")[2])
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
 def make_copy(number: int) -> Path:
     """A fresh copy of what git tracks or would track, as it is now."""
-    copy = COPIES / f"copy-{number}"
+    copy = COPIES / f"copy-{os.getpid()}-{number}"
     shutil.rmtree(copy, ignore_errors=True)
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -118,7 +132,9 @@ class Server:
 
     def run(self, copy: Path, tests: Iterable[str], *options: str, seconds: float = math.inf) -> tuple[int, str]:
         """(pytest's exit code, what it printed). Raises TimeoutError; what the tests have started ends, too."""
-        arguments = ["-q", "-p", "no:cacheprovider", "-n", "0", *options, *(f"tests/{name}" for name in tests)]
+        # plain assertions: rewriting them would take longer than most of the tests
+        arguments = ["-q", "-p", "no:cacheprovider", "-n", "0", "--assert=plain", *options]
+        arguments += [f"tests/{name}" for name in tests]
         said, code = copy.with_suffix(".log"), copy.with_suffix(".code")
         code.unlink(missing_ok=True)
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -154,9 +170,12 @@ def serve() -> None:
     """Answers each request (a copy, arguments of pytest) with the id of the process that serves it."""
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
+    import hypothesis  # noqa: F401
     import peft  # noqa: F401
+    import pydantic  # noqa: F401
     import pytest
     import transformers.models.llama.modeling_llama  # noqa: F401
+    import xdist.plugin  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     for line in sys.stdin:
@@ -203,6 +222,9 @@ def try_all(mutants: list[Mutant], results: dict[str, dict[str, object]], jobs: 
     free: SimpleQueue[Path] = SimpleQueue()
     for number in range(jobs):
         free.put(make_copy(number))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, check=True, text=True
+    )
 
     def try_one(mutant: Mutant) -> tuple[Mutant, dict[str, object]]:
         copy = free.get()
@@ -214,25 +236,40 @@ def try_all(mutants: list[Mutant], results: dict[str, dict[str, object]], jobs: 
     with ThreadPoolExecutor(jobs) as threads:
         for future in as_completed([threads.submit(try_one, mutant) for mutant in mutants]):
             mutant, result = future.result()
-            results[mutant.key] = result
+            results |= read_results() | {mutant.key: {**result, "commit": commit.stdout.strip()}}
             print(result, flush=True)
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            write_results(results)
     server.close()
+    while not free.empty():
+        shutil.rmtree(free.get())
+
+
+def tests_that_decide(mutant: Mutant, results: dict[str, dict[str, object]]) -> tuple[str, ...]:
+    """The test that noticed it, with all its cases; all of its tests while that is not known."""
+    found = re.match(r"(?:FAILED|ERROR) tests/([^\s:]+::\w+)", str(results.get(mutant.key, {}).get("by")))
+    return mutant.tests if found is None else (found[1],)
+
+
+def score(mutants: list[Mutant], results: dict[str, dict[str, object]]) -> tuple[list[Mutant], int, int]:
+    """Mutants that survived and should not; how many were caught; of how many that were tried and can be noticed."""
+    real = [mutant for mutant in mutants if mutant.key in results and not mutant.equivalent]
+    survived = [mutant for mutant in real if results[mutant.key]["outcome"] != "caught"]
+    return survived, len(real) - len(survived), len(real)
 
 
 def report(mutants: list[Mutant], results: dict[str, dict[str, object]]) -> int:
     """Prints what survived and the share that was caught; returns the number of survivors that should not be."""
-    done = [(mutant, results[mutant.key]) for mutant in mutants if mutant.key in results]
-    real = [(mutant, result) for mutant, result in done if not mutant.equivalent]
-    survived = [mutant for mutant, result in real if result["outcome"] != "caught"]
+    survived, caught, real = score(mutants, results)
     for mutant in survived:
         print(f"{results[mutant.key]['outcome']}: {mutant.id} ({mutant.file}: {mutant.old!r} -> {mutant.new!r})")
-    for mutant, result in done:
-        if mutant.equivalent and result["outcome"] == "caught":
+    for mutant in mutants:
+        if mutant.equivalent and results.get(mutant.key, {}).get("outcome") == "caught":
             print(f"called equivalent, but caught: {mutant.id}")
+    waiting = sum(mutant.key not in results for mutant in mutants)
+    equivalent = sum(bool(mutant.equivalent) for mutant in mutants)
+    print(f"{len(mutants)} mutants, {waiting} not tried, {equivalent} equivalent")
     if real:
-        share = 1 - len(survived) / len(real)
-        print(f"{len(mutants)} mutants, {len(done)} tried, {len(done) - len(real)} equivalent; caught: {share:.1%}")
+        print(f"{caught} of {real} that were tried and are not equivalent were caught: {caught / real:.1%}")
     return len(survived)
 
 
@@ -249,12 +286,12 @@ def main() -> None:
         serve()
         return
     mutants = read_mutants()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = read_results()
     chosen = [mutant for mutant in mutants if not options.ids or mutant.id in options.ids]
     if options.ids:
         chosen.sort(key=lambda mutant: options.ids.index(mutant.id))
     if options.sound:
-        tests = sorted({name for mutant in chosen for name in mutant.tests})
+        tests = sorted({name for mutant in chosen for name in tests_that_decide(mutant, results)})
         server = Server()
         code, said = server.run(make_copy(0), tests)
         server.close()
@@ -265,6 +302,8 @@ def main() -> None:
     elif not options.ids:
         chosen = [mutant for mutant in chosen if results.get(mutant.key, {}).get("outcome") != "caught"]
     try_all(chosen, results, options.jobs)
+    listed = {mutant.key for mutant in read_mutants()}
+    write_results({key: one for key, one in read_results().items() if key in listed})
     sys.exit(1 if report(mutants, results) else 0)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 from helpers.ranks import outcome
 
+from qlora_dist.cluster import rendezvous
 from qlora_dist.cluster.launcher import (
     Ranks,
     child_environment,
@@ -123,13 +124,17 @@ def test_all_ranks_join_and_a_rank_that_comes_late_is_waited_for(port):
     assert stores[0].get("x") == b"of 1"
 
 
-def test_a_rank_that_never_joins_is_named_soon(port):
-    started = time.monotonic()
+@pytest.mark.parametrize("seconds", [10, 25, 60])
+def test_a_rank_that_never_joins_is_named_when_the_time_is_over_and_not_before(port, seconds, monkeypatch):
+    clock = [0.0]
+    sleep = lambda _: clock.append(clock[-1] + 7.0)  # noqa: E731  looks are 7 seconds apart
+    monkeypatch.setattr(rendezvous, "time", SimpleNamespace(monotonic=lambda: clock[-1], sleep=sleep))
     with pytest.raises(MachineFailed) as found:
-        join_store(Ranks(0, 3, 0, 3), seconds=0.3)
+        join_store(Ranks(0, 3, 0, 3), seconds=seconds)
     text = str(found.value)
-    assert f"1 of 3 ranks joined at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT) within 0 s; without rank 1, 2." in text
-    assert "same MASTER_ADDR" in text and time.monotonic() - started < 60
+    assert f"1 of 3 ranks joined at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT) within {seconds} s;" in text
+    assert "without rank 1, 2." in text and "same MASTER_ADDR" in text and f"waited {seconds} s" in text
+    assert seconds < clock[-1] <= seconds + 7.0
 
 
 def test_a_rank_that_finds_no_rank_0_says_where_it_looked(port):

@@ -17,7 +17,8 @@ from helpers.slurm_cluster import wait_for
 from helpers.tiny_run import changed, losses_of, make_inputs, write_config
 
 from qlora_dist.cluster import device
-from qlora_dist.commands.start_ranks import number_of_ranks
+from qlora_dist.commands import start_ranks
+from qlora_dist.commands.start_ranks import MOST, number_of_ranks
 from qlora_dist.errors import UserError
 
 
@@ -117,10 +118,46 @@ def test_more_ranks_than_gpus_are_refused_before_torch_is_imported(monkeypatch):
         number_of_ranks("2", "cuda")
 
 
-@pytest.mark.parametrize("ranks", ["0", "-1", "two", "1e3", "99999", ""])
-def test_a_number_of_ranks_that_is_none_is_refused(ranks):
-    with pytest.raises(UserError, match=r"expected auto or a number of processes from 1 to"):
-        number_of_ranks(ranks, "auto")
+def test_a_number_of_ranks_is_one_from_1_to_1024_in_plain_digits():
+    assert [number_of_ranks(str(ranks), "auto") for ranks in range(1, MOST + 1)] == list(range(1, 1025))
+    for ranks in ("0", "-1", "two", "1e3", "99999", "", "01", " 2", "2\n", "٣", *map(str, range(MOST + 1, 10_000, 7))):
+        with pytest.raises(UserError, match=r"expected auto or a number of processes from 1 to 1024"):
+            number_of_ranks(ranks, "auto")
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 4])
+@pytest.mark.parametrize("device", ["auto", "cuda", "cpu"])
+def test_auto_is_one_rank_for_each_gpu_that_is_used(device, gpus, monkeypatch):
+    monkeypatch.setattr(start_ranks, "why_no_cuda", lambda: None if gpus else "there is none")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert number_of_ranks("auto", device) == (1 if device == "cpu" else max(1, gpus))
+
+
+@pytest.mark.parametrize("given", [None, "3"])
+def test_ranks_share_the_cores_and_get_the_words_of_the_command(given, monkeypatch):
+    """Each has a core at least, all together no more than there are; what the user has set stays."""
+    words, started = ["train", "x.yaml", "--set", "a=b"], []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append((program, command)))
+    for cores in (None, *range(1, 18)):
+        for ranks in range(1, 20):
+            monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if given is not None:
+                monkeypatch.setenv("OMP_NUM_THREADS", given)
+            start_ranks.start_ranks(ranks, words)
+            program, command = started.pop()
+            assert program == command[0] == sys.executable and command[-len(words) - 2 :] == [
+                "-m",
+                "qlora_dist",
+                *words,
+            ]
+            assert f"--nproc-per-node={ranks}" in command
+            threads, cores_there = int(os.environ["OMP_NUM_THREADS"]), cores or 1
+            if given is not None:
+                assert threads == int(given)
+            else:
+                assert threads >= 1 and (threads == 1 or threads * ranks <= cores_there < (threads + 1) * ranks)
+                assert threads > 1 or cores_there < 2 * ranks
 
 
 def test_ranks_within_a_launcher_are_refused_and_auto_is_one_without_a_gpu(monkeypatch):

@@ -33,6 +33,16 @@ def test_several_runs_go_into_the_file_that_is_named(tmp_path, capsys):
     assert "<h1>2 runs</h1>" in out.read_text() and not (tmp_path / "a" / "report.html").exists()
 
 
+def test_a_run_has_one_page_whatever_path_names_it(tmp_path, monkeypatch, capsys):
+    folder = make_run(tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(folder)
+    for name in (str(folder), f"{folder}/", "~/run", ".", "../run", f"{folder}/checkpoints/.."):
+        assert cli.invoke(["report", name]) == 0, name
+        (folder / "report.html").unlink()
+    assert not list(tmp_path.rglob("*.html"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

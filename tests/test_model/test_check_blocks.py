@@ -52,6 +52,7 @@ def test_right_kernels_pass_and_nothing_is_changed(family, dtype):
     assert [type(one) for one in decoder_layers(model)] == classes
     assert all(hasattr(one, "plain_class") for one in classes)
     assert torch.equal(torch.get_rng_state(), random_state) and model.training
+    assert not any(one._forward_pre_hooks or one._forward_hooks for one in decoder_layers(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import kernels as benchmark
 from benchmarks.kernel_cases import NAMES, operands, reference_of
 from benchmarks.shapes import SHAPES, Shape
+from qlora_dist.config.joint_products import LEAST_PROGRAMS, ROWS_OF_STEP, num_parts
 from qlora_dist.model import kernels
 from qlora_dist.model.kernels import registry
+from qlora_dist.model.kernels.gradients import column_ranges, token_ranges
 from qlora_dist.model.kernels.traffic import TRAFFIC, bytes_moved, traffic
 
 EPS = 0.1  # large enough to be missed
@@ -137,6 +140,21 @@ def test_gradients_of_the_gate_and_of_its_adapters_are_those_of_autograd(columns
     kernels.sum_parts(of_rows, [columns, 2 * columns], scales, scaled, out)
     assert close(out[:, : 2 * rank], of_low) and bool((out[:, 2 * rank :] == 0).all())
     assert close(scaled, of_low * scales[:, None])
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 257, 14336, 70_000])
+def test_parts_of_one_pass_cover_all_tokens_and_columns_once(width: int) -> None:
+    """None is empty, and programs are enough wherever tokens are."""
+    for tokens in [*range(1, 300), 4095, 4096, 8192, 8191]:
+        columns, rows = num_parts(tokens, width)
+        for found, length, number in (
+            (column_ranges(width, columns), width, columns), (token_ranges(tokens, rows), tokens, rows),
+        ):  # fmt: skip
+            assert len(found) == number and found[0].start == 0 and found[-1].stop == length
+            assert all(left.stop == right.start for left, right in itertools.pairwise(found))
+            assert all(one.start < one.stop for one in found)
+        blocks = -(-tokens // ROWS_OF_STEP)
+        assert columns * rows >= min(LEAST_PROGRAMS, columns * blocks) / 2 and rows <= -(-LEAST_PROGRAMS // columns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -116,8 +116,10 @@ def adapters_b(make: Inputs, sizes: list[tuple[int, int]], first_rows: list[int]
     return [[make(*size, torch.float32) for size in sizes], first_rows, 1.7, make(rows, columns)]
 
 
-def gate_products(make: Inputs, tokens: int, width: int, rank: int) -> list[Any]:
-    columns, rows = num_parts(tokens, width)
+def gate_products(make: Inputs, tokens: int, width: int, rank: int, rows: int | None = None) -> list[Any]:
+    """`rows`: parts of the tokens, each of several steps when they are few."""
+    columns, most = num_parts(tokens, width)
+    rows = most if rows is None else rows
     f32 = torch.float32
     of_rows = make.row(2 * columns * tokens * rank, f32).view(2 * columns, tokens, rank)
     of_columns = make.row(rows * 3 * width * rank, f32).view(rows, -1)
@@ -187,6 +189,7 @@ CASES: dict[str, tuple[str, Callable[..., list[Any]], tuple[Any, ...], int, torc
     "gate and products, odd": ("swiglu_backward_products", gate_products, (75, 300, 5), 300, F16, False),
     "gate and products, rank 32": ("swiglu_backward_products", gate_products, (33, 72, 32), 72, F16, False),
     "gate and products, parts": ("swiglu_backward_products", gate_products, (200, 520, 8), 520, F16, False),
+    "gate and products, steps": ("swiglu_backward_products", gate_products, (170, 300, 5, 2), 300, F16, False),
     "gate and products, far": ("swiglu_backward_products", gate_products, (3, 40, 8), 40, F16, True),
     "gate and low": ("swiglu_lower", lowered, (40, 96, 16, True), 96, F16, False),
     "gate and low, odd": ("swiglu_lower", lowered, (35, 203, 5, True), 203, F16, False),

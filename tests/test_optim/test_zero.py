@@ -27,7 +27,9 @@ DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    return changed(make_inputs(tmp_path_factory.mktemp("inputs")), batch__rows_per_step=8, batch__micro_rows=2)
+    """Each of the first steps has a learning rate of its own, which DeepSpeed's optimizer must be told."""
+    raw = make_inputs(tmp_path_factory.mktemp("inputs"))
+    return changed(raw, batch__rows_per_step=8, batch__micro_rows=2, optim__warmup_steps=3)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from qlora_dist.config.run_dir import RunDir
-from qlora_dist.pages import Curves, append_event, read_curves
+from qlora_dist.pages import Curves, append_event, holds_run, read_curves, read_run
 from qlora_dist.pages.curves import KEYS, LIMIT
 from qlora_dist.pages.history import LONGEST_TEXT, read_history
+from qlora_dist.pages.run_files import MAX_SAMPLE_TEXT, MAX_SAMPLES
 
 
 def lines(number, **more):
@@ -54,6 +55,34 @@ def test_held_out_losses_keep_their_steps_and_the_lowest_is_known(tmp_path):
     found = curves.held_out.to_json(("eval_loss",))
     assert found["step"] == [0, 4, 9] and found["eval_loss"]["mean"] == [3.0, 1.25, 1.5]
     assert found["tokens"] == [0, 40, 90] and curves.best == (1.25, 4)
+
+
+def test_the_best_is_the_lowest_held_out_loss_and_the_earliest_of_equal_ones():
+    for seed in range(30):
+        rng = random.Random(seed)
+        found = [(rng.choice([1.0, 1.5, 2.0, float("nan"), "3"]), step) for step in range(rng.randint(1, 9))]
+        curves = Curves()
+        for loss, step in found:
+            curves.add_held_out(step, {"eval_loss": loss})
+        losses = [(loss, step) for loss, step in found if loss in (1.0, 1.5, 2.0)]
+        assert curves.best == (min(losses) if losses else None)
+
+
+def test_a_folder_with_either_file_of_a_run_holds_one_and_samples_are_bounded(tmp_path):
+    assert not holds_run(tmp_path)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+        assert not holds_run(tmp_path) and holds_run(tmp_path / name)
+    rows = [{"prompt": "p" * size, "after": "a" * size, "more": 1} for size in range(0, 3 * MAX_SAMPLE_TEXT, 100)]
+    (tmp_path / "samples.json").write_text(json.dumps([3, {"after": "no prompt"}, *rows]))
+    for folder in ("step-00000004", "step-00000012", "rejected-step-00000007", "abandoned-1", "aside-1", "step-x"):
+        (tmp_path / "checkpoints" / folder).mkdir(parents=True)
+    found = read_run(tmp_path, Curves())
+    assert found.checkpoints == [4, 12] and found.set_aside == ["abandoned-1", "rejected-step-00000007"]
+    assert len(found.samples) == MAX_SAMPLES and all(one.keys() == {"prompt", "after"} for one in found.samples)
+    for one, row in zip(found.samples, rows):
+        assert one["prompt"] == row["prompt"][:MAX_SAMPLE_TEXT] and one["after"] == row["after"][:MAX_SAMPLE_TEXT]
 
 
 def test_events_stand_alone_on_their_lines_after_one_that_was_cut_short(tmp_path):

@@ -128,6 +128,36 @@ def test_a_step_whose_rows_have_no_label_is_found_before_the_model_is_read():
         check_every_step_has_labels(Counts(), rows, lambda step: np.arange(6), 1)
 
 
+def test_the_first_step_without_labels_is_named_wherever_it_lies():
+    import numpy as np
+
+    from qlora_dist.data.packing import one_document_per_row
+    from qlora_dist.errors import UserError
+    from qlora_dist.train.checks.learning import check_every_step_has_labels
+
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        number, size = int(rng.integers(1, 7)), int(rng.integers(1, 4))
+        order = rng.permutation(number * size)
+        lengths = np.full(len(order), 4, dtype=np.int32)
+        labels = rng.integers(0, 2, len(order)).astype(np.int32)
+        labels[order[0]] = 1
+
+        class Counts:
+            num_labels = labels
+
+            def __len__(self):
+                return len(self.num_labels)
+
+        steps = order.reshape(number, size)
+        rows = one_document_per_row(lengths, 4)
+        empty = [step for step in range(number) if not labels[steps[step]].any()]
+        if empty:
+            with pytest.raises(UserError, match=f"the rows of step {empty[0] + 1} have no label"):
+                check_every_step_has_labels(Counts(), rows, steps.__getitem__, number)
+        check_every_step_has_labels(Counts(), rows, steps.__getitem__, empty[0] if empty else number)
+
+
 def test_rows_that_one_rank_loses_end_all_ranks_before_the_update(raw):
     results = on_ranks(_loses_a_row, 2, changed(raw, train__steps=4))
     assert {name for name, _ in results} == {"RunFailed"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import random
 import re
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qlora_dist.train import console as console_module
-from qlora_dist.train.console import Console, Silence, about, count, format_seconds
+from qlora_dist.train.console import ECHO, PLAIN_SECONDS, Console, Silence, about, count, format_seconds
 
 
 class Terminal(io.StringIO):
@@ -58,7 +59,7 @@ def test_progress_on_a_terminal_is_one_line_with_a_bar_and_whole_fields() -> Non
     with Console(True, terminal, clock) as console:
         for step in range(1, 11):
             clock.seconds += 1.0
-            console.progress("step", step, 10, FIELDS, MORE, is_edge=step == 10)
+            console.progress("step", step, 10, FIELDS, MORE, is_edge=step in (1, 10))
     (line, end) = terminal.screen()
     assert end == "" and len(line) < 80
     assert re.fullmatch(r"step 10/10  ━+  loss 1\.2345  elapsed 1:02:03  left 11:12:13", line)
@@ -81,6 +82,32 @@ def test_no_field_is_cut_at_any_width_and_the_bar_fills_with_the_work(
         filled.append(line.count("━"))
     if columns >= 80:
         assert filled[0] == 0 < filled[1] < filled[2]
+
+
+def test_the_echo_of_ctrl_c_has_room_behind_the_progress_at_every_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the line is as long as that allows, while the bar can grow."""
+    for columns in range(20, 150):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        terminal = Terminal()
+        Console(True, terminal).progress("step", 500, 1000, FIELDS[:2], MORE[:1])
+        (line,) = terminal.screen()
+        assert len(line) + len(ECHO) < columns
+        if 57 <= columns <= 78:
+            assert len(line) + len(ECHO) + 1 == columns
+
+
+def test_a_file_and_a_wide_terminal_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    rng = random.Random(0)
+    for _ in range(50):
+        total = int(10 ** rng.uniform(0, 7))
+        done, fields = rng.randint(1, total), rng.sample(FIELDS, 2)
+        terminal, file = Terminal(), io.StringIO()
+        for stream in (terminal, file):
+            Console(True, stream).progress("step", done, total, fields, MORE, is_edge=True)
+        parts = [part for part in re.split(r"  +", terminal.screen()[0]) if "━" not in part and "╸" not in part]
+        assert file.getvalue() == "  ".join(parts) + "\n"
+        assert parts[0].replace(",", "") == f"step {done}/{total}" and ("," in parts[0]) == (total >= 1000)
 
 
 def test_states_that_follow_at_once_are_not_drawn() -> None:
@@ -176,6 +203,31 @@ def test_work_that_takes_long_is_named_every_ten_seconds() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+@pytest.mark.parametrize("seed", range(10))
+def test_there_is_silence_only_where_nothing_was_shown(seed: int, stream: type[io.StringIO]) -> None:
+    """Lines, states of the progress that are drawn, and records of a log: each is a sign of life."""
+    shown, clock, rng = stream(), Clock(), random.Random(seed)
+    console = Console(True, shown, clock)
+    silence, last = Silence(console, lambda: "work"), 0.0
+    for number in range(60):
+        clock.seconds += rng.uniform(0.0, PLAIN_SECONDS)
+        before = shown.getvalue()
+        if (kind := rng.choice(["line", "progress", "record", "nothing"])) == "line":
+            console.print("a line")
+        elif kind == "progress":
+            console.progress("step", number + 1, 100, [])
+        elif kind == "record":
+            console._make_way(logging.makeLogRecord({}))
+        if kind == "record" or shown.getvalue() != before:
+            last = clock.seconds
+        before = shown.getvalue()
+        silence.look()
+        is_silent = clock.seconds - last >= PLAIN_SECONDS
+        assert ("... work" in shown.getvalue()[len(before) :]) == is_silent
+        last = clock.seconds if is_silent else last
+
+
 def test_silence_is_broken_while_the_main_thread_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console_module, "LOOK_SECONDS", 0.001)
     clock, said = Clock(), threading.Event()
@@ -207,6 +259,7 @@ def test_the_log_has_what_was_said_before_it_was_there_and_grows_over_starts(tmp
                 console.progress("step", step, 30, FIELDS[:1], is_edge=step in (1, 30))
             console.print("finished " + "words " * 20)
             console.log(f"error: {start}")
+            assert path.read_text().endswith(f"error: {start}\n"), "a run that is killed has said it"
     lines = path.read_text().splitlines()
     assert len(lines) == 16
     assert re.fullmatch(r"--- \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ---", lines[0])
@@ -231,3 +284,15 @@ def test_times_and_counts_read_as_one_would_say_them() -> None:
     assert [format_seconds(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
     assert [about(s) for s in (0.2, 40.4, 190, 7300)] == ["under a second", "40 s", "3 minutes", "2.0 hours"]
     assert [count(n, "row") for n in (0, 1, 1200)] == ["0 rows", "1 row", "1,200 rows"]
+
+
+def test_a_time_that_is_said_is_the_nearest_second_and_a_rough_one_is_not_far_off() -> None:
+    rng = random.Random(0)
+    units = {"s": 1, "minutes": 60, "hours": 3600}
+    for _ in range(2000):
+        seconds = 10 ** rng.uniform(0, 6)
+        parts = [int(part) for part in format_seconds(seconds).split(":")]
+        assert len(parts) in (2, 3) and all(part < 60 for part in parts[1:]) and (len(parts) == 2 or parts[0] > 0)
+        assert abs(sum(part * 60**i for i, part in enumerate(reversed(parts))) - seconds) <= 0.5
+        number, unit = about(seconds).split()
+        assert abs(float(number) * units[unit] - seconds) <= max(0.5, 0.21 * seconds)

@@ -205,14 +205,17 @@ def test_the_longest_micro_batch_runs_before_the_first_step_and_has_the_most_tok
     assert f"the longest micro-batch of the run fits: {tokens} tokens, peak" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("strategy", "optimizer", "bytes_per_weight"),
-    [("ddp", "adamw", 8), ("ddp", "paged_adamw_32bit", 0), ("zero2", "adamw", 0), ("zero3", "adamw", 0)],
-)
-def test_only_states_that_the_first_update_allocates_are_reserved(raw, strategy, optimizer, bytes_per_weight):
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_only_states_that_the_first_update_allocates_are_reserved(raw, strategy, optimizer):
+    """Two states in fp32, or in 8 bits with one fp32 scale for each 256 elements."""
     config = config_of(raw, strategy__name=strategy, optim__name=optimizer)
-    model = SimpleNamespace(num_trainable_parameters=1000)
-    assert fitting.states_to_come(config, model) == bytes_per_weight * 1000
+    for weights in (1, 255, 256, 257, 1000, 40_960):
+        blocks = len(range(0, weights, 256))
+        expected = 2 * (weights + 4 * blocks) if optimizer == "adamw_8bit" else 2 * 4 * weights
+        is_to_come = strategy == "ddp" and not optimizer.startswith("paged")
+        model = SimpleNamespace(num_trainable_parameters=weights)
+        assert fitting.states_to_come(config, model) == (expected if is_to_come else 0)
 
 
 # --- out of memory ----------------------------------------------------------------------------------------------------

@@ -321,6 +321,7 @@ def test_a_full_disk_is_one_paragraph_and_the_same_command_goes_on(copied, monke
     assert invoke(["train", str(config)]) == 0
     assert len(losses_of(folder / "run")) == 3
     assert (folder / "run" / "completed").is_file() and (folder / "run" / "adapter").is_dir()
+    assert json.loads((folder / "run" / "summary.json").read_text())["step"] == 3
 
 
 def test_a_directory_that_is_removed_while_the_run_works_is_noticed_at_the_next_save(copied, monkeypatch, capsys):
