@@ -209,7 +209,7 @@ def peers(raws: Sequence[Any]) -> Claim | None:
             f"Recompute {recompute} ({setting}): {_range(gains)} times their speed, {_range(shares)} times their "
             f"memory: {less} memory here."
         )
-        figures.append(f"recompute {recompute}: {_range(gains)} x speed, {_range(shares)} x memory")
+        figures.append(f"recompute {recompute}: {_range(gains)} x speed, {_range(shares)} x memory ({less})")
     if not rows:
         return None
     header = ["setting", "engine", "tokens/s", "ours / this", "peak MiB", "ours / this", "raw"]

@@ -218,6 +218,12 @@ def test_a_recipe_takes_the_memory_that_its_header_states_and_fits_there(path: P
         assert plan_of(path, num_gpus, gpu, tuple(overrides.split())).fits, (path, gpu, overrides)
 
 
+@pytest.mark.parametrize("path", [path for path in TODAY if load_config(path).device == "cpu"], ids=name)
+def test_the_tensors_of_a_recipe_for_a_cpu_are_those_of_the_plan(path: Path) -> None:
+    (stated,) = re.findall(r"^# Planned, not measured: ([\d.]+) GiB of tensors", path.read_text(encoding="utf-8"), re.M)
+    assert f"{plan_of(path, '1', '8GB', ('device=cuda',)).tensor_bytes / 2**30:.1f}" == stated
+
+
 def test_each_of_a_header_s_other_settings_changes_the_run() -> None:
     found = [(path, line.split()) for path in TODAY for *_, line in ALSO.findall(path.read_text(encoding="utf-8"))]
     assert len(found) >= 5
