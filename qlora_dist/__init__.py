@@ -31,11 +31,12 @@ __all__ = ["__version__", "train", *_API]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        return importlib.import_module(f"{__name__}.train")
-    if name not in _API:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_API[name]}"), name)
+    with importlib.import_module(f"{__name__}.cluster.quiet").quiet_imports():
+        if name == "train":
+            return importlib.import_module(f"{__name__}.train")
+        value = getattr(importlib.import_module(f"{__name__}.{_API[name]}"), name)
     globals()[name] = value
     return value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..commands.report import report, run_directory
 from ..config import RunConfig
@@ -13,9 +13,6 @@ from ..config import load_config as load_config_file
 from ..config.run_dir import RunDir, read_metrics
 from ..errors import printable
 from ..pages import read_run
-
-if TYPE_CHECKING:
-    from .trained import TrainedModel
 
 
 class Run:
@@ -68,12 +65,6 @@ class Run:
     def step(self) -> int:
         """Steps that are in its metrics."""
         return max((line["step"] for line in self.metrics), default=0)
-
-    def load(self, **options: Any) -> TrainedModel:
-        """The trained model; `options` as of `load_trained`."""
-        from .trained import load_trained
-
-        return load_trained(self, **options)
 
     def facts(self) -> dict[str, str]:
         """What a reader asks first, as text."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -70,3 +71,21 @@ def same_environment() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Around the import of what needs transformers, which imports DeepSpeed wherever it is installed: it greets. tqdm
+    misses its widgets in a notebook."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.addFilter(_is_no_greeting)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            yield
+    finally:
+        logger.removeFilter(_is_no_greeting)
+
+
+def _is_no_greeting(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.WARNING

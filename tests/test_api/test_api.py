@@ -22,6 +22,7 @@ import pandas
 import pytest
 import torch
 import yaml
+from helpers.ranks import run_python
 from helpers.tiny_run import changed, make_inputs
 
 import qlora_dist
@@ -338,7 +339,7 @@ def test_the_error_of_a_rank_is_raised_here_with_its_paragraph(
 def test_a_trained_model_answers_and_knows_its_loss(
     made: SimpleNamespace, raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = made.run.load()
+    model = load_trained(made.run)
     records = json.loads(Path(raw["data"]["eval"][0]["path"]).read_text())
     prompts = [record["input"] for record in records[:3]]
     answers = model.generate(prompts, max_new_tokens=4)
@@ -368,3 +369,31 @@ def test_a_trained_model_answers_and_knows_its_loss(
         model.loss(["text"])  # type: ignore[list-item]
     with pytest.raises(UserError, match="there is no such folder"):
         load_trained(tmp_path / "missing")
+
+
+# --- start-up ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_and_the_command_start_at_once() -> None:
+    """In processor time, which a loaded machine does not change."""
+    run_python(
+        """
+        import resource, sys
+
+        def used():
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            return usage.ru_utime + usage.ru_stime
+
+        began = used()
+        import qlora_dist
+        ours = {name for name in sys.modules if name.startswith("qlora_dist")}
+        assert ours == {"qlora_dist"} and used() - began < 0.05, (ours, used() - began)
+        assert qlora_dist.UserError and {"torch", "pydantic", "numpy"}.isdisjoint(sys.modules)
+        from qlora_dist.commands import invoke
+        assert invoke(["--help"]) == 0
+        assert used() < 0.6, used()  # with the interpreter
+        from qlora_dist import Plan, Run, RunConfig, RunFailed, compare, load_config, plan
+        heavy = {"torch", "transformers", "bitsandbytes", "accelerate", "peft", "datasets"} & set(sys.modules)
+        assert not heavy, heavy
+        """
+    )
