@@ -6,17 +6,21 @@ On your own machine the model is a name on the hub or a folder, and the data a f
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
+
+logging.getLogger("DeepSpeed").addFilter(lambda record: False)  # transformers imports it, if it is there: it greets
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 torch.set_num_threads(1)  # of a model this small: more of them cost more than they give
-logging.disable_progress_bar()
+disable_progress_bar()
 
 CAPITALS = {
     "Austria": "Vienna", "Belgium": "Brussels", "Chile": "Santiago", "Denmark": "Copenhagen", "Egypt": "Cairo",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import inspect
+import io
 import json
 import logging
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -23,13 +26,15 @@ import pytest
 import torch
 import yaml
 from helpers.ranks import run_python
+from helpers.terminal import Clock, Terminal
 from helpers.tiny_run import changed, make_inputs
 
 import qlora_dist
 from qlora_dist import Plan, Run, RunConfig, RunFailed, UserError, build_data, compare, load_config, load_trained, plan
 from qlora_dist.api.training import train as train_function
 from qlora_dist.cluster.quiet import LIBRARIES
-from qlora_dist.commands import invoke
+from qlora_dist.commands import invoke, start_ranks
+from qlora_dist.console import Console
 
 train: Any = qlora_dist.train
 
@@ -290,6 +295,52 @@ def test_training_works_in_a_thread(raw: dict[str, Any], tmp_path: Path) -> None
     assert [run.is_finished for run in runs] == [True]
 
 
+# --- what is seen meanwhile -------------------------------------------------------------------------------------------
+
+
+def test_on_a_terminal_progress_is_one_line_and_nothing_is_wider(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("qlora_dist.console.DRAW_SECONDS", 0.0)
+    monkeypatch.setattr("qlora_dist.progress.TELL_SECONDS", 0.0)
+    computer, terminal = os.openpty()
+    seen, parts = Terminal(), list[bytes]()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the other side was closed
+            while part := os.read(computer, 65536):
+                parts.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with monkeypatch.context() as patch, os.fdopen(terminal, "w") as stream:
+        patch.setattr(sys, "stdout", stream)
+        train(raw, run_dir=tmp_path / "run", data={"cache_dir": tmp_path / "cache"}, train={"eval_every": 2})
+    reader.join()
+    os.close(computer)
+    seen.write(b"".join(parts).decode().replace("\r\n", "\n"))
+    states = seen.states()
+    assert all(len(state) <= 80 for state in states if str(tmp_path) not in state), max(states, key=len)
+    for what in ("tokenizing record 60", "packing document 60/60", "loading the base 100%", "evaluating batch 6/6"):
+        assert any(state.startswith(what) for state in states), what
+    (step,) = [line for line in seen.screen() if line.startswith("step 3/3 ")]
+    assert re.fullmatch(r"step 3/3  ━+  loss \d\.\d{4}  left 0:00  [\d,]+ tok/s  [\d.]+ [GM]iB.*", step), step
+    assert not any(what in line for line in seen.screen() for what in ("tokenizing", "evaluating", "loading the base "))
+
+
+def test_quantizing_and_merging_tell_how_far_they_are(made: SimpleNamespace, tmp_path: Path) -> None:
+    from qlora_dist.commands.merge import merge
+    from qlora_dist.model import quantize_model
+
+    with Console(True, said := io.StringIO(), Clock(10.0)):
+        merge(made.run.directory, tmp_path / "merged", compare=False)
+        quantize_model(made.run.config.model.name, tmp_path / "nf4", quantization="nf4", double_quant=True,
+                       compute_dtype=torch.float32, device=torch.device("cpu"))  # fmt: skip
+    lines = [line.split("  ")[0] for line in said.getvalue().splitlines()]
+    assert {"loading the base 100%", "merging layer 14/14", "quantizing 100%"} <= set(lines)
+
+
 # --- several ranks ----------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +382,35 @@ def test_the_error_of_a_rank_is_raised_here_with_its_paragraph(
     assert capsys.readouterr().out == "step 1/3\n" * 4
     with pytest.raises(UserError, match="ranks=0: expected auto or a number"):
         train(raw, ranks=0, run_dir=tmp_path / "run")
+
+
+def test_the_stop_button_reaches_the_ranks_and_a_second_one_leaves_none_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = (
+        "import os, signal, sys, time; say = lambda text: os.write(1, f'{text}\\n'.encode()); saved = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: (say('saved'), saved.append(1)))\n"
+        "say(os.getpid()); say('step 1')\n"
+        "while not saved or sys.argv[1] == 'deaf': time.sleep(0.01)\n"
+    )
+    for behaviour, expected in (("listens", ["step 1", "saved"]), ("deaf", ["step 1", "saved"])):
+        command = [sys.executable, "-E", "-S", "-c", code, behaviour]
+        monkeypatch.setattr(start_ranks, "_command", lambda *_, command=command: command)
+        said: list[str] = []
+
+        def say(line: str, said: list[str] = said, behaviour: str = behaviour) -> None:
+            said.append(line)
+            if line == "step 1" or (line == "saved" and behaviour == "deaf"):
+                raise KeyboardInterrupt  # as it reaches this process anywhere in the loop
+
+        if behaviour == "listens":
+            assert start_ranks.run_ranks(2, [], say) == 0
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                start_ranks.run_ranks(2, [], say)
+        assert said[1:] == expected
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(said[0]), 0)
 
 
 # --- what was trained -------------------------------------------------------------------------------------------------
@@ -389,7 +469,8 @@ def test_the_package_and_the_command_start_at_once() -> None:
         ours = {name for name in sys.modules if name.startswith("qlora_dist")}
         assert ours == {"qlora_dist"} and used() - began < 0.05, (ours, used() - began)
         assert qlora_dist.UserError and {"torch", "pydantic", "numpy"}.isdisjoint(sys.modules)
-        from qlora_dist.commands import invoke
+        from qlora_dist.commands import invoke, start_ranks
+from qlora_dist.console import Console
         assert invoke(["--help"]) == 0
         assert used() < 0.6, used()  # with the interpreter
         from qlora_dist import Plan, Run, RunConfig, RunFailed, compare, load_config, plan

@@ -54,7 +54,7 @@ def _run(source: str, names: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _plain(value: Any) -> str:
-    with pandas.option_context("display.width", 80):
+    with pandas.option_context("display.width", 80, "display.max_columns", 20):
         return repr(value)
 
 
@@ -93,7 +93,7 @@ def test_the_page_of_the_api_names_what_there_is() -> None:
     for kind in ("Plan", "BuiltData", "Run", "TrainedModel"):
         table = re.search(rf"^\| `{kind}` \|.*?\n\n", text, re.M | re.S)
         assert table is not None, kind
-        cells = [line.split("|")[1] for line in table[0].splitlines()[2:]]
+        cells = [line.split("|")[1] for line in table[0].strip().splitlines()[2:]]
         found = [word for cell in cells for word in re.findall(r"`(\w+)", cell)]
         slots = set(dir(getattr(qlora_dist, kind))) | {
             "documents",
