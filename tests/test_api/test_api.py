@@ -469,8 +469,7 @@ def test_the_package_and_the_command_start_at_once() -> None:
         ours = {name for name in sys.modules if name.startswith("qlora_dist")}
         assert ours == {"qlora_dist"} and used() - began < 0.05, (ours, used() - began)
         assert qlora_dist.UserError and {"torch", "pydantic", "numpy"}.isdisjoint(sys.modules)
-        from qlora_dist.commands import invoke, start_ranks
-from qlora_dist.console import Console
+        from qlora_dist.commands import invoke
         assert invoke(["--help"]) == 0
         assert used() < 0.6, used()  # with the interpreter
         from qlora_dist import Plan, Run, RunConfig, RunFailed, compare, load_config, plan
