@@ -43,6 +43,7 @@ def test_a_task_is_one_line_of_a_terminal_that_makes_way_at_its_end() -> None:
         with track("downloading meta-llama/Llama-2-70b-hf", 100 * GIB, "bytes") as task:
             for _ in range(10):
                 task.add(10 * GIB)
+        assert terminal.screen() == [""], "its line is gone before anything else is said"
         console.print("done")
     assert terminal.screen() == ["done", ""]
     states = [state for state in terminal.states() if state != "done"]

@@ -32,6 +32,7 @@ from helpers.tiny_run import changed, make_inputs
 import qlora_dist
 from qlora_dist import Plan, Run, RunConfig, RunFailed, UserError, build_data, compare, load_config, load_trained, plan
 from qlora_dist.api.training import train as train_function
+from qlora_dist.api.unchanged import unchanged
 from qlora_dist.cluster.quiet import LIBRARIES
 from qlora_dist.commands import invoke, start_ranks
 from qlora_dist.console import Console
@@ -224,6 +225,26 @@ def test_a_run_gives_what_its_directory_holds(made: SimpleNamespace, raw: dict[s
 def test_the_process_is_left_as_it_was(made: SimpleNamespace) -> None:
     for what, before in made.before.items():
         assert made.after[what] == before, what
+
+
+def test_what_a_library_changes_is_undone() -> None:
+    """What a run on one CPU leaves alone, others do not: DeepSpeed, CUDA, a loader that seeds."""
+    before = _process()
+    with pytest.raises(RunFailed), unchanged():
+        os.environ["LOCAL_RANK"] = "0"
+        del os.environ["PATH"]
+        warnings.filterwarnings("ignore", message="anything")
+        torch.manual_seed(1)
+        torch.set_num_threads(2)
+        torch.set_grad_enabled(False)
+        random.seed(1)
+        np.random.seed(1)
+        changed_parts = {what for what, value in _process().items() if value != before[what]}
+        raise RunFailed("the run")
+    assert {"environment", "warnings", "torch", "random"} <= changed_parts
+    after = _process()
+    for what in before:
+        assert after[what] == before[what], what
 
 
 def test_a_second_run_in_the_process_equals_one_alone(
