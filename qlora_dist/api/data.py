@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 from ..commands.data_report.measure import Audit, Sample, audit, sample_of
 from ..commands.preflight import check_data
@@ -110,7 +110,13 @@ class BuiltData(Sequence[PackedRow]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: Any) -> Any:  # int -> PackedRow, slice -> list of them
+    @overload
+    def __getitem__(self, index: int) -> PackedRow: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[PackedRow]: ...
+
+    def __getitem__(self, index: int | slice) -> PackedRow | list[PackedRow]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self.rows[index]

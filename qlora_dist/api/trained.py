@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -46,6 +46,30 @@ class TrainedModel:
         """As in training."""
         return self._writer.tokenizer
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self,
+        prompts: Prompt,
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        batch_size: int = ...,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        batch_size: int = ...,
+    ) -> list[str]: ...
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -55,7 +79,7 @@ class TrainedModel:
         top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = 8,
-    ) -> Any:
+    ) -> str | list[str]:
         """The answer to one prompt (a text), or the list of answers to several, which look exactly as in training.
 
         Greedy by default: the same prompts give the same texts. Raises UserError.
