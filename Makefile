@@ -5,8 +5,8 @@ export TOKENIZERS_PARALLELISM := false
 # DeepSpeed's kernels are not used: without this its installation may look for a compiler and CUDA
 export DS_BUILD_OPS := 0
 
-.PHONY: env dist test test-dist test-hour test-hosts test-oldest test-oldest-fast test-null lint format docs demo bench \
-  bench-ratios bench-gpu clean
+.PHONY: env dist test test-dist test-hour test-hosts test-oldest test-oldest-fast test-null lint format docs demo \
+  notebooks bench bench-ratios bench-gpu clean
 
 env: .venv/ready
 
@@ -116,6 +116,14 @@ demo: env
 	$(BIN)/accelerate launch --config_file launch/accelerate/ddp.yaml -m qlora_dist train launch/recipes/demo.yaml
 	$(BIN)/python -m qlora_dist merge runs/demo build/demo/merged --onto dequantized
 	$(BIN)/python launch/demo/report.py
+
+# Executes the notebooks of docs/examples and keeps their outputs: on the CPU, in a minute, without a network.
+notebooks: export CUDA_VISIBLE_DEVICES :=
+notebooks: export HF_HUB_OFFLINE := 1
+notebooks: env
+	$(BIN)/python -c "import nbclient, ipykernel" 2>/dev/null || \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,notebooks]"
+	$(BIN)/jupyter execute --inplace docs/examples/*.ipynb
 
 # Everything that a CPU can measure, in under five minutes on two idle cores, then the report. Commit first: results are
 # traced to a commit (BENCH_ARGS=--allow-dirty measures changed files and marks the results).

@@ -13,11 +13,11 @@ import torch
 from qlora_dist.cluster.stop_signal import StopSignal
 from qlora_dist.cluster.world import World
 from qlora_dist.config import RunConfig, parse_config
+from qlora_dist.console import Console
 from qlora_dist.data.packing import Batch
 from qlora_dist.model import unwrap
 from qlora_dist.model.lora import trainable_parameters
 from qlora_dist.train.check_start import check_model
-from qlora_dist.train.console import Console
 from qlora_dist.train.run import join_ranks
 from qlora_dist.train.setup_data import build_data
 from qlora_dist.train.setup_model import build_model

@@ -23,11 +23,11 @@ import torch
 
 from qlora_dist.cluster.stop_signal import StopSignal
 from qlora_dist.config import parse_config
+from qlora_dist.console import Console
 from qlora_dist.errors import UserError
 from qlora_dist.memory import MemoryPlan, plan_memory
 from qlora_dist.memory.read_shapes import read_shapes
 from qlora_dist.train import step as training
-from qlora_dist.train.console import Console
 from qlora_dist.train.metrics import peak_bytes, restart_peak
 from qlora_dist.train.run import join_ranks
 from qlora_dist.train.setup_data import build_data

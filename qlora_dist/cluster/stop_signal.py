@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -76,6 +77,8 @@ class StopSignal:
         return self.name is not None
 
     def __enter__(self) -> StopSignal:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # signals reach the main thread alone: nothing can be heard here
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in _heard(STOP_SIGNALS):
             self._previous[number] = signal.signal(number, self._on_signal)

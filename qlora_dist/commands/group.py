@@ -14,6 +14,8 @@ import click
 
 from .. import __version__
 from ..cluster.launcher import launched_ranks
+from ..cluster.quiet import quiet_libraries
+from ..console import Console
 from ..errors import UserError
 from .screen import PlainHandler
 
@@ -45,12 +47,16 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show the traceback of user errors too, and debug logs.")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Distributed QLoRA fine-tuning: exact over ranks, packed, resumable, measured."""
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[PlainHandler()])
     # transformers imports DeepSpeed wherever it is installed, even for unrelated commands
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
     logging.getLogger("qlora_dist").setLevel(logging.DEBUG if debug else _log_level())
+    if not debug:
+        context.with_resource(quiet_libraries())
+    context.with_resource(Console(rank() == 0, sys.stderr))  # of all that has no console of its own
 
 
 def debug_words() -> list[str]:

@@ -49,6 +49,7 @@ from ..model import (
 from ..model.pretrained import find_text_part
 from ..model.text_part import TextPart
 from ..model.weights.wrapper_files import write_wrapper
+from ..progress import each
 from ..train.prompt_format import PromptFormat, export_tokenizer
 from .generate import find_template
 from .outputs import check_output_folder
@@ -222,7 +223,7 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
     unknown = sorted(adapter.layers.keys() - layers.keys())
     if unknown:
         raise UserError(f"the adapter has weights for {unknown[0]}, which is not a linear layer of {settings.name}")
-    for name, layer in layers.items():
+    for name, layer in each(layers.items(), "merging layer"):
         factors = adapter.layers.get(name)
         if factors is None and onto == "base":
             continue

@@ -14,7 +14,7 @@ from .outputs import check_output_file
 
 def report(runs: Sequence[str], out: str | None) -> str:
     """Writes the page and returns what to say of it. Raises UserError for what is no run directory."""
-    paths = [_run_dir(one) for one in runs]
+    paths = [run_directory(one) for one in runs]
     if out is None:
         if len(paths) > 1:
             raise UserError(f"{len(paths)} runs in one page: name the file to write, such as --out compared.html")
@@ -31,7 +31,8 @@ def report(runs: Sequence[str], out: str | None) -> str:
     return f"{file}: {format_bytes(file.stat().st_size)}, opens in any browser without a network"
 
 
-def _run_dir(name: str) -> Path:
+def run_directory(name: str) -> Path:
+    """Raises UserError for what is no run directory."""
     path = Path(name).expanduser()
     if not path.is_dir():
         raise UserError(f"RUN {name}: there is no such folder; name a run directory (run_dir in its config)")

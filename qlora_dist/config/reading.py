@@ -31,15 +31,21 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 
     Raises UserError with one line per mistake, each with the key, what was found and the nearest valid name.
     """
+    raw = read_config(path)
+    for override in overrides:
+        apply_override(raw, override)
+    return parse_config(raw, str(path))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Plain data of a config file, not validated. Raises UserError."""
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         what = "nothing: the file is empty" if raw is None else found(raw)
         raise UserError(
             f"config {path}: expected a mapping of sections at the top level (run_dir, model, data, ...), found {what}"
         )
-    for override in overrides:
-        apply_override(raw, override)
-    return parse_config(raw, str(path))
+    return raw
 
 
 def read_yaml(path: str | Path, what: str = "config") -> Any:
@@ -158,7 +164,11 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"{where}: expected section.key=value, for example --set optim.lr=1e-4")
-    value = parse_yaml(text, f"{where}: the value")
+    set_value(raw, key, parse_yaml(text, f"{where}: the value"), where)
+
+
+def set_value(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Sets the value at a dotted key, such as data.train.0.path. Raises UserError whose text starts with `where`."""
     node: Any = raw
     parts = key.split(".")
     for depth, part in enumerate(parts):

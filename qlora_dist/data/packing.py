@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..progress import track
 
 
 @dataclass(frozen=True)
@@ -172,24 +173,26 @@ def pack_best_fit(lengths: np.ndarray, row_tokens: int, seed: int) -> Rows:
     taken = first.tolist()  # taken[n]: next unused document of length n in by_length
     documents: list[np.ndarray] = []
     row_sizes: list[np.ndarray] = []
-    while longest := _longest(longest_up_to, left, row_tokens):
-        kind: list[tuple[int, int]] = []  # (length, how many of it), longest first
-        space = row_tokens
-        while space and longest:
-            times = min(left[longest], space // longest)
-            kind.append((longest, times))
-            space -= times * longest
-            longest = _longest(longest_up_to, left, min(space, longest - 1))
-        repeats = min(left[length] // times for length, times in kind)
-        columns = []
-        for length, times in kind:
-            begin, end = taken[length], taken[length] + repeats * times
-            columns.append(by_length[begin:end].reshape(repeats, times))
-            taken[length] = end
-            left[length] -= repeats * times
-        block = np.concatenate(columns, axis=1)
-        documents.append(block.ravel())
-        row_sizes.append(np.full(repeats, block.shape[1], dtype=np.int64))
+    with track("packing document", len(lengths)) as task:
+        while longest := _longest(longest_up_to, left, row_tokens):
+            kind: list[tuple[int, int]] = []  # (length, how many of it), longest first
+            space = row_tokens
+            while space and longest:
+                times = min(left[longest], space // longest)
+                kind.append((longest, times))
+                space -= times * longest
+                longest = _longest(longest_up_to, left, min(space, longest - 1))
+            repeats = min(left[length] // times for length, times in kind)
+            columns = []
+            for length, times in kind:
+                begin, end = taken[length], taken[length] + repeats * times
+                columns.append(by_length[begin:end].reshape(repeats, times))
+                taken[length] = end
+                left[length] -= repeats * times
+            block = np.concatenate(columns, axis=1)
+            documents.append(block.ravel())
+            row_sizes.append(np.full(repeats, block.shape[1], dtype=np.int64))
+            task.add(block.size)
     return _rows(documents, row_sizes, lengths, row_tokens)
 
 

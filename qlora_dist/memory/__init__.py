@@ -8,7 +8,7 @@
     plan         plan_memory: everything added up at the peak
     choosing     choose: the recompute level, micro-batch, row length and strategy that fit
     gpus         GPUs by name, and a rough speed estimate
-    table        the plan as text
+    table        the plan as text; planned: what `plan` says, for the command line and for Python
 
 Only measured_shapes imports torch. Plans are checked against `commands.plan.simulate`, which runs the real code under
 fake tensors.

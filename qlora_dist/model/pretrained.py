@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import CONFIG_NAME, cached_file
-from transformers.utils import logging as transformers_logging
 
 from ..config.model_json import check_quantization_method, read_model_json
 from ..config.names import model_folder
@@ -33,8 +31,6 @@ from .text_part import TextPart, text_config_of, text_part_of
 log = logging.getLogger(__name__)
 
 register()
-if not sys.stderr.isatty():  # progress bars of many ranks in one log file are unreadable
-    transformers_logging.disable_progress_bar()
 
 INFERENCE = "inference"  # value of `attention` for generation: transformers' own attention and a key-value cache
 

@@ -7,7 +7,6 @@ setup_data       sources -> documents -> rows -> this rank's micro-batches
 setup_model      4-bit base -> adapters -> optimizer and reduction (strategy)
 step             one optimizer update
 evaluation       held-out loss, by the loss code of training
-console          what rank 0 says: lines, progress, train.log
 save_and_resume  checkpoints, results; checkpoint: their files; prompt_format: the template that goes with them
 metrics, checks  what is reported, what is checked; run_page: the page of the run
 """
@@ -16,12 +15,13 @@ from __future__ import annotations
 
 import time
 
+from ..cluster.quiet import quiet_libraries
 from ..cluster.stop_signal import StopSignal
 from ..cluster.trackers import Trackers
 from ..config import RunConfig
+from ..console import Console
 from .check_start import check_run
 from .checks.learning import check_first_update
-from .console import Console
 from .evaluation import evaluate_at_start, evaluate_if_due, evaluate_missed
 from .fit_memory import resolve_auto, try_longest
 from .metrics import Metrics, restart_peak, step_values
@@ -42,6 +42,7 @@ def train(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Train
     """
     # 1. join the ranks, open the run directory
     with (
+        quiet_libraries(),
         StopSignal() as stop,
         Console() as console,
         place_of_run(config) as place,

@@ -14,12 +14,13 @@ import torch
 
 from ..cluster.stop_signal import StopRequested
 from ..config.json_file import read_json_object
+from ..console import about, count
 from ..data.accumulation import derive_accumulation
 from ..data.packing import Batch
 from ..errors import UserError, os_errors
 from ..files import write_json
 from ..model import evaluation_mode
-from .console import about, count
+from ..progress import track
 from .metrics import describe_evaluation, num_evaluations
 from .run import Run, TrainState
 from .step import TrainingModel
@@ -56,7 +57,7 @@ def evaluate(
     nll_sum: Callable[[Batch], torch.Tensor],
     world: SumsOverRanks,
     stop_requested: Callable[[], bool] | None = None,
-    progress: Callable[[int, int], None] | None = None,  # called with (batches done, all) after each of them
+    what: str = "evaluating batch",
 ) -> EvalResult:
     """Mean NLL over the labels of all ranks' batches. Every rank calls it, with filler where it has no rows.
 
@@ -65,15 +66,14 @@ def evaluate(
     """
     started = time.perf_counter()
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)
-    with evaluation_mode(module):
+    with evaluation_mode(module), track(what, len(batches)) as task:
         for index, batch in enumerate(batches):
             # agreed on by all ranks: a forward pass may contain collectives (FSDP2)
             if stop_requested is not None and index % BATCHES_PER_POLL == 0 and world.any(stop_requested()):
                 raise StopRequested
             totals[0] += nll_sum(batch.to(world.device)).double()
             totals[1] += batch.num_labels
-            if progress is not None:
-                progress(index + 1, len(batches))
+            task.add()
     nll, num_labels = world.sum(totals).tolist()
     loss = nll / max(num_labels, 1)
     perplexity = math.exp(min(loss, 700.0))  # exp overflows above
@@ -94,7 +94,6 @@ def evaluate_held_out(run: Run, model: TrainingModel) -> dict[str, float]:
         lambda batch: model.update.forward(partial(model.nll_sum, batch)),
         run.world,
         lambda: run.stop.requested,
-        run.console.counting("evaluating batch"),
     )
     run.metrics.eval_seconds = result.seconds
     return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_seconds": result.seconds}

@@ -20,10 +20,11 @@ import torch
 from ..cluster.trackers import Trackers
 from ..config import RunConfig
 from ..config.run_dir import RunDir, num_damaged_metrics, read_metrics
+from ..console import Console, about
 from ..data.loader import StepRows
 from ..errors import os_errors
 from ..files import format_bytes, write_text
-from .console import Console, about, format_seconds
+from ..progress import format_seconds
 from .run_page import RunPage
 from .step import StepStats
 
@@ -189,13 +190,13 @@ class Metrics:
             self._num_steps,
             [
                 f"loss {smoothed:.4f}",
-                f"elapsed {format_seconds(self.console.now() - self._started)}",
                 f"left {format_seconds(self._seconds_left(step))}",
-            ],
-            [
-                f"unsmoothed {values['loss']:.4f}",
                 f"{values['tokens_per_second']:,.0f} tok/s",
                 format_bytes(values["peak_bytes"]),
+            ],
+            [
+                f"elapsed {format_seconds(self.console.now() - self._started)}",
+                f"unsmoothed {values['loss']:.4f}",
                 f"lr {values['lr']:.2e}",
                 f"grad {values['grad_norm']:.3g}",
             ],

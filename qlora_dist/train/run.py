@@ -15,11 +15,11 @@ from ..cluster.world import World
 from ..config import RunConfig, dump_yaml
 from ..config.changes import free_fields
 from ..config.run_dir import RunDir
+from ..console import Console, count
 from ..data.accumulation import derive_accumulation
 from ..data.templates import today
 from ..errors import os_errors
 from ..optim.adamw import lr_at
-from .console import Console, count
 from .metrics import Metrics, restart_peak
 from .setup_data import Data
 from .source_digests import Digests, source_digests

@@ -11,6 +11,7 @@ from ..cluster.provenance import code_digest, commit, device_name, versions
 from ..config import dump_yaml
 from ..config.changes import config_changes, free_fields, moved_paths
 from ..config.run_dir import read_metrics
+from ..console import utc_now
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..files import DamagedFolder, folder_aside, format_bytes, write_json
@@ -18,7 +19,6 @@ from ..memory import MemoryPlan
 from ..model import base_checksum, unwrap, write_errors
 from . import checkpoint
 from .checks.base import check_base_unchanged
-from .console import utc_now
 from .metrics import median_tokens_per_second, peak_bytes, whole_run
 from .prompt_format import PromptFormat, export_tokenizer, record_prompts
 from .run import Run, TrainState

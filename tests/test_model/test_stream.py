@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_dist.commands import invoke
+from qlora_dist.console import Console
 from qlora_dist.errors import MachineFailed, UserError
 from qlora_dist.model import (
     base_checksum,
@@ -28,7 +31,6 @@ from qlora_dist.model import (
 from qlora_dist.model import load as base_module
 from qlora_dist.model.weights import cache_4bit as four_bit_files
 from qlora_dist.model.weights import quantize, sources
-from qlora_dist.model.weights import stream as streaming
 from qlora_dist.model.weights.quantize import Range, make_state, quantize_range, shard_range
 from qlora_dist.model.weights.safetensors_files import BadFile, WeightFiles
 
@@ -195,16 +197,13 @@ def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
             load(tmp_path)
 
 
-def test_progress_is_logged_in_lines_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="qlora_dist"):
-        progress = streaming.Progress("reading", 200, every_seconds=0.0)
-        progress.add(50)
-        progress.add(150)
-        progress.close()
-        silent = streaming.Progress("often", 2)  # seconds apart: a short load logs nothing
-        silent.add(1)
-    lines = [record.getMessage() for record in caplog.records]
-    assert [line.split(" after ")[0] for line in lines] == ["reading: 25%", "reading: 100%"]
+def test_loading_shows_how_far_it_is(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    seconds = itertools.count(0.0, 10.0)
+    with Console(True, said := io.StringIO(), lambda: next(seconds)):
+        load(tmp_path)
+    shares = [line.split("  ")[0] for line in said.getvalue().splitlines()]
+    assert len(shares) > 5 and shares[-1] == "loading the base 100%", shares
 
 
 # --- quantize and its copy --------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from qlora_dist.cluster.trackers import Trackers
 from qlora_dist.config import parse_config
 from qlora_dist.config.changes import config_changes
 from qlora_dist.config.run_dir import RunDir, read_metrics
+from qlora_dist.console import Console
 from qlora_dist.data.loader import StepRows
 from qlora_dist.errors import RunFailed
 from qlora_dist.files import write_json, write_text
+from qlora_dist.progress import format_seconds
 from qlora_dist.train.checks.learning import check_first_update
-from qlora_dist.train.console import Console, format_seconds
 from qlora_dist.train.metrics import (
     Metrics,
     median_tokens_per_second,
@@ -80,7 +81,7 @@ def test_output_is_plain_lines_when_it_is_no_terminal(tmp_path):
     plain = io.StringIO()
     _run(tmp_path, range(1, 50), stream=plain)
     assert "\r" not in plain.getvalue() and len(plain.getvalue().splitlines()) == 1  # the others came within seconds
-    start = "step 1/100  loss 2.0000  elapsed 0:00  left 1:39  unsmoothed 2.0000  101 tok/s  1.00 GiB  "
+    start = "step 1/100  loss 2.0000  left 1:39  101 tok/s  1.00 GiB  elapsed 0:00  unsmoothed 2.0000  "
     assert plain.getvalue() == f"{start}lr 1.00e-04  grad 0.5\n"
 
 

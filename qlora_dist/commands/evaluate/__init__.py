@@ -10,6 +10,7 @@ import torch
 
 from ...cluster.world import World
 from ...config import DataConfig, load_config
+from ...console import Console, count
 from ...data.documents import split_sources
 from ...data.from_config import build_rows
 from ...data.loader import eval_batches
@@ -18,7 +19,6 @@ from ...errors import UserError
 from ...model import check_head, hidden_states, output_head
 from ...model.lora import load_adapters
 from ...model.loss import nll_sum
-from ...train.console import Console, count
 from ...train.evaluation import EvalResult, evaluate
 from ...train.metrics import format_evaluation
 from ...train.setup_data import documents_on_ranks
@@ -106,8 +106,7 @@ def _measured(
 
     def measure(name: str) -> Evaluation:
         world.set_status(f"evaluating the {name} model")
-        progress = console.counting(f"{name} model, batch")
-        result = evaluate(module, batches, batch_nll, world, progress=progress) if batches else None
+        result = evaluate(module, batches, batch_nll, world, what=f"{name} model, batch") if batches else None
         scored = None
         if mmlu is not None:
             scored = score(
@@ -122,7 +121,7 @@ def _measured(
                 world=world,
                 rank=world.rank,
                 world_size=world.size,
-                progress=console.counting(f"{name} model, MMLU batch"),
+                what=f"{name} model, MMLU batch",
             )
         return Evaluation(result, scored)
 

@@ -26,6 +26,7 @@ from ...data.loader import eval_batches
 from ...data.packing import Batch, Example, pack_best_fit
 from ...errors import UserError
 from ...model import evaluation_mode
+from ...progress import track
 from ...train.evaluation import SumsOverRanks
 
 LETTERS = "ABCD"
@@ -131,7 +132,7 @@ def score(
     world: SumsOverRanks,
     rank: int,
     world_size: int,
-    progress: Callable[[int, int], None] | None = None,  # called with (batches done, all) between them
+    what: str = "MMLU batch",
 ) -> MmluResult:
     """Accuracy over all questions. Every rank calls it with the same arguments except `rank`.
 
@@ -152,11 +153,10 @@ def score(
     subjects = sorted({question.subject for question in questions})
     counts = torch.zeros(len(subjects), 2, dtype=torch.float64)  # right, all
     choices = torch.tensor(letters, device=world.device)
-    with evaluation_mode(model):
-        batches = eval_batches(prompts, rows, micro_rows, rank, world_size)
+    batches = eval_batches(prompts, rows, micro_rows, rank, world_size)
+    with evaluation_mode(model), track(what, len(batches)) as task:
         for done, batch in enumerate(batches):
-            if progress is not None and done:
-                progress(done, len(batches))
+            task.to(done)
             logits = label_logits(batch.to(world.device))  # also for filler: a sharded base is gathered by all ranks
             if not batch.num_labels:
                 continue

@@ -11,10 +11,10 @@ from typing import Any
 from ...config import RunConfig
 from ...errors import printable, wrapped
 from ...files import format_bytes
-from ...memory import MemoryPlan, ModelShapes, choose, largest_micro_rows, largest_row_tokens, plan_memory
-from ...memory.gpus import GPUS, Gpu, Speed, estimate_speed, parse_gpu, without_bfloat16
-from ...memory.read_shapes import read_shapes
-from ...memory.table import BAR, plan_lines
+from ...memory import MemoryPlan
+from ...memory.gpus import Gpu
+from ...memory.planned import make_plan
+from ...memory.table import BAR
 from ..screen import styled, write_json
 
 WIDE, NARROW_BAR = 110, 8  # columns of a terminal from which on bars are long; characters of a full bar on others
@@ -22,44 +22,20 @@ WIDE, NARROW_BAR = 110, 8  # columns of a terminal from which on bars are long; 
 
 def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
     """Prints the plan of a run on `ranks` GPUs of this kind (None: what it needs, and which GPUs it fits on)."""
-    device = None if gpu is None else parse_gpu(gpu)
-    shapes = read_shapes(config.model.name, config.model.revision)
-    sizes: dict[str, int] = {"world_size": ranks}
-    if device is None:
-        plan = plan_memory(config, shapes, **sizes, device_bytes=None)
-    else:
-        plan = choose(config, shapes, **sizes, device_bytes=device.device_bytes)
-    limits = {} if device is None else _limits(config, shapes, sizes | {"device_bytes": device.device_bytes})
-    speed = None if device is None else estimate_speed(config, shapes, plan, device)
-    trace, predicted = _simulation(config, plan, device) if simulate else (None, None)
+    plan = make_plan(config, gpu, ranks)
+    trace, predicted = _simulation(config, plan.memory, plan.device) if simulate else (None, None)
     if as_json:
-        extra = _extra_json(device, limits, speed, trace) | {"prediction": predicted}
-        write_json(plan.to_json() | extra, indent=1)
+        write_json(plan.as_dict() | {"simulation": trace, "prediction": predicted}, indent=1)
         return
     is_narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < WIDE
-    lines = list(plan_lines(plan, NARROW_BAR if is_narrow else BAR))
-    is_bfloat16 = config.model.compute_dtype == "bfloat16"
-    lines += (
-        _where_it_fits(plan, is_bfloat16)
-        if device is None
-        else _limit_lines(limits, shapes, None if predicted else speed)
-    )
-    if device is not None and is_bfloat16 and not device.has_bfloat16:
-        lines += ["", f"Note: {without_bfloat16(f'a {device.name}')}"]
+    lines = plan.lines(NARROW_BAR if is_narrow else BAR, is_estimated=predicted is None)
     if trace is not None:
         lines += ["", f"Simulated peak of all tensors: {format_bytes(trace['peak_bytes'])} ({trace['peak_at']});"]
         lines += [f"  {name:<28}{format_bytes(size):>10}" for name, size in trace["categories"].items()]
         lines += [f"planned for them: {format_bytes(trace['planned_bytes'])} ({trace['error']:+.2%})"]
     if predicted is not None:
-        lines += _prediction_lines(predicted, plan.world_size)
+        lines += _prediction_lines(predicted, ranks)
     _show(lines)
-
-
-def _limits(config: RunConfig, shapes: ModelShapes, sizes: dict[str, int]) -> dict[str, int]:
-    return {
-        "largest_row_tokens": largest_row_tokens(config, shapes, **sizes),
-        "largest_micro_rows": largest_micro_rows(config, shapes, **sizes),
-    }
 
 
 def _simulation(
@@ -107,38 +83,6 @@ def _prediction_lines(found: dict[str, Any], ranks: int) -> list[str]:
         f"  {found['share_of_peak']:.0%} of the card's peak in 16-bit products, recomputation counted; rates assumed: "
         f"{rates['product_flops'] / 1e12:,.0f} TFLOP/s, {rates['bandwidth'] / 1e12:.2f} TB/s",
     ]
-
-
-def _extra_json(
-    device: Gpu | None, limits: dict[str, int], speed: Speed | None, trace: dict[str, Any] | None
-) -> dict[str, Any]:
-    return {
-        "gpu": None if device is None else device.name,
-        **limits,
-        "tokens_per_second_estimate": None if speed is None else round(speed.tokens_per_second),
-        "estimate_assumes": None if speed is None else speed.assumptions,
-        "simulation": trace,
-    }
-
-
-def _limit_lines(limits: dict[str, int], shapes: ModelShapes, speed: Speed | None) -> list[str]:
-    tokens, rows = limits["largest_row_tokens"], limits["largest_micro_rows"]
-    of_all = f", of the model's {shapes.max_positions:,} positions" if shapes.max_positions else ""
-    lines = ["", f"Longest rows that fit: {tokens:,} tokens{of_all} (micro-batches of one row, every layer recomputed)"]
-    lines += [f"Largest micro-batch that fits: {rows:,} rows (every layer recomputed)"]
-    if speed is not None:
-        lines += [f"About {speed.tokens_per_second:,.0f} tokens/s ({speed.assumptions})"]
-    return lines
-
-
-def _where_it_fits(plan: MemoryPlan, is_bfloat16: bool) -> list[str]:
-    needed = plan.peak_bytes - plan.pageable_bytes
-    fitting = [
-        gpu.name + " (which has no bfloat16)" * (is_bfloat16 and not gpu.has_bfloat16)
-        for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.device_bytes)
-        if gpu.device_bytes >= needed
-    ]
-    return [f"Fits on: {', '.join(fitting) or 'none of the known GPUs'} (pass --gpu for the settings that fit best)"]
 
 
 def _show(lines: list[str]) -> None:

@@ -17,6 +17,7 @@ from ...cluster.file_lock import build_once
 from ...config import SourceConfig
 from ...errors import UserError, os_errors
 from ...files import folder_aside, sha256
+from ...progress import track
 from ..formats import RawRecord, check_columns, detect_format, group_records, map_columns
 from ..templates import template_key
 from .encode import Encoded, Encoder, check_tokenizer
@@ -130,19 +131,21 @@ class Build:
         logger.info("%s: format %s (%s)%s", source.path, stats.format, stats.why, with_template)
         workers = self.num_workers or choose_workers(opened.num_bytes)
         grouped = group_records(stats.format, records)
-        for record in encode_records(encoder, grouped, workers, writer.folder, self.on_bad == "error"):
-            if record.problem is not None:
-                stats.bad += 1
-                stats.first_bad = stats.first_bad or f"{record.where}: {record.problem}"
-            for encoded in record.documents:
-                stats.empty_answers += encoded.has_empty_answer
-                stats.replacement_characters += encoded.has_replacement
-                stats.unrolled += encoded.is_unrolled
-                self._add(writer, index, encoded, record, stats)
-            for name in record.unread:
-                stats.unread[name] = stats.unread.get(name, 0) + 1
-            stats.name_control_tokens(sorted({token for one in record.documents for token in one.control_tokens}))
-            stats.records += 1
+        with track("tokenizing record") as task:
+            for record in encode_records(encoder, grouped, workers, writer.folder, self.on_bad == "error"):
+                if record.problem is not None:
+                    stats.bad += 1
+                    stats.first_bad = stats.first_bad or f"{record.where}: {record.problem}"
+                for encoded in record.documents:
+                    stats.empty_answers += encoded.has_empty_answer
+                    stats.replacement_characters += encoded.has_replacement
+                    stats.unrolled += encoded.is_unrolled
+                    self._add(writer, index, encoded, record, stats)
+                for name in record.unread:
+                    stats.unread[name] = stats.unread.get(name, 0) + 1
+                stats.name_control_tokens(sorted({token for one in record.documents for token in one.control_tokens}))
+                stats.records += 1
+                task.add()
 
     def _add(
         self, writer: StoreWriter, index: int, encoded: Encoded, record: EncodedRecord, stats: SourceStats

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
+from ...progress import followed, track
 from ..formats import BadRecord, RawRecord
 from .encode import Encoded, Encoder
 
@@ -79,19 +80,22 @@ def _encode_in_workers(
             writer.write({"raw": _as_json(raw)})
             num_records += 1
         writer.finalize()
-    encoded = datasets.Dataset.from_file(str(raw_file)).map(
-        _Worker(encoder, stop_at_bad),
-        with_indices=True,
-        batched=True,
-        batch_size=_BATCH_RECORDS,
-        num_proc=min(num_workers, max(1, num_records)),
-        remove_columns=["raw"],
-        features=_features(datasets),
-        cache_file_name=str(folder / "encoded.arrow"),
-        load_from_cache_file=False,
-        new_fingerprint="encoded",  # the store has its own; a tokenizer's pickle has no stable hash
-        desc="tokenizing",
-    )
+    done = folder / "done"  # a byte for each record: the workers share no memory with this process
+    done.touch()
+    with track("tokenizing record", num_records) as task, followed(task, lambda: done.stat().st_size):
+        encoded = datasets.Dataset.from_file(str(raw_file)).map(
+            _Worker(encoder, stop_at_bad, done),
+            with_indices=True,
+            batched=True,
+            batch_size=_BATCH_RECORDS,
+            num_proc=min(num_workers, max(1, num_records)),
+            remove_columns=["raw"],
+            features=_features(datasets),
+            cache_file_name=str(folder / "encoded.arrow"),
+            load_from_cache_file=False,
+            new_fingerprint="encoded",  # the store has its own; a tokenizer's pickle has no stable hash
+            desc="tokenizing",
+        )
     yield from _read_back(encoded)
     del encoded
     for file in folder.iterdir():
@@ -109,9 +113,10 @@ def _as_json(raw: RawRecord) -> str:
 class _Worker:
     """What a worker process does with a batch of raw records. Returns one row per document or problem."""
 
-    def __init__(self, encoder: Encoder, stop_at_bad: bool) -> None:
+    def __init__(self, encoder: Encoder, stop_at_bad: bool, done: Path) -> None:
         self.encoder = encoder
         self.stop_at_bad = stop_at_bad
+        self.done = done
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         raws = [RawRecord(**json.loads(text)) for text in batch["raw"]]
@@ -131,6 +136,8 @@ class _Worker:
                 )
                 for name, value in zip(_COLUMNS, values):
                     rows[name].append(value)
+        with open(self.done, "ab", buffering=0) as file:
+            file.write(b"." * len(raws))
         return rows
 
 

@@ -24,6 +24,7 @@ from ...config.quantization import Quantization
 from ...data.tokenizer import expanded, load_tokenizer, where_to_read
 from ...errors import MachineFailed, UserError
 from ...files import check_manifest, folder_aside, identity, write_manifest
+from ...progress import track
 from ..bitsandbytes_import import bitsandbytes
 from ..experts import PackedExperts, packed_experts
 from ..pretrained import find_text_part, load_config, quantization_settings
@@ -31,7 +32,6 @@ from .quantize import Range
 from .safetensors_files import file_digest
 from .sources import WeightSource, open_files, weight_paths
 from .stream import (
-    Progress,
     Skeleton,
     build_skeleton,
     check_complete,
@@ -149,27 +149,26 @@ def _tensors(
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors of one weight after another, on the CPU, by their names in the file."""
     weights = list(each_weight(skeleton.model, tied))
-    progress = Progress("quantizing", sum(weight_size(module, one) for _, module, one in weights))
-    for name, module, attribute in weights:
-        parameter = module._parameters[attribute]
-        assert parameter is not None
-        if isinstance(module, PackedExperts):
-            codes = empty_buffer(skeleton, module, attribute, device)
-            parts = read_experts(codes, source, name, module, Range(0, len(codes)), skeleton)
-            yield {name if key == "codes" else f"{name}.{key}": value.cpu() for key, value in parts.items()}
-            progress.add(module.shape.numel())
-            continue
-        is_packed = is_4bit_weight(module, attribute)
-        buffer = empty_buffer(skeleton, module, attribute, device if is_packed else torch.device("cpu"))
-        if is_packed:
-            state = read_4bit(buffer, source, name, module, skeleton)
-            constants = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
-            yield {key: value.cpu().contiguous() for key, value in {name: buffer, **constants}.items()}
-        else:
-            read_plain(buffer.view(-1), source, name, Range(0, buffer.numel()))
-            yield {name: buffer}
-        progress.add(parameter.numel())
-    progress.close()
+    with track("quantizing", sum(weight_size(module, one) for _, module, one in weights), "share") as task:
+        for name, module, attribute in weights:
+            parameter = module._parameters[attribute]
+            assert parameter is not None
+            if isinstance(module, PackedExperts):
+                codes = empty_buffer(skeleton, module, attribute, device)
+                parts = read_experts(codes, source, name, module, Range(0, len(codes)), skeleton)
+                yield {name if key == "codes" else f"{name}.{key}": value.cpu() for key, value in parts.items()}
+                task.add(module.shape.numel())
+                continue
+            is_packed = is_4bit_weight(module, attribute)
+            buffer = empty_buffer(skeleton, module, attribute, device if is_packed else torch.device("cpu"))
+            if is_packed:
+                state = read_4bit(buffer, source, name, module, skeleton)
+                constants = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+                yield {key: value.cpu().contiguous() for key, value in {name: buffer, **constants}.items()}
+            else:
+                read_plain(buffer.view(-1), source, name, Range(0, buffer.numel()))
+                yield {name: buffer}
+            task.add(parameter.numel())
 
 
 def _write_rest(skeleton: Skeleton, name: str, revision: str | None, folder: Path) -> None:

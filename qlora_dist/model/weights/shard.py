@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from ...cluster.shard_group import ShardGroup
 from ...config.quantization import BLOCK, NESTED_BLOCK
 from ...errors import RunFailed, UserError
+from ...progress import track
 from ..base_weights import own_part, same_bits
 from ..bitsandbytes_import import bitsandbytes
 from ..experts import PackedExperts
@@ -34,7 +35,6 @@ from ..forward import decoder_layers, gathered, unwrap
 from .quantize import Range, make_state, quantize_range, shard_range
 from .sources import WeightSource
 from .stream import (
-    Progress,
     Skeleton,
     each_weight,
     empty_buffer,
@@ -112,20 +112,20 @@ def load_sharded(
     weights = [(name, module, attribute, weight_size(module, attribute))
                for name, module, attribute in each_weight(model, tied)]  # fmt: skip
     wrap(model, group, offload)
-    progress = Progress("loading this rank's shard of the base", sum(size for *_, size in weights))
     shard_device = torch.device("cpu") if offload else group.device
-    for name, module, attribute, size in weights:
-        if isinstance(module, PackedExperts):
-            _place_experts(skeleton, source, name, module, group, shard_device)
-        elif isinstance(module, ShardedLinear4bit) and attribute == "weight":
-            _place_codes(skeleton, source, name, module, group, shard_device)
-        elif isinstance(module._parameters[attribute], DTensor):
-            _place_rows(skeleton, source, name, module, attribute, group, shard_device)
-        else:
-            place(empty_buffer(skeleton, module, attribute, group.device), skeleton, source, name, module, attribute)
-        progress.add(size)
-    finish(skeleton, source, tied, group.device)
-    progress.close()
+    with track("loading this rank's shard of the base", sum(size for *_, size in weights), "share") as task:
+        for name, module, attribute, size in weights:
+            if isinstance(module, PackedExperts):
+                _place_experts(skeleton, source, name, module, group, shard_device)
+            elif isinstance(module, ShardedLinear4bit) and attribute == "weight":
+                _place_codes(skeleton, source, name, module, group, shard_device)
+            elif isinstance(module._parameters[attribute], DTensor):
+                _place_rows(skeleton, source, name, module, attribute, group, shard_device)
+            else:
+                buffer = empty_buffer(skeleton, module, attribute, group.device)
+                place(buffer, skeleton, source, name, module, attribute)
+            task.add(size)
+        finish(skeleton, source, tied, group.device)
     model.sharded = Sharded(group, skeleton, source)
     check_sharding(model)
     return model

@@ -21,10 +21,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from ...config.json_file import read_json_object
+from ...config.names import model_folder
 from ...data.tokenizer import expanded, first_line, where_to_read
 from ...errors import UserError, shortened
 from ..experts import packed_experts
 from ..text_part import TextPart
+from .download import fetch
 from .safetensors_files import BadFile, WeightFiles
 
 RANDOM_CHUNK = 2**20  # weights per seed: a part of a weight does not depend on how it is split
@@ -207,6 +209,9 @@ def weight_paths(name: str, revision: str | None = None) -> list[Path]:
     options = {"revision": source["revision"], "local_files_only": source["local_files_only"]}
     quiet = {"_raise_exceptions_for_missing_entries": False}
     where = expanded(name)
+    is_remote = model_folder(name) is None and not source["local_files_only"]
+    if is_remote:
+        fetch(name, revision, [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME], is_one_enough=True)
     single = cached_file(where, SAFE_WEIGHTS_NAME, **options, **quiet)
     if single is not None:
         return [Path(single)]
@@ -214,6 +219,8 @@ def weight_paths(name: str, revision: str | None = None) -> list[Path]:
     if index is None:
         raise OSError(f"there is no *.safetensors file: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
     _check_index(Path(index))
+    if is_remote:
+        fetch(name, revision, sorted(set(read_json_object(Path(index), index)["weight_map"].values())))
     paths, _ = get_checkpoint_shard_files(where, index, **options)
     return [Path(path) for path in paths]
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from ...errors import UserError
+from ...progress import track
 from ..bitsandbytes_import import bitsandbytes
 from ..experts import PackedExperts, pack_experts
 from .quantize import PIECE, Range, make_state, quantize_range
@@ -244,14 +243,14 @@ def fill(skeleton: Skeleton, source: WeightSource, tied: set[str], device: torch
     """Loads every weight onto the device, and moves the module buffers there."""
     model = skeleton.model
     weights = list(each_weight(model, tied))
-    progress = Progress("loading the base", sum(weight_size(module, attribute) for _, module, attribute in weights))
-    # all buffers first: weights and temporaries, allocated alternately, would leave a hole after each weight
-    buffers = [empty_buffer(skeleton, module, attribute, device) for _, module, attribute in weights]
-    for buffer, (name, module, attribute) in zip(buffers, weights):
-        place(buffer, skeleton, source, name, module, attribute)
-        progress.add(weight_size(module, attribute))
-    finish(skeleton, source, tied, device)
-    progress.close()
+    sizes = [weight_size(module, attribute) for _, module, attribute in weights]
+    with track("loading the base", sum(sizes), "share") as task:
+        # all buffers first: weights and temporaries, allocated alternately, would leave a hole after each weight
+        buffers = [empty_buffer(skeleton, module, attribute, device) for _, module, attribute in weights]
+        for buffer, size, (name, module, attribute) in zip(buffers, sizes, weights):
+            place(buffer, skeleton, source, name, module, attribute)
+            task.add(size)
+        finish(skeleton, source, tied, device)
     return model
 
 
@@ -303,31 +302,3 @@ def weight_size(module: nn.Module, attribute: str) -> int:
         return module.shape.numel()
     parameter = module._parameters[attribute]
     return 0 if parameter is None else parameter.numel()
-
-
-class Progress:
-    """Reports the progress of a long task: an overwritten line on a terminal, else an occasional log line."""
-
-    def __init__(self, what: str, total: int, every_seconds: float = 10.0) -> None:
-        self._what, self._total, self._every = what, max(total, 1), every_seconds
-        self._done = 0
-        self._started = self._reported = time.monotonic()
-        self._on_terminal = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)  # only rank 0 logs
-
-    def add(self, count: int) -> None:
-        """`count` more are done."""
-        self._done += count
-        now = time.monotonic()
-        if now - self._reported < (0.5 if self._on_terminal else self._every):
-            return
-        self._reported = now
-        text = f"{self._what}: {min(self._done / self._total, 1):.0%} after {now - self._started:.0f} s"
-        if self._on_terminal:
-            print(f"\r{text}", end="", file=sys.stderr, flush=True)
-        else:
-            log.info("%s", text)
-
-    def close(self) -> None:
-        """The task is done."""
-        if self._on_terminal and self._reported > self._started:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What rank 0 says: lines, one line of progress, and the same in the run's train.log.
+"""What is said to a person, in a run by rank 0: lines, one line of progress, and the same in the run's train.log.
 
 On a terminal the progress line is drawn in place and lines are wrapped between words. Elsewhere there are plain lines,
 and progress is one of them after PLAIN_SECONDS without any.
@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from ..errors import printable, wrapped
+from .errors import printable, wrapped
+from .progress import format_seconds, shown_by
 
 PLAIN_SECONDS = 10.0  # between progress lines when the output is not a terminal; the longest silence of `watched`
 DRAW_SECONDS = 0.1  # between two states of the progress line on a terminal
 LOOK_SECONDS = 1.0  # between looks of `watched`
 LABEL = 9  # columns of the label of a header line
-SMALLEST_BAR, LARGEST_BAR = 8, 30
+SMALLEST_BAR, LARGEST_BAR = 6, 30
 ECHO = "^C"  # what a terminal adds to the line at Ctrl-C
 
 
@@ -43,17 +45,18 @@ class Console:
         self._unlogged: list[str] = []  # until there is a log
         self._log: TextIO | None = None
         self._lock = threading.RLock()  # `watched` speaks from a thread
-        self._handlers: list[logging.Handler] = []
+        self._undo = ExitStack()
+        self._process = os.getpid()
 
     def __enter__(self) -> Console:
-        self._handlers = list(logging.getLogger().handlers)
-        for handler in self._handlers:
+        for handler in logging.getLogger().handlers:
             handler.addFilter(self._make_way)
+            self._undo.callback(handler.removeFilter, self._make_way)
+        self._undo.enter_context(shown_by(self))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handler in self._handlers:
-            handler.removeFilter(self._make_way)
+        self._undo.close()
         with self._lock:
             self._clear()
             if self._log is not None:
@@ -98,6 +101,8 @@ class Console:
 
     def _make_way(self, record: logging.LogRecord) -> bool:
         """Before a handler writes a record to the terminal: it shall not stand behind the progress."""
+        if os.getpid() != self._process:  # forked, perhaps while a thread held the lock: nobody there would release it
+            return True
         with self._lock:
             self._clear()
             self.last_said = self.now()
@@ -124,20 +129,30 @@ class Console:
     # --- progress -----------------------------------------------------------------------------------------------------
 
     def progress(
-        self, what: str, done: int, total: int, fields: Sequence[str], more: Sequence[str] = (), is_edge: bool = False
+        self,
+        what: str,
+        done: int,
+        total: int | None,
+        fields: Sequence[str],
+        more: Sequence[str] = (),
+        is_edge: bool = False,
+        amount: str | None = None,
     ) -> None:
-        """One state of some work. `more` are fields that a narrow terminal does without; `is_edge`: the first or last
-        state, which is said in any case."""
+        """One state of some work; `total` None: not known. `more` are fields that a narrow terminal does without;
+        `is_edge`: the first or last state, which is said in any case; `amount`: how much is done, instead of a count.
+        """
         if not self.is_main:
             return
+        if amount is None:
+            amount = f"{done:,}" if total is None else f"{done:,}/{total:,}"
         with self._lock:
-            now = self.now()
-            plain = "  ".join([f"{what} {done:,}/{total:,}", *fields, *more])
+            now, head = self.now(), f"{what} {amount}"
+            plain = "  ".join([head, *fields, *more])
             if is_edge or now - self._last_logged >= PLAIN_SECONDS:
                 self._to_log(plain)
             if self._is_terminal:
                 if is_edge or now - self._last_drawn >= DRAW_SECONDS:
-                    self._draw(what, done, total, fields, more)
+                    self._draw(head, done, total, fields, more)
                     self._last_drawn = self.last_said = now
                 if is_edge and done == total:  # it stays
                     print(file=self._stream, flush=True)
@@ -146,27 +161,21 @@ class Console:
                 print(plain, file=self._stream, flush=True)
                 self.last_said = now
 
-    def counting(self, what: str) -> Callable[[int, int], None]:
-        """Shows the progress of work that begins now: called with (done, total) after each part."""
-        started = self.now()
+    def end_progress(self) -> None:
+        """The work that was shown has ended."""
+        with self._lock:
+            self._clear()
 
-        def show(done: int, total: int) -> None:
-            elapsed = self.now() - started
-            left = elapsed / done * (total - done)
-            self.progress(what, done, total, [f"elapsed {format_seconds(elapsed)}", f"left {format_seconds(left)}"])
-
-        return show
-
-    def _draw(self, what: str, done: int, total: int, fields: Sequence[str], more: Sequence[str]) -> None:
+    def _draw(self, head: str, done: int, total: int | None, fields: Sequence[str], more: Sequence[str]) -> None:
         width = self._width() - 1 - len(ECHO)
-        parts = [f"{what} {done:,}/{total:,}"]
+        parts = [head]
         room = SMALLEST_BAR + 2
         for field in (*fields, *more):  # the first that does not fit ends the line: no field is cut
             if len("  ".join([*parts, field])) + (room if field in more else 0) > width:
                 break
             parts.append(field)
         room = min(width - len("  ".join(parts)) - 2, LARGEST_BAR)
-        if room >= SMALLEST_BAR:
+        if total is not None and room >= SMALLEST_BAR:
             parts.insert(1, self._bar(done, total, room))
         text = "  ".join(parts)[:width]
         print("\r" + text.ljust(max(self._drawn, len(text))), end="", file=self._stream, flush=True)
@@ -234,13 +243,6 @@ class Silence:
 def utc_now() -> str:
     """The date and time in UTC, as ISO 8601."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def format_seconds(seconds: float) -> str:
-    """1:02:03, or 2:03 below one hour."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def about(seconds: float) -> str:

@@ -10,39 +10,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers.terminal import Clock, Terminal
 
-from qlora_dist.train import console as console_module
-from qlora_dist.train.console import ECHO, PLAIN_SECONDS, Console, Silence, about, count, format_seconds
-
-
-class Terminal(io.StringIO):
-    """One that draws: `screen` is what a person sees."""
-
-    encoding = "utf-8"
-
-    def isatty(self) -> bool:
-        return True
-
-    def screen(self) -> list[str]:
-        lines: list[list[str]] = [[]]
-        column = 0
-        for character in self.getvalue():
-            if character == "\n":
-                lines.append([])
-                column = 0
-            elif character == "\r":
-                column = 0
-            else:
-                lines[-1][column : column + 1] = [character]
-                column += 1
-        return ["".join(line).rstrip() for line in lines]
-
-
-class Clock:
-    seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
+from qlora_dist import console as console_module
+from qlora_dist.console import ECHO, PLAIN_SECONDS, Console, Silence, about, count
+from qlora_dist.progress import format_seconds, track
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +22,8 @@ def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
-FIELDS = ["loss 1.2345", "elapsed 1:02:03", "left 11:12:13"]
-MORE = ["unsmoothed 1.2345", "12,345 tok/s", "23.45 GiB", "lr 1.00e-04"]
+FIELDS = ["loss 1.2345", "left 1:02:03", "12,345 tok/s", "23.45 GiB"]
+MORE = ["elapsed 1:02:03", "unsmoothed 1.2345", "lr 1.00e-04"]
 
 
 def test_progress_on_a_terminal_is_one_line_with_a_bar_and_whole_fields() -> None:
@@ -62,7 +34,7 @@ def test_progress_on_a_terminal_is_one_line_with_a_bar_and_whole_fields() -> Non
             console.progress("step", step, 10, FIELDS, MORE, is_edge=step in (1, 10))
     (line, end) = terminal.screen()
     assert end == "" and len(line) < 80
-    assert re.fullmatch(r"step 10/10  ━+  loss 1\.2345  elapsed 1:02:03  left 11:12:13", line)
+    assert re.fullmatch(r"step 10/10  ━+  loss 1\.2345  left 1:02:03  12,345 tok/s  23\.45 GiB", line)
     assert len(terminal.getvalue().split("\r")) == 11, "one state a second"
 
 
@@ -162,14 +134,14 @@ def test_a_word_that_is_wider_than_the_terminal_stays_whole() -> None:
 def test_in_a_file_progress_is_a_line_after_ten_seconds_without_one() -> None:
     stream, clock = io.StringIO(), Clock()
     console = Console(True, stream, clock)
-    show = console.counting("evaluating batch")
-    for done in range(1, 101):
-        clock.seconds += 1.0
-        if done == 24:
-            console.print("a line")
-        show(done, 100)
+    with console, track("evaluating batch", 100) as task:
+        for done in range(1, 101):
+            clock.seconds += 1.0
+            if done == 24:
+                console.print("a line")
+            task.add()
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "evaluating batch 10/100  elapsed 0:10  left 1:30"
+    assert lines[0] == "evaluating batch 10/100  left 1:30  elapsed 0:10"
     numbers = [int(line.split()[2].split("/")[0]) for line in lines if line.startswith("evaluating")]
     assert numbers == [10, 20, 34, 44, 54, 64, 74, 84, 94]
 
