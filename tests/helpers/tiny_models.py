@@ -20,9 +20,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from qlora_dist.data.packing import Batch, Example, collate
 from qlora_dist.model.attention import PACKED
+
+disable_progress_bar()  # of the helpers' own save_pretrained, into what tests compare
 
 torch.set_num_threads(1)  # tiny matrices: thread synchronization costs more than it saves
 
