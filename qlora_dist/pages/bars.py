@@ -17,6 +17,11 @@ class Bar:
     low: float | None = None
     high: float | None = None
 
+    @property
+    def end(self) -> float:
+        """Where it or its whisker ends."""
+        return max(sum(self.parts), self.high or 0.0)
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -40,7 +45,7 @@ class BarChart:
     @property
     def _scale(self) -> float:
         """Percent of the width for 1."""
-        ends = [max(sum(bar.parts), bar.high or 0.0) for bar in self.bars] + [mark.value for mark in self.marks]
+        ends = [bar.end for bar in self.bars] + [mark.value for mark in self.marks]
         return 100 / (self.largest or max(ends, default=0.0) or 1.0)
 
     @property
@@ -51,10 +56,9 @@ class BarChart:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """label, text and, as percentages of the width: parts, whisker (left, width), gap between bar and text."""
-        ends = [max(sum(bar.parts), bar.high or 0.0) for bar in self.bars]
         scale = self._scale
         rows = []
-        for bar, end in zip(self.bars, ends, strict=True):
+        for bar in self.bars:
             whisker = None
             if bar.low is not None and bar.high is not None:
                 whisker = (round(bar.low * scale, 2), round((bar.high - bar.low) * scale, 2))
@@ -64,7 +68,7 @@ class BarChart:
                     "text": bar.text,
                     "parts": [round(max(0.0, part) * scale, 2) for part in bar.parts],
                     "whisker": whisker,
-                    "gap": round((end - sum(bar.parts)) * scale, 2),
+                    "gap": round((bar.end - sum(bar.parts)) * scale, 2),
                 }
             )
         return rows

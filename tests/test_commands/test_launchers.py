@@ -134,7 +134,7 @@ def test_auto_is_one_rank_for_each_gpu_that_is_used(device, gpus, monkeypatch):
 def test_ranks_share_the_cores_and_get_the_words_of_the_command(given, monkeypatch):
     """Each has a core at least, all together no more than there are; what the user has set stays."""
     words, started = ["train", "x.yaml", "--set", "a=b"], []
-    monkeypatch.setattr(os, "execv", lambda program, command: started.append((program, command)))
+    monkeypatch.setattr(os, "execve", lambda program, command, variables: started.append((program, command, variables)))
     for cores in (None, *range(1, 18)):
         for ranks in range(1, 20):
             monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
@@ -142,14 +142,14 @@ def test_ranks_share_the_cores_and_get_the_words_of_the_command(given, monkeypat
             if given is not None:
                 monkeypatch.setenv("OMP_NUM_THREADS", given)
             start_ranks.start_ranks(ranks, words)
-            program, command = started.pop()
+            program, command, variables = started.pop()
             assert program == command[0] == sys.executable and command[-len(words) - 2 :] == [
                 "-m",
                 "qlora_dist",
                 *words,
             ]
             assert f"--nproc-per-node={ranks}" in command
-            threads, cores_there = int(os.environ["OMP_NUM_THREADS"]), cores or 1
+            threads, cores_there = int(variables["OMP_NUM_THREADS"]), cores or 1
             if given is not None:
                 assert threads == int(given)
             else:
