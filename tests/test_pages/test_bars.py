@@ -1,10 +1,12 @@
-"""Bars: shares of one width, whatever their values."""
+"""Bars: shares of one width, whatever their values; rows of the plan; rows of what differs."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from qlora_dist.pages import Bar, BarChart
+from qlora_dist.pages.report import _differences, _plan_rows
 
 
 @pytest.mark.parametrize("largest", [None, 400.0])
@@ -38,3 +40,16 @@ def test_nothing_to_show_is_no_error():
     assert BarChart("title", "unit", []).rows == []
     (row,) = BarChart("title", "unit", [Bar("none", (0.0,), "0")]).rows
     assert row["parts"] == [0.0] and row["gap"] == 0.0
+
+
+def test_the_largest_item_of_a_plan_comes_first_and_what_differs_is_no_name_of_a_folder():
+    for seed in range(20):
+        rng = random.Random(seed)
+        sizes = {f"item {number}": rng.randint(0, 10**6) for number in range(rng.randint(0, 9))}
+        order = sorted((name for name, size in sizes.items() if size), key=lambda name, sizes=sizes: -sizes[name])
+        found = [name for name, _, _ in _plan_rows({"plan": {"items": sizes}})]
+        assert found == order or [sizes[name] for name in found] == [sizes[name] for name in order]
+        leaves = [{"run_dir": f"runs/{run}", **{key: rng.randint(0, 1) for key in "abcd"}} for run in range(3)]
+        differ = [key for key in "abcd" if len({one[key] for one in leaves}) > 1]
+        runs = [SimpleNamespace(leaves=lambda one=one: one) for one in leaves]
+        assert [key for key, _ in _differences(runs)] == differ
