@@ -390,6 +390,6 @@ def test_the_raw_file_has_provenance_and_rates_and_is_reported_as_predicted(tmp_
     assert content["rates"]["product_flops"] == RATES["a100-80"].product_flops
     assert [cell["is_predicted"] for cell in content["cells"]] == [True, True]
     text = report.to_markdown(report.build(tmp_path / "results"))
-    assert "1b, 64 tokens in documents of 32, r = 16, a100: predicted, not measured" in text
+    assert "1b, 64 tokens in documents of 32, r = 16, a100-80: predicted, not measured" in text
     assert "Traced under fake tensors, predicted, not measured" in text
     assert "[raw](results/traced/roofline-1b.json)" in text

@@ -165,7 +165,7 @@ def test_names_and_samples_of_data_are_shown_as_text_in_both_reports(tmp_path):
         (KeyError(HOSTILE), 1, "internal error: KeyError: "),
         (EOFError("no data left in file"), 1, "internal error: EOFError: no data left in file"),
         (BrokenPipeError(32, "Broken pipe"), 1, "error: this command: Broken pipe"),  # of a worker, not of stdout
-        (click.ClickException("a\x07\u202e"), 2, r"Error: a\x07\u202e"),
+        (click.ClickException("a\x07\u202e"), 2, r"error: a\x07\u202e"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (RecursionError("too deep"), 1, "internal error: RecursionError: too deep"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 1, "error: CUDA out of memory; end what else uses"),
