@@ -1,4 +1,4 @@
-"""A newcomer's first hour, in minutes: clone, install, own data, train, look, use, stop, resume.
+"""A newcomer's first hour, in minutes: clone, install, demo, own data, train, look, use, stop, resume.
 
     python tests/newcomer_hour.py [--keep]      (make test-hour)
 
@@ -97,6 +97,20 @@ def install(hour: Hour) -> None:
     require(where.startswith(own), f"the package comes from {where}, expected from the wheel in {own}")
 
 
+def demo(hour: Hour) -> None:
+    """The demo from the wheel, with so few steps that it learns nothing: `make demo` trains it whole."""
+    hour.run("qlora-dist init --demo", "Written to demo", "python demo/make_base.py")
+    hour.run("python demo/make_data.py", "build/demo/data")
+    hour.run("python demo/make_base.py --steps 10", "build/demo/base")
+    hour.run(
+        "qlora-dist train demo/demo.yaml --ranks 2 --set train.epochs=null --set train.steps=4 "
+        "--set train.eval_every=null --set train.save_every=null",
+        "step 4/4", "runs/demo/adapter",
+    )  # fmt: skip
+    hour.run("qlora-dist merge runs/demo build/demo/merged --onto dequantized", "merged onto dequantized")
+    hour.run("python demo/report.py", "before", "after", "merged")
+
+
 def prepare(hour: Hour) -> None:
     """The newcomer's own data, in Alpaca's form, and a tiny base."""
     draw = random.Random(0)
@@ -159,7 +173,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="newcomer-hour-"))
     print(f"in {folder}")
     hour = Hour(folder)
-    for part in (install, prepare, first_run, stop_and_resume):
+    for part in (install, demo, prepare, first_run, stop_and_resume):
         part(hour)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     took = (

@@ -60,7 +60,9 @@ def learning_rate(step: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    seed = parser.parse_args().seed
+    parser.add_argument("--steps", type=int, default=STEPS, help="fewer only show that it runs")
+    arguments = parser.parse_args()
+    seed, steps = arguments.seed, arguments.steps
     started = time.monotonic()
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -68,7 +70,7 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
-    for step in range(STEPS):
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         records = [sample(rng.choice(KNOWN_TASKS), rng) for _ in range(RECORDS_PER_STEP)]
@@ -80,7 +82,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
-            print(f"base: step {step + 1:,} of {STEPS:,}, loss {loss.item():.4f}", flush=True)
+            print(f"base: step {step + 1:,} of {steps:,}, loss {loss.item():.4f}", flush=True)
     logging.disable_progress_bar()
     model.save_pretrained(BASE_DIR)
     tokenizer.save_pretrained(BASE_DIR)
