@@ -108,7 +108,7 @@ def demo(hour: Hour) -> None:
         "step 4/4", "runs/demo/adapter",
     )  # fmt: skip
     hour.run("qlora-dist merge runs/demo build/demo/merged --onto dequantized", "merged onto dequantized")
-    hour.run("python demo/report.py", "before", "after", "merged")
+    hour.run("python demo/report.py", "before", "after", "merged", "expected at most 20% before", code=1)
 
 
 def prepare(hour: Hour) -> None:
