@@ -154,16 +154,16 @@ def first_run(hour: Hour) -> None:
 
 
 def stop_and_resume(hour: Hour) -> None:
-    """Ctrl-C, and the same command again."""
+    """Ctrl-C in a run that would take long, and the same command again, to an earlier end."""
     line = "qlora-dist train mine.yaml --ranks 2 --set run_dir=runs/second --set batch.rows_per_step=2"
-    line += " --set train.epochs=null --set train.steps=80"
+    line += " --set train.epochs=null --set optim.schedule=constant --set train.steps="
     second = hour.home / "runs" / "second"
-    hour.interrupt(
-        line, second / "metrics.jsonl", "stopped by SIG", "checkpoint saved in", "Start the same command again"
-    )
-    hour.run(line, "resuming from", "step 80/80")
-    steps = [json.loads(one)["step"] for one in (second / "metrics.jsonl").read_text().splitlines()]
-    require(steps == list(range(1, 81)), f"runs/second/metrics.jsonl has the steps {steps}")
+    metrics = second / "metrics.jsonl"
+    hour.interrupt(f"{line}100000", metrics, "stopped by SIG", "checkpoint saved in", "Start the same command again")
+    last = metrics.read_text().count("\n") + 20
+    hour.run(f"{line}{last}", "resuming from", f"step {last:,}/{last:,}")
+    steps = [json.loads(one)["step"] for one in metrics.read_text().splitlines()]
+    require(steps == list(range(1, last + 1)), f"runs/second/metrics.jsonl has the steps {steps}")
     ends = [json.loads(one).get("kind") for one in (second / "history.jsonl").read_text().splitlines()]
     require(ends == [None, "stopped", None, "finished"], f"runs/second/history.jsonl tells {ends}")
 
