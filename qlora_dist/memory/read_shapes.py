@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from ..cluster.launcher import launched_ranks
 from ..config.json_file import read_json_object
 from ..config.model_json import check_quantization_method, read_model_json
 from ..config.names import MODEL_FOLDER, model_folder
+from ..console import Console
 from ..errors import UserError, shortened
 from .families import shapes_from_config
 from .shapes import ModelShapes
@@ -55,8 +58,11 @@ def _find(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    is_main = launched_ranks().rank == 0
     try:
-        return Path(hf_hub_download(name, "config.json", revision=revision))
+        # without a network the hub's client tries again for half a minute
+        with Console(is_main, sys.stderr) as console, console.watched(lambda: f"asking the hub for {name}"):
+            return Path(hf_hub_download(name, "config.json", revision=revision))
     except Exception as error:  # many kinds: network, gated repository, unknown name, offline mode
         if HF_HUB_OFFLINE:
             reason = "HF_HUB_OFFLINE is set"

@@ -1,10 +1,10 @@
 """Every fenced block of README and docs is checked, and what is cheap is run.
 
 Run, in this process, in a folder where the hub's names are folders with a tiny model and small data, and where the
-blocks with a title are files:  qlora-dist init, import, schema, data, plan, report, evaluate, generate, merge, quantize
-as they are written (of answers four tokens); `train` of the quickstart on the CPU; blocks of Python.
+blocks with a title are files:  qlora-dist doctor, init, import, schema, data, plan, report, evaluate, generate, merge,
+quantize as they are written (of answers four tokens); `train` of the quickstart on the CPU; blocks of Python.
 
-Parsed, by the real parsers with all options and the config by the schema:  `train` elsewhere, verify, doctor, torchrun,
+Parsed, by the real parsers with all options and the config by the schema:  `train` elsewhere, verify, torchrun,
 accelerate launch, sbatch (its scripts' arguments), python -m benchmarks..., scripts. Of make: targets and variables
 exist. Files of the repository that a command names exist.
 
@@ -33,7 +33,7 @@ from qlora_dist.config.foreign.translate import translate_file
 from qlora_dist.data.formats import FORMATS, convert, detect_format, read_file
 from qlora_dist.memory.read_shapes import read_shapes
 
-RUN = ("init", "import", "schema", "data", "plan", "report", "evaluate", "generate", "merge", "quantize")
+RUN = ("doctor", "init", "import", "schema", "data", "plan", "report", "evaluate", "generate", "merge", "quantize")
 FOREIGN = {"axolotl.yaml", "my_axolotl.yaml", "my_llama_factory.yaml", "my_trl.yaml", "my_torchtune.yaml"}
 LARGE = {  # layers, hidden, inner width, heads, key heads, vocabulary
     "huggyllama/llama-65b": (80, 8192, 22016, 64, 64, 32000),
