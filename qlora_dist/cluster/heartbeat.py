@@ -98,6 +98,7 @@ class Heartbeat:
         self.failure: Failure | None = None  # of another rank
         self.is_stop_announced = False  # by any rank
         self._is_failing = False  # this rank, or another whose failure this one reports
+        self._has_read, self._reading = False, threading.Lock()  # another rank's failure
         self._num_answers = 0  # of the store
         self._beats: dict[int, tuple[int, float]] = {}  # rank -> its last beat and when it was first seen
         self._wait_seconds = wait_seconds
@@ -148,6 +149,7 @@ class Heartbeat:
 
         def publish() -> None:
             if store.add("heartbeat/failures", 1) > 1:
+                self._count_as_read()  # it ends in any case: often all ranks fail of the same, at once
                 return
             store.set("heartbeat/failure", json.dumps(Failure(self._rank, self._host, kind, text)))
             while store.add("heartbeat/failure/read", 0) < self._size - 1:
@@ -242,6 +244,14 @@ class Heartbeat:
             failure = Failure(*json.loads(self._store.get("heartbeat/failure")))
             if failure.rank != self._rank:
                 self.failure = failure
+                self._count_as_read()
+
+    def _count_as_read(self) -> None:
+        """Once: the first rank that fails waits until each of the others is counted."""
+        assert self._store is not None
+        with self._reading:
+            if not self._has_read:
+                self._has_read = True
                 self._store.add("heartbeat/failure/read", 1)
 
     def _publish(self, beat: int) -> None:

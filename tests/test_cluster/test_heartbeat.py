@@ -212,6 +212,37 @@ def test_a_failure_reaches_the_other_ranks_with_its_kind_and_text(start):
     assert first.failure is None, "its own failure came back as that of another"
 
 
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_ranks_that_fail_of_the_same_at_once_wait_for_nobody(start, monkeypatch, size):
+    """None of them would read the failure of another."""
+    monkeypatch.setattr(heartbeat, "READ_SECONDS", 600.0)
+    store = MemoryStore()
+    ranks = [start(store, rank=rank, size=size) for rank in range(size)]
+    for one in ranks:
+        one.close()  # no thread reads in between
+    threads = [
+        threading.Thread(target=one.publish_failure, args=(UserError("no such file"),), daemon=True) for one in ranks
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads) and store.get("heartbeat/failure/read") == size - 1
+
+
+def test_a_rank_that_has_read_a_failure_and_then_reports_it_counts_once(start):
+    store = MemoryStore()
+    first, second = start(store, rank=0, size=3), start(store, size=3)
+    waiting = threading.Thread(target=first.publish_failure, args=(UserError("line 3 is broken"),))
+    waiting.start()
+    _until(lambda: second.failure is not None)
+    second.publish_failure(second.failure.error())
+    assert store.get("heartbeat/failure/read") == 1 and waiting.is_alive(), "the third has not read it"
+    third = start(store, rank=2, size=3)
+    waiting.join(10)
+    assert not waiting.is_alive() and third.failure is not None
+
+
 def test_a_rank_stuck_in_a_collective_ends_with_the_failure_of_another(start, exits, capfd):
     store = MemoryStore()
     first, stuck = start(store, rank=0), start(store)
