@@ -61,6 +61,8 @@ class Hour:
         process = subprocess.Popen(
             line.split(), cwd=self.home, env=self.environment, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            # what a shell starts in the background inherits that SIGINT is ignored, and launchers respect that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
             require(time.monotonic() - began < LONGEST, f"{line}: no three steps in time")
