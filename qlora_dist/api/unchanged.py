@@ -26,7 +26,9 @@ def unchanged() -> Iterator[None]:
     with ExitStack() as undo:
         undo.enter_context(same_environment())
         undo.enter_context(quiet_libraries())
-        undo.enter_context(torch.random.fork_rng())
+        # of the device that is used: of all, torch would warn on a machine with several
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        undo.enter_context(torch.random.fork_rng(devices))
         undo.enter_context(warnings.catch_warnings())
         undo.callback(torch.set_num_threads, torch.get_num_threads())
         undo.callback(torch.set_grad_enabled, torch.is_grad_enabled())
