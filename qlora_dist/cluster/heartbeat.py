@@ -38,6 +38,7 @@ LOOK_SECONDS = 3 * BEAT_SECONDS  # between two readings of the others' heartbeat
 STORE_SECONDS = 5.0  # for one call of the store
 REPORT_SECONDS = 15.0  # for naming those that are missing, after a limit
 READ_SECONDS = 5.0  # for the others to read why this rank has failed
+LIVING_BEATS = 2  # a rank whose heartbeat pauses for longer is not waited for: it has most likely been killed
 FAILURE_BEATS = 10  # until a rank that is stuck after another's failure exits
 SILENT_SECONDS = 60.0  # a heartbeat may pause while one call holds the interpreter
 NAMED_RANKS = 8  # in a message
@@ -98,7 +99,6 @@ class Heartbeat:
         self.failure: Failure | None = None  # of another rank
         self.is_stop_announced = False  # by any rank
         self._is_failing = False  # this rank, or another whose failure this one reports
-        self._has_read, self._reading = False, threading.Lock()  # another rank's failure
         self._num_answers = 0  # of the store
         self._beats: dict[int, tuple[int, float]] = {}  # rank -> its last beat and when it was first seen
         self._wait_seconds = wait_seconds
@@ -139,7 +139,10 @@ class Heartbeat:
             thread.join(STORE_SECONDS)
 
     def publish_failure(self, error: BaseException) -> None:
-        """Tells the other ranks why this one ends, and gives them some seconds to read it. The first failure counts."""
+        """Tells the other ranks why this one ends, and waits until those that live have read it, for some seconds.
+
+        The first failure counts.
+        """
         if self._store is None or self._is_failing:
             return
         self._is_failing = True
@@ -149,14 +152,28 @@ class Heartbeat:
 
         def publish() -> None:
             if store.add("heartbeat/failures", 1) > 1:
-                self._count_as_read()  # it ends in any case: often all ranks fail of the same, at once
+                self._confirm_failure()  # it ends in any case: often all ranks fail of the same, at once
                 return
             store.set("heartbeat/failure", json.dumps(Failure(self._rank, self._host, kind, text)))
-            while store.add("heartbeat/failure/read", 0) < self._size - 1:
-                time.sleep(BEAT_SECONDS / 20)
+            self._await_readers(store)
 
         with suppress(RuntimeError):
             within(READ_SECONDS, publish)
+
+    def _await_readers(self, store: Store) -> None:
+        """Returns when every rank that lives has read this one's failure. A killed rank never reads."""
+        waiting_for = [f"heartbeat/{rank}" for rank in range(self._size) if rank != self._rank]
+        while waiting_for:
+            before = self._beats_of(waiting_for)
+            until = time.monotonic() + LIVING_BEATS * BEAT_SECONDS
+            while not store.check([f"{sign}/has_read" for sign in waiting_for]):
+                if time.monotonic() > until:
+                    break
+                time.sleep(BEAT_SECONDS / 20)
+            now = self._beats_of(waiting_for)
+            waiting_for = [
+                sign for sign in waiting_for if now[sign] != before[sign] and not store.check([f"{sign}/has_read"])
+            ]
 
     def require_alive(self) -> None:
         """Raises when another rank has failed, or when its heartbeat has stopped. While this rank waits for others."""
@@ -244,15 +261,12 @@ class Heartbeat:
             failure = Failure(*json.loads(self._store.get("heartbeat/failure")))
             if failure.rank != self._rank:
                 self.failure = failure
-                self._count_as_read()
+                self._confirm_failure()
 
-    def _count_as_read(self) -> None:
-        """Once: the first rank that fails waits until each of the others is counted."""
+    def _confirm_failure(self) -> None:
+        """To the first rank that failed, which waits for it."""
         assert self._store is not None
-        with self._reading:
-            if not self._has_read:
-                self._has_read = True
-                self._store.add("heartbeat/failure/read", 1)
+        self._store.set(f"heartbeat/{self._rank}/has_read", "1")
 
     def _publish(self, beat: int) -> None:
         assert self._store is not None
@@ -278,6 +292,12 @@ class Heartbeat:
             return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
         except RuntimeError:
             return None
+
+    def _beats_of(self, signs: list[str]) -> dict[str, int | None]:
+        """The last beat of each of these ranks (their keys), None for a rank without one."""
+        store = self._store
+        assert store is not None
+        return {sign: json.loads(store.get(sign))["beat"] if store.check([sign]) else None for sign in signs}
 
     # --- the thread that looks at the clock, and does not call the store ----------------------------------------------
 

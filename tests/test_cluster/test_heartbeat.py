@@ -227,20 +227,44 @@ def test_ranks_that_fail_of_the_same_at_once_wait_for_nobody(start, monkeypatch,
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert not any(thread.is_alive() for thread in threads) and store.get("heartbeat/failure/read") == size - 1
+    assert not any(thread.is_alive() for thread in threads)
 
 
-def test_a_rank_that_has_read_a_failure_and_then_reports_it_counts_once(start):
+def test_a_failing_rank_waits_for_those_that_live_and_not_for_the_dead(start, monkeypatch):
+    monkeypatch.setattr(heartbeat, "READ_SECONDS", 600.0)
     store = MemoryStore()
-    first, second = start(store, rank=0, size=3), start(store, size=3)
-    waiting = threading.Thread(target=first.publish_failure, args=(UserError("line 3 is broken"),))
+    first = start(store, rank=0, size=4)
+    start(store, rank=1, size=4)
+    store.set("heartbeat/2", json.dumps({"beat": 7}))  # was killed; rank 3 has never come
+    waiting = threading.Thread(target=first.publish_failure, args=(UserError("line 3 is broken"),), daemon=True)
     waiting.start()
-    _until(lambda: second.failure is not None)
-    second.publish_failure(second.failure.error())
-    assert store.get("heartbeat/failure/read") == 1 and waiting.is_alive(), "the third has not read it"
-    third = start(store, rank=2, size=3)
-    waiting.join(10)
-    assert not waiting.is_alive() and third.failure is not None
+    waiting.join(60)
+    assert not waiting.is_alive(), "it waits for the dead"
+    _until(lambda: store.check(["heartbeat/1/has_read"]))
+
+
+def test_a_failing_rank_waits_for_one_that_lives_until_it_has_read(start, monkeypatch):
+    monkeypatch.setattr(heartbeat, "READ_SECONDS", 600.0)
+
+    class Living(MemoryStore):
+        num_beats = 0  # of rank 1: another at every look
+
+        def get(self, key):
+            if key != "heartbeat/1":
+                return super().get(key)
+            self.num_beats += 1
+            return json.dumps({"beat": self.num_beats}).encode()
+
+    store = Living()
+    store.set("heartbeat/1", "beats")
+    first = start(store, rank=0)
+    waiting = threading.Thread(target=first.publish_failure, args=(UserError("line 3 is broken"),), daemon=True)
+    waiting.start()
+    _until(lambda: store.num_beats > 8)
+    assert waiting.is_alive(), "it did not wait for a rank that lives"
+    store.set("heartbeat/1/has_read", "1")
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def test_a_rank_stuck_in_a_collective_ends_with_the_failure_of_another(start, exits, capfd):
