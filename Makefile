@@ -22,14 +22,14 @@ TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
 # Whole files for each worker, in the order of tests/conftest.py: the longest first. Two workers a core: many tests wait
 WORKERS ?= 4
-SUITE = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+SUITE = -m pytest --workers $(WORKERS) $(ARGS)
 # In memory where there is room: runs sync what they save to the disk, and wait for it
 TEMP := $(shell [ "$$(df --output=avail -k /dev/shm 2>/dev/null | tail -1)" -gt 8000000 ] 2>/dev/null && echo /dev/shm)
 # Tests write no bytecode: without this each process that they start would compile the package again, for a second
 BYTECODE = -m compileall -q -j 2 qlora_dist benchmarks tests/helpers
 test: env
 	$(BIN)/python $(BYTECODE)
-	PYTEST_DEBUG_TEMPROOT=$(TEMP) $(BIN)/python $(SUITE)
+	CUDA_VISIBLE_DEVICES= PYTEST_DEBUG_TEMPROOT=$(TEMP) $(BIN)/python $(SUITE)
 
 # A newcomer's first hour: a fresh clone, installed as a wheel, and every command typed in an empty folder
 test-hour: env
@@ -69,7 +69,7 @@ $(OLD)/ready: .venv/ready constraints-oldest.txt
 	touch $@
 
 test-oldest-fast: $(OLD)/ready
-	CUDA_VISIBLE_DEVICES= $(OLD)/bin/python -m pytest -m "not slow and not hosts" -n 2 --dist loadfile $(OLD_TESTS) $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(OLD)/bin/python -m pytest -m "not slow and not hosts" --workers 2 $(OLD_TESTS) $(ARGS)
 
 # The environment of test-oldest with a GPU that accepts every call and computes nothing: what fails there fails on a real
 # card. Needs gcc, g++ and the headers of a CUDA toolkit (CUDA_HOME).

@@ -19,6 +19,8 @@ sys.dont_write_bytecode = True
 import pytest  # noqa: E402
 import torch  # noqa: E402  (after the environment is set)
 
+pytest_plugins = ["helpers.workers"]
+
 torch.set_num_threads(1)  # tiny tensors: a thread pool costs more than it gives
 
 # The files that take longest: first the one that mostly waits, for Slurm. The many short ones then fill both workers to
@@ -31,9 +33,8 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    is_controller = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
-    if is_controller and not torch.cuda.is_available():
-        share_fork_server()
+    if config.option.workers and not config.option.collectonly:
+        share_fork_server()  # it imports while this process collects
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

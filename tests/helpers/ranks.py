@@ -63,6 +63,13 @@ def share_fork_server() -> None:
     os.environ[FORK_SERVER] = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
 
 
+def leave_fork_server() -> None:
+    """In a fork of the process that has called `share_fork_server`: this one is not the server's parent, and joins it
+    as any other."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server._forkserver_address = server._forkserver_pid = None
+
+
 def clean_environment() -> dict[str, str]:
     """This process's environment without what a launcher around the tests may have set."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "COVERAGE_PROCESS")

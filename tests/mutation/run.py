@@ -133,7 +133,7 @@ class Server:
     def run(self, copy: Path, tests: Iterable[str], *options: str, seconds: float = math.inf) -> tuple[int, str]:
         """(pytest's exit code, what it printed). Raises TimeoutError; what the tests have started ends, too."""
         # plain assertions: rewriting them would take longer than most of the tests
-        arguments = ["-q", "-p", "no:cacheprovider", "-n", "0", "--assert=plain", *options]
+        arguments = ["-q", "-p", "no:cacheprovider", "--assert=plain", *options]
         arguments += [f"tests/{name}" for name in tests]
         said, code = copy.with_suffix(".log"), copy.with_suffix(".code")
         code.unlink(missing_ok=True)
@@ -175,7 +175,6 @@ def serve() -> None:
     import pydantic  # noqa: F401
     import pytest
     import transformers.models.llama.modeling_llama  # noqa: F401
-    import xdist.plugin  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     for line in sys.stdin:

@@ -219,7 +219,7 @@ ENDS_AT_VALUES = {
 def test_every_gpu_test_runs_up_to_its_first_check_of_values(tmp_path):
     """The tests marked gpu on a device that computes nothing: only those that compare values fail."""
     report = tmp_path / "junit.xml"
-    on_null("-m", "pytest", "-m", "gpu", "-q", "-p", "no:xdist", f"--junitxml={report}", timeout=900)
+    on_null("-m", "pytest", "-m", "gpu", "-q", f"--junitxml={report}", timeout=900)
     failed = failures(report)
     assert set(failed) <= COMPARES_VALUES, {name: failed[name] for name in set(failed) - COMPARES_VALUES}
 
