@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 # DeepSpeed's kernels are not used: without this its installation may look for a compiler and CUDA
 export DS_BUILD_OPS := 0
 
-.PHONY: env dist test test-dist test-hour test-hosts test-oldest test-oldest-fast test-null lint format docs demo \
+.PHONY: env dist test test-launched test-dist test-hour test-hosts test-oldest test-oldest-fast test-null lint format docs demo \
   notebooks bench bench-ratios bench-gpu clean
 
 env: .venv/ready
@@ -20,16 +20,21 @@ TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# Whole files for each worker, in the order of tests/conftest.py: the longest first. Two workers a core: many tests wait
+# Two workers a core: many tests wait
 WORKERS ?= 4
-SUITE = -m pytest --workers $(WORKERS) $(ARGS)
+SUITE = -m pytest --workers $(WORKERS)
 # In memory where there is room: runs sync what they save to the disk, and wait for it
 TEMP := $(shell [ "$$(df --output=avail -k /dev/shm 2>/dev/null | tail -1)" -gt 8000000 ] 2>/dev/null && echo /dev/shm)
 # Tests write no bytecode: without this each process that they start would compile the package again, for a second
 BYTECODE = -m compileall -q -j 2 qlora_dist benchmarks tests/helpers
 test: env
 	$(BIN)/python $(BYTECODE)
-	CUDA_VISIBLE_DEVICES= PYTEST_DEBUG_TEMPROOT=$(TEMP) $(BIN)/python $(SUITE)
+	CUDA_VISIBLE_DEVICES= PYTEST_DEBUG_TEMPROOT=$(TEMP) $(BIN)/python $(SUITE) $(ARGS)
+
+# The rest of it: what starts Slurm, torchrun, accelerate or benchmarks, whose processes all import for themselves
+test-launched: env
+	$(BIN)/python $(BYTECODE)
+	CUDA_VISIBLE_DEVICES= PYTEST_DEBUG_TEMPROOT=$(TEMP) $(BIN)/python $(SUITE) -m "launched and not hosts" $(ARGS)
 
 # A newcomer's first hour: a fresh clone, installed as a wheel, and every command typed in an empty folder
 test-hour: env
@@ -37,7 +42,7 @@ test-hour: env
 
 # Launches by torchrun, accelerate and Slurm on two hosts, each a set of network namespaces, and over a bad cable between
 # them: a quarter of an hour. Needs root, iproute2 and util-linux, /dev/net/tun, slurm-wlm and munge; what is missing is
-# named by the tests that are skipped. The quick ones are part of `make test`.
+# named by the tests that are skipped. The quick ones are part of `make test` and `make test-launched`.
 test-hosts: env
 	$(BIN)/python -m pytest -m hosts -rs $(ARGS)
 
@@ -54,7 +59,7 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python $(BYTECODE)
-	CUDA_VISIBLE_DEVICES= PYTEST_DEBUG_TEMPROOT=$(TEMP) $(OLDEST)/bin/python $(SUITE)
+	CUDA_VISIBLE_DEVICES= PYTEST_DEBUG_TEMPROOT=$(TEMP) $(OLDEST)/bin/python $(SUITE) -m "not hosts" $(ARGS)
 
 # Its fast part, for CI: the oldest transformers beside the rest of .venv. Nothing else of constraints-oldest.txt differs
 # from it but torch, whose oldest version PyPI has only as a CUDA build of several GB.
@@ -69,7 +74,7 @@ $(OLD)/ready: .venv/ready constraints-oldest.txt
 	touch $@
 
 test-oldest-fast: $(OLD)/ready
-	CUDA_VISIBLE_DEVICES= $(OLD)/bin/python -m pytest -m "not slow and not hosts" --workers 2 $(OLD_TESTS) $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(OLD)/bin/python -m pytest --workers 2 $(OLD_TESTS) $(ARGS)
 
 # The environment of test-oldest with a GPU that accepts every call and computes nothing: what fails there fails on a real
 # card. Needs gcc, g++ and the headers of a CUDA toolkit (CUDA_HOME).

@@ -13,7 +13,8 @@ from helpers.tiny_run import losses_of
 
 from qlora_dist.config import load_config
 
-pytestmark = pytest.mark.timeout(600)  # each process of a job imports for a second, much longer on a busy machine
+# each process of a job imports for a second, much longer on a busy machine
+pytestmark = [pytest.mark.launched, pytest.mark.timeout(600)]
 
 
 SLOW = {"do": "sleep", "seconds": 0.5, "at": "step"}

@@ -7,9 +7,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets  # noqa: F401
-import deepspeed
+import deepspeed.ops
 import deepspeed.runtime.engine
-import deepspeed.runtime.zero.stage3  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer
+import deepspeed.runtime.zero.stage3
 import pytest  # noqa: F401
 import tensorboard  # noqa: F401
 import torch._inductor.compile_fx
@@ -20,6 +21,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 import qlora_dist.train  # noqa: F401
 from qlora_dist.cluster import provenance
 
+_ = deepspeed.ops.__compatible_ops__  # starts compilers
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns
 provenance.code_digest(), provenance.commit()  # kept for all runs
 # All this lives as long as the process: a collection in a rank (there are two in each run) would visit, and so copy,

@@ -34,7 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
     options = session.config.option
-    if not options.workers or options.collectonly or (session.testsfailed and not options.continue_on_collection_errors):
+    if (
+        not options.workers
+        or options.collectonly
+        or (session.testsfailed and not options.continue_on_collection_errors)
+    ):
         return None  # pytest's own loop
     session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]  # one for all
     _Controller(session, options.workers).run()
@@ -99,7 +103,9 @@ class _Controller:
 
     def _report(self, connection: Connection, data: dict[str, Any]) -> None:
         hook = self._session.config.hook
-        hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(config=self._session.config, data=data))
+        hook.pytest_runtest_logreport(
+            report=hook.pytest_report_from_serializable(config=self._session.config, data=data)
+        )
 
     def _finished(self, connection: Connection, nodeid: str) -> None:
         items = self._workers[connection].items
@@ -159,7 +165,7 @@ def _work(session: pytest.Session, connection: Connection, number: int) -> None:
 
 @contextlib.contextmanager
 def _own(config: pytest.Config, connection: Connection, number: int) -> Iterator[None]:
-    """What a worker must not share: files of captured output, folder, terminal, and processes of which it is no parent."""
+    """What a worker must not share: captured output, folder, terminal, and processes that are not its children."""
     captured: Any = config.pluginmanager.getplugin("capturemanager")
     captured.stop_global_capturing()
     captured.start_global_capturing()

@@ -245,7 +245,6 @@ def test_every_smoke_case_runs_to_completion_or_to_a_check_of_values(tmp_path):
     assert {case["name"] for case in cases if case["ran"]} >= {"plain", "resume", "fsdp", "zero1", "zero2", "zero3"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", [1, 2, 3])
 def test_each_command_on_a_bare_machine_finishes_in_time_with_its_files(part, tmp_path):
     """The three commands as given there, except for the interpreter; a GPU machine has more cores than this one."""

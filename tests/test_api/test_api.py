@@ -365,6 +365,7 @@ def test_quantizing_and_merging_tell_how_far_they_are(made: SimpleNamespace, tmp
 # --- several ranks ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.launched
 def test_several_ranks_stream_their_lines_and_give_the_same_run(
     raw: dict[str, Any], made: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

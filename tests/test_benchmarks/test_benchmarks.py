@@ -44,6 +44,7 @@ def by_engine(measured, engine, method="nf4-dq"):
 # --- a real run -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.launched
 def test_every_cell_has_all_its_samples_and_results(measured):
     for result in measured[0].values():
         assert result["status"] == "ok", result["reason"]
@@ -60,6 +61,7 @@ def test_every_cell_has_all_its_samples_and_results(measured):
         assert result["phases"]["forward"] > 0 and result["phases"]["backward"] > 0
 
 
+@pytest.mark.launched
 def test_every_cell_has_a_kernel_table_and_the_state_of_its_device(measured):
     for name, result in measured[0].items():
         raw = json.loads((measured[1] / f"{name}.json").read_text())
@@ -107,6 +109,7 @@ def test_an_interrupted_run_has_compared_what_it_measured(tmp_path, monkeypatch)
     assert cut["same_work"]["is_same"] is True and cut["same_work"]["reference"] == ours.name
 
 
+@pytest.mark.launched
 def test_a_stock_trainer_does_the_same_work_from_the_same_weights_and_tokens(measured):
     ours, theirs = by_engine(measured, "ours"), by_engine(measured, "trainer")
     assert theirs["same_work"]["reference"] == ours["name"]
@@ -118,6 +121,7 @@ def test_a_stock_trainer_does_the_same_work_from_the_same_weights_and_tokens(mea
     assert theirs["items"]["base"] == ours["items"]["base"]
 
 
+@pytest.mark.launched
 def test_four_bit_weights_save_exactly_the_expected_bytes_over_sixteen_bit_ones(measured):
     shape = SHAPES["tiny"]
     linear = shape.linear_parameters - shape.vocabulary * shape.hidden
@@ -127,6 +131,7 @@ def test_four_bit_weights_save_exactly_the_expected_bytes_over_sixteen_bit_ones(
     assert saved == pytest.approx(linear * (2 - 0.5 - 1 / 64) - 14 * (64 + 1024), rel=0.001)
 
 
+@pytest.mark.launched
 def test_every_raw_file_has_its_provenance(measured):
     files = list(measured[1].glob("*.json"))
     assert len(files) == 3
@@ -140,6 +145,7 @@ def test_every_raw_file_has_its_provenance(measured):
         assert origin["hardware"]["num_cpus"] >= 1
 
 
+@pytest.mark.launched
 def test_the_speed_of_nf4_against_sixteen_bits_is_about_what_was_recorded(measured):
     """A ratio, not seconds: the same on a fast and a slow machine. The tolerance is wide: both step in turns, but tiny
     steps on a busy machine vary by half."""
@@ -148,6 +154,7 @@ def test_the_speed_of_nf4_against_sixteen_bits_is_about_what_was_recorded(measur
         assert recorded[name] / 3 < ratio < recorded[name] * 3, name
 
 
+@pytest.mark.launched
 def test_a_resumed_run_keeps_what_this_code_has_measured(measured, tmp_path):
     results, out, _ = measured
     shutil.copytree(out, tmp_path / "out")
@@ -160,6 +167,7 @@ def test_a_resumed_run_keeps_what_this_code_has_measured(measured, tmp_path):
 # --- cells that fail --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.launched
 def test_a_cell_that_does_not_fit_or_takes_too_long_is_recorded_and_does_not_affect_others(measured, tmp_path):
     scratch = measured[2]
     ours = Cell("ours", "nf4-dq", "tiny", 64, rank=4, data="drawn", threads=1)
@@ -227,6 +235,7 @@ def test_measuring_changed_files_is_refused(tmp_path):
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.launched
 def test_the_report_links_each_row_and_opens_in_a_browser_without_network(measured, tmp_path):
     results = tmp_path / "benchmarks" / "results"
     shutil.copytree(measured[1], results / "cpu")
@@ -245,6 +254,7 @@ def test_the_report_links_each_row_and_opens_in_a_browser_without_network(measur
             assert (seen.reports, seen.requests, seen.values["cut"]) == ([], [], []), width
 
 
+@pytest.mark.launched
 def test_a_result_without_provenance_is_not_reported(measured, tmp_path):
     shutil.copytree(measured[1], tmp_path / "results" / "cpu")
     path = next((tmp_path / "results" / "cpu").glob("*.json"))
@@ -255,6 +265,7 @@ def test_a_result_without_provenance_is_not_reported(measured, tmp_path):
         report.build(tmp_path / "results")
 
 
+@pytest.mark.launched
 def test_a_stated_commit_is_reported_as_stated(measured, tmp_path):
     shutil.copytree(measured[1], tmp_path / "results" / "cpu")
     for path in (tmp_path / "results" / "cpu").glob("*.json"):
@@ -279,6 +290,7 @@ def test_the_documented_faults_are_those_of_the_raw_file():
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.launched
 def test_peers_get_the_documents_of_this_packages_steps(measured):
     scratch = measured[2]
     cell = Cell("trainer", "nf4-dq", "tiny", 64, rows_per_step=4, micro_rows=2, variant="best", data="drawn", rank=4)

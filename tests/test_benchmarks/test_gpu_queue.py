@@ -31,6 +31,7 @@ def states(items, out):
     return {name: state for name, state, _ in queue.status(items, out)}
 
 
+@pytest.mark.launched
 def test_items_run_in_order_in_isolation_and_only_once(tmp_path):
     items = [
         item("good", WRITE),
@@ -196,6 +197,7 @@ def alive(out):
     return found
 
 
+@pytest.mark.launched
 def test_a_stopped_queue_keeps_and_packs_what_it_wrote_and_continues_from_there(tmp_path):
     out, archive = tmp_path / "gpu", tmp_path / "home" / "gpu-part1.tgz"
     process = start_queue("run", out, "--part", 1, "--pack", archive)
@@ -225,6 +227,7 @@ def test_a_stopped_queue_keeps_and_packs_what_it_wrote_and_continues_from_there(
     assert dates[0] == dates[1], "a finished item was run again"
 
 
+@pytest.mark.launched
 def test_an_item_dies_with_its_queue_even_if_that_is_killed(tmp_path):
     process = start_queue("run", tmp_path / "gpu", "--only", "second")
     wait_for(tmp_path / "gpu" / "second" / "raw.json")
@@ -237,6 +240,7 @@ def test_an_item_dies_with_its_queue_even_if_that_is_killed(tmp_path):
         time.sleep(0.1)
 
 
+@pytest.mark.launched
 def test_an_item_that_had_less_than_its_full_time_runs_again(tmp_path):
     slow = item("slow", "import time; time.sleep(600)", seconds=2)
     (result,) = queue.run([slow], tmp_path, seconds=queue.MARGIN_SECONDS + 1.8)
@@ -282,6 +286,7 @@ def test_the_archive_stays_within_its_limit_and_small_results_go_first(tmp_path)
     assert list(tmp_path.glob(".*.part")) == []
 
 
+@pytest.mark.launched
 def test_one_command_on_a_bare_machine_writes_one_archive_and_reports_what_it_lacks(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("would measure")

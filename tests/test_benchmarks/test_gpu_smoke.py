@@ -33,8 +33,8 @@ def run_smoke(out, *cases, timeout=250):
     return done, content, {case["name"]: case for case in content["cases"]}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)  # a minute on two idle cores; two dozen runs on busy ones
+@pytest.mark.launched
 def test_every_case_runs_and_agrees_on_a_cpu(tmp_path):
     done, content, cases = run_smoke(tmp_path / "smoke.json", "--case-seconds", "600", timeout=800)
     assert done.returncode == 0, done.stdout
@@ -172,6 +172,7 @@ smoke.main()
 """
 
 
+@pytest.mark.launched
 def test_a_case_that_dies_hangs_or_breaks_the_device_fails_alone(tmp_path, capsys):
     out = tmp_path / "smoke.json"
     cases = ["first", "dies", "second", "hangs", "third", "breaks", "fourth"]

@@ -168,6 +168,7 @@ def script(tmp_path):
 
 
 @pytest.mark.parametrize("hosts", ["debian, own name only"], indirect=True)
+@pytest.mark.launched
 def test_torchrun_gives_the_ranks_an_address_though_own_names_are_loopback_addresses(hosts, tmp_path):
     """What ranks do with it is tested above, and with torchrun itself below."""
     (tmp_path / "show.py").write_text(

@@ -137,6 +137,7 @@ def test_the_command_becomes_torchrun_with_these_options():
     assert "torch" not in run_python("import sys, qlora_dist.commands.torchrun; print(*sys.modules)").stdout.split()
 
 
+@pytest.mark.launched
 def test_torchrun_keeps_the_signals_that_its_shell_ignores(tmp_path):
     """The sbatch file has torchrun ignore the stop signals: its workers save, and it ends when they have."""
     (tmp_path / "show.py").write_text("import os; print(open(f'/proc/{os.getppid()}/status').read())")

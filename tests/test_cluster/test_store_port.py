@@ -147,16 +147,19 @@ def _sums(output):
     return sorted(re.findall(r"rank \d: sum [\d.]+", output))
 
 
+@pytest.mark.launched
 def test_a_program_that_wants_the_port_in_between_does_not_get_it_from_torchrun(tmp_path):
     output = _torchrun(tmp_path, TAKE_IT, 2)
     assert "refused: Address already in use" in output
     assert _sums(output) == ["rank 0: sum 3.0", "rank 1: sum 3.0"]
 
 
+@pytest.mark.launched
 def test_scripts_that_create_their_own_group_meet_at_the_port_that_is_held(tmp_path):
     assert _sums(_torchrun(tmp_path, OWN_GROUP, 2)) == ["rank 0: sum 3.0", "rank 1: sum 3.0"]
 
 
+@pytest.mark.launched
 def test_a_single_rank_of_torchrun_starts_though_its_port_is_held(tmp_path):
     assert "rank 0: size 1" in _torchrun(tmp_path, ALONE, 1)
 

@@ -32,6 +32,7 @@ def raw(inputs, tmp_path):
     return changed(inputs, run_dir=str(tmp_path / "run"))
 
 
+@pytest.mark.launched
 def test_accelerate_and_no_launcher_give_the_same_run_on_any_number_of_ranks(raw, tmp_path):
     """Under torchrun: test_verify compares its bits with ranks that have no launcher."""
     found = {}
@@ -63,6 +64,7 @@ def test_a_mistake_is_said_by_one_of_two_ranks_without_a_traceback_of_ours(raw, 
         assert "qlora_dist/train" not in crew.output()
 
 
+@pytest.mark.launched
 def test_a_mistake_of_ranks_that_the_command_starts_is_the_last_word(raw, tmp_path):
     """--ranks: without a traceback of the launcher, with the exit code of the rank. test_api runs one to its end."""
     start = [sys.executable, "-m", "qlora_dist", "train", str(write_config(tmp_path / "c.yaml", raw, train__steps=2))]
@@ -74,6 +76,7 @@ def test_a_mistake_of_ranks_that_the_command_starts_is_the_last_word(raw, tmp_pa
     assert not Path(raw["run_dir"]).exists()
 
 
+@pytest.mark.launched
 def test_under_torchrun_its_report_ends_with_the_mistake(raw, tmp_path):
     config = write_config(tmp_path / "c.yaml", raw, lora__target_modules=["q_prj"])
     done = run_command([*torchrun(2), "-m", "qlora_dist", "train", str(config)])
@@ -81,6 +84,7 @@ def test_under_torchrun_its_report_ends_with_the_mistake(raw, tmp_path):
     assert "error: lora.target_modules: q_prj matches" in done.stderr.rstrip().splitlines()[-2], done.stderr
 
 
+@pytest.mark.launched
 def test_ctrl_c_of_the_launcher_saves_and_ends_with_success(raw, tmp_path):
     config = write_config(tmp_path / "c.yaml", raw, train__steps=100_000)
     command = [sys.executable, "-m", "qlora_dist", "train", str(config), "--ranks", "2"]

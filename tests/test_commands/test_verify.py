@@ -293,8 +293,8 @@ def launch_the_first_only(monkeypatch):
     return launched
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)  # three processes that import torch, on a machine that may have other work
+@pytest.mark.launched
 def test_verify_proves_everything_on_real_processes_and_leaves_no_trace(
     raw, tmp_path, capsys, monkeypatch, launch_the_first_only
 ):

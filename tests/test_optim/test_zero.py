@@ -347,6 +347,7 @@ def test_one_process_without_a_launcher_trains_under_one_strategy_after_another(
 
 
 @pytest.mark.timeout(800)
+@pytest.mark.launched
 def test_two_nodes_of_accelerate_train_with_zero2_from_another_folder(raw, runs, tmp_path):
     config = write_config(tmp_path / "c.yaml", raw, strategy__name="zero2", train__steps=3)
     with socket.socket() as probe:

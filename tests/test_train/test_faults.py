@@ -236,6 +236,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(config,
 
 
 @pytest.mark.parametrize(("ranks", "number"), [(2, signal.SIGKILL), (1, signal.SIGUSR1)])
+@pytest.mark.launched
 def test_when_the_launcher_dies_its_ranks_save_and_end(config, tmp_path, sound, table, ranks, number):
     slow = json.dumps([{**SLOW, "seconds": 1.5}])  # two steps or three until they notice
     path = os.pathsep.join([str(TESTS / "faults"), python_path()])
