@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_dist.config.joint_products import num_parts
+from qlora_dist.config.joint_products import num_parts, num_raised
 
 from .shapes import Shape
 
@@ -148,6 +148,23 @@ def _copy_lower(option: str, shape: Shape, tokens: int, make: _Maker) -> list[An
     return [make(tokens, shape.hidden), rows, low, make(tokens, shape.hidden + RANK)]
 
 
+def _norm_lower(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    columns, x, weight = 3 * RANK, make(tokens, shape.hidden), make(shape.hidden)
+    rows, scales, low = make(columns, shape.hidden), make(tokens, dtype=torch.float32), make(tokens, columns)
+    return [x, weight, EPS, rows, scales, low, make(tokens, shape.hidden + columns)]
+
+
+def _raised_products(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
+    """Of q, k and v."""
+    outputs = [shape.heads * shape.head_dim, *[shape.kv_heads * shape.head_dim] * 2]
+    columns, rows = num_raised(tokens, outputs)
+    of_rows = make(columns, tokens, RANK, dtype=torch.float32)
+    of_columns = make(rows, sum(outputs), RANK, dtype=torch.float32)
+    ends = [sum(outputs[: i + 1]) for i in range(3)]
+    low, b = make(tokens, 3 * RANK), make(sum(outputs), RANK)
+    return [make.strided(tokens, sum(outputs)), low, b, ends, 2.0, of_rows, of_columns]
+
+
 def _dequantize(option: str, shape: Shape, tokens: int, make: _Maker) -> list[Any]:
     rows, columns = shape.intermediate, shape.hidden
     blocks = rows * columns // 64
@@ -185,6 +202,8 @@ _MAKERS = {
     "sum_parts": _sum_parts,
     "swiglu_lower": _swiglu_lower,
     "copy_lower": _copy_lower,
+    "norm_lower": _norm_lower,
+    "raised_products": _raised_products,
     "write_a": _write_a,
     "write_b": _write_b,
 }
@@ -193,5 +212,5 @@ NAMES = (
     "rotate_heads+norms",
     "rotate_heads_backward", "rotate_heads_backward+norms", "swiglu", "swiglu_backward", "dequantize_4bit",
     "dequantize_4bit+single", "write_a", "write_b", "swiglu_backward_products", "sum_parts",
-    "swiglu_lower", "copy_lower",
+    "swiglu_lower", "copy_lower", "norm_lower", "raised_products",
 )  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from qlora_dist.config.joint_products import LARGEST_JOINT_RANK, padded_columns
+from qlora_dist.config.joint_products import LARGEST_JOINT_RANK, LARGEST_LOWERED, padded_columns
 
 MAX_POSITIONS = 8192
 DRAWN = "weights-are-drawn"  # marker file in a model folder without weights
@@ -74,10 +74,11 @@ class Shape:
 
         2 per weight and token for a product. Layers that share their input are one product with R columns of adapters
         (`model.products`): the frozen matrix has one product forward and one for the gradient of its input, which the
-        first layer's q, k and v do not need: nothing before them is trained. A and B have two forward and four backward
-        (one fewer there). A recomputed layer repeats its forward products except the last one. The rotary angles are
-        an outer product. Not counted is what Triton kernels multiply (`model.kernels.lower`, `.gradients`, for ranks up
-        to LARGEST_JOINT_RANK): A forward of output and down, A's gradient of down, and B's two of gate and up.
+        first layer's q, k and v do not need: nothing before them is trained. A's columns of the input are multiplied
+        forward with B, those of the gradient backward with A, and A's gradient is a product. A recomputed layer repeats
+        its forward products except the last one. The rotary angles are an outer product. Not counted is what Triton
+        kernels multiply (`model.kernels.lower`, for up to LARGEST_LOWERED columns, and `.gradients`, for ranks up to
+        LARGEST_JOINT_RANK): the input with A, A's gradient of down, and all of B's backward.
         """
         assert rank <= LARGEST_JOINT_RANK
         total = 4 * labels * self.vocabulary * self.hidden + self.head_dim * tokens
@@ -89,15 +90,11 @@ class Shape:
                 has_input_gradient = layer > 0 or names is not SHARED_INPUT[0]
                 is_last, is_repeated = names is SHARED_INPUT[-1], layer < recomputed_layers
                 frozen = 1 + has_input_gradient + (is_repeated and not is_last)
-                # A: forward, in the product beside its input's gradient, its gradient
-                down = 2 + has_input_gradient + is_repeated
-                up = 3 + (is_repeated and not is_last)  # B: forward, its gradient, its input's gradient
-                of_a = 0  # columns of padding that the gradient of A has not
-                if len(names) == 1:
-                    down -= 1 + is_repeated + is_last
-                elif len(names) == 2:
-                    up -= 2
-                    of_a = columns - 2 * rank
+                down = has_input_gradient + (not is_last)  # A: beside its input's gradient, its own gradient
+                if columns > LARGEST_LOWERED:
+                    down += 1 + is_repeated
+                up = 1 + (is_repeated and not is_last)  # B forward
+                of_a = columns - 2 * rank if len(names) == 2 else 0  # padding that the gradient of A has not
                 thin = (columns * down - of_a) * inputs + columns * up * outputs
                 total += 2 * tokens * (frozen * outputs * inputs + thin)
         return total

@@ -13,6 +13,7 @@ from ..config.joint_products import (
     LARGEST_JOINT_RANK,
     TOKENS_OF_CALL,
     num_parts,
+    num_raised,
     padded_columns,
     split_product,
 )
@@ -46,12 +47,9 @@ class _Product:
     rows: int  # A in the compute type
     matrix: int  # dequantized, with the adapters' columns
     back_matrix: int
-    adapter_gradients: int
-    adapter_gradients_of_b: int
-
-    @property
-    def grad_input(self) -> int:
-        return self.joined - self.low
+    of_a: int  # gradients of adapters, in fp32
+    of_b: int
+    raising: int  # while G' and the gradient of B are computed
 
 
 class BlockTape(LayerTape):
@@ -74,14 +72,36 @@ class BlockTape(LayerTape):
             rows=columns * inputs * size,
             matrix=max(rows) * (inputs + columns) * size,
             back_matrix=max(last) * inputs * size,
-            adapter_gradients=4 * columns * (inputs + sum(widths)),
-            adapter_gradients_of_b=4 * columns * sum(widths),
+            of_a=4 * columns * inputs,
+            of_b=4 * sum(widths) * (settings.rank if self._is_one_pass(linears) else columns),
+            raising=self._raising(linears) if self._is_one_pass(linears) else columns * sum(widths) * size,
         )
+
+    def _is_one_pass(self, linears: Sequence[Linear]) -> bool:
+        """`raised_gradients._in_one_pass`."""
+        settings = self.settings
+        is_adapted = all(linear.name in settings.adapted for linear in linears)
+        return is_adapted and settings.compute_size == 2 and settings.rank <= LARGEST_JOINT_RANK
+
+    def _raising(self, linears: Sequence[Linear]) -> int:
+        """`raised_gradients._in_one_pass`: B, parts of sums and their total."""
+        settings, widths = self.settings, [linear.outputs for linear in linears]
+        tokens = min(settings.tokens, TOKENS_OF_CALL)
+        columns, rows = num_raised(tokens, widths)
+        total = sum(widths)
+        first = 0 if tokens == settings.tokens else total  # of the tokens before
+        parts = rows * total + max(columns * tokens + first, total if rows > 1 else 0)
+        return settings.rank * (total * settings.compute_size + 4 * parts)
 
     @property
     def scales(self) -> int:
         """What a norm multiplied each row by, in fp32."""
         return 4 * self.settings.tokens
+
+    @property
+    def room(self) -> int:
+        """Of G' behind the rows of the gradient of the layer's output, or of its input."""
+        return self._product(self.shapes.linears[6:]).low
 
     def _layer(self, x: Value) -> Value:
         tape, shapes = self.tape, self.shapes
@@ -112,6 +132,11 @@ class BlockTape(LayerTape):
         values = self.settings.tokens * self.shapes.linears[2].outputs * self.settings.compute_size
         rotated = product.result - values if has_norms else product.result
         columns = tape.extra(rotated) if has_norms else None
+        backward = [
+            (product.gradient + max(product.raising, product.of_b + product.of_a) + product.low, 0),
+            (product.gradient + product.of_a + product.of_b + self.row + self.room, product.back_matrix),
+        ]
+        back_work, back_weights = max(backward[: 1 + x.needs_grad], key=sum)
         result = tape.op(
             [x, *self._parameter(product)],
             rotated,
@@ -119,8 +144,8 @@ class BlockTape(LayerTape):
             # the product is done when the rotated copy is made
             work=product.joined + (values if has_norms else 0),
             weights=product.matrix,
-            back_work=product.gradient + product.adapter_gradients,
-            back_weights=product.back_matrix if x.needs_grad else 0,
+            back_work=back_work - (self.row if x.needs_grad else 0),
+            back_weights=back_weights,
         )
         if not has_norms:
             return [result]
@@ -129,9 +154,7 @@ class BlockTape(LayerTape):
     @property
     def _is_joint(self) -> bool:
         """`gate_gradients.is_joint`."""
-        settings = self.settings
-        is_adapted = all(linear.name in settings.adapted for linear in self.shapes.linears[4:])
-        return is_adapted and settings.compute_size == 2 and settings.rank <= LARGEST_JOINT_RANK
+        return self._is_one_pass(self.shapes.linears[4:])
 
     def _parts(self) -> int:
         """`gate_gradients`: what it needs, parts of sums and their total."""
@@ -157,20 +180,30 @@ class BlockTape(LayerTape):
             (held, down.rows),
         )
         opened = down.joined - down.low
-        of_down, of_gate, of_output = (one.adapter_gradients for one in (down, gate, output))
+        of_down, of_gate, of_output = (one.of_a + one.of_b for one in (down, gate, output))
+        raised = gate.low
+        raising_gate = down.of_a + max(gate.raising, gate.of_b + raised)
         if self._is_joint:  # dA of down, dB of gate and up in one tensor, without padding
             total = 4 * self.settings.rank * 3 * shapes.linears[6].inputs
-            of_down = total + down.adapter_gradients_of_b
+            of_down = total + down.of_b
             of_gate = 4 * self.settings.rank * 2 * shapes.linears[4].inputs
-        copies = 2 if self.shapes.family == "granite" else 1
-        backward = (
-            (down.gradient + opened, down.back_matrix),
-            (down.gradient + opened + max(of_down, self._parts()), 0),
-            (of_down + of_gate + self.row, gate.back_matrix),
-            (of_down + of_gate + self.row + output.gradient, 0),
+            raised = 2 * self.settings.tokens * self.settings.rank * self.settings.compute_size
+            raising_gate = max(total + raised, self._parts())
+        # the gradient of the output has room for G', unless the branch is scaled
+        is_scaled = self.shapes.family == "granite"
+        scaled, copies = (down.gradient, 2) if is_scaled else (0, 1)
+        adapters = of_down + of_gate
+        backward = [
+            (scaled + down.raising, 0),
+            (scaled + down.of_b + opened, down.back_matrix),
+            (scaled + down.of_b + opened + raising_gate, 0),
+            (adapters + raised, 0),
+            (adapters + self.row, gate.back_matrix),
+            (adapters + self.row + output.gradient, 0),
             # the gradient of the residual stream is a part of `output.gradient`, unless the branch is scaled
-            (of_down + of_gate + of_output + copies * output.gradient + attended.size, output.back_matrix),
-        )
+            (adapters + copies * output.gradient + max(output.raising, of_output), 0),
+            (adapters + of_output + copies * output.gradient + attended.size, output.back_matrix),
+        ]
         work, weights = max(forward, key=sum)
         back_work, back_weights = max(backward, key=sum)
         extras = [tape.extra(size) for size in kept]
@@ -180,7 +213,7 @@ class BlockTape(LayerTape):
             saves=[attended, *extras],
             work=work - held,
             weights=weights,
-            back_work=back_work - self.row - attended.size,
+            back_work=back_work + self.room - self.row - attended.size,
             back_weights=back_weights,
         )
 

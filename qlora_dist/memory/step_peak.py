@@ -49,12 +49,17 @@ def largest_moment(config: RunConfig, shapes: ModelShapes, rows: int, recompute:
     at_loss = held_at_loss(keeps) if is_offloaded else sum(kept.size for kept in keeps)
     head = head_bytes(shapes, settings)
     moments = [_loss_moment(head, at_loss, steady), _norm_moment(head, at_loss, steady)]
+    # the model's forward pass holds the embeddings: as a rule the first layer's input, which that layer keeps
+    are_kept = is_block(shapes, settings) and not is_offloaded and keeps[0].own_input
+    embeddings = 0 if are_kept else row
     # of layers alike the last one's passes hold the most
     last = {(id(layer), index < recompute): index for index, layer in enumerate(layers)}
     for index in last.values():
         before = keeps[:index]
         held = held_in_layer(before, keeps[index], index < recompute) if is_offloaded else whole(before, keeps[index])
-        moments += _layer_moments(layers[index], held, row, index < recompute, steady)
+        # a recomputation finds the gradient of the layer's output instead
+        beside = row if index < recompute else embeddings
+        moments += _layer_moments(layers[index], held, beside, index < recompute, steady)
     largest = max(moments, key=lambda moment: moment.size)
     return replace(largest, saved_bytes=sum(kept.size for kept in keeps))
 
@@ -124,13 +129,13 @@ def _norm_moment(head: HeadBytes, saved: int, steady: dict[str, Item]) -> Moment
 
 
 def _layer_moments(
-    layer: LayerBytes, held: Held, row: int, is_recomputed: bool, steady: dict[str, Item]
+    layer: LayerBytes, held: Held, beside: int, is_recomputed: bool, steady: dict[str, Item]
 ) -> Iterator[Moment]:
     """One layer's forward (or recomputation) and backward, over what the layers before it keep."""
     forward = layer.recompute_peak if is_recomputed else layer.forward_peak
     backward = layer.backward_peak
     for name, live, saved, own in (
-        ("a layer's forward pass", forward, held.forward, forward.activations + row),
+        ("a layer's forward pass", forward, held.forward, forward.activations + beside),
         ("a layer's backward pass", backward, held.backward, max(0, backward.activations - held.on_host)),
     ):
         again = "recomputed and " if is_recomputed else ""

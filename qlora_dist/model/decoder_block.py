@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
-from types import MethodType
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -41,6 +40,7 @@ from .kernels import (
     swiglu_lower,
 )
 from .products import SharedInput
+from .raised_gradients import raise_with_grad_b, widened, with_room
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def use_decoder_blocks(model: nn.Module) -> int:
         layer.__class__ = _block_class(kind)
     if found and len(found) == len(layers):
         norm: Any = unwrap(model).base_model.norm
-        norm.forward = MethodType(_norm_forward, norm)
+        norm.forward = partial(_norm_forward, norm, layers[-1])
     log.info(
         "decoder layers: %d of %d are computed as blocks, others one linear layer at a time", len(found), len(layers)
     )
@@ -203,10 +203,8 @@ class _Queries(torch.autograd.Function):
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, block: Block, *adapters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         layers = block.queries
-        joined, normed = layers.input_buffer(x)
         scales = _scales(x)
-        rms_norm(x, block.input_norm, block.eps, scales, normed)
-        low = layers.lower(joined)
+        joined, low = layers.normed_input(x, block.input_norm, block.eps, scales)
         columns = layers.product(joined)
         rotated_width = (block.num_q + block.num_kv) * block.head_dim
         unrotated = columns[:, :rotated_width]
@@ -229,16 +227,13 @@ class _Queries(torch.autograd.Function):
         joined, grad = layers.gradient_buffer(x)
         unrotated = None if columns is None else columns[:, : (block.num_q + block.num_kv) * block.head_dim]
         rotate_heads_backward(grad_q, grad_k, grad_v, unrotated, block.q_norm, block.k_norm, block.eps, cos, sin, grad)
-        layers.raise_gradient(joined)
-        of_adapters: list[Tensor | None] = []
+        of_adapters, raised = raise_with_grad_b(layers, joined, low, scales)
         if low is not None:
-            raised = _scaled_rows(joined[:, layers.outputs :], scales)
-            of_adapters = layers.grad_a(raised, x, block.input_norm)
-            of_adapters += layers.grad_b(joined[:, : layers.outputs], low)
-            del raised
+            of_adapters = layers.grad_a(raised, x, block.input_norm) + of_adapters
+        del raised
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = layers.grad_input(joined)
+            of_x = layers.grad_input(joined, with_room(x, block.down.columns))
             rms_norm_backward(of_x, x, block.input_norm, block.eps, grad_x, of_x)
         return of_x, None, None, None, *of_adapters
 
@@ -257,13 +252,11 @@ class _Gate(torch.autograd.Function):
         joined, low_output = block.output.filled_input(x, attended, _copy, copy_lower)
         middle = block.output.product(joined, residual=x, factor=block.residual_factor)
         del joined  # each buffer before the next
-        joined, normed = block.gate.input_buffer(x)
         scales = _scales(x)
-        rms_norm(middle, block.post_norm, block.eps, scales, normed)
-        low_gate = block.gate.lower(joined)
+        joined, low_gate = block.gate.normed_input(middle, block.post_norm, block.eps, scales)
         both, grown = block.gate.gradient_buffer(x)  # the backward pass writes the gradient in place
         block.gate.product(joined, out=grown)
-        del joined, normed
+        del joined
         joined, low_down = block.down.filled_input(x, both, swiglu, swiglu_lower)
         ctx.save_for_backward(attended, low_output, middle, scales, low_gate, both, low_down)
         ctx.block = block
@@ -277,27 +270,21 @@ class _Gate(torch.autograd.Function):
         block: Block = ctx.block
         grad = grads[0]
 
-        joined, copied = block.down.gradient_buffer(grad)
-        _scaled_copy(grad, block.residual_factor, copied)
-        block.down.raise_gradient(joined)
+        joined = _gradient_of_down(block, grad)
+        of_down_b, raised = raise_with_grad_b(block.down, joined, low_down)
         opened = block.down.grad_input(joined)
         of_gate: list[Tensor | None] = []
         if low_gate is not None and is_joint(block.gate, block.down, opened):
-            of_down, of_gate_b, raised = gate_gradients(
-                block.gate, block.down, opened, joined[:, block.down.outputs :], both, low_gate, scales
-            )
-            of_down += block.down.grad_b(joined[:, : block.down.outputs], low_down)
+            of_down, of_gate_b, raised = gate_gradients(block.gate, block.down, opened, raised, both, low_gate, scales)
         else:
             swiglu_backward(opened, both)  # both: gradients of gate and up; opened: the product's input again
-            of_down = block.down.grad_adapters(joined, opened, low_down)
-            block.gate.raise_gradient(both)
-            if low_gate is not None:
-                of_gate_b = block.gate.grad_b(both[:, : block.gate.outputs], low_gate)
-                raised = _scaled_rows(both[:, block.gate.outputs :], scales)
-        del joined, copied, opened
+            of_down = [] if low_down is None else block.down.grad_a(raised, opened)
+            of_gate_b, raised = raise_with_grad_b(block.gate, both, low_gate, scales)
+        of_down += of_down_b
+        del joined, opened
         if low_gate is not None:
             of_gate = block.gate.grad_a(raised, middle, block.post_norm) + of_gate_b
-            del raised
+        del raised
 
         of_normed = block.gate.grad_input(both)
         joined, of_middle = block.output.gradient_buffer(grad)
@@ -306,8 +293,8 @@ class _Gate(torch.autograd.Function):
         if block.residual_factor != 1.0:
             joined, copied = block.output.gradient_buffer(grad)
             torch.mul(of_middle, block.residual_factor, out=copied)
-        block.output.raise_gradient(joined)
-        of_output = block.output.grad_adapters(joined, attended, low_output)
+        of_output_b, raised = raise_with_grad_b(block.output, joined, low_output)
+        of_output = [] if low_output is None else block.output.grad_a(raised, attended) + of_output_b
         of_attended = block.output.grad_input(joined)
         return of_attended, of_middle, None, *of_output, *of_gate, *of_down
 
@@ -317,20 +304,17 @@ def _scales(x: Tensor) -> Tensor:
     return x.new_empty(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _scaled_rows(raised: Tensor, scales: Tensor) -> Tensor:
-    out = torch.empty_like(raised, memory_format=torch.contiguous_format)
-    return torch.mul(raised, scales[:, None], out=out)
-
-
 def _copy(source: Tensor, out: Tensor) -> None:
     out.copy_(source)
 
 
-def _scaled_copy(source: Tensor, factor: float, out: Tensor) -> None:
-    if factor == 1.0:
-        out.copy_(source)
-    else:
-        torch.mul(source, factor, out=out)
+def _gradient_of_down(block: Block, grad: Tensor) -> Tensor:
+    """[G | G'] of the last product from the gradient of the layer's output, whose memory it shares if that has room."""
+    joined = widened(grad, block.down.columns) if block.residual_factor == 1.0 else None
+    if joined is None:
+        joined, copied = block.down.gradient_buffer(grad)
+        torch.mul(grad, block.residual_factor, out=copied) if block.residual_factor != 1.0 else copied.copy_(grad)
+    return joined
 
 
 class _Down(torch.autograd.Function):
@@ -349,9 +333,9 @@ class _Norm(torch.autograd.Function):
     """x (T, H) -> the same, normed. Saves x, and nothing in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, room: int) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.eps = weight, eps
+        ctx.weight, ctx.eps, ctx.room = weight, eps, room
         out = torch.empty_like(x)
         rms_norm(x, weight, eps, None, out)
         return out
@@ -359,12 +343,13 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        out = torch.empty_like(x)
+        out = with_room(x, ctx.room)
         rms_norm_backward(grads[0], x, ctx.weight, ctx.eps, None, out)
-        return out, None, None
+        return out, None, None, None
 
 
-def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
+def _norm_forward(norm: Any, last_layer: Any, hidden_states: Tensor) -> Tensor:
     if hidden_states.shape[0] != 1 or torch.is_autocast_enabled(hidden_states.device.type):
         return type(norm).forward(norm, hidden_states)
-    return _Norm.apply(hidden_states.squeeze(0), norm.weight, norm.variance_epsilon)[None]
+    room = SharedInput([last_layer.mlp.down_proj]).columns if _is_active(last_layer, hidden_states) else 0
+    return _Norm.apply(hidden_states.squeeze(0), norm.weight, norm.variance_epsilon, room)[None]

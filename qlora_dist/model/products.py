@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..config.joint_products import LARGEST_LOWERED, padded_columns, split_product
 from .bitsandbytes_import import bitsandbytes
-from .kernels import dequantize_4bit, write_a, write_b
+from .kernels import dequantize_4bit, norm_lower, rms_norm, write_a, write_b
 from .kernels.registry import wide
 
 
@@ -87,6 +87,15 @@ class SharedInput:
         fill_and_lower(source, self._stacked_a(joined), low, joined)
         return joined, low
 
+    def normed_input(self, x: Tensor, weight: Tensor, eps: float, scales: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same of the norm of x, which leaves what it multiplied each row by in `scales`."""
+        return self.filled_input(
+            x,
+            x,
+            lambda source, out: rms_norm(source, weight, eps, scales, out),
+            lambda source, rows, low, joined: norm_lower(source, weight, eps, rows, scales, low, joined),
+        )
+
     def _stacked_a(self, like: Tensor) -> Tensor:
         """(R, K), in the type of `like`."""
         rows = like.new_empty(self.columns, self.inputs)
@@ -137,9 +146,11 @@ class SharedInput:
             self._write_b(0, self.outputs, matrix)
             torch.mm(joined[:, : self.outputs], matrix, out=joined[:, self.outputs :])
 
-    def grad_input(self, joined: Tensor) -> Tensor:
+    def grad_input(self, joined: Tensor, out: Tensor | None = None) -> Tensor:
         """dX (T, K) from [G | G']."""
         result: Tensor | None = None
+        if out is None:
+            out = joined.new_empty(len(joined), self.inputs)
         for start, stop in self.parts:
             first, last = self._rows(start, stop)
             is_last = stop == len(self.layers)
@@ -148,16 +159,10 @@ class SharedInput:
             if is_last and self.adapters:
                 write_a([a.detach() for a, _ in self.adapters], matrix[last - first :])
             own = joined[:, first : first + len(matrix)]
-            result = torch.mm(own, matrix) if result is None else result.addmm_(own, matrix)
+            result = torch.mm(own, matrix, out=out) if result is None else result.addmm_(own, matrix)
             del matrix
         assert result is not None
         return result
-
-    def grad_adapters(self, joined: Tensor, x: Tensor, low: Tensor | None) -> list[Tensor | None]:
-        """fp32 gradients in the order of `parameters`, from [G | G'], X (T, K) and low (T, R)."""
-        if low is None:
-            return []
-        return self.grad_a(joined[:, self.outputs :], x) + self.grad_b(joined[:, : self.outputs], low)
 
     def grad_a(self, raised: Tensor, x: Tensor, weight: Tensor | None = None) -> list[Tensor | None]:
         """Of all A, from G' (T, R) and X (T, K).

@@ -67,11 +67,11 @@ def test_flops_of_a_block_are_those_of_the_formula(cells, recompute):
     attention = attention_flops(SHAPE.heads, SHAPE.head_dim, [DOCUMENT]) / DOCUMENT
     # base: 2 forward, 2 backward; columns of adapters: x A and with B forward, g B, A, dA and dB backward
     expected = sum(4 * n * k + 6 * r * (n + k) for n, k, r in groups()) + 3.5 * attention
-    # SwiGLU's gradient: g B and dB of gate and up, and dA of down, with r columns each, not those of all adapters;
-    # and dA of gate and up without the columns that pad theirs
-    (gate_outputs, gate_inputs, gate_columns), (_, down_inputs, down_columns) = groups()[2:]
-    expected -= 2 * (gate_columns - 2 * RANK) * gate_inputs
-    expected -= 4 * (gate_columns - RANK) * gate_outputs + 2 * (down_columns - RANK) * down_inputs
+    # inside of kernels: g B and dB, and dA of down, with r columns each, not those of all adapters; and dA of gate and
+    # up without the columns that pad theirs
+    (_, gate_inputs, gate_columns), (_, down_inputs, down_columns) = groups()[2:]
+    expected -= 2 * (gate_columns - 2 * RANK) * gate_inputs + 2 * (down_columns - RANK) * down_inputs
+    expected -= sum(4 * (columns - RANK) * outputs for outputs, _, columns in groups())
     if recompute == "full":
         # once more forward without the last product
         expected += sum(2 * n * k + 2 * r * (n + k) for n, k, r in groups()) + attention

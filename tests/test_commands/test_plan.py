@@ -274,15 +274,17 @@ def test_plan_and_simulation_agree_for_every_relevant_setting(changes):
     [
         ("llama", {}),
         ("qwen3", {}),
+        ("granite", {}),  # its gradients are scaled, and have no room
         ("llama", {"lora__target_modules": ["q_proj", "down_proj"]}),
         ("llama", {"lora__target_modules": ["o_proj"], "model__attention": "sdpa"}),
         ("llama", {"model__compute_dtype": "float32", "model__quantization": "none", "optim__name": "adamw"}),
     ],
 )
 def test_plan_and_simulation_agree_to_a_tenth_of_a_percent_for_blocks(family, changes, recompute):
-    """A small vocabulary: the peak is in a layer, not in the loss."""
+    """A small vocabulary: the peak is in a layer; with few adapters, which need little backward, it may be elsewhere."""
     trace = _compare(_medium(family, vocab_size=128), _config(512, **changes), recompute)
-    assert abs(trace.error) < 0.001 and "backward" in trace.peak_at, trace
+    assert abs(trace.error) < 0.001, trace
+    assert "backward" in trace.peak_at or "lora__target_modules" in changes, trace
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,15 @@ from helpers.tiny_models import tiny_model
 from torch import Tensor
 
 from qlora_dist.errors import RunFailed
-from qlora_dist.model import check_blocks, decoder_block, gate_gradients, products
+from qlora_dist.model import check_blocks, decoder_block, gate_gradients, products, raised_gradients
 from qlora_dist.model.forward import decoder_layers
 from qlora_dist.model.lora import attach_lora, trainable_parameters
 
 # the operation, where it is used, the place of what it writes among its arguments
 OPERATIONS = [
-    ("rms_norm", decoder_block, 3), ("rms_norm", decoder_block, 4), ("rms_norm_backward", decoder_block, 5),
+    ("norm_lower", products, 4), ("norm_lower", products, 5), ("norm_lower", products, 6),
+    ("rms_norm_backward", decoder_block, 5), ("raised_products", raised_gradients, 5),
+    ("raised_products", raised_gradients, 6), ("sum_parts", raised_gradients, 3), ("sum_parts", raised_gradients, 4),
     ("rotate_heads", decoder_block, 8), ("rotate_heads_backward", decoder_block, 9), ("swiglu_lower", decoder_block, 2),
     ("swiglu_lower", decoder_block, 3), ("copy_lower", decoder_block, 2), ("copy_lower", decoder_block, 3),
     ("swiglu_backward_products", gate_gradients, 5), ("swiglu_backward_products", gate_gradients, 6),
@@ -25,9 +27,13 @@ OPERATIONS = [
     ("write_weight", products, 1), ("write_a", products, 1), ("write_b", products, 3),
 ]  # fmt: skip
 # those of ranks that are too large for products inside of a kernel
-SEPARATE = [("swiglu", decoder_block, 1), ("swiglu_backward", decoder_block, 0), ("swiglu_backward", decoder_block, 1)]
+SEPARATE = [
+    ("swiglu", decoder_block, 1), ("swiglu_backward", decoder_block, 0), ("swiglu_backward", decoder_block, 1),
+    ("rms_norm", products, 3), ("rms_norm", products, 4),
+]  # fmt: skip
 LARGE = 80
-SUMMED = ("copy_lower", "sum_parts")  # of which only sums over all tokens are compared
+# of which only sums over all tokens are compared, or that write a matrix of which one row hardly shows
+SUMMED = ("copy_lower", "sum_parts", "write_b")
 # In a tiny model the gradient through the adapters of gate and up is nothing beside that of the residual
 WIDE = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1}
 

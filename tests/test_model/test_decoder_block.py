@@ -11,9 +11,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 from qlora_dist.config import joint_products
-from qlora_dist.model import decoder_block, gate_gradients, hidden_states, load_base, set_recompute
+from qlora_dist.model import decoder_block, gate_gradients, hidden_states, load_base, raised_gradients, set_recompute
 from qlora_dist.model.decoder_block import use_decoder_blocks
 from qlora_dist.model.forward import decoder_layers
+from qlora_dist.model.kernels import gradients
 from qlora_dist.model.lora import attach_lora, lora_layers, trainable_parameters
 from qlora_dist.model.products import SharedInput
 
@@ -128,6 +129,63 @@ def test_the_gates_gradient_in_parts_and_in_calls_of_few_tokens_is_the_same(monk
     monkeypatch.setattr(gate_gradients, "num_parts", lambda tokens, width: (2, 1))
     monkeypatch.setattr(gate_gradients, "is_fake", lambda tensor: True)
     assert_equal_outcomes(outcome(model), expected, 1e-12)
+
+
+def test_raised_gradients_in_parts_and_in_calls_of_few_tokens_are_the_same(monkeypatch):
+    model = adapted("qwen3", ALL, torch.float64)
+    use_decoder_blocks(model)
+    expected = outcome(model)
+    num_parts = []
+
+    def num_raised(tokens, outputs):
+        columns, _ = joint_products.num_raised(tokens, outputs)
+        num_parts.append((columns, len(outputs)))
+        return columns, 2
+
+    monkeypatch.setattr(raised_gradients, "TOKENS_OF_CALL", 8)  # of 20
+    monkeypatch.setattr(raised_gradients, "num_raised", num_raised)
+    monkeypatch.setattr(raised_gradients, "is_fake", lambda tensor: True)
+    for module, name, value in (
+        (joint_products, "COLUMNS_OF_RAISED", 16), (gradients, "COLUMNS_OF_RAISED", 16), (gradients, "ROWS_OF_STEP", 4),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    assert_equal_outcomes(outcome(model), expected, 1e-12)
+    assert any(columns > layers > 1 for columns, layers in num_parts)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_layers_gradient_is_written_where_the_layer_below_multiplies_it(recompute, monkeypatch):
+    """No copy in any layer, and bit for bit what a copy gives."""
+    model = adapted("llama", ALL, torch.float64)
+    set_recompute(model, recompute)
+    use_decoder_blocks(model)
+    found = []
+
+    def widened(grad, columns):
+        found.append(raised_gradients.widened(grad, columns))
+        return found[-1]
+
+    monkeypatch.setattr(decoder_block, "widened", widened)
+    shared = outcome(model)
+    assert len(found) == len(decoder_layers(model)) and all(one is not None for one in found)
+    monkeypatch.setattr(decoder_block, "widened", lambda grad, columns: None)
+    copied = outcome(model)
+    assert torch.equal(shared[2], copied[2])
+    assert all(torch.equal(shared[1][name], copied[1][name]) for name in shared[1])
+
+
+def test_only_the_newest_gradient_with_room_is_widened():
+    """Behind the rows of any other tensor may be somebody's values."""
+    like = torch.zeros(3, 4)
+    old, grad = (raised_gradients.with_room(like, 2) for _ in range(2))
+    assert raised_gradients.widened(old, 2) is None
+    joined = raised_gradients.widened(grad[None].squeeze(0).detach(), 2)
+    assert joined is not None and joined.shape == (3, 6) and joined.data_ptr() == grad.data_ptr()
+    assert raised_gradients.widened(grad, 3) is None and raised_gradients.widened(grad[1:], 2) is None
+    assert raised_gradients.widened(grad + 0, 2) is None
+    assert raised_gradients.widened(torch.zeros(3, 6)[:, :4], 2) is None
+    del old, grad, joined
+    assert raised_gradients.widened(torch.zeros(3, 6)[:, :4], 2) is None
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "none"])

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import kernels as benchmark
 from benchmarks.kernel_cases import NAMES, operands, reference_of
 from benchmarks.shapes import SHAPES, Shape
-from qlora_dist.config.joint_products import LEAST_PROGRAMS, ROWS_OF_STEP, num_parts
+from qlora_dist.config.joint_products import LEAST_PROGRAMS, ROWS_OF_STEP, num_parts, num_raised
 from qlora_dist.model import kernels
 from qlora_dist.model.kernels import registry
-from qlora_dist.model.kernels.gradients import column_ranges, token_ranges
+from qlora_dist.model.kernels.gradients import column_ranges, raised_ranges, token_ranges
 from qlora_dist.model.kernels.traffic import TRAFFIC, bytes_moved, traffic
 
 EPS = 0.1  # large enough to be missed
@@ -108,6 +108,40 @@ def test_an_input_with_its_adapters_columns(is_gated: bool) -> None:
     low, joined = torch.empty(7, 5, dtype=F64), torch.empty(7, rows.shape[1] + 5, dtype=F64)
     (kernels.swiglu_lower if is_gated else kernels.copy_lower)(x, rows, low, joined)
     assert close(low, expected @ rows.t()) and close(joined, torch.cat([expected, low], dim=1))
+
+
+def test_a_norm_with_its_adapters_columns() -> None:
+    x, weight, rows = torch.randn(7, 24, dtype=F64), torch.randn(24, dtype=F64), torch.randn(5, 24, dtype=F64)
+    normed, expected_scales = torch.empty(7, 24, dtype=F64), torch.empty(7, dtype=F64)
+    kernels.rms_norm(x, weight, EPS, expected_scales, normed)
+    scales, low, joined = (torch.empty(*size, dtype=F64) for size in ((7,), (7, 5), (7, 29)))
+    kernels.norm_lower(x, weight, EPS, rows, scales, low, joined)
+    assert torch.equal(scales, expected_scales)
+    assert close(low, normed @ rows.t()) and close(joined, torch.cat([normed, low], dim=1))
+
+
+@pytest.mark.parametrize("outputs", [[1100], [600, 40, 8]])
+@pytest.mark.parametrize("is_in_parts", [False, True])
+def test_what_adapters_need_of_their_layers_gradient_is_that_of_autograd(outputs: list[int], is_in_parts: bool) -> None:
+    """y = s low B^T for each layer: the gradients of low and B from one pass over y's, and their parts."""
+    tokens, rank, scale, starts = 70, 3, 1.5, [sum(outputs[:i]) for i in range(len(outputs))]
+    low, b = leaf(tokens, rank * len(outputs)), leaf(sum(outputs), rank)
+    grad = torch.randn(tokens, sum(outputs), dtype=F64)
+    each = zip(low.split(rank, dim=1), b.split(outputs), strict=True)
+    y = torch.cat([scale * own_low @ own_b.t() for own_low, own_b in each], dim=1)
+    of_low, of_b = torch.autograd.grad(y, [low, b], grad)
+    columns, rows = num_raised(tokens, outputs) if is_in_parts else (len(outputs), 1)
+    assert (columns > len(outputs)) == (rows > 1) == is_in_parts
+    of_rows = torch.empty(columns, tokens, rank, dtype=F64)
+    of_columns = torch.empty(rows, sum(outputs), rank, dtype=F64)
+    ends = [start + width for start, width in zip(starts, outputs, strict=True)]
+    kernels.raised_products(grad, low.detach(), b.detach(), ends, scale, of_rows, of_columns)
+    assert close(of_columns.sum(0), of_b)
+    layers = [layer for layer, _ in raised_ranges(ends, columns)]
+    part_ends = [sum(layer <= index for layer in layers) for index in range(len(outputs))]
+    summed = torch.empty(tokens, rank * len(outputs), dtype=F64)
+    kernels.sum_parts(of_rows, part_ends, None, None, summed)
+    assert close(summed, of_low)
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(1, 1), (2, 3)])
@@ -212,6 +246,11 @@ def test_bytes_of_each_operation_are_those_of_the_table() -> None:
         ),
         "swiglu_lower": (4 * inner + 2 * 16 * 14336, 2 * inner + 2 * 2 * 16 * tokens),
         "copy_lower": (2 * hidden + 2 * 16 * 4096, 2 * hidden + 2 * 2 * 16 * tokens),
+        "norm_lower": (2 * hidden + 2 * 48 * 4096, 2 * hidden + 2 * 2 * 48 * tokens + 4 * tokens),
+        "raised_products": (
+            2 * tokens * 6144 + 2 * 16 * (3 * tokens + 6144),
+            4 * 16 * (12 * tokens + 11 * 6144),
+        ),
         "sum_parts": (4 * 16 * 2 * 56 * tokens, 2 * 2 * 32 * tokens),
     }
     assert expected.keys() == set(NAMES) and {name.partition("+")[0] for name in NAMES} == set(TRAFFIC)

@@ -12,12 +12,14 @@ from benchmarks.kernel_cases import NAMES, operands
 from benchmarks.kernels_compiled import Compiled, Launch, compile_case, recorded
 from benchmarks.shapes import SHAPES
 from qlora_dist.config.joint_products import COLUMNS_OF_PART as COLUMNS
+from qlora_dist.config.joint_products import COLUMNS_OF_RAISED
 from qlora_dist.config.joint_products import ROWS_OF_STEP as ROWS
 from qlora_dist.model.kernels.traffic import Traffic, traffic
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 if importlib.util.find_spec("triton") is not None:
     from qlora_dist.model.kernels.gradients_triton import SUM_PARTS, SUM_ROWS
+    from qlora_dist.model.kernels.lower_triton import NORM_CACHED_BYTES, NORM_ROWS, NORM_TILE
     from qlora_dist.model.kernels.lower_triton import ROWS as LOWER_ROWS
     from qlora_dist.model.kernels.lower_triton import TILE as LOWER_TILE
 META = torch.device("meta")
@@ -48,7 +50,7 @@ SHARED = {
     "rotate_heads+norms": 4 * HEADS,
     "rotate_heads_backward": 2 * HEADS,
 }
-LOOPS = ("swiglu_backward_products", "sum_parts", "swiglu_lower", "copy_lower")
+LOOPS = ("swiglu_backward_products", "sum_parts", "swiglu_lower", "copy_lower", "norm_lower", "raised_products")
 # kernels with fewer operands than another case of theirs
 LIGHTER = ("rms_norm", "rms_norm_backward", "rotate_heads", "rotate_heads_backward", "dequantize_4bit+single")
 
@@ -64,7 +66,9 @@ def check(name: str, shape: str, architecture: int) -> tuple[Launch, Compiled, T
     launch, made = compile_case(name, SHAPES[shape], architecture, TOKENS)
     assert made.local == 0 and made.stack_bytes == 0, "registers spilled"
     # the one value of a row is stored once, by one thread; sums of 16 columns are 8 bytes a thread
-    narrow = {"rms_norm+scales": {4}, "swiglu_lower": {8}, "copy_lower": {8}}.get(name, set())
+    narrow = {
+        "rms_norm+scales": {4}, "norm_lower": {4}, "swiglu_lower": {8}, "copy_lower": {8}, "raised_products": {8},
+    }.get(name, set())  # fmt: skip
     assert set(made.accesses("STG")) == {16} | narrow, "narrow stores"
     return launch, made, traffic(name.partition("+")[0], operands(name, SHAPES[shape], TOKENS, META))
 
@@ -125,6 +129,46 @@ def test_an_input_and_its_columns_are_moved_once_with_the_next_tiles_on_their_wa
     stored = made.accesses("STG")
     of_low = stored[8] * 8 * made.threads * launch.programs
     assert stored[16] * 16 * made.threads * steps + of_low == expected.written
+
+
+@pytest.mark.parametrize("shape", ["8b", "70b"])
+def test_a_norm_reads_its_rows_again_from_the_cache_and_writes_each_element_once(shape: str) -> None:
+    """In the code: a step of the statistics; copies of the first two steps and, in the loop, of one more; stores."""
+    launch, made, expected = check("norm_lower", shape, 90)
+    _, weight, _, rows, *_ = operands("norm_lower", SHAPES[shape], TOKENS, META)
+    columns, width = rows.shape
+    tile, block = NORM_ROWS * NORM_TILE * 2, launch.constants["BLOCK"]
+    assert made.accesses("LDG")[16] * 16 * made.threads == 2 * tile and set(made.accesses("LDG")) == {16}
+    copied = made.accesses("LDGSTS")
+    assert copied[16] * 16 * made.threads == 3 * (tile + block * NORM_TILE * 2)
+    assert copied[4] * 4 * made.threads == 3 * NORM_TILE * 2 and set(copied) == {4, 16}
+    blocks, steps = TOKENS // NORM_ROWS, width // NORM_TILE
+    assert blocks * steps * tile + (rows.numel() + weight.numel()) * 2 == expected.read
+    assert made.accesses("STG")[16] * 16 * made.threads == tile + 2 * NORM_ROWS * block * 2
+    assert blocks * (steps * tile + 2 * NORM_ROWS * columns * 2 + NORM_ROWS * 4) == expected.written
+    # so few blocks at a time that they stay in the cache, and still one for each multiprocessor
+    assert launch.programs * NORM_ROWS * width * 2 <= NORM_CACHED_BYTES and launch.programs >= 128
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_gradients_are_raised_in_one_pass_with_the_next_step_on_its_way(architecture: int) -> None:
+    """In the code: B once; copies of the first step and, in the loop, of the next one; stores of a step, of all dB."""
+    launch, made, expected = check("raised_products", "8b", architecture)
+    *_, of_rows, of_columns = operands("raised_products", SHAPES["8b"], TOKENS, META)
+    tile, steps = ROWS * COLUMNS_OF_RAISED, len(of_columns) * launch.arguments[-1]
+    assert launch.options["num_stages"] == 2 and launch.programs == len(of_rows) * len(of_columns)
+    assert made.accesses("LDG") == {16: COLUMNS_OF_RAISED * 16 * 2 // 16 // made.threads}
+    copied = made.accesses("LDGSTS")
+    assert copied[16] * 16 * made.threads == 2 * tile * 2
+    assert copied[4] * 4 * made.threads == 2 * ROWS * 16 * 2 and set(copied) == {4, 16}
+    stored = made.accesses("STG")
+    assert (
+        stored[8] * 8 * made.threads == ROWS * 16 * 4 and stored[16] * 16 * made.threads == COLUMNS_OF_RAISED * 16 * 4
+    )
+    # rows behind the last token and columns behind a layer's end are masked
+    assert tile * 2 * steps * len(of_rows) == pytest.approx(expected.read, rel=0.04)
+    in_steps = ROWS * 16 * 4 * steps * len(of_rows)
+    assert in_steps + of_columns.numel() * 4 == pytest.approx(expected.written, rel=0.02)
 
 
 @pytest.mark.parametrize("shape", ["8b", "70b"])

@@ -18,7 +18,7 @@ from helpers.ranks import run_python
 from torch import Tensor
 
 from benchmarks.kernel_cases import kernel_of, reference_of
-from qlora_dist.config.joint_products import num_parts
+from qlora_dist.config.joint_products import num_parts, num_raised
 from qlora_dist.model.kernels import registry
 
 U32, U16 = 2.0**-24, 2.0**-11  # unit roundoff of fp32 and fp16
@@ -133,6 +133,24 @@ def lowered(make: Inputs, tokens: int, width: int, columns: int, is_gated: bool)
     return [x, rows, make(tokens, columns), make(tokens, width + columns)]
 
 
+def normed_and_lowered(make: Inputs, tokens: int, width: int, columns: int) -> list[Any]:
+    rows = make.row(columns * width).view(columns, width)
+    scales = make.row(tokens, torch.float32)
+    return [make(tokens, width), make.row(width), EPS, rows, scales, make(tokens, columns),
+            make(tokens, width + columns)]  # fmt: skip
+
+
+def raised(make: Inputs, tokens: int, outputs: list[int], rank: int, rows: int | None = None) -> list[Any]:
+    """`rows`: parts of the tokens, each of several steps when they are few."""
+    columns, most = num_raised(tokens, outputs)
+    ends = [sum(outputs[: i + 1]) for i in range(len(outputs))]
+    rows = most if rows is None else rows
+    of_rows = make.row(columns * tokens * rank, torch.float32).view(columns, tokens, rank)
+    of_columns = make.row(rows * ends[-1] * rank, torch.float32).view(rows, ends[-1], rank)
+    b = make.row(ends[-1] * rank).view(-1, rank)
+    return [make(tokens, ends[-1]), make(tokens, rank * len(ends)), b, ends, 1.7, of_rows, of_columns]
+
+
 def parts_of_sums(make: Inputs, tokens: int, ends: list[int], rank: int, pad: int, is_scaled: bool) -> list[Any]:
     f32 = torch.float32
     parts = make.row(ends[-1] * tokens * rank, f32).view(ends[-1], tokens, rank)
@@ -196,6 +214,17 @@ CASES: dict[str, tuple[str, Callable[..., list[Any]], tuple[Any, ...], int, torc
     "gate and low, far": ("swiglu_lower", lowered, (3, 40, 48, True), 40, F16, True),
     "copy and low": ("copy_lower", lowered, (33, 136, 64, False), 136, F16, False),
     "copy and low, far": ("copy_lower", lowered, (3, 40, 8, False), 40, F16, True),
+    "norm and low": ("norm_lower", normed_and_lowered, (40, 96, 16), 96, F16, False),
+    "norm and low, odd": ("norm_lower", normed_and_lowered, (35, 203, 5), 203, F16, False),
+    "norm and low, tiles": ("norm_lower", normed_and_lowered, (17, 700, 48), 700, F16, False),
+    "norm and low, several blocks of a program": ("norm_lower", normed_and_lowered, (2070, 24, 4), 24, F16, False),
+    "norm and low, far": ("norm_lower", normed_and_lowered, (3, 40, 48), 40, F16, True),
+    "raised": ("raised_products", raised, (40, [64, 16, 16], 16), 96, F16, False),
+    "raised, one layer of odd rank": ("raised_products", raised, (75, [304], 5), 304, F16, False),
+    "raised, rank 32": ("raised_products", raised, (33, [72, 40], 32), 112, F16, False),
+    "raised, parts": ("raised_products", raised, (200, [1040, 520, 8], 8), 1040, F16, False),
+    "raised, steps": ("raised_products", raised, (170, [520, 48], 5, 2), 520, F16, False),
+    "raised, far": ("raised_products", raised, (3, [40, 16], 8), 56, F16, True),
     "sums of parts": ("sum_parts", parts_of_sums, (40, [3, 12, 14], 16, 0, True), 14, F32, False),
     "sums of parts, padded": ("sum_parts", parts_of_sums, (19, [9], 3, 13, False), 9, F16, False),
     "sums of parts, far": ("sum_parts", parts_of_sums, (3, [2, 4], 8, 0, True), 4, F16, True),
@@ -262,6 +291,8 @@ def check_fallback() -> None:
         "swiglu_backward_products": gate_products(make, 2, 8, 2),  # fp32
         "swiglu_lower": lowered(make, 2, 8, 2, True),  # fp32
         "copy_lower": lowered(Inputs(0, F16, 4), 2, 8, 65, False),
+        "norm_lower": normed_and_lowered(make, 2, 8, 2),  # fp32
+        "raised_products": raised(Inputs(0, F16, 4), 2, [12], 2),  # columns that 16-byte accesses do not divide
         "sum_parts": parts_of_sums(make, 2, [1, 2, 3, 4], 2, 0, False),
         "dequantize_4bit": codes(make, 64, 96, False),
         "write_a": adapters_a(make, (1, 1, 1, 1), 8, 4),

@@ -2,8 +2,8 @@
 
 from .adapters import write_a, write_b
 from .dequantize import dequantize_4bit
-from .gradients import sum_parts, swiglu_backward_products
-from .lower import copy_lower, swiglu_lower
+from .gradients import raised_products, sum_parts, swiglu_backward_products
+from .lower import copy_lower, norm_lower, swiglu_lower
 from .norm import rms_norm, rms_norm_backward
 from .rotary import rotate_heads, rotate_heads_backward
 from .swiglu import swiglu, swiglu_backward
@@ -11,6 +11,8 @@ from .swiglu import swiglu, swiglu_backward
 __all__ = [
     "copy_lower",
     "dequantize_4bit",
+    "norm_lower",
+    "raised_products",
     "rms_norm",
     "rms_norm_backward",
     "rotate_heads",

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...config.joint_products import COLUMNS_OF_PART, ROWS_OF_STEP
+from ...config.joint_products import COLUMNS_OF_PART, COLUMNS_OF_RAISED, ROWS_OF_STEP
 from .registry import register
 from .swiglu import _swiglu_backward
 
@@ -36,6 +36,19 @@ def column_ranges(width: int, parts: int) -> list[slice]:
 def token_ranges(tokens: int, parts: int) -> list[slice]:
     """Of equal parts, in blocks of ROWS_OF_STEP."""
     return _ranges(tokens, parts, -(-max(1, -(-tokens // ROWS_OF_STEP)) // parts) * ROWS_OF_STEP)
+
+
+def raised_ranges(ends: Sequence[int], parts: int) -> list[tuple[int, slice]]:
+    """(layer, its columns) of a kernel's parts, or each layer's as one part."""
+    starts = [0, *ends]
+    widths = [end - start for start, end in zip(starts, ends, strict=False)]
+    found = []
+    for index, (start, width) in enumerate(zip(starts, widths, strict=False)):
+        size = width if parts == len(ends) else COLUMNS_OF_RAISED
+        found += [
+            (index, slice(start + own.start, start + own.stop)) for own in _ranges(width, -(-width // size), size)
+        ]
+    return found
 
 
 def _swiglu_backward_products(
@@ -75,12 +88,40 @@ def _sum_parts(parts: Tensor, ends: Sequence[int], rows: Tensor | None, scaled: 
         start = end
 
 
+def _raised_products(
+    grad: Tensor,
+    low: Tensor,
+    b: Tensor,
+    ends: Sequence[int],
+    scale: float,
+    of_rows: Tensor,
+    of_columns: Tensor,
+) -> None:
+    rank, parts = b.shape[1], raised_ranges(ends, len(of_rows))
+    for part, (_, own) in enumerate(parts):
+        of_rows[part].copy_(torch.mm(grad[:, own], b[own])).mul_(scale)
+    for part, rows in enumerate(token_ranges(len(grad), len(of_columns))):
+        for index, own in parts:
+            columns = low[rows, index * rank : (index + 1) * rank]
+            of_columns[part, own].copy_(torch.mm(grad[rows, own].t(), columns)).mul_(scale)
+
+
 # grad (T, F), raised (T, >= r), low (T, >= 2 r), b (2 F, r), both (T, >= 2 F): gate and up, afterwards their gradients;
 # parts in fp32: of_rows (2 P, T, r), gate's then up's; of_columns (Q, 3 F r): dA (r, F), then dB (2 F, r)
 swiglu_backward_products = register(
     "swiglu_backward_products(Tensor grad, Tensor raised, Tensor low, Tensor b, float scale, Tensor(a!) both, "
     "Tensor(b!) of_rows, Tensor(c!) of_columns) -> ()",
     _swiglu_backward_products,
+    "gradients_triton",
+)
+
+# What the adapters of layers with one input need of the gradients of their results, in one pass over these: G' = s G B,
+# and dB = s G^T low. grad (T, N): of layers that end at the columns `ends`; low (T, >= r len(ends)), b (N, r); parts in
+# fp32: of_rows (P, T, r), a layer's after those of the one before; of_columns (Q, N, r)
+raised_products = register(
+    "raised_products(Tensor grad, Tensor low, Tensor b, int[] ends, float scale, Tensor(a!) of_rows, "
+    "Tensor(b!) of_columns) -> ()",
+    _raised_products,
     "gradients_triton",
 )
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...config.joint_products import COLUMNS_OF_PART, LARGEST_JOINT_RANK, ROWS_OF_STEP
+from ...config.joint_products import COLUMNS_OF_PART, COLUMNS_OF_RAISED, LARGEST_JOINT_RANK, ROWS_OF_STEP
 from . import launching
 
 MOST = 3  # adapters of one product
@@ -131,6 +131,79 @@ def _swiglu_backward_products(
     _store_sums(of_columns, column + 3 * TILE, k, inside_k, a3, g3, u3, scale, WIDTH, RANK)
 
 
+@triton.jit
+def _raised_tile(
+    grad, column, end, row, inside_row, low, b, raised, of_b, step, UNIT: tl.constexpr, IS_OPAQUE: tl.constexpr
+):  # fmt: skip
+    inside = (column < end)[:, None] & inside_row[None, :]
+    value = tl.load(grad + column[:, None] + row[None, :] * step * UNIT, mask=inside, other=0.0)
+    value = _once(value, IS_OPAQUE)
+    of_b = tl.dot(value, low, of_b, input_precision="ieee")
+    raised = tl.dot(tl.trans(value), b, raised, input_precision="ieee")
+    return raised, of_b
+
+
+@triton.jit
+def _b_tile(b, column, end, k, inside_k, RANK: tl.constexpr):
+    inside = (column < end)[:, None] & inside_k[None, :]
+    return tl.load(b + column[:, None] * RANK + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_b(out, column, end, k, inside_k, of_b, scale, RANK: tl.constexpr):
+    inside = (column < end)[:, None] & inside_k[None, :]
+    tl.store(out + column[:, None] * RANK + k[None, :], of_b * scale, mask=inside)
+
+
+@triton.jit(do_not_specialize=["grad_step", "low_step", "tokens", "steps"])
+def _raised_products(
+    grad, low, b, scale, of_rows, of_columns, grad_step, low_step, tokens, steps, UNIT: tl.constexpr,
+    PARTS: tl.constexpr, PARTS0: tl.constexpr, PARTS1: tl.constexpr, END0: tl.constexpr, END1: tl.constexpr,
+    END2: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    IS_OPAQUE: tl.constexpr,
+):  # fmt: skip
+    """A program takes 4 TILE columns of one layer; PARTS0 and PARTS1: where the parts of the first layers end."""
+    part = tl.program_id(0) % PARTS
+    split = (tl.program_id(0) // PARTS).to(tl.int64)
+    layer = (part >= PARTS0).to(tl.int32) + (part >= PARTS1).to(tl.int32)
+    end = tl.where(layer == 0, END0, tl.where(layer == 1, END1, END2))
+    start = tl.where(layer == 0, 0, tl.where(layer == 1, END0 - PARTS0 * 4 * TILE, END1 - PARTS1 * 4 * TILE))
+    column = start + part * 4 * TILE + tl.arange(0, TILE)
+    k = tl.arange(0, BLOCK)
+    inside_k = k < RANK
+    b0 = _b_tile(b, column, end, k, inside_k, RANK)
+    b1 = _b_tile(b, column + TILE, end, k, inside_k, RANK)
+    b2 = _b_tile(b, column + 2 * TILE, end, k, inside_k, RANK)
+    b3 = _b_tile(b, column + 3 * TILE, end, k, inside_k, RANK)
+    g0 = tl.zeros((TILE, BLOCK), tl.float32)
+    g1, g2, g3 = g0, g0, g0
+    low += layer * RANK
+    of_rows += part.to(tl.int64) * tokens * RANK
+    first = split * steps * ROWS
+    for step in range(steps):
+        row = first + step * ROWS + tl.arange(0, ROWS)
+        inside_row = row < tokens
+        inside = inside_row[:, None] & inside_k[None, :]
+        own = tl.load(low + row[:, None] * low_step * UNIT + k[None, :], mask=inside, other=0.0)
+        raised = tl.zeros((ROWS, BLOCK), tl.float32)
+        raised, g0 = _raised_tile(grad, column, end, row, inside_row, own, b0, raised, g0, grad_step, UNIT, IS_OPAQUE)
+        raised, g1 = _raised_tile(
+            grad, column + TILE, end, row, inside_row, own, b1, raised, g1, grad_step, UNIT, IS_OPAQUE
+        )
+        raised, g2 = _raised_tile(
+            grad, column + 2 * TILE, end, row, inside_row, own, b2, raised, g2, grad_step, UNIT, IS_OPAQUE
+        )
+        raised, g3 = _raised_tile(
+            grad, column + 3 * TILE, end, row, inside_row, own, b3, raised, g3, grad_step, UNIT, IS_OPAQUE
+        )
+        tl.store(of_rows + row[:, None] * RANK + k[None, :], raised * scale, mask=inside)
+    of_columns += split * END2 * RANK
+    _store_b(of_columns, column, end, k, inside_k, g0, scale, RANK)
+    _store_b(of_columns, column + TILE, end, k, inside_k, g1, scale, RANK)
+    _store_b(of_columns, column + 2 * TILE, end, k, inside_k, g2, scale, RANK)
+    _store_b(of_columns, column + 3 * TILE, end, k, inside_k, g3, scale, RANK)
+
+
 @triton.jit(do_not_specialize=["tokens", "scaled_step", "out_step"])
 def _sum_parts(
     parts, rows, scaled, out, tokens, scaled_step, out_step, UNIT: tl.constexpr, COUNT: tl.constexpr,
@@ -193,6 +266,33 @@ def swiglu_backward_products(
         TILE=COLUMNS_OF_PART // 4, ROWS=ROWS_OF_STEP,
         IS_OPAQUE=not launching.is_interpreted(), num_warps=8,
         num_stages=2,
+    )  # fmt: skip
+    return True
+
+
+def raised_products(
+    grad: Tensor, low: Tensor, b: Tensor, ends: Sequence[int], scale: float, of_rows: Tensor, of_columns: Tensor
+) -> bool:
+    """See gradients.py. False, with nothing written, for more layers or larger ranks, other parts than `num_raised`,
+    and types or strides that the kernel does not take."""
+    operands, rank = (grad, low, b), b.shape[1]
+    if rank > LARGEST_JOINT_RANK or len(ends) > MOST or not launching.accepts(*operands):
+        return False
+    widths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    parts = [sum(triton.cdiv(width, COLUMNS_OF_RAISED) for width in widths[: i + 1]) for i in range(len(ends))]
+    if not launching.same_type(operands) or grad.element_size() != 2 or not b.is_contiguous():
+        return False
+    if parts[-1] != len(of_rows) or any(width % 8 for width in widths):
+        return False
+    unit = launching.unit_of(grad, low)
+    steps = triton.cdiv(triton.cdiv(len(grad), ROWS_OF_STEP), len(of_columns))
+    first, second, third = [*ends, *[ends[-1]] * (MOST - len(ends))]
+    launching.start(
+        _raised_products, parts[-1] * len(of_columns), grad, low, b, scale, of_rows, of_columns,
+        grad.stride(0) // unit, low.stride(0) // unit, len(grad), steps, UNIT=unit, PARTS=parts[-1],
+        PARTS0=parts[0], PARTS1=parts[min(1, len(parts) - 1)], END0=first, END1=second, END2=third, RANK=rank,
+        BLOCK=max(16, launching.power_of_two(rank)), TILE=COLUMNS_OF_RAISED // 4, ROWS=ROWS_OF_STEP,
+        IS_OPAQUE=not launching.is_interpreted(), num_warps=8, num_stages=2,
     )  # fmt: skip
     return True
 

@@ -1,7 +1,7 @@
 """The input of a product together with its adapters' columns [X | low], low = X A^T, in one pass over X.
 
-X is SwiGLU of gate and up, or a copy: attention writes rows that are not wide enough. `low` is written twice, because
-the buffer of the product is not kept for the backward pass.
+X is SwiGLU of gate and up, the norm of rows, or a copy: attention writes rows that are not wide enough. `low` is
+written twice, because the buffer of the product is not kept for the backward pass.
 
 Legend: T tokens, K inputs, R columns of all adapters.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .norm import _rms_norm
 from .registry import register
 from .swiglu import _swiglu
 
@@ -22,6 +23,13 @@ def _swiglu_lower(both: Tensor, rows: Tensor, low: Tensor, joined: Tensor) -> No
 
 def _copy_lower(x: Tensor, rows: Tensor, low: Tensor, joined: Tensor) -> None:
     joined[:, : rows.shape[1]].copy_(x)
+    _lower(rows, low, joined)
+
+
+def _norm_lower(
+    x: Tensor, weight: Tensor, eps: float, rows: Tensor, scales: Tensor, low: Tensor, joined: Tensor
+) -> None:
+    _rms_norm(x, weight, eps, scales, joined[:, : rows.shape[1]])
     _lower(rows, low, joined)
 
 
@@ -38,4 +46,12 @@ swiglu_lower = register(
 # x (T, K)
 copy_lower = register(
     "copy_lower(Tensor x, Tensor rows, Tensor(a!) low, Tensor(b!) joined) -> ()", _copy_lower, "lower_triton"
+)
+
+# x (T, K), weight (K,) -> the same, and scales (T,) in fp32: 1 / rms(x) of each row
+norm_lower = register(
+    "norm_lower(Tensor x, Tensor weight, float eps, Tensor rows, Tensor(a!) scales, Tensor(b!) low, "
+    "Tensor(c!) joined) -> ()",
+    _norm_lower,
+    "lower_triton",
 )

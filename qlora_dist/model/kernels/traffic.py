@@ -1,7 +1,8 @@
 """Bytes that one call of each operation moves between a GPU's memory and its kernel, for comparison with bandwidth.
 
 Each element counts once: what several programs of a launch share (norm weights, angles, the table of codes) and what a
-program reads again at once (rows of more than 16,384 columns) comes from a cache. With bf16, per element of
+program reads again at once (rows of more than 16,384 columns, any of `norm_lower`) comes from a cache. With bf16, per
+element of
 
     rms_norm                 x        reads 2, writes 2
     rms_norm_backward        x        reads 4, with a residual 6, writes 2
@@ -14,6 +15,8 @@ program reads again at once (rows of more than 16,384 columns) comes from a cach
     swiglu_backward_products grad     reads 6, writes 4; and the operands of rank r once, and its parts in fp32
     swiglu_lower             joined   reads 4, writes 2; and A and low once
     copy_lower               joined   reads 2, writes 2; and A and low once
+    norm_lower               x        reads 2, writes 2; and A, low and the scales once
+    raised_products          grad     reads 2; and the operands of rank r once, and writes its parts in fp32
     sum_parts                parts    reads 4; writes the sum
 
 Products inside of kernels count in `FLOPS`, though bytes bound all of these kernels.
@@ -151,6 +154,19 @@ def _copy_lower(x: Tensor, rows: Tensor, low: Tensor, joined: Tensor) -> Traffic
     return Traffic(_bytes(x, rows), _bytes(low, joined))
 
 
+def _norm_lower(
+    x: Tensor, weight: Tensor, eps: float, rows: Tensor, scales: Tensor, low: Tensor, joined: Tensor
+) -> Traffic:
+    return Traffic(_bytes(x, weight, rows), _bytes(scales, low, joined))
+
+
+def _raised_products(
+    grad: Tensor, low: Tensor, b: Tensor, ends: list[int], scale: float, of_rows: Tensor, of_columns: Tensor
+) -> Traffic:
+    of_low = b.shape[1] * len(ends) * len(low) * low.element_size()
+    return Traffic(_bytes(grad, b) + of_low, _bytes(of_rows, of_columns))
+
+
 def _flops_of_low(x: Tensor, rows: Tensor, low: Tensor, joined: Tensor) -> float:
     return 2.0 * len(x) * rows.numel()
 
@@ -167,6 +183,8 @@ TRAFFIC: dict[str, Callable[..., Traffic]] = {
     "sum_parts": _sum_parts,
     "swiglu_lower": _swiglu_lower,
     "copy_lower": _copy_lower,
+    "norm_lower": _norm_lower,
+    "raised_products": _raised_products,
     "write_a": _write_a,
     "write_b": _write_b,
 }
@@ -176,4 +194,6 @@ FLOPS: dict[str, Callable[..., float]] = {
     "swiglu_backward_products": lambda grad, raised, low, b, *_: 10.0 * grad.numel() * b.shape[1],
     "swiglu_lower": _flops_of_low,
     "copy_lower": _flops_of_low,
+    "norm_lower": lambda x, weight, eps, rows, *_: 2.0 * len(x) * rows.numel(),
+    "raised_products": lambda grad, low, b, *_: 4.0 * grad.numel() * b.shape[1],
 }
