@@ -59,8 +59,9 @@ def is_finite(tensor: Tensor, is_buffer: bool = False) -> bool:
     """Whether no value is NaN or infinite; of a buffer, which may be a mask, -inf is none."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    largest = tensor.max().clamp(min=0) if is_buffer else torch.linalg.vector_norm(tensor.float(), torch.inf)
-    return bool(largest.isfinite())
+    part = tensor.float() if tensor.dtype.itemsize < 2 else tensor
+    # both pass a NaN on, and need no temporary memory
+    return bool((part.max().clamp(min=0) if is_buffer else torch.linalg.vector_norm(part, torch.inf)).isfinite())
 
 
 def open_base(name: str, revision: str | None = None, dtype: torch.dtype | None = None) -> OpenBase:
