@@ -27,6 +27,7 @@ from ..data.documents import Documents, build_documents
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..files import format_bytes
+from ..memory import with_shards
 from ..memory.inference import fewest_ranks, inference_bytes
 from ..memory.read_shapes import read_shapes
 from ..model import INFERENCE, load_base, lora, lora_files
@@ -51,8 +52,18 @@ class Trained:
 
     def shards(self, world: World) -> ShardGroup | None:
         """The ranks over which the base is sharded, as in training; None where each holds it whole. Called by all."""
-        is_sharded = self.run is not None and self.run.strategy.name == "fsdp" and self.adapter is not None
-        return world.shard_group() if is_sharded else None
+        if self.run is None or self.run.strategy.name != "fsdp" or self.adapter is None:
+            return None
+        return world.shard_group(self.on_ranks(world).strategy.shard_ranks(world.size))
+
+    def on_ranks(self, world: World) -> RunConfig:
+        """The run's config for these ranks, which need not be those of training. Called by all."""
+        assert self.run is not None
+        auto = self.run.model_copy(update={"strategy": self.run.strategy.model_copy(update={"shard_over": "auto"})})
+        shapes = read_shapes(self.model.name, self.model.revision)
+        return with_shards(
+            auto, shapes, world_size=world.size, node_ranks=world.node_ranks(), device_bytes=usable_bytes(world)
+        )
 
     def load_tokenizer(self) -> Any:
         """The tokenizer of training. What was exported has another EOS and template: it comes second, with a run."""
@@ -129,9 +140,10 @@ def require_memory(trained: Trained, world: World, tokens: int) -> str:
 
     Raises UserError, before anything is loaded, when that is more than the smallest GPU has.
     """
-    device_bytes, config = usable_bytes(world), trained.run
-    if device_bytes is None or config is None or trained.adapter is None:
+    device_bytes = usable_bytes(world)
+    if device_bytes is None or trained.run is None or trained.adapter is None:
         return ""
+    config = trained.on_ranks(world)
     shapes = read_shapes(trained.model.name, trained.model.revision)
     if shapes.unknown:
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import RunConfig
+from .choosing import changed_config
 from .constants import CONTEXT_BYTES, NCCL_BYTES, Item
 from .resident import adapter_sizes, aligned_size, base_bytes, compute_size, persistent
 from .shapes import ModelShapes
@@ -16,7 +17,8 @@ _KEPT = ("base", "quantization constants", "embeddings, head, norms", "adapters"
 def inference_items(config: RunConfig, shapes: ModelShapes, *, world_size: int, tokens: int) -> dict[str, Item]:
     """Bytes on one of `world_size` ranks while `tokens` run at a time, without what fragmentation adds."""
     assert config.lora is not None
-    shared = sharing(config.strategy.name, world_size, config.strategy.offload)
+    strategy = config.strategy
+    shared = sharing(strategy.name, world_size, strategy.offload, strategy.shard_ranks(world_size))
     sizes = adapter_sizes(config.lora.rank, config.lora.target_modules, shapes, config.lora.variant == "dora")
     aligned = sum(map(aligned_size, sizes))
     base, constants, _ = base_bytes(config, shapes)
@@ -24,7 +26,7 @@ def inference_items(config: RunConfig, shapes: ModelShapes, *, world_size: int, 
     widest = max(linear.outputs for one, _ in shapes.each_layer() for linear in one.linears)
     resident = persistent(config, shapes, aligned, shared)
     items = {name: resident[name] for name in _KEPT if name in resident}
-    if world_size > 1 and config.strategy.name == "fsdp":
+    if world_size > 1 and strategy.name == "fsdp":
         head = shapes.vocabulary * shapes.hidden * size
         items |= shared.buffers(0, (base + constants) // shapes.num_layers, head)
     items["one layer"] = Item(4 * tokens * max(widest, shapes.hidden) * size, "activations of the layer that runs")
@@ -42,6 +44,7 @@ def inference_bytes(config: RunConfig, shapes: ModelShapes, *, world_size: int, 
 
 def fewest_ranks(config: RunConfig, shapes: ModelShapes, *, device_bytes: int, tokens: int) -> int | None:
     """Over how many ranks the base must be sharded at least; None: no number helps."""
+    config = changed_config(config, strategy={"shard_over": "all"})
     counts = range(1, MOST_RANKS + 1)
     if shapes.experts is not None:  # sharded by expert
         counts = [count for count in counts if shapes.experts.num_experts % count == 0]  # type: ignore[assignment]

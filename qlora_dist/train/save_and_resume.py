@@ -142,7 +142,8 @@ def _require_same(run: Run, path: Path, state: dict[str, Any], base: dict[str, s
 def _base_in_memory(run: Run, model: TrainingModel) -> dict[str, str]:
     """A checksum of all ranks' bases, and what decides how they lie in memory: only then are two comparable."""
     settings, strategy, device = run.config.model, run.config.strategy, device_name(run.world.device)
-    layout = f"{strategy.name}, offload {strategy.offload}, {run.world.size} ranks, {device}, {settings.cache_4bit}"
+    shards = f"{strategy.name} over {strategy.shard_ranks(run.world.size)}, offload {strategy.offload}"
+    layout = f"{shards}, {run.world.size} ranks, {device}, {settings.cache_4bit}"
     checksums = run.world.gather(model.base_checksum)
     if strategy.name == "zero3":
         checksums = []  # DeepSpeed pads its partitions with whatever was in memory
