@@ -204,7 +204,8 @@ def inputs(tmp_path_factory) -> Path:
             rank = "lora.rank=16" if run.endswith("r16") else "lora.rank=8"
             words = [f"--set={one}" for one in (*cheap, rank, f"run_dir=runs/{run}")]
             assert invoke(["train", "launch/recipes/alpaca-7b.yaml", *words]) == 0
-    (folder / "runs/guanaco-7b").symlink_to("alpaca-7b")
+    for name in ("guanaco-7b", "llama3.3-70b-fsdp"):
+        (folder / "runs" / name).symlink_to("alpaca-7b")
     return folder
 
 
