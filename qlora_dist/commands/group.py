@@ -8,7 +8,7 @@ import gc
 import logging
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import click
 from click.core import ParameterSource
@@ -71,7 +71,7 @@ def words_without_ranks() -> list[str]:
     context = click.get_current_context()
     words = [*debug_words(), str(context.info_name)]
     for parameter in context.command.params:
-        name, value = str(parameter.name), context.params.get(str(parameter.name))
+        name, value = str(parameter.name), cast(Any, context.params.get(str(parameter.name)))
         if name == "ranks" or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
         if isinstance(parameter, click.Argument):

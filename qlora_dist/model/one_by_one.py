@@ -76,7 +76,7 @@ def open_base(name: str, revision: str | None = None, dtype: torch.dtype | None 
     check_weight_files(name)
     skeleton = stream.build_skeleton(config, dtype=dtype, attention=None, four_bit=None)
     model = skeleton.model.eval()
-    model.text_part = find_text_part(name, revision)  # type: ignore[assignment]
+    model.text_part = find_text_part(name, revision)
     source = open_source(name, revision, skeleton, "files", 0, CPU)
     if source is None:
         loaded: Any = load_base(

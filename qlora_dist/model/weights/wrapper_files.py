@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ...errors import UserError
+from ...progress import track
 from ..pretrained import expanded, where_to_read
 from .safetensors_files import WeightFiles
 from .sources import match_names, open_files
@@ -61,11 +62,12 @@ def write_wrapper(
         )
         for key, entry in files.entries.items()
     }
-    for path in files.paths:
-        empty = {key: empty_of[key] for key, entry in files.entries.items() if entry.path == path}
-        # the experts of one stack after another, wherever they are in the file: it is made once
-        in_order = sorted(empty, key=lambda key: parts[key].weight if key in parts else "")
-        write_tensors(folder / path.name, {key: empty[key] for key in in_order}, tensor)
+    with track("writing tensor", len(empty_of)) as task:
+        for path in files.paths:
+            empty = {key: empty_of[key] for key, entry in files.entries.items() if entry.path == path}
+            # the experts of one stack after another, wherever they are in the file: it is made once
+            in_order = sorted(empty, key=lambda key: parts[key].weight if key in parts else "")
+            write_tensors(folder / path.name, {key: empty[key] for key in in_order}, tensor, task)
     if len(files.paths) > 1:
         weight_map = {key: entry.path.name for key, entry in files.entries.items()}
         write_index(folder, {"total_size": sum(one.nbytes for one in empty_of.values())}, weight_map)

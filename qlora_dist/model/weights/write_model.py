@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ...progress import track
+from ...progress import Task, track
 from .safetensors_files import TYPES
 
 FILE_PATTERN = "model{suffix}.safetensors"
@@ -89,9 +89,7 @@ def write_model(
 
     with track("writing tensor", len(pieces)) as task:
         for file, keys in split.filename_to_tensors.items():
-            shard = {key: pieces[key].empty for key in keys}
-            write_tensors(folder / file, shard, tensor)
-            task.add(len(keys))
+            write_tensors(folder / file, {key: pieces[key].empty for key in keys}, tensor, task)
     if split.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **split.metadata}
         write_index(folder, metadata, split.tensor_to_filename)
@@ -103,7 +101,7 @@ def write_index(folder: Path, metadata: Mapping[str, Any], weight_map: Mapping[s
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(f"{text}\n", encoding="utf-8")
 
 
-def write_tensors(path: Path, empty: Mapping[str, Tensor], tensor: Callable[[str], Tensor]) -> None:
+def write_tensors(path: Path, empty: Mapping[str, Tensor], tensor: Callable[[str], Tensor], task: Task) -> None:
     """Writes a safetensors file of tensors with these types and shapes, each of which is asked for when it is written.
 
     The library's own writer needs them all at once, and then as much memory again.
@@ -126,3 +124,4 @@ def write_tensors(path: Path, empty: Mapping[str, Tensor], tensor: Callable[[str
             value = tensor(key)
             assert value.dtype == empty[key].dtype and value.shape == empty[key].shape, f"{key} is not as announced"
             file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            task.add()
