@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,18 @@ class ShardGroup:
     rank: int
     size: int
     device: torch.device
+
+    @classmethod
+    def create(
+        cls, rank: int, size: int, each: int, device: torch.device, timeout: datetime.timedelta
+    ) -> ShardGroup | None:
+        """The group of `each` consecutive ranks that this one is in; None for a group of one. Called by all ranks."""
+        assert size % each == 0
+        if each == 1:
+            return None
+        # every rank creates every group, in the same order
+        groups = [dist.new_group(list(range(first, first + each)), timeout) for first in range(0, size, each)]
+        return cls(DeviceMesh.from_group(groups[rank // each], device.type), rank % each, each, device)
 
     def gather(self, own: torch.Tensor, total: int) -> torch.Tensor:
         """(total,) all ranks' shards of a 1-D tensor, concatenated; each is ceil(total / size) long, or the rest."""

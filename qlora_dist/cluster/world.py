@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import MachineFailed, RunFailed, UserError, explain_os_error, pack_error, unpack_error
 from .device import require_cuda, why_no_cuda
@@ -385,14 +384,17 @@ class World:
             store.set(built, "done")
         self._meet(key, what, until_stop=True)
 
-    def shard_group(self) -> ShardGroup | None:
-        """All ranks as the group over which a base is sharded; None with one rank. Called by all ranks.
+    def node_ranks(self) -> int | None:
+        """How many ranks each node has; None: not the same everywhere. Called by all ranks."""
+        is_alike = len(set(self.gather(self.local_size))) == 1 and self.size % self.local_size == 0
+        return self.local_size if is_alike else None
+
+    def shard_group(self, ranks: int | None = None) -> ShardGroup | None:
+        """This rank's group of so many consecutive ranks (None: all), over which a base is sharded; None for a group of
+        one. Called by all ranks.
 
         A process group of its own: layers are gathered while gradients are summed, and on one group the order of the
         two would have to be the same on every rank.
         """
-        if self.size == 1:
-            return None
-        group = dist.new_group(timeout=_backend_timeout(self._timeout_seconds))
-        mesh = DeviceMesh.from_group(group, self.device.type)
-        return ShardGroup(mesh, self.rank, self.size, self.device)
+        each, timeout = ranks or self.size, _backend_timeout(self._timeout_seconds)
+        return ShardGroup.create(self.rank, self.size, each, self.device, timeout)

@@ -11,19 +11,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..cluster.world import own_device
+from ..cluster.launcher import launched_ranks
+from ..cluster.world import World, own_device
 from ..config import DataConfig
 from ..data.templates import Template, apply_template, resolve_template
 from ..errors import UserError, printable_json
-from ..model import Sampling, generate_ids, lora
+from ..model import Sampling, check_gathered_layer, generate_ids, lora
 from ..train.prompt_format import PromptFormat, find_stops
 from .screen import write_data
-from .trained import Trained, find_trained, first_documents, load_trained_base
+from .trained import Trained, find_trained, first_documents, load_trained_base, require_memory
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +66,11 @@ def _format_of(data: DataConfig, tokenizer: Any) -> str:
 class Writer:
     """A model that answers. Conversations go through the run's template; prompts of a text run are used as they are."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer: Any, template: Template | None) -> None:
+    def __init__(
+        self, model: torch.nn.Module, tokenizer: Any, template: Template | None, world: World | None = None
+    ) -> None:
         self.model = model
+        self._world = world  # prompts are distributed over its ranks; None: one process
         self.tokenizer = tokenizer
         self.template = template
         self.stop_ids, self.stop_texts = find_stops(model, tokenizer, template)
@@ -88,9 +93,14 @@ class Writer:
         batch_size: int = 8,
         on_text: Callable[[str], None] | None = None,
     ) -> Iterator[str]:
-        """One text per conversation, in order."""
-        for start in range(0, len(conversations), batch_size):
-            prompts = [self.encode(messages) for messages in conversations[start : start + batch_size]]
+        """One text per conversation, in order, on every rank. All ranks call it together."""
+        rank, ranks = (0, 1) if self._world is None else (self._world.rank, self._world.size)
+        for start in range(0, len(conversations), batch_size * ranks):
+            group = conversations[start : start + batch_size * ranks]
+            each = -(-len(group) // ranks)
+            own = group[rank * each : (rank + 1) * each]
+            # a rank without a prompt takes part in the gathers of a sharded base
+            prompts = [self.encode(messages) for messages in own or group[:1]]
             made = generate_ids(
                 self.model,
                 self.tokenizer,
@@ -98,10 +108,10 @@ class Writer:
                 sampling,
                 stop_ids=self.stop_ids,
                 stop_texts=self.stop_texts,
-                on_text=on_text,
+                on_text=on_text if rank == 0 else None,
             )
-            for ids in made:
-                yield self._text(ids)
+            texts = [self._text(ids) for ids in made[: len(own)]]
+            yield from texts if self._world is None else chain.from_iterable(self._world.gather(texts))
 
     def _text(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -118,12 +128,19 @@ def open_writer(
     weights: dict[str, float] | None = None,
     how: str = "cat",
     template: str = "auto",
+    world: World | None = None,
 ) -> Writer:
     """Loads base and adapters. The run's own adapter is named `trained`; `weights` activates their weighted sum.
 
-    Without weights, the last of the named adapters is active.
+    Without weights, the last of the named adapters is active. With a `world` the base of an fsdp run is sharded over
+    its ranks, as it was in training.
     """
-    module: Any = load_trained_base(trained, device)
+    shards = None if world is None else trained.shards(world)
+    module: Any = load_trained_base(trained, device, shards=shards)
+    if shards is not None:
+        with torch.no_grad():
+            module(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
+        check_gathered_layer(module)
     folders = {} if trained.adapter is None else {"trained": trained.adapter}
     folders |= adapters or {}
     if folders:
@@ -133,7 +150,7 @@ def open_writer(
         else:
             lora.activate(module, list(folders)[-1])
     tokenizer = trained.load_tokenizer()
-    return Writer(module.eval(), tokenizer, find_template(trained, tokenizer, template))
+    return Writer(module.eval(), tokenizer, find_template(trained, tokenizer, template), world)
 
 
 # --- prompts and commands ---------------------------------------------------------------------------------------------
@@ -200,6 +217,7 @@ def generate(
     write: Callable[[str], None] | None = None,
 ) -> None:
     """The command. One prompt is streamed; a file of prompts gives one JSON object per line; without both it is a chat.
+    As one of several ranks each answers its part of the prompts, and rank 0 writes.
 
     `adapters` and `weights` are name=folder and name=number. `read` returns the user's next line, None at the end.
     """
@@ -210,8 +228,16 @@ def generate(
     conversations = read_prompts(prompts) if prompts is not None else None  # before the model is loaded
     numbers = {name: _number(name, value) for name, value in parse_named(weights, "--weight").items()}
     folders = {name: Path(folder) for name, folder in parse_named(adapters, "--adapter").items()}
-    on = own_device(None if device is None else torch.device(device))
-    writer = open_writer(find_trained(path, base), on, adapters=folders, weights=numbers, how=how, template=template)
+    if launched_ranks().size > 1 and prompt is None and conversations is None:
+        raise UserError("a chat is held with one process; give --prompt or --prompts, or start it without ranks")
+    trained = find_trained(path, base)
+    world = World.init() if device is None else None
+    if world is not None:
+        emit = emit if world.is_main else _nowhere
+        if memory := require_memory(trained, world, batch_size * sampling.max_new_tokens):
+            log.info("memory: %s", memory)
+    on = own_device(None if device is None else torch.device(device)) if world is None else world.device
+    writer = open_writer(trained, on, adapters=folders, weights=numbers, how=how, template=template, world=world)
     if conversations is not None:
         answers = writer.answer(conversations, sampling, batch_size=batch_size)
         for messages, text in zip(conversations, answers, strict=True):
@@ -222,6 +248,12 @@ def generate(
         emit("\n")
     else:
         chat(writer, sampling, read or _read_line, emit)
+    if world is not None:
+        world.close()
+
+
+def _nowhere(text: str) -> None:
+    """What ranks other than 0 write."""
 
 
 def chat(writer: Writer, sampling: Sampling, read: Callable[[], str | None], emit: Callable[[str], None]) -> None:

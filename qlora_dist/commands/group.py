@@ -8,9 +8,10 @@ import gc
 import logging
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import click
+from click.core import ParameterSource
 
 from .. import __version__
 from ..cluster.launcher import launched_ranks
@@ -63,6 +64,23 @@ def debug_words() -> list[str]:
     """What precedes a command that this one starts."""
     parent = click.get_current_context().find_root()
     return ["--debug"] if parent.params.get("debug") else []
+
+
+def words_without_ranks() -> list[str]:
+    """The words of the command that is running, without --ranks: for the processes that it starts."""
+    context = click.get_current_context()
+    words = [*debug_words(), str(context.info_name)]
+    for parameter in context.command.params:
+        name, value = str(parameter.name), cast(Any, context.params.get(str(parameter.name)))
+        if name == "ranks" or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if isinstance(parameter, click.Argument):
+            words.append(value)
+        elif parameter.is_flag:  # type: ignore[attr-defined]
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+        else:
+            words += [f"{parameter.opts[0]}={one}" for one in (value if parameter.multiple else [value])]
+    return words
 
 
 def _log_level() -> int:

@@ -21,7 +21,8 @@ import errno
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,26 +31,27 @@ import torch
 from torch import Tensor
 
 from ..cluster.world import own_device
+from ..config import ModelConfig
+from ..config.run_dir import RunDir
 from ..errors import UserError
 from ..files import folder_aside, format_bytes
 from ..memory.read_shapes import read_shapes
 from ..model import (
-    INFERENCE,
     is_conv1d,
     linear_layers,
-    load_base,
     load_config,
     lora_files,
-    non_finite_tensor,
     quantized_and_back,
     stacked_experts,
     text_part,
     write_errors,
 )
+from ..model.one_by_one import OpenBase, is_finite, open_base, run_layer_by_layer
 from ..model.pretrained import find_text_part
+from ..model.reference_logits import Reference
 from ..model.text_part import TextPart
 from ..model.weights.wrapper_files import write_wrapper
-from ..progress import each
+from ..model.weights.write_model import write_model
 from ..train.prompt_format import PromptFormat, export_tokenizer
 from .generate import find_template
 from .outputs import check_output_folder
@@ -97,9 +99,9 @@ def merge(
     """Merges the adapter of a run directory or adapter folder and writes a model folder with its tokenizer.
 
     `out` appears complete or not at all. `base` is the original 16-bit model if it has moved. `compare` also measures
-    the other target (None: only for small models, unless both are the same). Holds one copy of the 16-bit model at a
-    time. Raises UserError for an output that exists, a base in 4 bits, an adapter of another kind, and under `auto` for
-    an adapter that does not tell what it was trained on.
+    the other target (None: only for small models, unless both are the same). Holds one weight at a time, and one
+    decoder layer while logits are measured. Raises UserError for an output that exists, a base in 4 bits, an adapter of
+    another kind, and under `auto` for an adapter that does not tell what it was trained on.
     """
     out = check_output_folder("OUT", out)
     trained = find_trained(path, base)
@@ -114,28 +116,30 @@ def merge(
     is_same = trained.model.quantization == "none"
     compares = compare if compare is not None else not (is_same and onto == "auto") and _is_cheap(trained)
     device = device or own_device()
-    samples = sample_ids(trained)
-    reference = _logits(load_trained(trained, device), samples)
+    original = open_base(trained.model.name, trained.model.revision)
+    merged = {one: Merged(original, trained.model, adapter, one, dtype, device) for one in TARGETS}
+    samples, reference = _reference(path, trained, device)
 
     gaps: dict[str, float] = {}
-    if compares and onto == "auto":  # the other one first: the model that is probably written is then there already
-        gaps[other] = _gap(_merged(trained, adapter, other, dtype, device), samples, reference)
-    model = _merged(trained, adapter, target, dtype, device)
-    gaps[target] = _gap(model, samples, reference)
-    if onto == "auto" and gaps.get(other, math.inf) < gaps[target]:
-        del model
-        target, other = other, target
-        model = _merged(trained, adapter, target, dtype, device)
-    if not math.isfinite(gaps[target]):
-        raise UserError(
-            f"{path}: the logits of the trained or the merged model are not finite, though all weights are: they are "
-            f"too large for {trained.model.compute_dtype} or {dtype}. Use --dtype float32, or another adapter. Nothing "
-            "was written"
-        )
-    _write(model, trained, out, max_shard_size, text_only)
+    if compares and onto == "auto":  # before the first is written: it is probably the one to keep
+        gaps[other] = _gap(original, merged[other].weight, samples, reference, dtype, device)
+    with _written(out) as aside:
+        merged[target].write(aside, trained, max_shard_size, text_only)
+        gaps[target] = _gap_of_files(aside, samples, reference, dtype, device)
+        if onto == "auto" and gaps.get(other, math.inf) < gaps[target]:
+            target, other = other, target
+            for file in aside.iterdir():
+                file.unlink()
+            merged[target].write(aside, trained, max_shard_size, text_only)
+        if not math.isfinite(gaps[target]):
+            raise UserError(
+                f"{path}: the logits of the trained or the merged model are not finite, though all weights are: they "
+                f"are too large for {trained.model.compute_dtype} or {dtype}. Use --dtype float32, or another adapter. "
+                "Nothing was written"
+            )
+        _export_tokenizer(aside, original.model, trained)
     if compares and other not in gaps:
-        del model
-        gaps[other] = _gap(_merged(trained, adapter, other, dtype, device), samples, reference)
+        gaps[other] = _gap(original, merged[other].weight, samples, reference, dtype, device)
     report = MergeReport(out, target, onto == "auto", gaps, max(float(one.abs().max()) for one in reference))
     return report if trained.data is not None else replace(report, reference="the adapter on the base in nf4")
 
@@ -200,58 +204,84 @@ class Adapter:
         return changed
 
 
-@torch.no_grad()
-def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype, device: torch.device) -> Any:
-    """The base in its stored type with every adapted weight replaced, then rounded to `dtype`. On the CPU; each weight
-    is computed on `device`, where it was trained: quantizing 7B takes a CPU core minutes.
+class Merged:
+    """The base with an adapter merged, one weight after another: what is written, and what is measured.
 
-    Onto dequantized, weights that were quantized but not adapted are replaced too: experts, most of all.
+    Each weight is computed on `device`, where it was trained: quantizing 7B takes a CPU core minutes. Onto dequantized,
+    weights that were quantized but not adapted are replaced too: experts, most of all.
     """
-    settings = trained.model
-    config = load_config(settings.name, settings.revision)
-    stored = getattr(config, "dtype", None) or torch.float32
-    model: Any = load_base(
-        settings.name,
-        revision=settings.revision,
-        quantization="none",
-        double_quant=False,
-        compute_dtype=stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored)),
-        attention=INFERENCE,
-        device=CPU,
-    )
-    layers: dict[str, Any] = linear_layers(model)
-    unknown = sorted(adapter.layers.keys() - layers.keys())
-    if unknown:
-        raise UserError(f"the adapter has weights for {unknown[0]}, which is not a linear layer of {settings.name}")
-    for name, layer in each(layers.items(), "merging layer"):
+
+    def __init__(
+        self, base: OpenBase, settings: ModelConfig, adapter: Adapter, onto: Target, dtype: torch.dtype, device: Any
+    ) -> None:
+        self.base, self._settings, self._adapter, self._onto = base, settings, adapter, onto
+        self._dtype, self._device = dtype, device
+        self._layers: dict[str, Any] = linear_layers(base.model)
+        unknown = sorted(adapter.layers.keys() - self._layers.keys())
+        if unknown:
+            raise UserError(
+                f"the adapter has weights for {unknown[0]}, which is not a linear layer of {settings.name}; "
+                "name the base that it was trained on with --base"
+            )
+        self._stacks = {
+            f"{name}.{one}" for name, experts in stacked_experts(base.model).items() for one in experts._parameters
+        }
+
+    @torch.no_grad()
+    def weight(self, name: str) -> Tensor:
+        """A weight or buffer of the merged model, on the CPU, in its final type. Raises UserError if not finite."""
+        stored, layer = self.base.weight(name), self._layers.get(name.removesuffix(".weight"))
+        if not stored.is_floating_point():
+            return stored
+        if layer is not None and name.endswith(".weight"):
+            merged = self._linear(name.removesuffix(".weight"), layer, stored)
+        elif name in self._stacks and self._onto == "dequantized" and self._settings.quantization in ("nf4", "fp4"):
+            merged = torch.empty(stored.shape, dtype=self._dtype)
+            for matrix, stored_matrix in zip(merged, stored, strict=True):
+                matrix.copy_(_dequantized(stored_matrix.to(self._device), self._settings))
+        else:
+            merged = stored.to(self._dtype)
+        if not is_finite(merged, is_buffer=name not in self.base.parameters):
+            raise UserError(
+                f"{name} is not finite when it is merged in {self._dtype}, though base and adapter are: its values are "
+                "too large. Use --dtype bfloat16 or float32; if it fails there too, the adapter has diverged. Nothing "
+                "was written"
+            )
+        return merged
+
+    def _linear(self, name: str, layer: Any, stored: Tensor) -> Tensor:
+        adapter, dtype, onto = self._adapter, self._dtype, self._onto
         factors = adapter.layers.get(name)
         if factors is None and onto == "base":
-            continue
-        weight = layer.weight.data.T if is_conv1d(layer) else layer.weight.data
+            return stored.to(dtype)
+        weight = stored.T if is_conv1d(layer) else stored
         if factors is not None and weight.shape != (len(factors.b), factors.a.shape[1]):
-            raise UserError(f"the adapter's weights for {name} do not fit {settings.name}, where it is {weight.shape}")
-        weight = weight.to(device)
-        original = _dequantized(weight, settings) if onto == "dequantized" else weight.float()
+            raise UserError(
+                f"the adapter's weights for {name} do not fit {self._settings.name}, where it is {weight.shape}"
+            )
+        weight = weight.to(self._device)
+        original = _dequantized(weight, self._settings) if onto == "dequantized" else weight.float()
         changed = (original if factors is None else adapter.on(name, original)).to(CPU, dtype)
-        layer.weight.data = changed.T.contiguous() if is_conv1d(layer) else changed
-    if onto == "dequantized" and settings.quantization in ("nf4", "fp4"):
-        for experts in stacked_experts(model).values():
-            for parameter in experts.parameters(recurse=False):
-                matrices = torch.empty(parameter.shape, dtype=dtype)
-                for matrix, stored_matrix in zip(matrices, parameter.data, strict=True):
-                    matrix.copy_(_dequantized(stored_matrix.to(device), settings))
-                parameter.data = matrices
-    model.to(dtype)
-    model.config.dtype = dtype
-    if (bad := non_finite_tensor(model)) is not None:
-        raise UserError(
-            f"{bad} is not finite when it is merged in {dtype}, though base and adapter are: its values are too large. "
-            "Use --dtype bfloat16 or float32; if it fails there too, the adapter has diverged. Nothing was written"
-        )
-    return model.eval()
+        return changed.T.contiguous() if is_conv1d(layer) else changed
+
+    def write(self, folder: Path, trained: Trained, max_shard_size: str, text_only: bool) -> None:
+        """Writes the model. Raises OSError when there is no space."""
+        model, dtype = self.base.model, self._dtype
+        part = None if text_only else text_part(model)
+        needed = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+        needed += 0 if part is None else 4 * part.num_left_out  # kept as stored: fp32 at most
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC, f"{format_bytes(free)} are free, {format_bytes(needed)} are needed", str(folder)
+            )
+        if part is None:
+            write_model(model, self.weight, folder, dtype, max_shard_size)
+        else:
+            write_wrapper(model, self.weight, trained.model.name, trained.model.revision, folder, dtype)
 
 
-def _dequantized(weight: Tensor, settings: Any) -> Tensor:
+def _dequantized(weight: Tensor, settings: ModelConfig) -> Tensor:
     """(O, I) fp32: what was trained with."""
     compute_dtype = getattr(torch, settings.compute_dtype)
     return quantized_and_back(weight, settings.quantization, settings.double_quant, compute_dtype)
@@ -273,15 +303,44 @@ def sample_ids(trained: Trained) -> list[list[int]]:
     return [tokenizer(text)["input_ids"][:SAMPLE_TOKENS] for text in _SENTENCES]
 
 
-@torch.inference_mode()
-def _logits(model: Any, samples: Sequence[Sequence[int]]) -> list[Tensor]:
-    """(T, V) fp32 on the CPU for each sample."""
-    device = next(model.parameters()).device
-    return [model(torch.tensor([list(ids)], device=device)).logits[0].float().cpu() for ids in samples]
+def _reference(path: str | Path, trained: Trained, device: torch.device) -> tuple[list[list[int]], list[Tensor]]:
+    """(samples, the trained model's logits for each (T, V) fp32 on the CPU), as its run has kept them, if it has."""
+    folder = Path(path).expanduser().resolve()
+    for above in (folder, *list(folder.parents)[:2]):  # RUN, RUN/adapter, RUN/checkpoints/step-*
+        file = RunDir(above).reference
+        if trained.adapter is not None and file.is_file():
+            kept = Reference.load(file, trained.adapter)
+            if kept is not None:
+                return kept.samples, kept.logits
+    samples = sample_ids(trained)
+    model: Any = load_trained(trained, device)
+    with torch.inference_mode():
+        return samples, [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in samples]
 
 
-def _gap(model: Any, samples: Sequence[Sequence[int]], reference: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(_logits(model, samples), reference, strict=True))
+def _gap(
+    base: OpenBase,
+    weight: Callable[[str], Tensor],
+    samples: Sequence[Sequence[int]],
+    reference: Sequence[Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """The largest difference of logits from the reference, of the base with these weights."""
+    found = run_layer_by_layer(base, weight, samples, dtype, device)
+    return max(float((a - b).abs().max()) for a, b in zip(found, reference, strict=True))
+
+
+def _gap_of_files(
+    folder: Path,
+    samples: Sequence[Sequence[int]],
+    reference: Sequence[Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """Of the model in the files that were written, read as any other."""
+    base = open_base(str(folder.resolve()), dtype=dtype)
+    return _gap(base, base.weight, samples, reference, dtype, device)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -292,24 +351,20 @@ def _check_original(name: str, config: Any) -> None:
         raise UserError(f"{name} holds quantized weights; name the original 16-bit model with --base")
 
 
-def _write(model: Any, trained: Trained, out: Path, max_shard_size: str, text_only: bool) -> None:
+@contextmanager
+def _written(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block succeeds."""
+    with write_errors(f"writing {out}", "No part of the model was kept"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with folder_aside(out, replaces=False) as aside:
+            yield aside
+
+
+def _export_tokenizer(folder: Path, model: Any, trained: Trained) -> None:
     tokenizer = trained.load_tokenizer()
     try:
         prompts = PromptFormat(find_template(trained, tokenizer))
     except UserError as error:
         log.warning("the chat template of the run is not known, the tokenizer keeps its own: %s", error)
         prompts = None
-    with write_errors(f"writing {out}", "No part of the model was kept"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = None if text_only else text_part(model)
-        needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        needed += 0 if part is None else 4 * part.num_left_out  # kept as stored: fp32 at most
-        free = shutil.disk_usage(out.parent).free
-        if needed > free:
-            raise OSError(errno.ENOSPC, f"{format_bytes(free)} are free, {format_bytes(needed)} are needed", str(out))
-        with folder_aside(out, replaces=False) as aside:
-            if part is None:
-                model.save_pretrained(aside, max_shard_size=max_shard_size)
-            else:
-                write_wrapper(model, trained.model.name, trained.model.revision, aside)
-            export_tokenizer(aside, model, tokenizer, prompts)
+    export_tokenizer(folder, model, tokenizer, prompts)

@@ -116,13 +116,16 @@ def torchrun(first_node: str, options: tuple[str, ...]) -> None:
 @SET
 @click.option("--gpu", metavar="48GiB|NAME", help="A GPU's memory or name: a100-80, h100, rtx4090, a6000, ...")
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs over all nodes.")
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1), help="Over which they are spread.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--simulate",
     is_flag=True,
     help="Also run a step of the real code under fake tensors, without a GPU: its memory and, with --gpu, its time.",
 )
-def plan(config: str, overrides: tuple[str, ...], gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
+def plan(
+    config: str, overrides: tuple[str, ...], gpu: str | None, ranks: int, nodes: int, as_json: bool, simulate: bool
+) -> None:
     """Show what a run needs and whether it fits, from CONFIG and the model's config.json alone, in about a second.
 
     \b
@@ -132,7 +135,9 @@ def plan(config: str, overrides: tuple[str, ...], gpu: str | None, ranks: int, a
     from ..config import load_config
     from .plan import run_plan_command
 
-    run_plan_command(load_config(config, overrides), gpu=gpu, ranks=ranks, as_json=as_json, simulate=simulate)
+    run_plan_command(
+        load_config(config, overrides), gpu=gpu, ranks=ranks, nodes=nodes, as_json=as_json, simulate=simulate
+    )
 
 
 @cli.command()

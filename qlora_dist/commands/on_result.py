@@ -6,7 +6,7 @@ import click
 
 from ..errors import UserError
 from ..files import format_bytes
-from .group import cli, heavy_imports, rank
+from .group import cli, heavy_imports, rank, words_without_ranks
 from .outputs import check_input_file, check_output_folder
 from .screen import write_json
 
@@ -24,6 +24,9 @@ from .screen import write_json
 @click.option("--mmlu-split", default="test", show_default=True)
 @click.option("--mmlu-shots", default=5, show_default=True, help="Solved examples before each question.")
 @click.option("--mmlu-tokens", default=2048, show_default=True, help="Longest prompt; longer ones get fewer examples.")
+@click.option(
+    "--ranks", metavar="N|auto", help="Start N processes here, over which the base of an fsdp run is sharded."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     run_or_adapter: str,
@@ -36,6 +39,7 @@ def evaluate(
     mmlu_split: str,
     mmlu_shots: int,
     mmlu_tokens: int,
+    ranks: str | None,
     as_json: bool,
 ) -> None:
     """Evaluate a run or adapter: held-out loss and perplexity by the loss code of training, and MMLU.
@@ -43,6 +47,7 @@ def evaluate(
     \b
     Example:
       qlora-dist evaluate runs/alpaca-7b --with-base --tasks perplexity,mmlu --mmlu data/mmlu
+      qlora-dist evaluate runs/llama2-70b-fsdp --ranks 2
     """
     from dataclasses import asdict
 
@@ -54,6 +59,7 @@ def evaluate(
     if ("mmlu" in wanted) != (mmlu is not None):
         raise UserError("--tasks mmlu and --mmlu DIR (the folder of MMLU's original release) go together")
     check_result(run_or_adapter, config, is_evaluated="perplexity" in wanted)
+    _start(ranks)
     with heavy_imports():
         from .evaluate import MmluTask, describe, evaluate_trained
 
@@ -92,6 +98,9 @@ def evaluate(
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch-size", default=8, show_default=True, help="Prompts of a file that are answered in one batch.")
+@click.option(
+    "--ranks", metavar="N|auto", help="Start N processes here, over which the base of an fsdp run is sharded."
+)
 def generate(
     run_or_adapter: str,
     prompt: str | None,
@@ -106,12 +115,14 @@ def generate(
     top_p: float,
     seed: int,
     batch_size: int,
+    ranks: str | None,
 ) -> None:
     """Answer one prompt or a file of prompts; without either option, chat on the terminal.
 
     \b
     Example:
       qlora-dist generate runs/guanaco-7b --prompt "Name three rivers in Spain."
+      qlora-dist generate runs/llama2-70b-fsdp --prompts prompts.jsonl --ranks 2
     """
     from .preflight import check_result
 
@@ -120,6 +131,7 @@ def generate(
     if prompts is not None:
         check_input_file("--prompts", prompts)
     check_result(run_or_adapter)
+    _start(ranks)
     with heavy_imports():
         from ..model import Sampling
         from .generate import generate as run_generation
@@ -136,6 +148,14 @@ def generate(
         sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
         batch_size=batch_size,
     )
+
+
+def _start(ranks: str | None) -> None:
+    """Replaces this process by the ranks that were asked for; nothing for one."""
+    from .start_ranks import number_of_ranks, start_ranks
+
+    if ranks is not None and (number := number_of_ranks(ranks, "auto")) > 1:
+        start_ranks(number, words_without_ranks())
 
 
 @cli.command()

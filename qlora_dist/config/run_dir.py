@@ -38,6 +38,7 @@ class RunDir:
         self.eval_at_start = path / "eval_start.json"
         self.adapter = path / "adapter"
         self.model = path / "model"  # of full fine-tuning
+        self.reference = path / "reference.safetensors"  # logits of the trained model, to compare a merged one with
         self.summary = path / "summary.json"
         self.history = path / "history.jsonl"  # starts and ends
         self.samples = path / "samples.json"  # answers before and after, where something wrote them

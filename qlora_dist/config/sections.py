@@ -297,11 +297,19 @@ class StrategyConfig(_Section):
     """DeepSpeed config of a zero strategy. null: the one shipped for that strategy (ds_configs/)."""
     offload: bool = False
     """fsdp: keep each rank's shard of the base in (pinned) host memory between uses."""
+    shard_over: Literal["auto", "node", "all"] | Annotated[int, Field(ge=2, strict=True)] = "auto"
+    """fsdp: the ranks that share one base. all: every rank; node: those of a node, so that layers are gathered within
+    it and nodes hold alike what is sharded; auto: a node if its shards fit by the memory plan, else all. A number: so
+    many consecutive ranks, which must divide those of each node."""
     mixed_devices: bool = False
     """Allow different GPU models or memory sizes in one run: every step then waits for the slowest GPU."""
     timeout_seconds: float = Field(600.0, ge=0.1, le=30 * 86400)
     """Longest wait in a step; then all ranks exit and report the missing ones. Outside steps, three times that; where
     ranks have unequal work (data, download, loading) no limit but that all are alive."""
+
+    def shard_ranks(self, num_ranks: int) -> int:
+        """How many ranks share one base, once `auto` and `node` are a number; before that, all."""
+        return self.shard_over if isinstance(self.shard_over, int) else num_ranks
 
 
 class LoggingConfig(_Section):

@@ -14,7 +14,7 @@ Only measured_shapes imports torch. Plans are checked against `commands.plan.sim
 fake tensors.
 """
 
-from .choosing import choose, largest_micro_rows, largest_row_tokens
+from .choosing import choose, largest_micro_rows, largest_row_tokens, with_shards
 from .families import shapes_from_config
 from .plan import MemoryPlan, plan_memory
 from .shapes import ModelShapes
@@ -27,4 +27,5 @@ __all__ = [
     "largest_row_tokens",
     "plan_memory",
     "shapes_from_config",
+    "with_shards",
 ]

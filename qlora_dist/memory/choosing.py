@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config import RunConfig
+from ..errors import UserError
 from ..files import format_bytes
 from .plan import MemoryPlan, plan_memory, planned_micro_rows
 from .shapes import ModelShapes
@@ -55,6 +56,43 @@ def choose(
         return min(fitting, key=lambda p: (p.paged_out_bytes > 0, relative_time(p), -p.micro_rows))
     chosen = plans[0]
     return chosen.with_advice(tuple(_advice(config, shapes, chosen, world_size, device_bytes)))
+
+
+def with_shards(
+    config: RunConfig, shapes: ModelShapes, *, world_size: int, node_ranks: int | None, device_bytes: int | None
+) -> RunConfig:
+    """The config with `strategy.shard_over` as a number of ranks; of another strategy than fsdp as it is.
+
+    `node_ranks`: on each node; None: not the same everywhere. auto is a node where that fits by the plan, or nothing is
+    planned, and gathers stay within it; else all ranks. Raises UserError.
+    """
+    over, over_all = config.strategy.shard_over, changed_config(config, strategy={"shard_over": "all"})
+    if config.strategy.name != "fsdp":
+        return config
+    if isinstance(over, int):
+        if over != world_size and (node_ranks is None or node_ranks % over):
+            of_node = "not the same on all nodes" if node_ranks is None else f"{node_ranks:,}"
+            raise UserError(
+                f"strategy.shard_over is {over}, which does not divide the number of ranks on a node ({of_node}): "
+                "groups would span nodes, or be incomplete. Give a number that divides it, node, or all"
+            )
+        return config
+    if over == "node" and node_ranks is None:
+        raise UserError(
+            "strategy.shard_over is node, but the nodes have different numbers of ranks, and so would the shards: "
+            "start the same number on every node, or set strategy.shard_over=all"
+        )
+    if over == "node" and node_ranks == 1 < world_size:
+        raise UserError(
+            "strategy.shard_over is node, but a node has one rank, over which nothing is sharded: set "
+            "strategy.shard_over=all, or strategy.name=ddp if the base fits on a GPU"
+        )
+    if over == "all" or node_ranks in (None, 1, world_size):
+        return over_all
+    within = changed_config(config, strategy={"shard_over": node_ranks})
+    if over == "node" or device_bytes is None:
+        return within
+    return within if choose(within, shapes, world_size=world_size, device_bytes=device_bytes).fits else over_all
 
 
 def _micro_rows_that_divide(rows_per_step: int, world_size: int) -> list[int]:
@@ -183,6 +221,8 @@ def _changes(config: RunConfig, plan: MemoryPlan, world_size: int) -> Iterator[t
     if not config.optim.name.startswith("paged"):
         paged = "paged_adamw_8bit" if config.optim.name.endswith("8bit") else "paged_adamw_32bit"
         yield f"optim.name={paged}", changed_config(config, optim={"name": paged}), plan.micro_rows
+    if config.strategy.name == "fsdp" and config.strategy.shard_ranks(world_size) < world_size:
+        yield "strategy.shard_over=all", changed_config(config, strategy={"shard_over": "all"}), plan.micro_rows
     for name in STRATEGIES:
         # a single rank can shard nothing, only offload to the host
         if name != config.strategy.name and (world_size > 1 or name == "zero2_offload"):

@@ -125,7 +125,8 @@ def plan_memory(
     """The plan of one rank on a GPU of `device_bytes`. Raises UserError for target modules that match nothing."""
     count = planned_recompute(config, shapes) if recompute is None else recompute
     rows = planned_micro_rows(config) if micro_rows is None else micro_rows
-    shared = sharing(config.strategy.name, world_size, config.strategy.offload)
+    strategy = config.strategy
+    shared = sharing(strategy.name, world_size, strategy.offload, strategy.shard_ranks(world_size))
     lora = config.lora
     if lora is None:
         trainable = aligned = shapes.base_parameters
@@ -160,7 +161,7 @@ def plan_memory(
         row_tokens=config.data.row_tokens,
         base_parameters=shapes.base_parameters,
         trainable_parameters=trainable,
-        strategy=config.strategy.name,
+        strategy=strategy.name,
         world_size=world_size,
         remarks=_remarks(config, shapes),
     )

@@ -10,7 +10,7 @@ from typing import Any
 from ..config import RunConfig
 from ..errors import UserError, printable
 from ..files import format_bytes
-from .choosing import choose, largest_micro_rows, largest_row_tokens
+from .choosing import choose, largest_micro_rows, largest_row_tokens, with_shards
 from .gpus import GPUS, Gpu, Speed, estimate_speed, parse_gpu, without_bfloat16
 from .plan import MemoryPlan, plan_memory
 from .read_shapes import read_shapes
@@ -158,13 +158,20 @@ class Plan:
         )
 
 
-def make_plan(config: RunConfig, gpu: str | None = None, ranks: int = 1, shapes: ModelShapes | None = None) -> Plan:
+def make_plan(
+    config: RunConfig, gpu: str | None = None, ranks: int = 1, shapes: ModelShapes | None = None, nodes: int = 1
+) -> Plan:
     """The plan of a run on `ranks` GPUs of this kind; None: what it needs, and which GPUs it fits on. Raises UserError.
 
-    With a GPU, `auto` settings become those that fit best. `shapes`: where they were read before.
+    With a GPU, `auto` settings become those that fit best. `shapes`: where they were read before. `nodes`: over which
+    the GPUs are spread evenly.
     """
     device = None if gpu is None else parse_gpu(gpu)
     shapes = shapes or read_shapes(config.model.name, config.model.revision)
+    if ranks % nodes:
+        raise UserError(f"{ranks} ranks on {nodes} nodes: expected the same number on each; give a multiple of {nodes}")
+    device_bytes = None if device is None else device.device_bytes
+    config = with_shards(config, shapes, world_size=ranks, node_ranks=ranks // nodes, device_bytes=device_bytes)
     if device is None:
         memory = plan_memory(config, shapes, world_size=ranks, device_bytes=None)
     else:

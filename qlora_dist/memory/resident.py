@@ -137,7 +137,7 @@ def host(config: RunConfig, shapes: ModelShapes, aligned: int, shared: Sharing, 
     if shared.has_host_base:
         base, constants, _ = base_bytes(config, shapes)
         whole = base + constants + compute_size(config) * (shapes.embedding_weights + shapes.head_weights)
-        items["base"] = Item(whole // shared.world_size, "this rank's part, pinned; crosses the bus at every use")
+        items["base"] = Item(whole // shared.shard_ranks, "this rank's part, pinned; crosses the bus at every use")
     if config.memory.offload_activations:
         items["saved activations"] = Item(saved_bytes, "pinned, between forward and backward")
     return items

@@ -26,21 +26,23 @@ class Sharing:
     is_offloaded: bool = False  # optimizer states are on the host
     has_master_partition: bool = False  # DeepSpeed clones the shard of weights that it updates
     has_host_base: bool = False  # the shard of the base is on the host between uses
+    shard_ranks: int = 1  # fsdp: the ranks that share one base
 
     def base(self, quantization: str) -> float:
         """Fraction of the linear layers' weights that stays on a rank's device."""
         if self.has_host_base:
             return 0.0
         # ZeRO-3 does not partition quantized weights while loading
-        is_sharded = self.name == "fsdp" or (self.name == "zero3" and quantization == "none")
-        return 1.0 / self.world_size if is_sharded else 1.0
+        if self.name == "fsdp":
+            return 1.0 / self.shard_ranks
+        return 1.0 / self.world_size if self.name == "zero3" and quantization == "none" else 1.0
 
     @property
     def tables(self) -> float:
         """Fraction of the embedding and the head that stays on a rank's device."""
         if self.has_host_base:
             return 0.0
-        return 1.0 / self.world_size if self.name == "fsdp" else 1.0
+        return 1.0 / self.shard_ranks if self.name == "fsdp" else 1.0
 
     def buffers(self, trained_bytes: int, layer_bytes: int, head_bytes: int) -> dict[str, Item]:
         """Communication buffers. `layer_bytes`: base weights of one decoder layer."""
@@ -53,7 +55,7 @@ class Sharing:
             size = max(GATHERED_LAYERS * layer_bytes, head_bytes)
             what = f"{GATHERED_LAYERS} gathered layers, one of them prefetched; or the head, for the loss"
             if self.has_host_base:
-                size += size // self.world_size
+                size += size // self.shard_ranks
                 what += "; and this rank's part of them, copied from the host"
         else:
             size, what = min(DEEPSPEED_BUCKET_BYTES, trained_bytes), "DeepSpeed's bucket for gradient reduction"
@@ -71,14 +73,17 @@ class Sharing:
         return {"gathered states": Item(min(GATHER_BYTES, trained_bytes), "optimizer states, in pieces, to be saved")}
 
 
-def sharing(strategy: str, world_size: int, offload: bool = False) -> Sharing:
-    """`offload`: of the base, under fsdp. Raises UserError for an unknown strategy."""
+def sharing(strategy: str, world_size: int, offload: bool = False, shard_ranks: int | None = None) -> Sharing:
+    """Of fsdp, `offload`: of the base; `shard_ranks`: that share one base (None: all). Raises UserError for an unknown
+    strategy."""
     if strategy not in STRATEGIES:
         raise UserError(f"strategy.name is {strategy!r}; expected one of {', '.join(STRATEGIES)}")
     shard = 1.0 / world_size
     kinds = {
         "ddp": Sharing(strategy, world_size),
-        "fsdp": Sharing(strategy, world_size, has_host_base=offload and world_size > 1),
+        "fsdp": Sharing(
+            strategy, world_size, has_host_base=offload and world_size > 1, shard_ranks=shard_ranks or world_size
+        ),
         "zero1": Sharing(strategy, world_size, optimizer=shard, has_master_partition=True),
         "zero2": Sharing(strategy, world_size, gradients=shard, optimizer=shard, has_master_partition=True),
         "zero2_offload": Sharing(strategy, world_size, gradients=0.0, optimizer=shard, is_offloaded=True),

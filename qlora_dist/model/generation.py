@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from ..config.quantization import BLOCK, Quantization
 from .bitsandbytes_import import bitsandbytes
-from .forward import unwrap
+from .forward import computing_device, unwrap
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class Sampling:
     seed: int = 0
 
 
-@torch.inference_mode()
 def generate_ids(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -42,11 +41,12 @@ def generate_ids(
     """New tokens per prompt, without the prompt, cut before the first stop token.
 
     Prompts of different lengths are left-padded and masked: prompts in a batch do not see each other.
-    `on_text` receives the text piece by piece as it is generated (one prompt only).
+    `on_text` receives the text piece by piece as it is generated (one prompt only). Over a sharded base all ranks call
+    this together, each with prompts of its own: a rank that is done goes on computing until the last one is.
     """
     assert on_text is None or len(prompts) == 1
     base = unwrap(model)
-    device = next(base.parameters()).device
+    device, is_sharded = computing_device(base), getattr(base, "sharded", None) is not None
     longest = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop_ids[0] if stop_ids else 0)
     ids = torch.tensor([[pad] * (longest - len(one)) + list(one) for one in prompts], device=device)
@@ -61,6 +61,8 @@ def generate_ids(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.manual_seed(sampling.seed)
+        # FSDP2 keeps what it gathers into, which inference mode would make unusable outside of it
+        stack.enter_context(torch.no_grad() if is_sharded else torch.inference_mode())
         out = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
@@ -68,6 +70,7 @@ def generate_ids(
             pad_token_id=pad,
             eos_token_id=list(stop_ids) or None,
             use_cache=True,
+            synced_gpus=is_sharded,
             **chosen,
         )
     return [_until_stop(row, set(stop_ids)) for row in out[:, longest:].tolist()]

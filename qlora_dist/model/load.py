@@ -87,7 +87,7 @@ def load_base(
         if model is None:
             _check_convertible(name, skeleton.model, part)
         else:
-            _set_generation(model, name, revision)
+            set_generation(model, name, revision)
     elif weights == "random":
         raise UserError("model.weights is random, which int8 does not support; use nf4, fp4 or none")
     elif part is not None:
@@ -220,7 +220,7 @@ def _finalize(
     return model
 
 
-def _set_generation(model: PreTrainedModel, name: str, revision: str | None) -> None:
+def set_generation(model: PreTrainedModel, name: str, revision: str | None) -> None:
     """generation_config.json if there is one; else the model keeps what config.json specifies."""
     model.name_or_path = expanded(name)
     model.config.name_or_path = expanded(name)

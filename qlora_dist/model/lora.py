@@ -179,6 +179,9 @@ def load_adapters(model: nn.Module, folders: dict[str, Path], *, lean: bool = Tr
     if lean:  # generate with the forward used in training
         use_lean_forward(adapted)
         use_decoder_blocks(adapted)
+    if (sharded := getattr(unwrap(adapted), "sharded", None)) is not None:  # an offloaded base is in host memory
+        for parameter in (one for name, one in adapted.named_parameters() if "lora_" in name):
+            parameter.data = parameter.data.to(sharded.group.device)
     return adapted.eval()
 
 

@@ -10,7 +10,7 @@ from ..cluster.world import World
 from ..config import RunConfig
 from ..errors import UserError
 from ..files import format_bytes
-from ..memory import MemoryPlan, ModelShapes, choose, plan_memory
+from ..memory import MemoryPlan, ModelShapes, choose, plan_memory, with_shards
 from ..memory.constants import CONTEXT_BYTES, state_bytes
 from ..memory.read_shapes import read_shapes
 from ..memory.table import shortfall, summary_lines
@@ -42,7 +42,8 @@ class Fit:
 
 
 def resolve_auto(config: RunConfig, world: World) -> Fit:
-    """Replaces `auto` in memory.recompute and batch.micro_rows by what the memory plan says fits on the smallest GPU.
+    """Replaces `auto` in memory.recompute, batch.micro_rows and strategy.shard_over by what the memory plan says fits
+    on the smallest GPU.
 
     All ranks reach the same result: the plan is a pure function of the config and of the least memory of any rank.
     Raises UserError, with settings that would fit, when the tensors alone do not fit. The plan's allowance for
@@ -50,6 +51,9 @@ def resolve_auto(config: RunConfig, world: World) -> Fit:
     """
     shapes = read_shapes(config.model.name, config.model.revision)
     device_bytes = usable_bytes(world)
+    config = with_shards(
+        config, shapes, world_size=world.size, node_ranks=world.node_ranks(), device_bytes=device_bytes
+    )
     if shapes.unknown:
         return _unplanned(config, shapes, world, device_bytes)
     if device_bytes is None:

@@ -16,7 +16,8 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..files import DamagedFolder, folder_aside, format_bytes, write_json
 from ..memory import MemoryPlan
-from ..model import base_checksum, unwrap, write_errors
+from ..model import base_checksum, evaluation_mode, unwrap, write_errors
+from ..model.reference_logits import NUM_SAMPLES, SAMPLE_TOKENS, Reference, compute_reference
 from . import checkpoint
 from .checks.base import check_base_unchanged
 from .metrics import median_tokens_per_second, peak_bytes, whole_run
@@ -141,7 +142,8 @@ def _require_same(run: Run, path: Path, state: dict[str, Any], base: dict[str, s
 def _base_in_memory(run: Run, model: TrainingModel) -> dict[str, str]:
     """A checksum of all ranks' bases, and what decides how they lie in memory: only then are two comparable."""
     settings, strategy, device = run.config.model, run.config.strategy, device_name(run.world.device)
-    layout = f"{strategy.name}, offload {strategy.offload}, {run.world.size} ranks, {device}, {settings.cache_4bit}"
+    shards = f"{strategy.name} over {strategy.shard_ranks(run.world.size)}, offload {strategy.offload}"
+    layout = f"{shards}, {run.world.size} ranks, {device}, {settings.cache_4bit}"
     checksums = run.world.gather(model.base_checksum)
     if strategy.name == "zero3":
         checksums = []  # DeepSpeed pads its partitions with whatever was in memory
@@ -213,6 +215,7 @@ def finish(
     peak = int(world.max(peak_bytes(world.device)))
     build_peak = int(world.max(model.build_peak_bytes))
     target = run.dir.model if config.lora is None else run.dir.adapter
+    reference = None if config.lora is None else _reference(run, model)
 
     def finish_on_main() -> None:
         run.dir.require_present()
@@ -223,6 +226,8 @@ def finish(
             export_tokenizer(aside, unwrap(model.module), tokenizer, prompts)
             if prompts is not None and config.lora is not None:
                 prompts.write(aside)  # an adapter may leave its run
+        if reference is not None:
+            reference.save(run.dir.reference, target)
         write_json(run.dir.summary, _summary(run, model, state, at_start, plan, peak, build_peak))
         run.metrics.page.finished()
         run.dir.mark_completed(state.step, config.train.length)
@@ -239,6 +244,14 @@ def finish(
     error = f" (planned {plan.tensor_bytes / peak - 1:+.1%})" if world.device.type == "cuda" else ""
     run.console.print(f"finished: {state.step} steps, peak {format_bytes(peak)}{error}; {target}, {run.dir.summary}")
     return state
+
+
+def _reference(run: Run, model: TrainingModel) -> Reference:
+    """Logits on the beginnings of the first training documents. Called by all ranks."""
+    documents = run.data.documents
+    samples = [documents[index].input_ids[:SAMPLE_TOKENS].tolist() for index in range(min(NUM_SAMPLES, len(documents)))]
+    with evaluation_mode(model.module):
+        return model.update.forward(lambda: compute_reference(samples, model.logits, run.world.device))
 
 
 def _summary(

@@ -68,7 +68,8 @@ def _adapted_base(config: RunConfig, world: World, compute_dtype: torch.dtype) -
     """The base with its adapters; for full fine-tuning the base with all weights trainable."""
     settings, lora = config.model, config.lora
     source = _base_source(config, world)
-    shards = world.shard_group() if config.strategy.name == "fsdp" else None
+    over = config.strategy.shard_ranks(world.size)
+    shards = world.shard_group(over) if config.strategy.name == "fsdp" else None
     with world.stoppable(f"loading {settings.name}", has_collectives=shards is not None):
         module: torch.nn.Module = load_base(
             source,
@@ -140,7 +141,8 @@ def check_base(config: RunConfig, world: World, model: TrainingModel) -> str:
         has_own_head=model.head.weight is not unwrap(model.module).get_input_embeddings().weight,
     )
     strategy = config.strategy.name
-    expected = promised.on_each_rank(strategy, world.size)
+    over = config.strategy.shard_ranks(world.size) if strategy == "fsdp" else world.size
+    expected = promised.on_each_rank(strategy, over)
     held = world.gather((socket.gethostname(), held_bytes(model.module)))
     check_base_bytes(held, expected, strategy)
     if strategy == "zero3":

@@ -44,6 +44,12 @@ class TrainingModel:
             hidden = hidden_states(self.module, batch)
             return nll_sum(hidden.to(self.compute_dtype), gathered_head(self.head), batch.label_positions, batch.labels)
 
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(T, V) fp32."""
+        with self.forward_context():
+            hidden = hidden_states(self.module, batch)
+            return gathered_head(self.head).logits(hidden.to(self.compute_dtype))
+
 
 @dataclass(frozen=True)
 class StepStats:

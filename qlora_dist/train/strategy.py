@@ -26,9 +26,11 @@ def describe_strategy(config: RunConfig, num_ranks: int) -> str:
     if config.strategy.name != "fsdp":
         return REPLICATES[config.strategy.name]
     where = " in host memory" if config.strategy.offload else ""
+    over = config.strategy.shard_ranks(num_ranks)
+    groups = "" if over == num_ranks else f" among {over} ranks, as do the other {num_ranks // over - 1} groups"
     return (
-        f"every rank holds 1/{num_ranks} of the base's matrices and constants{where}, and whole norms and adapters; "
-        "layers are gathered when they run"
+        f"every rank holds 1/{over} of the base's matrices and constants{where}, and whole norms and adapters; "
+        f"layers are gathered when they run{groups}"
     )
 
 
@@ -61,8 +63,13 @@ def _check_fsdp(config: RunConfig, num_ranks: int) -> None:
     if strategy.offload and strategy.name != "fsdp":
         raise UserError(f"strategy.offload is true, which only strategy fsdp does; strategy.name is {strategy.name}")
     if strategy.name != "fsdp":
+        if strategy.shard_over not in ("auto", "all"):
+            raise UserError(
+                f"strategy.shard_over is {strategy.shard_over}, which only strategy fsdp reads; strategy.name is "
+                f"{strategy.name}"
+            )
         return
-    if strategy.offload and num_ranks < 2:
+    if strategy.offload and strategy.shard_ranks(num_ranks) < 2:
         raise UserError("strategy.offload is true, but one rank shards nothing; use several ranks, or set it to false")
     if config.lora is None:
         raise UserError("strategy fsdp shards a frozen base; full fine-tuning has none: use strategy ddp")

@@ -216,6 +216,8 @@ def _check_sbatch(words: Sequence[str]) -> None:
         _check_torchrun(rest)
     elif script == "slurm/repro_65b.sbatch":
         check_ours(["train", "launch/recipes/repro_65b_48gb.yaml", *rest])
+    elif script == "slurm/use.sbatch":
+        assert len(rest) in (2, 3), "RUN OUT [PROMPTS]"
     elif script == "slurm/sweep.sbatch":
         file = next(one for one in blocks() if one.title == rest[1])
         for line in file.text.splitlines():

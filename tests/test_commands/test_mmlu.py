@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.mmlu import SUBJECTS, write_mmlu
 from helpers.shared_data import shared_file
 from helpers.tiny_models import save_model, tiny_model
 from helpers.tiny_run import changed, make_inputs, write_config
@@ -14,7 +14,6 @@ from helpers.tiny_tokenizers import byte_level_tokenizer, sentencepiece_tokenize
 
 from qlora_dist import commands as cli
 from qlora_dist.commands.evaluate.mmlu import (
-    LETTERS,
     MmluResult,
     Question,
     describe,
@@ -25,20 +24,6 @@ from qlora_dist.commands.evaluate.mmlu import (
 )
 from qlora_dist.errors import UserError
 from qlora_dist.model import hidden_states, output_head
-
-SUBJECTS = ("high_school_physics", "law")
-
-
-def write_mmlu(folder: Path, per_subject: int = 5) -> Path:
-    for split, count in (("dev", 2), ("val", per_subject)):
-        (folder / split).mkdir(parents=True)
-        for subject in SUBJECTS:
-            lines = [
-                f'"What is {i}, {subject}?",one {i},two,three,four,{LETTERS[(i + len(subject)) % 4]}'
-                for i in range(count)
-            ]
-            (folder / split / f"{subject}_{split}.csv").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 class OneOf:

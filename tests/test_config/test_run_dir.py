@@ -234,7 +234,7 @@ def _leaves(node: object, at: tuple = ()) -> list[tuple]:
 FREE = """run_dir device model.cache_4bit model.attention model.kernels data.require_eos data.num_workers data.cache_dir
     batch.micro_rows train.eval_every train.longest_first train.save_every train.keep memory.recompute
     memory.offload_activations strategy.name strategy.ds_config strategy.offload strategy.mixed_devices
-    strategy.timeout_seconds logging.trackers logging.project"""
+    strategy.shard_over strategy.timeout_seconds logging.trackers logging.project"""
 
 
 def test_only_what_changes_no_result_may_differ_between_two_starts():

@@ -2,7 +2,8 @@
 
 Run, in this process, in a folder where the hub's names are folders with a tiny model and small data, and where the
 blocks with a title are files:  qlora-dist doctor, init, import, schema, data, plan, report, evaluate, generate, merge,
-quantize as they are written (of answers four tokens); `train` of the quickstart on the CPU; blocks of Python.
+quantize as they are written (of answers four tokens; not with --ranks, which starts processes); `train` of the
+quickstart on the CPU; blocks of Python.
 
 Parsed, by the real parsers with all options and the config by the schema:  `train` elsewhere, verify, torchrun,
 accelerate launch, sbatch (its scripts' arguments), python -m benchmarks..., scripts. Of make: targets and variables
@@ -203,7 +204,8 @@ def inputs(tmp_path_factory) -> Path:
             rank = "lora.rank=16" if run.endswith("r16") else "lora.rank=8"
             words = [f"--set={one}" for one in (*cheap, rank, f"run_dir=runs/{run}")]
             assert invoke(["train", "launch/recipes/alpaca-7b.yaml", *words]) == 0
-    (folder / "runs/guanaco-7b").symlink_to("alpaca-7b")
+    for name in ("guanaco-7b", "llama3.3-70b-fsdp"):
+        (folder / "runs" / name).symlink_to("alpaca-7b")
     return folder
 
 
@@ -228,7 +230,8 @@ def _to_run() -> dict[str, list[list[str]]]:
         for line in shell_lines(page):
             for words in words_of(line):
                 name = next((word for word in words[1:] if not word.startswith("-")), "")
-                is_run = name in RUN or (name == "train" and page == "docs/quickstart.md")
+                starts_ranks = "--ranks" in words and name in ("evaluate", "generate")  # in place of this process
+                is_run = (name in RUN and not starts_ranks) or (name == "train" and page == "docs/quickstart.md")
                 if words[0] == "qlora-dist" and is_run and "mmlu" not in line and " ".join(words) not in seen:
                     seen.add(" ".join(words))
                     result.setdefault(page, []).append(words[1:])

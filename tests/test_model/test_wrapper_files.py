@@ -57,7 +57,7 @@ def test_a_text_model_goes_back_into_the_files_that_it_came_from(family: str, sh
     before = files_of(base)
     for out in (same, other):
         out.mkdir()
-        write_wrapper(model, str(base), None, out)
+        write_wrapper(model, model.state_dict().__getitem__, str(base), None, out, torch.float32)
         assert [(name, one.keys()) for name, one in files_of(out).items()] == [
             (name, one.keys()) for name, one in before.items()
         ]

@@ -16,13 +16,13 @@ from ...data.from_config import build_rows
 from ...data.loader import eval_batches
 from ...data.packing import Batch
 from ...errors import UserError
-from ...model import check_head, hidden_states, output_head
+from ...model import check_gathered_layer, check_head, gathered_head, hidden_states, output_head
 from ...model.lora import load_adapters
 from ...model.loss import nll_sum
 from ...train.evaluation import EvalResult, evaluate
 from ...train.metrics import format_evaluation
 from ...train.setup_data import documents_on_ranks
-from ..trained import Trained, find_trained, load_trained_base
+from ..trained import Trained, find_trained, load_trained_base, require_memory
 from .mmlu import MmluResult, Question, read_questions, score
 from .mmlu import describe as describe_mmlu
 
@@ -55,7 +55,8 @@ def evaluate_trained(
     perplexity: bool = True,
     mmlu: MmluTask | None = None,
 ) -> dict[str, Evaluation]:
-    """Results of the trained model, and with `with_base` of the base without the adapter, by name.
+    """Results of the trained model, and with `with_base` of the base without the adapter, by name. The base of an fsdp
+    run is sharded over the ranks, as it was in training.
 
     Held-out data are the run's, or those of the data section of another `config`. Raises UserError when there are
     none, before the model is read.
@@ -93,16 +94,21 @@ def _measured(
         batches = eval_batches(documents, rows, micro_rows, world.rank, world.size)
         console.print(f"{count(len(documents), 'held-out example')} in {count(len(rows), 'row')}")
     world.set_status(f"loading {trained.model.name}")
-    module = load_trained_base(trained, world.device, trained.model.attention)
+    row_tokens = max(0 if held_out is None else held_out[0].row_tokens, 0 if mmlu is None else mmlu.max_tokens)
+    if memory := require_memory(trained, world, micro_rows * row_tokens):
+        console.print(memory, "memory")
+    shards = trained.shards(world)
+    module = load_trained_base(trained, world.device, trained.model.attention, shards)
     check_head(module)
+    check_gathered_layer(module)
     head = output_head(module)
 
     def batch_nll(batch: Batch) -> torch.Tensor:
         hidden = hidden_states(module, batch)
-        return nll_sum(hidden, head, batch.label_positions, batch.labels)
+        return nll_sum(hidden, gathered_head(head), batch.label_positions, batch.labels)
 
     def label_logits(batch: Batch) -> torch.Tensor:
-        return head.logits(hidden_states(module, batch)[batch.label_positions])
+        return gathered_head(head).logits(hidden_states(module, batch)[batch.label_positions])
 
     def measure(name: str) -> Evaluation:
         world.set_status(f"evaluating the {name} model")

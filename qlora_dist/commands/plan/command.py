@@ -20,9 +20,11 @@ from ..screen import styled, write_json
 WIDE, NARROW_BAR = 110, 8  # columns of a terminal from which on bars are long; characters of a full bar on others
 
 
-def run_plan_command(config: RunConfig, *, gpu: str | None, ranks: int, as_json: bool, simulate: bool) -> None:
+def run_plan_command(
+    config: RunConfig, *, gpu: str | None, ranks: int, as_json: bool, simulate: bool, nodes: int = 1
+) -> None:
     """Prints the plan of a run on `ranks` GPUs of this kind (None: what it needs, and which GPUs it fits on)."""
-    plan = make_plan(config, gpu, ranks)
+    plan = make_plan(config, gpu, ranks, nodes=nodes)
     trace, predicted = _simulation(config, plan.memory, plan.device) if simulate else (None, None)
     if as_json:
         write_json(plan.as_dict() | {"simulation": trace, "prediction": predicted}, indent=1)
