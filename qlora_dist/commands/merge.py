@@ -183,13 +183,22 @@ def describe(report: MergeReport) -> str:
 class Adapter:
     """A LoRA or DoRA adapter as plain tensors."""
 
-    layers: dict[str, lora_files.Factors]  # by the layer's name in the base
+    layers: dict[str, lora_files.Factors]  # by the name in the base of a layer, or of stacked experts' weight
     scale: float
+    rank: int
 
     @classmethod
     def read(cls, folder: Path, part: TextPart | None) -> Adapter:
         config, layers = lora_files.read_adapter(folder, part)
-        return cls(layers, lora_files.scale_of(config))
+        return cls(layers, lora_files.scale_of(config), config.r)
+
+    def check_fits(self, name: str, shape: Sequence[int], base: str) -> None:
+        """`shape` in the base: (O, I), or (E, O, I) of stacked experts. Raises UserError."""
+        if (factors := self.layers.get(name)) is None:
+            return
+        num_experts = math.prod(shape[:-2])  # 1 for a linear layer
+        if factors.a.shape != (num_experts * self.rank, shape[-1]) or len(factors.b) != shape[-2]:
+            raise UserError(f"the adapter's weights for {name} do not fit {base}, where it is {tuple(shape)}")
 
     def on(self, name: str, weight: Tensor) -> Tensor:
         """(O, I) fp32: the layer's weight with the adapter merged."""
@@ -198,6 +207,14 @@ class Adapter:
         if factors.magnitude is not None:
             changed *= (factors.magnitude.to(device) / changed.norm(dim=1))[:, None]
         return changed
+
+    def on_expert(self, name: str, weight: Tensor, expert: int) -> Tensor:
+        """(O, I) fp32: one expert's part of a stacked weight with its adapter merged, if it has one."""
+        if (factors := self.layers.get(name)) is None:
+            return weight
+        a = factors.a.view(-1, self.rank, weight.shape[1])[expert].to(weight.device)
+        b = factors.b.view(len(weight), self.rank, -1)[:, :, expert].to(weight.device)
+        return weight + self.scale * (b @ a)
 
 
 @torch.no_grad()
@@ -220,27 +237,33 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
         device=CPU,
     )
     layers: dict[str, Any] = linear_layers(model)
-    unknown = sorted(adapter.layers.keys() - layers.keys())
+    stacked = _stacked_weights(model)
+    unknown = sorted(adapter.layers.keys() - layers.keys() - stacked.keys())
     if unknown:
-        raise UserError(f"the adapter has weights for {unknown[0]}, which is not a linear layer of {settings.name}")
+        raise UserError(
+            f"the adapter has weights for {unknown[0]}, which is neither a linear layer nor experts of {settings.name}"
+        )
     for name, layer in each(layers.items(), "merging layer"):
         factors = adapter.layers.get(name)
         if factors is None and onto == "base":
             continue
         weight = layer.weight.data.T if is_conv1d(layer) else layer.weight.data
-        if factors is not None and weight.shape != (len(factors.b), factors.a.shape[1]):
-            raise UserError(f"the adapter's weights for {name} do not fit {settings.name}, where it is {weight.shape}")
+        adapter.check_fits(name, weight.shape, settings.name)
         weight = weight.to(device)
         original = _dequantized(weight, settings) if onto == "dequantized" else weight.float()
         changed = (original if factors is None else adapter.on(name, original)).to(CPU, dtype)
         layer.weight.data = changed.T.contiguous() if is_conv1d(layer) else changed
-    if onto == "dequantized" and settings.quantization in ("nf4", "fp4"):
-        for experts in stacked_experts(model).values():
-            for parameter in experts.parameters(recurse=False):
-                matrices = torch.empty(parameter.shape, dtype=dtype)
-                for matrix, stored_matrix in zip(matrices, parameter.data, strict=True):
-                    matrix.copy_(_dequantized(stored_matrix.to(device), settings))
-                parameter.data = matrices
+    is_dequantized = onto == "dequantized" and settings.quantization in ("nf4", "fp4")
+    for name, parameter in each(stacked.items(), "merging experts"):
+        if not is_dequantized and name not in adapter.layers:
+            continue
+        adapter.check_fits(name, parameter.shape, settings.name)
+        matrices = torch.empty(parameter.shape, dtype=dtype)
+        for expert, weight in enumerate(parameter.data):
+            weight = weight.to(device)
+            original = _dequantized(weight, settings) if is_dequantized else weight.float()
+            matrices[expert].copy_(adapter.on_expert(name, original, expert))
+        parameter.data = matrices
     model.to(dtype)
     model.config.dtype = dtype
     if (bad := non_finite_tensor(model)) is not None:
@@ -249,6 +272,14 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
             "Use --dtype bfloat16 or float32; if it fails there too, the adapter has diverged. Nothing was written"
         )
     return model.eval()
+
+
+def _stacked_weights(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {
+        f"{name}.{key}": parameter
+        for name, experts in stacked_experts(model).items()
+        for key, parameter in experts.named_parameters(recurse=False)
+    }
 
 
 def _dequantized(weight: Tensor, settings: Any) -> Tensor:

@@ -95,6 +95,7 @@ def _adapted_base(config: RunConfig, world: World, compute_dtype: torch.dtype) -
         alpha=lora.alpha,
         dropout=lora.dropout,
         target_modules=lora.target_modules,
+        experts=lora.experts,
         variant=lora.variant,
         seed=config.seed,
         init_from=lora.init_from,
