@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qlora_dist.commands import invoke
 from qlora_dist.commands.merge import merge
 from qlora_dist.errors import UserError
 from qlora_dist.model import INFERENCE, load_base
@@ -22,11 +24,13 @@ from qlora_dist.model.lora import load_adapters
 from qlora_dist.train import train
 
 
-def _inputs(folder: Path, family: str) -> dict[str, Any]:
+def _inputs(folder: Path, family: str, experts: str, **sizes: Any) -> dict[str, Any]:
     raw = make_inputs(folder)
     shutil.rmtree(folder / "model")
-    save_model(folder / "model", tiny_model(family, attention=None))
+    save_model(folder / "model", tiny_model(family, attention=None, **sizes))
     raw["train"] = {"steps": 4, "save_every": 2}
+    raw["lora"]["experts"] = experts
+    raw["data"]["eval"] = [{"path": str(folder / "held_out.json"), "format": "input-output"}]
     return raw
 
 
@@ -40,21 +44,27 @@ def _train(raw: dict[str, Any], **changes: Any) -> str | None:
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "mixtral"])
 def trained(request: Any, tmp_path_factory: Any) -> dict[str, Any]:
-    """A run of one process."""
-    raw = _inputs(tmp_path_factory.mktemp("mixture"), request.param)
+    """A run of one process: with adapters on all of many experts, some of which have no token; with frozen experts."""
+    kinds: dict[str, Any] = {
+        "qwen3_moe": {"experts": "all", "num_experts": 32, "num_experts_per_tok": 2},
+        "mixtral": {"experts": "shared"},
+    }
+    raw = _inputs(tmp_path_factory.mktemp("mixture"), request.param, **kinds[request.param])
     assert _train(raw) is None
     return raw
 
 
-def test_the_loss_falls_and_the_saved_adapter_has_no_experts(trained: dict[str, Any]) -> None:
+def test_the_loss_falls_and_the_saved_adapter_has_what_was_asked_for(trained: dict[str, Any]) -> None:
     losses = losses_of(trained["run_dir"])
     assert len(losses) == 4 and losses[-1] < losses[0] - 0.1
     assert all(line["peak_bytes"] > 0 for line in metrics_of(trained["run_dir"]))
     keys = load_file(Path(trained["run_dir"]) / "adapter/adapter_model.safetensors")
-    assert len(keys) == 2 * 4 * 2 and all("self_attn" in key for key in keys)
+    assert sum("self_attn" in key for key in keys) == 2 * 4 * 2
+    assert len(keys) == 2 * 4 * 2 + (2 * 2 * 2 if trained["lora"]["experts"] == "all" else 0)
+    assert not any("mlp.gate." in key for key in keys)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2"])
 def test_two_ranks_train_as_one(trained: dict[str, Any], strategy: str, tmp_path: Path) -> None:
     run_dir = str(tmp_path / "run")
     raw = changed(trained, run_dir=run_dir, strategy__name=strategy)
@@ -93,11 +103,39 @@ def test_the_adapter_gives_equal_logits_in_stock_peft(trained: dict[str, Any]) -
     assert (theirs - plain).abs().max() > 0.01
 
 
+def test_evaluate_and_generate_read_the_run(trained: dict[str, Any], capsys: Any) -> None:
+    """Both losses: of the base and with the adapter, which the run has measured as well."""
+    last = metrics_of(trained["run_dir"])[-1]
+    assert invoke(["evaluate", trained["run_dir"], "--with-base", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["trained"]["held_out"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+    assert results["base"]["held_out"]["loss"] > last["eval_loss"] + 0.1
+    answers = []
+    for given in (trained["run_dir"], str(Path(trained["run_dir"]) / "adapter")):
+        assert invoke(["generate", given, "--prompt", "w20 w21 w22", "--max-new-tokens", "4"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and answers[0].strip()
+
+
 def test_merged_onto_dequantized_is_what_was_trained(trained: dict[str, Any], tmp_path: Path) -> None:
     report = merge(trained["run_dir"], tmp_path / "out", onto="dequantized", dtype=torch.float32, compare=True)
     assert report.gaps["dequantized"] <= 1e-4 * report.logit_range
     assert report.gaps["base"] > 100 * report.gaps["dequantized"]
     assert any(".experts.0." in key for key in load_file(tmp_path / "out/model.safetensors"))
+
+
+@torch.no_grad()
+def test_merged_onto_base_is_what_peft_merges(trained: dict[str, Any], tmp_path: Path) -> None:
+    merge(trained["run_dir"], tmp_path / "out", onto="base", dtype=torch.float32, compare=False)
+    stock = AutoModelForCausalLM.from_pretrained(trained["model"]["name"], dtype=torch.float32)
+    plain = {name: value.clone() for name, value in stock.named_parameters()}
+    theirs = PeftModel.from_pretrained(stock, str(Path(trained["run_dir"]) / "adapter")).merge_and_unload()
+    ours = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    changed_names = set()
+    for name, expected in theirs.named_parameters():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-6, atol=1e-6)
+        changed_names |= set() if torch.equal(plain[name], expected) else {name.rpartition("mlp.")[2]}
+    assert ("experts.gate_up_proj" in changed_names) == (trained["lora"]["experts"] == "all")
 
 
 def test_the_4_bit_copy_trains_the_same_adapter(trained: dict[str, Any], tmp_path: Path) -> None:
