@@ -14,6 +14,7 @@ Legend: T tokens, k experts per token, S = T k slots, E experts, H hidden, F inn
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from types import MappingProxyType
@@ -133,6 +134,7 @@ class Experts4bit(nn.Module):
         self.gate_up_proj = PackedExperts(experts.gate_up_proj.shape, quant_type, is_nested)
         self.down_proj = PackedExperts(experts.down_proj.shape, quant_type, is_nested)
         self.apply_gate = experts._apply_gate  # (S, 2 F) -> (S, F)
+        self.num_slots = [0] * self.num_experts  # of each expert, in training since `take_slots`
 
     def forward(
         self,
@@ -146,6 +148,8 @@ class Experts4bit(nn.Module):
         factors = [tensor for one in (up, down) for tensor in ((None, None) if one is None else one[:2])]
         scales = [1.0 if one is None else one.scale for one in (up, down)]
         token, grown, order, counts = _Enter.apply(hidden_states, top_k_weights, top_k_index, self, scales, *factors)
+        if self.training:  # a recomputation has ended by now
+            self.num_slots = [sum(pair) for pair in zip(self.num_slots, counts, strict=True)]
         return _Leave.apply(token, grown, top_k_weights.detach(), order, counts, self, down)
 
 
@@ -307,3 +311,14 @@ def pack_experts(model: nn.Module, quant_type: str, is_nested: bool) -> None:
 def packed_experts(model: nn.Module) -> dict[str, PackedExperts]:
     """Experts in 4 bits, by the name of the parameter that they replace: in the base alone, whatever is around them."""
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+
+
+def take_slots(model: nn.Module) -> dict[str, list[int]]:
+    """How many slots each expert got on this rank in training since the last call, by the name of the experts. Known on
+    the host anyway."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts4bit):
+            found[re.sub(r"(\.base_layer)+$", "", plain_name(name))] = module.num_slots
+            module.num_slots = [0] * module.num_experts
+    return found

@@ -21,7 +21,7 @@ from qlora_dist.commands.merge import merge
 from qlora_dist.errors import UserError
 from qlora_dist.model import INFERENCE, load_base
 from qlora_dist.model.lora import load_adapters
-from qlora_dist.train import train
+from qlora_dist.train import expert_load, train
 
 
 def _inputs(folder: Path, family: str, experts: str, **sizes: Any) -> dict[str, Any]:
@@ -64,12 +64,22 @@ def test_the_loss_falls_and_the_saved_adapter_has_what_was_asked_for(trained: di
     assert not any("mlp.gate." in key for key in keys)
 
 
+def test_metrics_tell_how_even_experts_are_loaded(trained: dict[str, Any]) -> None:
+    """32 experts for a few hundred slots a step, of which a rank of two sees half: some have no token."""
+    for line in metrics_of(trained["run_dir"]):
+        assert 1 < line["expert_load"] < 16
+        assert (line["experts_without_tokens"] > 0) == (trained["lora"]["experts"] == "all")
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2"])
 def test_two_ranks_train_as_one(trained: dict[str, Any], strategy: str, tmp_path: Path) -> None:
     run_dir = str(tmp_path / "run")
     raw = changed(trained, run_dir=run_dir, strategy__name=strategy)
     assert on_ranks(_train, 2, raw, timeout=240) == [None, None]
     assert losses_of(run_dir) == pytest.approx(losses_of(trained["run_dir"]), abs=1e-5)
+    first, alone = metrics_of(run_dir)[0], metrics_of(trained["run_dir"])[0]
+    for key in ("expert_load", "experts_without_tokens"):  # over all ranks, before rounding could reroute a token
+        assert first[key] == alone[key]
 
 
 def test_a_stage_that_cannot_gather_experts_is_refused(trained: dict[str, Any], tmp_path: Path) -> None:
@@ -138,9 +148,15 @@ def test_merged_onto_base_is_what_peft_merges(trained: dict[str, Any], tmp_path:
     assert ("experts.gate_up_proj" in changed_names) == (trained["lora"]["experts"] == "all")
 
 
-def test_the_4_bit_copy_trains_the_same_adapter(trained: dict[str, Any], tmp_path: Path) -> None:
+def test_the_4_bit_copy_trains_the_same_adapter(
+    trained: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And experts without tokens are named."""
+    monkeypatch.setattr(expert_load, "PATIENCE", 2)
     changes = {"run_dir": str(tmp_path / "run"), "model__cache_4bit": str(tmp_path / "copies")}
     assert _train(trained, **changes) is None
+    is_named = "warning: no token was routed to expert " in capsys.readouterr().out
+    assert is_named == (trained["lora"]["experts"] == "all")
     assert losses_of(tmp_path / "run") == losses_of(trained["run_dir"])
     assert len(list((tmp_path / "copies").glob("model-nf4-*/config.json"))) == 1
 
