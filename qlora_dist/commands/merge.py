@@ -187,13 +187,22 @@ def describe(report: MergeReport) -> str:
 class Adapter:
     """A LoRA or DoRA adapter as plain tensors."""
 
-    layers: dict[str, lora_files.Factors]  # by the layer's name in the base
+    layers: dict[str, lora_files.Factors]  # by the name in the base of a layer, or of stacked experts' weight
     scale: float
+    rank: int
 
     @classmethod
     def read(cls, folder: Path, part: TextPart | None) -> Adapter:
         config, layers = lora_files.read_adapter(folder, part)
-        return cls(layers, lora_files.scale_of(config))
+        return cls(layers, lora_files.scale_of(config), config.r)
+
+    def check_fits(self, name: str, shape: Sequence[int], base: str) -> None:
+        """`shape` in the base: (O, I), or (E, O, I) of stacked experts. Raises UserError."""
+        if (factors := self.layers.get(name)) is None:
+            return
+        num_experts = math.prod(shape[:-2])  # 1 for a linear layer
+        if factors.a.shape != (num_experts * self.rank, shape[-1]) or len(factors.b) != shape[-2]:
+            raise UserError(f"the adapter's weights for {name} do not fit {base}, where it is {tuple(shape)}")
 
     def on(self, name: str, weight: Tensor) -> Tensor:
         """(O, I) fp32: the layer's weight with the adapter merged."""
@@ -202,6 +211,14 @@ class Adapter:
         if factors.magnitude is not None:
             changed *= (factors.magnitude.to(device) / changed.norm(dim=1))[:, None]
         return changed
+
+    def on_expert(self, name: str, weight: Tensor, expert: int) -> Tensor:
+        """(O, I) fp32: one expert's part of a stacked weight with its adapter merged, if it has one."""
+        if (factors := self.layers.get(name)) is None:
+            return weight
+        a = factors.a.view(-1, self.rank, weight.shape[1])[expert].to(weight.device)
+        b = factors.b.view(len(weight), self.rank, -1)[:, :, expert].to(weight.device)
+        return weight + self.scale * (b @ a)
 
 
 class Merged:
@@ -217,15 +234,15 @@ class Merged:
         self.base, self._settings, self._adapter, self._onto = base, settings, adapter, onto
         self._dtype, self._device = dtype, device
         self._layers: dict[str, Any] = linear_layers(base.model)
-        unknown = sorted(adapter.layers.keys() - self._layers.keys())
-        if unknown:
-            raise UserError(
-                f"the adapter has weights for {unknown[0]}, which is not a linear layer of {settings.name}; "
-                "name the base that it was trained on with --base"
-            )
         self._stacks = {
             f"{name}.{one}" for name, experts in stacked_experts(base.model).items() for one in experts._parameters
         }
+        unknown = sorted(adapter.layers.keys() - self._layers.keys() - self._stacks)
+        if unknown:
+            raise UserError(
+                f"the adapter has weights for {unknown[0]}, which is neither a linear layer nor experts of "
+                f"{settings.name}; name the base that it was trained on with --base"
+            )
 
     @torch.no_grad()
     def weight(self, name: str) -> Tensor:
@@ -235,10 +252,8 @@ class Merged:
             return stored
         if layer is not None and name.endswith(".weight"):
             merged = self._linear(name.removesuffix(".weight"), layer, stored)
-        elif name in self._stacks and self._onto == "dequantized" and self._settings.quantization in ("nf4", "fp4"):
-            merged = torch.empty(stored.shape, dtype=self._dtype)
-            for matrix, stored_matrix in zip(merged, stored, strict=True):
-                matrix.copy_(_dequantized(stored_matrix.to(self._device), self._settings))
+        elif name in self._stacks:
+            merged = self._stacked(name, stored)
         else:
             merged = stored.to(self._dtype)
         if not is_finite(merged, is_buffer=name not in self.base.parameters):
@@ -255,14 +270,24 @@ class Merged:
         if factors is None and onto == "base":
             return stored.to(dtype)
         weight = stored.T if is_conv1d(layer) else stored
-        if factors is not None and weight.shape != (len(factors.b), factors.a.shape[1]):
-            raise UserError(
-                f"the adapter's weights for {name} do not fit {self._settings.name}, where it is {weight.shape}"
-            )
+        adapter.check_fits(name, weight.shape, self._settings.name)
         weight = weight.to(self._device)
         original = _dequantized(weight, self._settings) if onto == "dequantized" else weight.float()
         changed = (original if factors is None else adapter.on(name, original)).to(CPU, dtype)
         return changed.T.contiguous() if is_conv1d(layer) else changed
+
+    def _stacked(self, name: str, stored: Tensor) -> Tensor:
+        """Of all experts of a layer."""
+        is_dequantized = self._onto == "dequantized" and self._settings.quantization in ("nf4", "fp4")
+        if not is_dequantized and name not in self._adapter.layers:
+            return stored.to(self._dtype)
+        self._adapter.check_fits(name, stored.shape, self._settings.name)
+        merged = torch.empty(stored.shape, dtype=self._dtype)
+        for expert, weight in enumerate(stored):
+            weight = weight.to(self._device)
+            original = _dequantized(weight, self._settings) if is_dequantized else weight.float()
+            merged[expert].copy_(self._adapter.on_expert(name, original, expert))
+        return merged
 
     def write(self, folder: Path, trained: Trained, max_shard_size: str, text_only: bool) -> None:
         """Writes the model. Raises OSError when there is no space."""

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..files import MANIFEST
 from ..memory.families import shapes_from_config
 from ..memory.read_shapes import read_config_json
-from ..memory.shapes import ModelShapes, adapted_linears
+from ..memory.shapes import ModelShapes, adapted_parts
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -73,7 +73,7 @@ def check_base(config: RunConfig) -> None:
         _require_file("strategy.ds_config", Path(config.strategy.ds_config), "give a DeepSpeed config, or leave it out")
     shapes = shapes_from_config(read_config_json(config.model.name, config.model.revision))
     if shapes is not None and config.lora is not None:
-        adapted_linears(shapes, config.lora.target_modules)
+        adapted_parts(shapes, config.lora.target_modules, config.lora.experts)
 
 
 def check_result(path: str, config: str | None = None, is_evaluated: bool = False) -> None:

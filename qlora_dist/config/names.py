@@ -4,11 +4,14 @@ import torch."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from ..errors import UserError
 
+AdaptedExperts = Literal["none", "shared", "all"]  # of a mixture
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 MODEL_FOLDER = (
     "expected the folder of a model in Hugging Face's form, with config.json and 16-bit safetensors. A GGUF file was "
@@ -66,3 +69,16 @@ def resolve_targets(linear_names: Sequence[str], target_modules: str | Sequence[
         )
     chosen = {name for found in matches.values() for name in found}
     return [name for name in linear_names if name in chosen]
+
+
+def adapted_names(
+    linear_names: Sequence[str], target_modules: str | Sequence[str], experts: AdaptedExperts
+) -> list[str]:
+    """That, under `lora.experts` none without the linear layers of shared experts. Raises UserError if none is left."""
+    chosen = resolve_targets(linear_names, target_modules)
+    if experts != "none":
+        return chosen
+    outside = [name for name in chosen if re.search(r"\bshared_(expert|mlp)", name) is None]
+    if not outside:
+        raise UserError("lora.experts is none, but lora.target_modules selects nothing but shared experts")
+    return outside

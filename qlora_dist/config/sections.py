@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from .names import AdaptedExperts
 from .paths import DataPath, LocalPath, ModelPath, TemplatePath
 from .quantization import Quantization
 
@@ -100,10 +101,25 @@ class LoraConfig(_Section):
     """Dropout on the input of A. The paper uses 0.1 up to 13B and 0.05 above."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """`all-linear` (all linear layers except the output head), or names that each match at least one linear layer."""
+    experts: AdaptedExperts = "shared"
+    """Which experts of a mixture get adapters. shared: those that every token meets, as far as target_modules selects
+    them. all: also every expert that a router chooses, each with A and B of rank r of its own (4-bit bases only, no
+    dropout). none: no expert. The router never gets one."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """rslora scales by alpha / sqrt(r); dora learns magnitude and direction separately (slower)."""
     init_from: LocalPath | None = None
     """Folder of a PEFT adapter to start from; its rank and target modules must match those set here."""
+
+    @model_validator(mode="after")
+    def _fits_experts(self) -> LoraConfig:
+        if self.experts == "all" and self.dropout:
+            raise ValueError(
+                f"experts is all, but dropout is {self.dropout}: PEFT's adapters of stacked experts have none, so that "
+                "nothing could load the result as it was trained; set dropout to 0, or experts to shared"
+            )
+        if self.experts == "all" and self.variant == "dora":
+            raise ValueError("experts is all, but variant is dora, which PEFT has for linear layers only; use lora")
+        return self
 
 
 class SourceConfig(_Section):
@@ -351,6 +367,11 @@ class RunConfig(_Section):
             raise ValueError(
                 f"lora is null (full fine-tuning) but model.quantization is {self.model.quantization}: quantized "
                 "weights cannot be trained; set model.quantization=none, or give a lora section"
+            )
+        if self.lora is not None and self.lora.experts == "all" and self.model.quantization not in ("nf4", "fp4"):
+            raise ValueError(
+                f"lora.experts is all, but model.quantization is {self.model.quantization}: adapters of experts are "
+                "trained over nf4 and fp4; set one of these, or lora.experts to shared"
             )
         has_held_out = self.data.eval or any(source.hold_out is not None for source in self.data.train)
         if self.train.eval_every is not None and not has_held_out:

@@ -5,6 +5,8 @@ Legend: T tokens, k experts per token, S = T k slots, E experts, H hidden, F inn
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..config.joint_products import LARGEST_MATRIX
 from ..config.quantization import BLOCK
 from .layers import LayerTape
@@ -12,6 +14,15 @@ from .shapes import Experts
 from .tape import Value
 
 INDEX = 8  # bytes of an index, int64
+
+
+@dataclass(frozen=True)
+class _Update:
+    """Bytes of the adapters of one weight of all experts: `model.expert_updates`."""
+
+    cast: int = 0  # A in the compute type
+    factors: int = 0  # and B, expert by expert
+    gradients: int = 0  # of both, fp32
 
 
 class ExpertTape(LayerTape):
@@ -44,13 +55,15 @@ class ExpertTape(LayerTape):
         slots = self.settings.tokens * experts.top_k
         rows, inner, order = slots * experts.hidden * size, slots * experts.inner * size, INDEX * slots
         up, down = (self._matrices(*shape) for shape in experts.matrices)
+        of_up, of_down = self._updates()
+        low = slots * self.settings.rank * size if self._is_adapted else 0
         entered = tape.op(
-            [x, routing],
+            [x, routing, *([tape.parameter(0)] if self._is_adapted else [])],
             2 * inner,
-            saves=[routing, tape.extra(order)],
+            saves=[routing, tape.extra(order), *([x, tape.extra(low)] if self._is_adapted else [])],
             saves_output=True,
             work=rows,
-            weights=up,
+            weights=max(up, of_up.factors),
         )
         last = tape.operations[-1]
         # the tape counts the gradients of both inputs from the start; the rows' comes last
@@ -58,14 +71,19 @@ class ExpertTape(LayerTape):
         small = slots * size  # routing weights of all slots
         forward = (
             (2 * inner + small, 0),  # silu(gate), and times up
-            (inner + rows, down),
+            (inner + rows, max(down, of_down.factors + low)),
             (2 * rows + order - self.row, 0),
         )
+        of_both = of_down.gradients + of_up.gradients
         backward = (
             (rows + inner - early - routing.size, down),  # gradients of rows, and of what they were made of
-            (6 * inner + small - early, 0),  # gate and up, their gradients, and both of these in one
-            (2 * inner + rows - early, up),
-            (2 * rows + order, 0),
+            # those, act and what its gradient needs, weighted; A x of down, and its gradient
+            (rows + 4 * inner + 2 * low - early + of_down.gradients, of_down.factors),
+            # gate and up, their gradients, and both of these in one
+            (6 * inner + small - early + of_down.gradients, 0),
+            (2 * inner + rows + low - early + of_both, of_up.factors),  # rows again
+            (2 * inner + rows + low - early + of_both, up + of_up.cast),
+            (2 * rows + order + of_both, 0),
         )
         last.back_work, last.back_weights = max(backward, key=sum)
         self.before_last = tape.peak.copy()
@@ -73,6 +91,25 @@ class ExpertTape(LayerTape):
         out = tape.op([entered], self.row, shares=[entered], work=work, weights=weights, back_weights=0)
         tape.drop(entered)
         return out
+
+    @property
+    def _is_adapted(self) -> bool:
+        return self.experts.name in self.settings.adapted
+
+    def _updates(self) -> tuple[_Update, _Update]:
+        """Of gate and up, and of down."""
+        size, columns = self.settings.compute_size, self.experts.num_experts * self.settings.rank
+        if not self._is_adapted:
+            return _Update(), _Update()
+        up, down = (
+            _Update(
+                cast=0 if size == 4 else columns * inputs * size,
+                factors=columns * (outputs + (0 if size == 4 else inputs)) * size,
+                gradients=4 * columns * (outputs + inputs),
+            )
+            for outputs, inputs in self.experts.matrices
+        )
+        return up, down
 
     @property
     def experts(self) -> Experts:

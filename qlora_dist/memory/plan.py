@@ -131,7 +131,7 @@ def plan_memory(
     if lora is None:
         trainable = aligned = shapes.base_parameters
     else:
-        sizes = adapter_sizes(lora.rank, lora.target_modules, shapes, lora.variant == "dora")
+        sizes = adapter_sizes(lora.rank, lora.target_modules, shapes, lora.variant == "dora", lora.experts)
         trainable, aligned = sum(sizes), sum(aligned_size(size) for size in sizes)
     moment = largest_moment(config, shapes, rows, count)
     saving = replace(moment, name="saving a checkpoint", items=shared.saving(4 * aligned))

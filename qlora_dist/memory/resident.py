@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..config import RunConfig
+from ..config.names import AdaptedExperts
 from ..config.quantization import Quantization, quantized_bytes
 from .constants import ALIGNMENT, HOST_PROCESS_BYTES, STATE_SIZES, Item, state_bytes
-from .shapes import ModelShapes, adapted_linears
+from .shapes import ModelShapes, adapted_parts
 from .strategies import Sharing
 
 CODE_TABLE_BYTES = 16 * 4  # the values of a 4-bit type, per matrix
@@ -15,20 +16,23 @@ NESTED_TABLE_BYTES = 256 * 4 + 4  # the values of the constants' 8-bit type, and
 
 
 def adapter_sizes(
-    rank: int, target_modules: str | tuple[str, ...], shapes: ModelShapes, has_magnitudes: bool = False
+    rank: int,
+    target_modules: str | tuple[str, ...],
+    shapes: ModelShapes,
+    has_magnitudes: bool = False,
+    experts: AdaptedExperts = "shared",
 ) -> list[int]:
     """Number of weights of each A and B (and of each magnitude vector of dora)."""
-    return [
-        size
-        for index, chosen in enumerate(adapted_linears(shapes, target_modules))
-        for linear in shapes.at(index).linears
-        if linear.name in chosen
-        for size in (
-            rank * linear.inputs,
-            rank * linear.outputs,
-            *([linear.outputs] if has_magnitudes else []),
-        )
-    ]
+    sizes = []
+    for index, chosen in enumerate(adapted_parts(shapes, target_modules, experts)):
+        kind = shapes.at(index)
+        for linear in kind.linears:
+            if linear.name in chosen:
+                sizes += [rank * linear.inputs, rank * linear.outputs]
+                sizes += [linear.outputs] if has_magnitudes else []
+        if kind.experts is not None and kind.experts.name in chosen:
+            sizes += [kind.experts.num_experts * rank * width for pair in kind.experts.matrices for width in pair]
+    return sizes
 
 
 def aligned_size(size: int) -> int:

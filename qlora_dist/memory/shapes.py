@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from ..config.names import resolve_targets
+from ..config.names import AdaptedExperts, adapted_names
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
@@ -142,14 +143,22 @@ class ModelShapes:
         return [linear for linear in self.linears if linear.name.rsplit(".", 1)[-1] in endings]
 
 
-def adapted_linears(shapes: ModelShapes, target_modules: str | tuple[str, ...]) -> list[frozenset[str]]:
-    """For each decoder layer, the names of the linear layers that get adapters. Raises UserError as training does."""
-    linears = [shapes.at(index).linears for index in range(shapes.num_layers)]
+def adapted_parts(
+    shapes: ModelShapes, target_modules: str | tuple[str, ...], experts: AdaptedExperts = "shared"
+) -> list[frozenset[str]]:
+    """For each decoder layer, the names of the linear layers and stacked experts that get adapters. Raises UserError as
+    training does."""
+    kinds = [shapes.at(index) for index in range(shapes.num_layers)]
     names = [
-        [f"{shapes.layer_prefix}.{index}.{linear.name}" for linear in layer] for index, layer in enumerate(linears)
+        [f"{shapes.layer_prefix}.{index}.{linear.name}" for linear in kind.linears] for index, kind in enumerate(kinds)
     ]
-    chosen = set(resolve_targets([name for layer in names for name in layer], target_modules))
+    chosen = set(adapted_names([name for layer in names for name in layer], target_modules, experts))
+    if experts == "all" and not shapes.expert_weights:
+        raise UserError(
+            f"lora.experts is all, but {shapes.family} has no stacked experts that are held in 4 bits; set shared"
+        )
     return [
-        frozenset(linear.name for name, linear in zip(own, layer) if name in chosen)
-        for own, layer in zip(names, linears)
+        frozenset(linear.name for name, linear in zip(own, kind.linears) if name in chosen)
+        | (frozenset({kind.experts.name}) if experts == "all" and kind.experts is not None else frozenset())
+        for own, kind in zip(names, kinds)
     ]

@@ -10,7 +10,7 @@ from .block import is_block, layer_bytes
 from .constants import OFFLOAD_AHEAD_BYTES, OFFLOAD_LEAST_BYTES, Item
 from .layers import LayerBytes, LayerSettings, LayerTape
 from .resident import compute_size
-from .shapes import ModelShapes, adapted_linears
+from .shapes import ModelShapes, adapted_parts
 
 CHUNK_BYTES = 512 * 2**20  # model.loss.CHUNK_BYTES["cuda"]
 
@@ -90,7 +90,9 @@ def _settings(config: RunConfig, tokens: int) -> LayerSettings:
 
 def _layers(config: RunConfig, shapes: ModelShapes, settings: LayerSettings) -> list[LayerBytes]:
     lora = config.lora
-    chosen = [frozenset()] * shapes.num_layers if lora is None else adapted_linears(shapes, lora.target_modules)
+    chosen = (
+        [frozenset()] * shapes.num_layers if lora is None else adapted_parts(shapes, lora.target_modules, lora.experts)
+    )
     first = next((index for index, adapted in enumerate(chosen) if adapted), 0)
     known: dict[tuple[ModelShapes, frozenset[str], bool], LayerBytes] = {}
     layers = []

@@ -17,7 +17,7 @@ from . import bitsandbytes_import  # noqa: F401  (must come first: see the modul
 from .base_weights import base_checksum, base_weights, held_bytes, non_finite_tensor, num_weights, own_part
 from .check_blocks import check_blocks
 from .check_config import ModelFacts, check_config
-from .experts import packed_experts, stacked_experts
+from .experts import packed_experts, stacked_experts, take_slots
 from .forward import (
     check_head,
     decoder_layers,
@@ -80,6 +80,7 @@ __all__ = [
     "set_recompute",
     "stacked_experts",
     "stop_ids_of",
+    "take_slots",
     "text_part",
     "training_mode",
     "unwrap",

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ..config.model_json import check_quantization_method
-from ..config.names import resolve_targets
+from ..config.names import AdaptedExperts, adapted_names
 from ..config.quantization import BLOCK, Quantization
 from ..data.tokenizer import first_line
 from ..errors import UserError
@@ -48,6 +48,7 @@ def check_config(
     revision: str | None = None,
     quantization: Quantization = "nf4",
     target_modules: str | tuple[str, ...] = "all-linear",
+    experts: AdaptedExperts = "shared",
     row_tokens: int | None = None,
     device_type: str = "cuda",
     weights: str = "files",
@@ -66,7 +67,12 @@ def check_config(
     text_part_of(name, whole)
     model = build_on_meta(name, config)
     layers = linear_layers(model)
-    resolve_targets(tuple(layers), target_modules)
+    adapted_names(tuple(layers), target_modules, experts)
+    if experts == "all" and not stacked_experts(model):
+        raise UserError(
+            f"model.name {name}: lora.experts is all, but {config.model_type} has no stacked experts of the form "
+            "that is held in 4 bits; set lora.experts=shared"
+        )
     if quantization != "none":
         _check_experts(name, model, quantization, device_type)
     if quantization in ("nf4", "fp4") and device_type == "cpu":

@@ -7,13 +7,17 @@ weight. It is arranged as in `lora_forward`, so that a recomputed layer stops be
     _Enter    x, routing weights -> gate and up of every slot, and a token in the graph   (saves order, gate and up)
     _Leave    token -> the weighted sum of each token's experts                           (saves nothing)
 
+With adapters (`expert_updates`) `_Enter` also saves x and A x of gate and up; of down it computes both again.
+
 Legend: T tokens, k experts per token, S = T k slots, E experts, H hidden, F inner width, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +26,10 @@ from torch import Tensor, nn
 from ..config.joint_products import LARGEST_MATRIX
 from ..config.quantization import BLOCK, NESTED_BLOCK
 from .bitsandbytes_import import bitsandbytes
+from .expert_updates import Update, add_products, gradients, products
+from .forward import plain_name
+
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # in the order in which transformers' modules hold them
 
 
 class PackedExperts(nn.Module):
@@ -126,66 +134,132 @@ class Experts4bit(nn.Module):
         self.gate_up_proj = PackedExperts(experts.gate_up_proj.shape, quant_type, is_nested)
         self.down_proj = PackedExperts(experts.down_proj.shape, quant_type, is_nested)
         self.apply_gate = experts._apply_gate  # (S, 2 F) -> (S, F)
+        self.num_slots = [0] * self.num_experts  # of each expert, in training since `take_slots`
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(T, H), (T, k), (T, k) -> (T, H)."""
-        token, grown, order, counts = _Enter.apply(hidden_states, top_k_weights, top_k_index, self)
-        return _Leave.apply(token, grown, top_k_weights.detach(), order, counts, self)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        updates: Mapping[str, Update] = MappingProxyType({}),
+    ) -> Tensor:
+        """(T, H), (T, k), (T, k) -> (T, H). `updates`: of gate_up_proj and down_proj, by name."""
+        up, down = (updates.get(name) for name in EXPERT_WEIGHTS)
+        factors = [tensor for one in (up, down) for tensor in ((None, None) if one is None else one[:2])]
+        scales = [1.0 if one is None else one.scale for one in (up, down)]
+        token, grown, order, counts = _Enter.apply(hidden_states, top_k_weights, top_k_index, self, scales, *factors)
+        if self.training:  # a recomputation has ended by now
+            self.num_slots = [sum(pair) for pair in zip(self.num_slots, counts, strict=True)]
+        return _Leave.apply(token, grown, top_k_weights.detach(), order, counts, self, down)
 
 
 class _Enter(torch.autograd.Function):
-    """The graph node of all experts: it receives the gradient of their sum."""
+    """The graph node of all experts and their adapters: it receives the gradient of their sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, index: Tensor, experts: Experts4bit) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, index: Tensor, experts: Experts4bit, scales: list[float], *factors: Any
+    ) -> tuple[Any, ...]:
         order, counts = _by_expert(index, experts.num_experts)
-        grown = experts.gate_up_proj.product(x[order // index.shape[1]], counts)  # (S, 2 F)
-        ctx.save_for_backward(weights, order, grown)
+        up, _ = _updates(factors, scales)
+        rows, low = x[order // index.shape[1]], None
+        grown = experts.gate_up_proj.product(rows, counts)  # (S, 2 F)
+        if up is not None:
+            a, b = up.factors(experts.num_experts, x.dtype)
+            low = products(rows, a.mT, counts)  # (S, r)
+            add_products(grown, low, b.mT, counts, up.scale)
+        # the masters are saved, not their casts: saving parameters is free
+        ctx.save_for_backward(weights, order, grown, None if up is None else x, low, *factors)
         ctx.mark_non_differentiable(grown, order)
         ctx.set_materialize_grads(False)
-        ctx.experts, ctx.counts = experts, counts
+        ctx.experts, ctx.counts, ctx.scales = experts, counts, scales
         token = x.new_empty(()).expand(x.shape)  # the result's shape without its memory
         return token, grown, order, counts
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        weights, order, grown = ctx.saved_tensors
+        weights, order, grown, x, low, *factors = ctx.saved_tensors
         experts, counts = ctx.experts, ctx.counts
+        up, down = _updates(factors, ctx.scales)
         needs_x, needs_weights = ctx.needs_input_grad[:2]
         top_k = weights.shape[1]
+        grad_rows = grads[0][order // top_k]  # (S, H)
         # of W_down act, before it is weighted
-        grad_act = experts.down_proj.product_backward(grads[0][order // top_k], counts)  # (S, F)
+        grad_act = experts.down_proj.product_backward(grad_rows, counts)  # (S, F)
+        if down is None:
+            del grad_rows
         with torch.enable_grad():
             inner = grown.detach().requires_grad_()
             act = experts.apply_gate(inner)
+        of_down = of_up = (None, None)
+        if down is not None:
+            weighted = act.detach() * weights.reshape(-1)[order][:, None]
+            of_down = _through_down(down, weighted, grad_rows, grad_act, counts)
+            del grad_rows, weighted
         grad_weights = grad_x = None
         if needs_weights:  # the router is frozen, but what it reads is not
-            of_slots = torch.linalg.vecdot(grad_act, act.detach()).to(weights.dtype)
-            grad_weights = torch.empty_like(of_slots).index_copy_(0, order, of_slots).view(weights.shape)
-        if needs_x:
+            dots = torch.linalg.vecdot(grad_act, act.detach()).to(weights.dtype)
+            grad_weights = torch.empty_like(dots).index_copy_(0, order, dots).view(weights.shape)
+        if needs_x or up is not None:
             grad_act.mul_(weights.reshape(-1)[order][:, None])
             (grad_grown,) = torch.autograd.grad(act, inner, grad_act)
-            del act, inner, grad_act
+        del act, inner, grad_act
+        if up is not None:
+            a, b = up.factors(len(counts), grad_grown.dtype)
+            grad_low = products(grad_grown, b, counts).mul_(up.scale)
+            of_up = gradients(up, x[order // top_k], low, grad_grown, grad_low, counts)
+            del b
+        if needs_x:
             of_rows = experts.gate_up_proj.product_backward(grad_grown, counts)
             del grad_grown
+            if up is not None:
+                add_products(of_rows, grad_low, a, counts)
+                del a, grad_low
             grad_x = _sum_by_token(of_rows, order, top_k)
-        return grad_x, grad_weights, None, None
+        return grad_x, grad_weights, None, None, None, *of_up, *of_down
+
+
+def _updates(factors: Sequence[Any], scales: Sequence[float]) -> tuple[Update | None, Update | None]:
+    """Of gate and up, and of down."""
+    pairs = (factors[:2], factors[2:])
+    up, down = (None if a is None else Update(a, b, scale) for (a, b), scale in zip(pairs, scales, strict=True))
+    return up, down
+
+
+def _through_down(
+    down: Update, weighted: Tensor, grad_rows: Tensor, grad_act: Tensor, counts: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of down's A and B, whose input is `weighted` (S, F); adds to `grad_act` what comes through them."""
+    a, b = down.factors(len(counts), weighted.dtype)
+    grad_low = products(grad_rows, b, counts).mul_(down.scale)  # (S, r)
+    add_products(grad_act, grad_low, a, counts)
+    return gradients(down, weighted, products(weighted, a.mT, counts), grad_rows, grad_low, counts)
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, grown: Tensor, weights: Tensor, order: Tensor, counts: list[int], experts: Experts4bit
+        ctx: Any,
+        token: Tensor,
+        grown: Tensor,
+        weights: Tensor,
+        order: Tensor,
+        counts: list[int],
+        experts: Experts4bit,
+        down: Update | None,
     ) -> Tensor:
         act = experts.apply_gate(grown)
         act = act.mul_(weights.reshape(-1)[order][:, None])  # before the product: F wide instead of H
         rows = experts.down_proj.product(act, counts)
+        if down is not None:
+            a, b = down.factors(len(counts), act.dtype)
+            add_products(rows, products(act, a.mT, counts), b.mT, counts, down.scale)
         del act
         return _sum_by_token(rows, order, weights.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return grads[0], None, None, None, None, None
+        return grads[0], None, None, None, None, None, None
 
 
 def _by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
@@ -235,5 +309,16 @@ def pack_experts(model: nn.Module, quant_type: str, is_nested: bool) -> None:
 
 
 def packed_experts(model: nn.Module) -> dict[str, PackedExperts]:
-    """Experts in 4 bits, by the name of the parameter that they replace."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+    """Experts in 4 bits, by the name of the parameter that they replace: in the base alone, whatever is around them."""
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+
+
+def take_slots(model: nn.Module) -> dict[str, list[int]]:
+    """How many slots each expert got on this rank in training since the last call, by the name of the experts. Known on
+    the host anyway."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts4bit):
+            found[re.sub(r"(\.base_layer)+$", "", plain_name(name))] = module.num_slots
+            module.num_slots = [0] * module.num_experts
+    return found

@@ -5,6 +5,7 @@ Legend: T tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,7 +55,8 @@ def strip_wrappers(name: str) -> str:
 
 def plain_name(name: str) -> str:
     """A parameter's name in the base alone, without wrappers and PEFT."""
-    return strip_wrappers(name).removeprefix("base_model.model.").replace(".base_layer.", ".")
+    # PEFT wraps experts once for each of their adapted weights
+    return re.sub(r"(\.base_layer)+\.", ".", strip_wrappers(name).removeprefix("base_model.model."))
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:

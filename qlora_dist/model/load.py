@@ -216,7 +216,7 @@ def _finalize(
             # a checkpoint saved in 4 bits comes with the compute type it was saved with
             module.compute_dtype, module.compute_type_is_set = compute_dtype, True
     if is_packed and packed_experts(model):
-        log.info("experts are in 4 bits and frozen; so is the router, whose auxiliary loss is not part of the loss")
+        log.info("experts are in 4 bits; the router is frozen, and its auxiliary loss is not part of the loss")
     return model
 
 

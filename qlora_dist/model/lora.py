@@ -21,13 +21,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..config.names import resolve_targets
+from ..config.names import AdaptedExperts, adapted_names
 from ..data.tokenizer import first_line
 from ..errors import UserError
 from .base_weights import num_weights
 from .decoder_block import use_decoder_blocks
 from .dropout import use_row_dropout
+from .experts import packed_experts
 from .forward import linear_layers, plain_name, strip_wrappers, text_part, unwrap
+from .lora_experts import ParamWrapper, adapted_experts, expert_targets, wrappable_experts
 from .lora_files import ADAPTER, load_adapter_weights, read_adapter
 from .lora_forward import lowrank_forward
 
@@ -44,6 +46,7 @@ def attach_lora(
     alpha: float,
     dropout: float = 0.0,
     target_modules: str | tuple[str, ...] = "all-linear",
+    experts: AdaptedExperts = "shared",
     variant: Variant = "lora",
     seed: int = 0,
     init_from: str | Path | None = None,
@@ -52,18 +55,22 @@ def attach_lora(
 ) -> PeftModel:
     """Attaches trainable adapters to the target layers; everything else stays frozen. A is random, B is zero.
 
+    `experts`: of a mixture; shared ones are linear layers, all: also the stacked ones, if they are in 4 bits.
+
     The same seed gives the same A on every rank and device. `init_from` is the folder of a PEFT adapter whose rank,
     scale, variant and targets must match these. kernels "reference" replaces PEFT's forward of plain LoRA by
     `lean_forward`; "auto" also computes whole decoder layers at once where `decoder_block` can.
     `device` is where adapters live; None: where their layers' weights are, which may be host memory (offloaded bases).
     Raises UserError when a name in target_modules matches nothing or init_from does not fit.
     """
-    names = resolve_targets(tuple(linear_layers(model)), target_modules)
+    names = adapted_names(tuple(linear_layers(model)), target_modules, experts)
+    parameters = expert_targets(unwrap(model)) if experts == "all" else None
     config = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=_shortest_targets(model, names),
+        target_parameters=parameters,
         use_rslora=variant == "rslora",
         use_dora=variant == "dora",
         fan_in_fan_out=not isinstance(dict(unwrap(model).named_modules())[names[0]], nn.Linear),  # Conv1D
@@ -71,9 +78,10 @@ def attach_lora(
     )
     with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, then moves the result: the device does not matter
         torch.manual_seed(seed)
-        with _without_deprecation_warning():
+        with _without_deprecation_warning(), wrappable_experts(unwrap(model)):
             adapted = get_peft_model(unwrap(model), config, autocast_adapter_dtype=True)
-    _check_adapted(set(names), adapted, "lora.target_modules")
+    stacked = {name for name in packed_experts(model) if experts == "all"}
+    _check_adapted({*names, *stacked}, adapted, "lora.target_modules")
     for name, parameter in trainable_parameters(adapted).items():
         assert "lora_" in name and parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
         if device is not None:
@@ -129,8 +137,12 @@ def lean_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """Adapted layers by their name in the base."""
-    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    """Adapted linear layers by their name in the base."""
+    return {
+        plain_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+    }
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
@@ -139,6 +151,12 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What the optimizer updates, in the order of the model's layers, by name without wrappers."""
     return {strip_wrappers(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def is_own_expert(name: str) -> bool:
+    """Whether a weight belongs to an expert that is layers of its own: without a token it has no gradient. The adapters
+    of stacked experts always have one, with zeros for experts without a token."""
+    return re.search(r"experts\.\d+\.", name) is not None
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -166,7 +184,7 @@ def load_adapters(model: nn.Module, folders: dict[str, Path], *, lean: bool = Tr
         if part is not None:  # saved under the wrapper's names
             settings["key_mapping"] = {rf"^{re.escape(theirs)}\.": f"{ours}." for theirs, ours in part.paths}
         try:
-            with _without_deprecation_warning():
+            with _without_deprecation_warning(), wrappable_experts(base):
                 if adapted is None:
                     adapted = PeftModel.from_pretrained(base, str(folder), **settings)
                 else:
@@ -197,6 +215,8 @@ def combine_adapters(model: PeftModel, weights: dict[str, float], how: str = "ca
     for one in weights:
         if one not in model.peft_config:
             raise UserError(f"adapter {one!r} is not loaded; loaded: {', '.join(model.peft_config)}")
+    if adapted_experts(model):
+        raise UserError("adapters of experts cannot be combined: PEFT combines those of linear layers only; use one")
     try:
         model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type=how)
     except ValueError as error:
@@ -217,7 +237,8 @@ def _without_deprecation_warning() -> Iterator[None]:
 
 def _check_adapted(asked: Set[str], model: PeftModel, where: str, adapter: str = ADAPTER) -> None:
     """Raises UserError unless exactly these layers have the adapter: PEFT rewrites the targets of some model types."""
-    found = {name for name, layer in lora_layers(model).items() if adapter in layer.lora_A}
+    layers = lora_layers(model) | adapted_experts(model)
+    found = {name for name, layer in layers.items() if adapter in layer.lora_A}
     if found != asked:
         lacking, extra = sorted(asked - found)[:3], sorted(found - asked)[:3]
         raise UserError(

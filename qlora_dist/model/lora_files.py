@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from ..config.json_file import read_json_object
 from ..errors import RunFailed, UserError, shortened
 from .base_weights import same_bits
+from .experts import EXPERT_WEIGHTS
 from .forward import linear_layers, plain_name, strip_wrappers, text_part, unwrap
+from .lora_experts import adapted_weight
 from .text_part import TextPart
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -117,39 +120,43 @@ def require_weights(folder: str | Path) -> Path:
 
 
 class Factors(NamedTuple):
-    """What a LoRA or DoRA adapter adds to one layer, fp32."""
+    """What a LoRA or DoRA adapter adds to one layer, or to one weight of E stacked experts, fp32."""
 
-    a: Tensor  # (r, I)
-    b: Tensor  # (O, r)
+    a: Tensor  # (r, I), or (E r, I)
+    b: Tensor  # (O, r), or (O, r E)
     magnitude: Tensor | None  # (O,); DoRA only
 
 
 def read_adapter(folder: str | Path, part: TextPart | None = None) -> tuple[LoraConfig, dict[str, Factors]]:
-    """Config and weights of an adapter that anyone may have made, by the layers' names in the base; in the text model
-    if the base is that `part` of a wrapper.
+    """Config and weights of an adapter that anyone may have made, by the names in the base of layers and of stacked
+    experts' weights; in the text model if the base is that `part` of a wrapper.
 
     Raises UserError for what is not honoured here, and for weights that are damaged, not finite or not as the config
     says.
     """
     config, path = read_adapter_config(folder), Path(folder) / WEIGHTS
     parts: dict[str, dict[str, Tensor]] = {}
+    of_experts: set[str] = set()
     for key, value in read_adapter_weights(folder).items():
         found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(\.weight)?", key)
         if found is None or not value.is_floating_point():
             raise UserError(f"{path}: {key} ({value.dtype}) is not a LoRA weight of a linear layer")
         if not value.float().isfinite().all():
             raise UserError(f"{path}: {key} has values that are NaN or infinite; use an earlier checkpoint")
-        parts.setdefault(found[1], {})[found[2]] = value.float()
+        stacked = adapted_weight(found[1], config.target_parameters or ())
+        of_experts |= set() if stacked is None else {stacked}
+        parts.setdefault(stacked or found[1], {})[found[2]] = value.float()
     layers = {}
     for name, own in parts.items():
         a, b, magnitude = (own.get(kind) for kind in ("A", "B", "magnitude_vector"))
         shapes = {f"lora_{kind}": tuple(tensor.shape) for kind, tensor in own.items()}
-        is_whole = a is not None and b is not None and a.ndim == b.ndim == 2 and len(a) == b.shape[1] == config.r
+        is_whole = a is not None and b is not None and a.ndim == b.ndim == 2 and len(a) == b.shape[1]
+        is_whole = is_whole and (len(a) % config.r == 0 if name in of_experts else len(a) == config.r)
         if not is_whole or (magnitude is not None) != bool(config.use_dora):
+            r = f"{config.r} x experts" if name in of_experts else f"{config.r}"
             raise UserError(
-                f"{path}: the weights of {name} are {shapes}; expected lora_A ({config.r}, inputs), lora_B (outputs, "
-                f"{config.r}) and with use_dora a magnitude vector, as r={config.r} and use_dora={config.use_dora} in "
-                f"{CONFIG} say"
+                f"{path}: the weights of {name} are {shapes}; expected lora_A ({r}, inputs), lora_B (outputs, {r}) and "
+                f"with use_dora a magnitude vector, as r={config.r} and use_dora={config.use_dora} in {CONFIG} say"
             )
         assert a is not None and b is not None
         layers[name if part is None else part.in_text(name) or name] = Factors(a, b, magnitude)
@@ -168,6 +175,7 @@ _HONOURED: dict[str, tuple[type, ...]] = {
     "use_dora": (bool,),
     "fan_in_fan_out": (bool,),
     "target_modules": _NAMES,
+    "target_parameters": (list, type(None)),
     "exclude_modules": _NAMES,
     "layers_to_transform": (list, int, type(None)),
     "layers_pattern": _NAMES,
@@ -199,6 +207,12 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
         config = LoraConfig(**{key: raw[key] for key in _HONOURED.keys() & raw.keys()}, task_type="CAUSAL_LM")
     except (ValueError, TypeError) as error:  # a list of something else than names, for example
         raise UserError(f"{path}: PEFT does not accept these settings ({error})") from None
+    targets = config.target_parameters or ()
+    if unknown := [one for one in targets if not (isinstance(one, str) and one.endswith(EXPERT_WEIGHTS))]:
+        raise UserError(
+            f"{path}: target_parameters names {shortened(unknown[0])}, which is not supported here; expected weights "
+            f"of stacked experts ({', '.join(EXPERT_WEIGHTS)}). Use PEFT's merge, or train the adapter without it"
+        )
     if config.r < 1:
         raise UserError(f"{path}: r is {shortened(config.r)}, expected at least 1")
     if not abs(config.lora_alpha) <= torch.finfo(torch.float32).max:
@@ -252,7 +266,11 @@ def _peft(model: nn.Module) -> PeftModel:
 
 def _in_both_classes(model: nn.Module, part: TextPart) -> str:
     """A pattern that selects the adapted layers in the wrapper and in the text class, and no other."""
-    adapted = [plain_name(name) for name, module in unwrap(model).named_modules() if isinstance(module, LoraLayer)]
+    adapted = [
+        plain_name(name)
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)  # whose names fit both classes
+    ]
     linears = {name.removesuffix(".base_layer") for name in linear_layers(model) if "lora_" not in name}
     patterns = {re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in adapted}  # any layer
     if {name for name in linears if any(re.fullmatch(one, name) for one in patterns)} != set(adapted):

@@ -97,7 +97,7 @@ def train(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Train
                 seconds, waited = time.perf_counter() - started, started - waited_since
                 values = step_values(world.device, state.step, stats, rows, lr, seconds, waited)
                 held_out, is_stopping = evaluate_if_due(run, model, state.step, stats.stop_requested)
-                metrics.step(values | held_out)
+                metrics.step(values | held_out, stats.expert_slots)
                 if is_stopping or run.saves_after(state.step):
                     save(run, model, state)
                 if is_stopping:

@@ -84,6 +84,7 @@ def check_model(config: RunConfig, world: World) -> ModelFacts:
         revision=config.model.revision,
         quantization=config.model.quantization,
         target_modules="all-linear" if config.lora is None else config.lora.target_modules,
+        experts="shared" if config.lora is None else config.lora.experts,
         row_tokens=config.data.row_tokens,
         device_type=world.device.type,
         weights=config.model.weights,

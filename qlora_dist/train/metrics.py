@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import torch
@@ -25,6 +26,7 @@ from ..data.loader import StepRows
 from ..errors import os_errors
 from ..files import format_bytes, write_text
 from ..progress import format_seconds
+from .expert_load import IdleExperts, Slots, load_values
 from .run_page import RunPage
 from .step import StepStats
 
@@ -71,6 +73,7 @@ def step_values(
         "tokens_per_second": stats.num_tokens / (seconds + data_seconds),
         "peak_bytes": peak_bytes(device),
         "imbalance": rows.imbalance,
+        **load_values(stats.expert_slots),
     }
 
 
@@ -91,6 +94,7 @@ class Metrics:
         self._started = console.now()
         self._seconds: deque[float] = deque(maxlen=RECENT)
         self._num_seen = 0
+        self._idle_experts = IdleExperts()
         self._smoothed = 0.0  # biased towards 0 until it is divided by 1 - SMOOTHING ** seen
 
     def start(self, step: int, config: RunConfig, **of_start: Any) -> None:
@@ -149,8 +153,11 @@ class Metrics:
                 with suppress(OSError):  # a full disk: each line was flushed, and the one that failed has ended the run
                     file.close()
 
-    def step(self, values: dict[str, Any]) -> None:
-        """Values of one update, with held-out ones (`eval_...`) if it was evaluated; `step` counts from 1."""
+    def step(self, values: dict[str, Any], expert_slots: Slots = MappingProxyType({})) -> None:
+        """Values of one update, with held-out ones (`eval_...`) if it was evaluated; `step` counts from 1. Experts that
+        have got nothing for long are named."""
+        if (idle := self._idle_experts.add(expert_slots)) is not None:
+            self.console.print(f"warning: {idle}")
         self._trackers.log(values, values["step"])
         self._seconds.append(values["step_seconds"] + values["data_seconds"])
         self._num_seen += 1

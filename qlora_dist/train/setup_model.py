@@ -26,7 +26,7 @@ from ..model import (
 from ..model.activation_offload import ActivationOffload
 from ..model.dropout import dropout_rows
 from ..model.lora import attach_lora, count_parameters
-from .checks.base import check_base_bytes, check_source_bits, promised_base_bytes
+from .checks.base import check_base_bytes, check_source_bits, check_storage, promised_base_bytes
 from .step import TrainingModel
 from .strategy import build_update, load_device
 
@@ -96,6 +96,7 @@ def _adapted_base(config: RunConfig, world: World, compute_dtype: torch.dtype) -
         alpha=lora.alpha,
         dropout=lora.dropout,
         target_modules=lora.target_modules,
+        experts=lora.experts,
         variant=lora.variant,
         seed=config.seed,
         init_from=lora.init_from,
@@ -145,6 +146,9 @@ def check_base(config: RunConfig, world: World, model: TrainingModel) -> str:
     expected = promised.on_each_rank(strategy, over)
     held = world.gather((socket.gethostname(), held_bytes(model.module)))
     check_base_bytes(held, expected, strategy)
+    check_storage(
+        model.module, settings.name, revision=settings.revision, quantization=settings.quantization, dtype=dtype
+    )
     if strategy == "zero3":
         compared = "a gathered layer is not compared with its source: DeepSpeed gathers and drops weights by itself"
     elif strategy == "fsdp":

@@ -6,7 +6,7 @@ import math
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..cluster.world import World
 from ..data.loader import StepRows
 from ..data.packing import Batch
 from ..errors import RunFailed
-from ..model import gathered_head, hidden_states
+from ..model import gathered_head, hidden_states, take_slots
 from ..model.dropout import DropoutRows
 from ..model.loss import OutputHead, nll_sum
 from ..optim import Update
@@ -60,6 +60,7 @@ class StepStats:
     num_labels: int
     num_tokens: int
     stop_requested: bool  # on any rank
+    expert_slots: dict[str, list[int]] = field(default_factory=dict)  # of each stacked expert, by the experts' name
 
 
 def train_step(
@@ -79,6 +80,7 @@ def train_step(
     """
     update = model.update
     update.zero_grad()
+    take_slots(model.module)  # of batches that were tried
 
     # forward and backward of each micro-batch; gradients are summed over ranks after the last
     losses: list[torch.Tensor] = []
@@ -88,15 +90,19 @@ def train_step(
         nll = update.forward_backward(partial(model.nll_sum, batch.to(world.device)), is_last)
         losses.append(nll.double())
 
-    # sums over ranks: loss, stop requests, labels
+    # sums over ranks: loss, stop requests, labels, experts' slots
     nll = torch.stack(losses).sum()
     own_labels = sum(batch.num_labels for batch in rows.microbatches)
     # filled on the device: numbers copied from the host would be a second host sync
-    total = world.sum(torch.stack([nll, nll.new_full((), stop_requested), nll.new_full((), own_labels)]))
+    own = torch.stack([nll, nll.new_full((), stop_requested), nll.new_full((), own_labels)])
+    slots = take_slots(model.module)
+    total = world.sum(torch.cat([own, _copied(slots, own)]) if slots else own)
     num_labels = max(rows.num_labels, 1)
     # the only host sync of a step; the sums are equal on all ranks, so all decide alike
     with world.waiting():
-        nll_total, stops, trained, grad_norm = torch.cat([total, update.grad_norm().double()[None]]).tolist()
+        grad_norm, nll_total, stops, trained, *of_experts = torch.cat(
+            [update.grad_norm().double()[None], total]
+        ).tolist()
     grad_norm /= num_labels
     if trained != rows.num_labels or not trained:
         raise RunFailed(
@@ -108,7 +114,15 @@ def train_step(
 
     # clip and step
     update.clip_and_step(lr, num_labels, grad_norm)
-    return StepStats(nll_total / num_labels, grad_norm, rows.num_labels, rows.num_tokens, stops > 0)
+    found = iter(of_experts)
+    expert_slots = {name: [int(next(found)) for _ in own] for name, own in slots.items()}
+    return StepStats(nll_total / num_labels, grad_norm, rows.num_labels, rows.num_tokens, stops > 0, expert_slots)
+
+
+def _copied(slots: dict[str, list[int]], like: torch.Tensor) -> torch.Tensor:
+    """All numbers in a row, on the device of `like` without waiting for it."""
+    numbers = torch.tensor([number for own in slots.values() for number in own], dtype=like.dtype)
+    return numbers.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else numbers
 
 
 def try_batch(world: World, model: TrainingModel, batch: Batch, later_bytes: int) -> None:

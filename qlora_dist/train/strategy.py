@@ -11,7 +11,7 @@ from ..config import RunConfig
 from ..data.accumulation import derive_accumulation
 from ..errors import UserError
 from ..model import packed_experts
-from ..model.lora import trainable_parameters
+from ..model.lora import is_own_expert, trainable_parameters
 from ..optim import Update
 from ..optim.adamw import build_optimizer, decays
 from ..optim.deepspeed_config import REPLICATES, STAGES, check_pairs, fill_ds_config, find_ds_config
@@ -93,7 +93,7 @@ def build_update(config: RunConfig, world: World, model: torch.nn.Module, head_w
     parameters = trainable_parameters(model)
     is_zero = config.strategy.name in STAGES
     groups = ParameterGroups(parameters, decays) if is_zero else FlatParameters(parameters, decays)
-    if is_zero and (experts := [name for name in parameters if "expert" in name]):
+    if is_zero and (experts := [name for name in parameters if is_own_expert(name)]):
         raise UserError(
             f"strategy.name {config.strategy.name} cannot train the experts of a mixture ({experts[0]}, ...): "
             "DeepSpeed reduces gradients as they arrive, and an expert without tokens on a rank has none; "

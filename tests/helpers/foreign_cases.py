@@ -194,6 +194,8 @@ CASES: list[tuple[str, str, Any, dict[str, Any], dict[str, Any] | None]] = [
     ("trl", "lora_target_modules", "model.layers.(1|2).*proj", {}, None),
     ("axolotl", "lora_target_modules", ["q_proj"], {}, {"lora.target_modules": "all-linear"}),  # beside linear: all
     ("axolotl", "lora_target_linear", True, {}, {"lora.target_modules": "all-linear"}),
+    ("axolotl", "lora_target_parameters", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], {}, {"lora.experts": "all"}),
+    ("axolotl", "lora_target_parameters", ["mlp.experts.down_proj"], {}, None),
     ("axolotl", "lora_target_linear", False, {}, None),
     ("torchtune", "model.lora_attn_modules", ["q_proj", "output_proj"], {}, {"lora.target_modules": ["q_proj", "o_proj"]}),
     ("torchtune", "model.apply_lora_to_mlp", True, {"model.lora_attn_modules": ["q_proj"]},

@@ -169,6 +169,10 @@ def test_layers_of_several_kinds_are_counted_one_by_one(family, tmp_path):
         ("qwen3_moe", {"num_experts": 64, "num_experts_per_tok": 4}, {"lora__target_modules": ["q_proj", "o_proj"]}),
         ("mixtral", {}, {"model__double_quant": False}),
         ("mixtral", {"intermediate_size": 1024}, {"model__compute_dtype": "float32"}),
+        ("qwen3_moe", {}, {"lora__experts": "all"}),
+        ("qwen3_moe", {"num_experts": 64}, {"lora__experts": "all", "lora__rank": 32}),
+        ("mixtral", {"num_experts_per_tok": 1}, {"lora__experts": "all", "lora__target_modules": ["v_proj"]}),
+        ("mixtral", {}, {"lora__experts": "all", "model__compute_dtype": "float32"}),
     ],
 )
 def test_plan_and_simulation_agree_to_half_a_percent_for_experts(family, sizes, changes, recompute):

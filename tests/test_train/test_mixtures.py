@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,21 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qlora_dist.commands import invoke
 from qlora_dist.commands.merge import merge
 from qlora_dist.errors import UserError
 from qlora_dist.model import INFERENCE, load_base
 from qlora_dist.model.lora import load_adapters
-from qlora_dist.train import train
+from qlora_dist.train import expert_load, train
 
 
-def _inputs(folder: Path, family: str) -> dict[str, Any]:
+def _inputs(folder: Path, family: str, experts: str, **sizes: Any) -> dict[str, Any]:
     raw = make_inputs(folder)
     shutil.rmtree(folder / "model")
-    save_model(folder / "model", tiny_model(family, attention=None))
+    save_model(folder / "model", tiny_model(family, attention=None, **sizes))
     raw["train"] = {"steps": 4, "save_every": 2}
+    raw["lora"]["experts"] = experts
+    raw["data"]["eval"] = [{"path": str(folder / "held_out.json"), "format": "input-output"}]
     return raw
 
 
@@ -40,26 +44,42 @@ def _train(raw: dict[str, Any], **changes: Any) -> str | None:
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "mixtral"])
 def trained(request: Any, tmp_path_factory: Any) -> dict[str, Any]:
-    """A run of one process."""
-    raw = _inputs(tmp_path_factory.mktemp("mixture"), request.param)
+    """A run of one process: with adapters on all of many experts, some of which have no token; with frozen experts."""
+    kinds: dict[str, Any] = {
+        "qwen3_moe": {"experts": "all", "num_experts": 32, "num_experts_per_tok": 2},
+        "mixtral": {"experts": "shared"},
+    }
+    raw = _inputs(tmp_path_factory.mktemp("mixture"), request.param, **kinds[request.param])
     assert _train(raw) is None
     return raw
 
 
-def test_the_loss_falls_and_the_saved_adapter_has_no_experts(trained: dict[str, Any]) -> None:
+def test_the_loss_falls_and_the_saved_adapter_has_what_was_asked_for(trained: dict[str, Any]) -> None:
     losses = losses_of(trained["run_dir"])
     assert len(losses) == 4 and losses[-1] < losses[0] - 0.1
     assert all(line["peak_bytes"] > 0 for line in metrics_of(trained["run_dir"]))
     keys = load_file(Path(trained["run_dir"]) / "adapter/adapter_model.safetensors")
-    assert len(keys) == 2 * 4 * 2 and all("self_attn" in key for key in keys)
+    assert sum("self_attn" in key for key in keys) == 2 * 4 * 2
+    assert len(keys) == 2 * 4 * 2 + (2 * 2 * 2 if trained["lora"]["experts"] == "all" else 0)
+    assert not any("mlp.gate." in key for key in keys)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
+def test_metrics_tell_how_even_experts_are_loaded(trained: dict[str, Any]) -> None:
+    """32 experts for a few hundred slots a step, of which a rank of two sees half: some have no token."""
+    for line in metrics_of(trained["run_dir"]):
+        assert 1 < line["expert_load"] < 16
+        assert (line["experts_without_tokens"] > 0) == (trained["lora"]["experts"] == "all")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2"])
 def test_two_ranks_train_as_one(trained: dict[str, Any], strategy: str, tmp_path: Path) -> None:
     run_dir = str(tmp_path / "run")
     raw = changed(trained, run_dir=run_dir, strategy__name=strategy)
     assert on_ranks(_train, 2, raw, timeout=240) == [None, None]
     assert losses_of(run_dir) == pytest.approx(losses_of(trained["run_dir"]), abs=1e-5)
+    first, alone = metrics_of(run_dir)[0], metrics_of(trained["run_dir"])[0]
+    for key in ("expert_load", "experts_without_tokens"):  # over all ranks, before rounding could reroute a token
+        assert first[key] == alone[key]
 
 
 def test_a_stage_that_cannot_gather_experts_is_refused(trained: dict[str, Any], tmp_path: Path) -> None:
@@ -93,6 +113,20 @@ def test_the_adapter_gives_equal_logits_in_stock_peft(trained: dict[str, Any]) -
     assert (theirs - plain).abs().max() > 0.01
 
 
+def test_evaluate_and_generate_read_the_run(trained: dict[str, Any], capsys: Any) -> None:
+    """Both losses: of the base and with the adapter, which the run has measured as well."""
+    last = metrics_of(trained["run_dir"])[-1]
+    assert invoke(["evaluate", trained["run_dir"], "--with-base", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["trained"]["held_out"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+    assert results["base"]["held_out"]["loss"] > last["eval_loss"] + 0.1
+    answers = []
+    for given in (trained["run_dir"], str(Path(trained["run_dir"]) / "adapter")):
+        assert invoke(["generate", given, "--prompt", "w20 w21 w22", "--max-new-tokens", "4"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and answers[0].strip()
+
+
 def test_merged_onto_dequantized_is_what_was_trained(trained: dict[str, Any], tmp_path: Path) -> None:
     report = merge(trained["run_dir"], tmp_path / "out", onto="dequantized", dtype=torch.float32, compare=True)
     assert report.gaps["dequantized"] <= 1e-4 * report.logit_range
@@ -100,9 +134,29 @@ def test_merged_onto_dequantized_is_what_was_trained(trained: dict[str, Any], tm
     assert any(".experts.0." in key for key in load_file(tmp_path / "out/model.safetensors"))
 
 
-def test_the_4_bit_copy_trains_the_same_adapter(trained: dict[str, Any], tmp_path: Path) -> None:
+@torch.no_grad()
+def test_merged_onto_base_is_what_peft_merges(trained: dict[str, Any], tmp_path: Path) -> None:
+    merge(trained["run_dir"], tmp_path / "out", onto="base", dtype=torch.float32, compare=False)
+    stock = AutoModelForCausalLM.from_pretrained(trained["model"]["name"], dtype=torch.float32)
+    plain = {name: value.clone() for name, value in stock.named_parameters()}
+    theirs = PeftModel.from_pretrained(stock, str(Path(trained["run_dir"]) / "adapter")).merge_and_unload()
+    ours = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    changed_names = set()
+    for name, expected in theirs.named_parameters():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-6, atol=1e-6)
+        changed_names |= set() if torch.equal(plain[name], expected) else {name.rpartition("mlp.")[2]}
+    assert ("experts.gate_up_proj" in changed_names) == (trained["lora"]["experts"] == "all")
+
+
+def test_the_4_bit_copy_trains_the_same_adapter(
+    trained: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And experts without tokens are named."""
+    monkeypatch.setattr(expert_load, "PATIENCE", 2)
     changes = {"run_dir": str(tmp_path / "run"), "model__cache_4bit": str(tmp_path / "copies")}
     assert _train(trained, **changes) is None
+    is_named = "warning: no token was routed to expert " in capsys.readouterr().out
+    assert is_named == (trained["lora"]["experts"] == "all")
     assert losses_of(tmp_path / "run") == losses_of(trained["run_dir"])
     assert len(list((tmp_path / "copies").glob("model-nf4-*/config.json"))) == 1
 

@@ -59,7 +59,9 @@ class Update:
 
 
 def step(world: World, update: Update, rows: StepRows = ROWS, nll: float = 10.0, **options: Any) -> StepStats:
-    model: Any = SimpleNamespace(update=update, dropout=SimpleNamespace(), nll_sum=lambda batch: torch.tensor(nll))
+    model: Any = SimpleNamespace(
+        update=update, dropout=SimpleNamespace(), nll_sum=lambda batch: torch.tensor(nll), module=torch.nn.Module()
+    )
     return train_step(world, model, rows, **{"step": 0, "seed": 3, "lr": 0.25, "stop_requested": False, **options})  # type: ignore[arg-type]
 
 

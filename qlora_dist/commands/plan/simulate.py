@@ -147,6 +147,7 @@ def meta_model(config: RunConfig, plan: MemoryPlan, pretrained: Any) -> torch.nn
         alpha=config.lora.alpha,
         dropout=config.lora.dropout,
         target_modules=config.lora.target_modules,
+        experts=config.lora.experts,
         variant=config.lora.variant,
         seed=config.seed,
         kernels=config.model.kernels,

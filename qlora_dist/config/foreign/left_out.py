@@ -104,7 +104,7 @@ _NOT_HERE = {
     "embeddings, norms and the head stay frozen; only adapters are trained": (
         "lora_modules_to_save", "additional_target", "embedding_lr", "embedding_lr_scale", "unfrozen_parameters",
         "model.apply_lora_to_output", "peft_trainable_token_indices", "freeze_trainable_layers",
-        "freeze_trainable_modules", "freeze_extra_modules", "lora_target_parameters", "fix_untrained_tokens",
+        "freeze_trainable_modules", "freeze_extra_modules", "fix_untrained_tokens",
     ),
     "no tokens are added and none change their role: the vocabulary is the model's": (
         "tokens", "special_tokens.*", "added_tokens_overrides.*", "add_tokens", "add_special_tokens",

@@ -226,6 +226,13 @@ def targets(value: Any, given: Given) -> Answer:
     return Answer({"lora.target_modules": [name.strip() for name in names]})
 
 
+def parameters(value: Any, _: Given) -> Answer:
+    names = value if isinstance(value, list) else [value]
+    if {str(name).rsplit(".", 1)[-1] for name in names} == {"gate_up_proj", "down_proj"}:
+        return Answer({"lora.experts": "all"})
+    return lost("set lora.experts: all, which adapts gate_up_proj and down_proj of all experts")
+
+
 def torchtune_targets(value: Any, given: Given) -> Answer:
     names = given.fields.get("model.lora_attn_modules") or []
     if not isinstance(names, list):

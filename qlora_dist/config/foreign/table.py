@@ -98,6 +98,7 @@ ANSWERS: dict[str, Rule] = {
     **dict.fromkeys(("lora_alpha", "model.lora_alpha"), same("lora.alpha")),
     **dict.fromkeys(("lora_dropout", "model.lora_dropout"), same("lora.dropout")),
     **dict.fromkeys(("lora_target", "lora_target_modules"), rules.targets),
+    "lora_target_parameters": rules.parameters,
     "lora_target_linear": switch(
         Answer({"lora.target_modules": "all-linear"}), lost("set lora.target_modules to a list of names")
     ),

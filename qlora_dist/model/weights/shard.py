@@ -31,7 +31,7 @@ from ...progress import track
 from ..base_weights import own_part, same_bits
 from ..bitsandbytes_import import bitsandbytes
 from ..experts import PackedExperts
-from ..forward import decoder_layers, gathered, unwrap
+from ..forward import decoder_layers, gathered, plain_name, unwrap
 from .quantize import Range, make_state, quantize_range, shard_range
 from .sources import WeightSource
 from .stream import (
@@ -327,7 +327,7 @@ def _source_weights(layer: nn.Module, prefix: str) -> list[tuple[str, nn.Module,
     found = []
     for name, module, attribute in each_weight(layer, set()):
         if "lora_" not in name and attribute != "absmax":
-            found.append((f"{prefix}.{name}".replace(".base_layer.", "."), module, attribute))
+            found.append((plain_name(f"{prefix}.{name}"), module, attribute))
     return found
 
 

@@ -18,6 +18,7 @@ from ...model import (
     is_4bit,
     linear_layers,
     load_config,
+    own_part,
     packed_experts,
     plain_name,
     stacked_experts,
@@ -69,7 +70,7 @@ def promised_base_bytes(
     `has_own_head`: the files hold an output head besides the embedding, whatever the config says of the two.
     """
     config = load_config(name, revision)
-    skipped = tuple((getattr(config, "quantization_config", None) or {}).get("llm_int8_skip_modules") or ())
+    skipped = _skipped_modules(config)
     model = build_on_meta(name, config)
     layers: dict[str, Any] = linear_layers(model)
     quantized = {  # -> outputs
@@ -121,6 +122,45 @@ def check_base_bytes(held: list[tuple[str, int]], promised: int, strategy: str, 
             f"{'; '.join(wrong[:4])}{f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''}: the base is not "
             "quantized or not sharded as model.quantization and strategy.name require. Nothing was trained"
         )
+
+
+def check_storage(
+    model: nn.Module, name: str, *, revision: str | None = None, quantization: Quantization, dtype: torch.dtype
+) -> None:
+    """Raises RunFailed naming a weight that is stored wider than promised: a linear layer or experts that are not
+    quantized, a table wider than `dtype`. In a large model one layer is within the slack of `check_base_bytes`.
+    """
+    base = unwrap(model)
+    skipped = _skipped_modules(load_config(name, revision))
+    narrow = {  # name -> (kind, weight, bytes of an element that are allowed)
+        f"{key}.weight": ("linear layer", layer.weight, 1)
+        for key, layer in linear_layers(base).items()
+        if quantization != "none" and "lora_" not in key and not any(part in key for part in skipped)
+    }
+    if quantization in ("nf4", "fp4"):
+        for key, experts in stacked_experts(base).items():
+            narrow |= {
+                f"{key}.{part}": ("experts", value, 1) for part, value in experts.named_parameters(recurse=False)
+            }
+    tables: dict[str, Any] = {"input": base.get_input_embeddings(), "output": base.get_output_embeddings()}
+    narrow |= {f"the {key} table": ("table", table.weight, dtype.itemsize) for key, table in tables.items()}
+    wide = [
+        (kind, plain_name(key), own_part(weight).dtype)
+        for key, (kind, weight, allowed) in narrow.items()
+        if own_part(weight).dtype.itemsize > allowed
+    ]
+    if wide:
+        (kind, key, found), *rest = wide
+        more = f" and {len(rest):,} more weights" if rest else ""
+        raise RunFailed(
+            f"{kind} {key}{more}: stored in {found}, but model.quantization {quantization} and compute_dtype {dtype} "
+            "promise less: the base is larger than planned, and is not what would be trained. Nothing was trained"
+        )
+
+
+def _skipped_modules(config: Any) -> tuple[str, ...]:
+    """Parts of names of layers that files in 4 bits hold in 16."""
+    return tuple((getattr(config, "quantization_config", None) or {}).get("llm_int8_skip_modules") or ())
 
 
 # --- which bits -------------------------------------------------------------------------------------------------------

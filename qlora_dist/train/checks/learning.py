@@ -12,6 +12,7 @@ from ...data.documents import Documents
 from ...data.packing import Rows, hashed_order
 from ...data.templates import control_tokens
 from ...errors import RunFailed, UserError, printable
+from ...model.lora import is_own_expert
 
 INSPECTED = 1000  # documents of each source whose end tokens are looked for
 
@@ -82,9 +83,10 @@ def check_first_update(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """After the first update no LoRA B may be zero. Raises RunFailed naming those that are.
 
     A B that stays zero gets no gradient: its layer is not in the graph (frozen by mistake, skipped, detached), and
-    would be saved as an adapter without effect. Experts of a mixture are exempt: one step may bring them no tokens.
+    would be saved as an adapter without effect. Experts of a mixture that are layers of their own are exempt: one step
+    may bring them no tokens. Stacked ones have one B, which some token reaches in any step.
     """
-    found = {name: weight.detach().any() for name, weight in weights if "lora_B" in name and "expert" not in name}
+    found = {name: weight.detach().any() for name, weight in weights if "lora_B" in name and not is_own_expert(name)}
     if not found:
         return
     names, moved = list(found), torch.stack(list(found.values())).tolist()  # one device sync for all of them
