@@ -46,6 +46,7 @@ from ..model import (
     text_part,
     write_errors,
 )
+from ..model.experts import expert_matrices
 from ..model.pretrained import find_text_part
 from ..model.text_part import TextPart
 from ..model.weights.wrapper_files import write_wrapper
@@ -236,10 +237,12 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
         layer.weight.data = changed.T.contiguous() if is_conv1d(layer) else changed
     if onto == "dequantized" and settings.quantization in ("nf4", "fp4"):
         for experts in stacked_experts(model).values():
-            for parameter in experts.parameters(recurse=False):
+            for parameter, is_transposed in expert_matrices(experts):
                 matrices = torch.empty(parameter.shape, dtype=dtype)
                 for matrix, stored_matrix in zip(matrices, parameter.data, strict=True):
-                    matrix.copy_(_dequantized(stored_matrix.to(device), settings))
+                    one = stored_matrix.to(device)
+                    one = _dequantized(one.T.contiguous() if is_transposed else one, settings)
+                    matrix.copy_(one.T if is_transposed else one)
                 parameter.data = matrices
     model.to(dtype)
     model.config.dtype = dtype

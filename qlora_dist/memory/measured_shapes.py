@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UserError
+from ..model.experts import expert_matrices, linear_shape
 from ..model import decoder_layers, is_conv1d, is_linear, load_config, stacked_experts
 from ..model.check_config import build_on_meta
 from .shapes import Experts, LayerKind, Linear, ModelShapes
@@ -77,7 +78,7 @@ def _kind(layer: Any, text: Any, head: Any) -> LayerKind:
 
 
 def _experts(layer: Any, text: Any, name: str, module: Any) -> Experts:
-    num_experts, hidden, inner = module.down_proj.shape
+    num_experts, hidden, inner = linear_shape(*expert_matrices(module)[1])
     counts = (getattr(text, key, None) for key in ("num_experts_per_tok", "moe_k", "moe_top_k", "top_k_experts"))
     top_k = next((count for count in counts if isinstance(count, int)), 1)
     return Experts(name, num_experts, min(top_k, num_experts), hidden, inner)

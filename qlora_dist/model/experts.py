@@ -2,7 +2,8 @@
 
 Each expert's matrix is quantized by itself, as bitsandbytes quantizes a linear layer. The forward pass sorts tokens by
 expert and dequantizes only the experts that have tokens, a few at a time; the backward pass does so again, and saves no
-weight. It is arranged as in `lora_forward`, so that a recomputed layer stops before the last product:
+weight. Where a family stores the matrices (I, O) (gpt-oss), they are quantized transposed, (O, I): blocks of 64 run along
+the inputs of an output, as in every linear layer. Biases stay in the compute type. It is arranged as in `lora_forward`, so that a recomputed layer stops before the last product:
 
     _Enter    x, routing weights -> gate and up of every slot, and a token in the graph   (saves order, gate and up)
     _Leave    token -> the weighted sum of each token's experts                           (saves nothing)
@@ -23,6 +24,8 @@ from ..config.joint_products import LARGEST_MATRIX
 from ..config.quantization import BLOCK, NESTED_BLOCK
 from .bitsandbytes_import import bitsandbytes
 
+MATRICES, BIASES = ("gate_up_proj", "down_proj"), ("gate_up_proj_bias", "down_proj_bias")
+
 
 class PackedExperts(nn.Module):
     """One matrix (O, I) for each expert, in 4 bits.
@@ -40,9 +43,10 @@ class PackedExperts(nn.Module):
     code: Tensor  # the values of the 4-bit type
     nested_code: Tensor  # ... and of the constants' 8-bit type
 
-    def __init__(self, shape: torch.Size, quant_type: str, is_nested: bool) -> None:
+    def __init__(self, shape: torch.Size, quant_type: str, is_nested: bool, is_transposed: bool = False) -> None:
+        """`shape` (E, O, I); `is_transposed`: the parameter that this replaces has (E, I, O)."""
         super().__init__()
-        self.shape, self.quant_type, self.is_nested = shape, quant_type, is_nested
+        self.shape, self.quant_type, self.is_nested, self.is_transposed = shape, quant_type, is_nested, is_transposed
         num_experts, self.num_blocks = shape[0], shape[1:].numel() // BLOCK
         widths = {"codes": shape[1:].numel() // 2, "absmax": self.num_blocks}
         if is_nested:
@@ -120,17 +124,32 @@ def runs(counts: list[int], longest: int) -> Iterator[tuple[int, int]]:
 class Experts4bit(nn.Module):
     """A layer's experts, in the place of transformers' module and called like it."""
 
+    gate_up_proj: PackedExperts
+    down_proj: PackedExperts
+
     def __init__(self, experts: Any, quant_type: str, is_nested: bool) -> None:
         super().__init__()
         self.num_experts = len(experts.gate_up_proj)
-        self.gate_up_proj = PackedExperts(experts.gate_up_proj.shape, quant_type, is_nested)
-        self.down_proj = PackedExperts(experts.down_proj.shape, quant_type, is_nested)
+        is_transposed = bool(getattr(experts, "is_transposed", False))
+        for name in MATRICES:
+            shape = linear_shape(getattr(experts, name), is_transposed)
+            setattr(self, name, PackedExperts(shape, quant_type, is_nested, is_transposed))
+        for name in BIASES:
+            self.register_parameter(name, getattr(experts, name, None))
         self.apply_gate = experts._apply_gate  # (S, 2 F) -> (S, F)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H), (T, k), (T, k) -> (T, H)."""
         token, grown, order, counts = _Enter.apply(hidden_states, top_k_weights, top_k_index, self)
         return _Leave.apply(token, grown, top_k_weights.detach(), order, counts, self)
+
+    def biases(self, name: str, counts: list[int]) -> Tensor | None:
+        """(S, O): for the rows of each expert its bias, if the family has them."""
+        bias: Tensor | None = getattr(self, name)
+        if bias is None:
+            return None
+        repeats = torch.tensor(counts, device=bias.device)
+        return bias.repeat_interleave(repeats, dim=0, output_size=sum(counts))
 
 
 class _Enter(torch.autograd.Function):
@@ -140,6 +159,8 @@ class _Enter(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor, index: Tensor, experts: Experts4bit) -> tuple[Any, ...]:
         order, counts = _by_expert(index, experts.num_experts)
         grown = experts.gate_up_proj.product(x[order // index.shape[1]], counts)  # (S, 2 F)
+        if (bias := experts.biases("gate_up_proj_bias", counts)) is not None:
+            grown += bias
         ctx.save_for_backward(weights, order, grown)
         ctx.mark_non_differentiable(grown, order)
         ctx.set_materialize_grads(False)
@@ -160,7 +181,10 @@ class _Enter(torch.autograd.Function):
             act = experts.apply_gate(inner)
         grad_weights = grad_x = None
         if needs_weights:  # the router is frozen, but what it reads is not
-            of_slots = torch.linalg.vecdot(grad_act, act.detach()).to(weights.dtype)
+            of_slots = torch.linalg.vecdot(grad_act, act.detach())
+            if (bias := experts.biases("down_proj_bias", counts)) is not None:
+                of_slots += torch.linalg.vecdot(grads[0][order // top_k], bias)
+            of_slots = of_slots.to(weights.dtype)
             grad_weights = torch.empty_like(of_slots).index_copy_(0, order, of_slots).view(weights.shape)
         if needs_x:
             grad_act.mul_(weights.reshape(-1)[order][:, None])
@@ -178,9 +202,12 @@ class _Leave(torch.autograd.Function):
         ctx: Any, token: Tensor, grown: Tensor, weights: Tensor, order: Tensor, counts: list[int], experts: Experts4bit
     ) -> Tensor:
         act = experts.apply_gate(grown)
-        act = act.mul_(weights.reshape(-1)[order][:, None])  # before the product: F wide instead of H
+        of_slots = weights.reshape(-1)[order][:, None]
+        act = act.mul_(of_slots)  # before the product: F wide instead of H
         rows = experts.down_proj.product(act, counts)
         del act
+        if (bias := experts.biases("down_proj_bias", counts)) is not None:
+            rows += bias * of_slots
         return _sum_by_token(rows, order, weights.shape[1])
 
     @staticmethod
@@ -213,18 +240,35 @@ def _sum_by_token(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
 
 
 def stacked_experts(model: nn.Module) -> dict[str, Any]:
-    """Modules of stacked experts that `pack_experts` replaces, by name: two matrices with a gate, without biases."""
+    """Modules of stacked experts that `pack_experts` replaces, by name: two matrices with a gate, each with a bias or
+    both without."""
     return {name: module for name, module in model.named_modules() if _has_known_form(module)}
 
 
 def _has_known_form(module: Any) -> bool:
     own = dict(module.named_parameters(recurse=False))
-    if own.keys() != {"gate_up_proj", "down_proj"} or not hasattr(module, "_apply_gate"):
+    has_bias = bool(getattr(module, "has_bias", False))
+    if own.keys() != {*MATRICES, *(BIASES if has_bias else ())} or not hasattr(module, "_apply_gate"):
         return False
-    up, down = own["gate_up_proj"].shape, own["down_proj"].shape
-    others = ("has_bias", "is_transposed", "has_post_expert_norm")
-    is_plain = getattr(module, "has_gate", False) and not any(getattr(module, name, False) for name in others)
-    return is_plain and len(up) == len(down) == 3 and up == (down[0], 2 * down[2], down[1])
+    if not getattr(module, "has_gate", False) or getattr(module, "has_post_expert_norm", False):
+        return False
+    if any(own[name].ndim != 3 for name in MATRICES):
+        return False
+    up, down = (linear_shape(own[name], bool(getattr(module, "is_transposed", False))) for name in MATRICES)
+    are_biases = not has_bias or all(own[bias].shape == shape[:2] for bias, shape in zip(BIASES, (up, down), strict=True))
+    return are_biases and up == (down[0], 2 * down[2], down[1])
+
+
+def expert_matrices(module: Any) -> list[tuple[nn.Parameter, bool]]:
+    """(stacked matrices, whether they are (E, I, O)) of one of `stacked_experts`."""
+    is_transposed = bool(getattr(module, "is_transposed", False))
+    return [(getattr(module, name), is_transposed) for name in MATRICES]
+
+
+def linear_shape(matrices: Tensor, is_transposed: bool) -> torch.Size:
+    """(E, O, I) of stacked matrices, as those of linear layers."""
+    num_experts, outputs, inputs = matrices.shape
+    return torch.Size((num_experts, inputs, outputs) if is_transposed else (num_experts, outputs, inputs))
 
 
 def pack_experts(model: nn.Module, quant_type: str, is_nested: bool) -> None:

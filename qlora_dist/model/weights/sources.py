@@ -25,7 +25,9 @@ from ...config.names import model_folder
 from ...data.tokenizer import expanded, first_line, where_to_read
 from ...errors import UserError, shortened
 from ..experts import packed_experts
+from ..pretrained import decoded_form
 from ..text_part import TextPart
+from .decoded_files import DecodedFiles
 from .download import fetch
 from .safetensors_files import BadFile, WeightFiles
 
@@ -48,7 +50,10 @@ class WeightSource(Protocol):
 
 
 class FileSource:
-    """Weights of safetensors files under the model's names."""
+    """Weights of safetensors files under the model's names.
+
+    Of a transposed weight, one matrix stays in memory whole while its parts are read.
+    """
 
     def __init__(
         self,
@@ -57,13 +62,13 @@ class FileSource:
         transposed: frozenset[str],
         stacked: dict[str, Stack] | None = None,
     ) -> None:
-        """`key_of`: the model's name -> the files' key. `transposed`: stored (inputs, outputs). `stacked`: experts that
-        are one weight in the model and many in the files."""
+        """`key_of`: the model's name -> the files' key. `transposed`: whose matrices are stored the other way round.
+        `stacked`: experts that are one weight in the model and many in the files."""
         self._files = files
         self._key_of = key_of
         self._stacked = stacked or {}
         self._transposed = transposed
-        self._whole: tuple[str, Tensor] | None = None  # the transposed weight being read
+        self._whole: tuple[str, int, Tensor] | None = None  # the transposed matrix being read: of a name, its index
         self.names = frozenset(key_of) | frozenset(self._stacked)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -71,13 +76,10 @@ class FileSource:
         if name in self._stacked:
             return self._stacked[name].shape
         shape = self._files.entries[self._key_of[name]].shape
-        return shape[::-1] if name in self._transposed and self.packed(name) is None else shape
+        return (*shape[:-2], shape[-1], shape[-2]) if name in self._transposed and self.packed(name) is None else shape
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements of a weight; its bytes if it is stored in 4 bits, which other tools may have saved as a float type.
-
-        A transposed weight stays in memory whole while its parts are read.
-        """
+        """Elements of a weight; its bytes if it is stored in 4 bits, which other tools may have saved as a float type."""
         if name in self._stacked:
             return self._stacked[name].read(self._files, start, stop)
         key = self._key_of[name]
@@ -85,13 +87,23 @@ class FileSource:
             return self._files.read_bytes(key, start, stop)
         if name not in self._transposed:
             return self._files.read(key, start, stop)
-        if self._whole is None or self._whole[0] != name:
-            stored = self._files.read(key).view(self._files.entries[key].shape)
-            self._whole = (name, stored.T.contiguous().view(-1))
-        part = self._whole[1][start:stop]
-        if stop == len(self._whole[1]):
+        size = torch.Size(self._files.entries[key].shape[-2:]).numel()
+        pieces, position = [], start
+        while position < stop:
+            index, within = divmod(position, size)
+            end = min(size, within + stop - position)
+            pieces.append(self._matrix(name, key, index, size)[within:end])
+            position += end - within
+        if stop % size == 0:
             self._whole = None
-        return part
+        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+
+    def _matrix(self, name: str, key: str, index: int, size: int) -> Tensor:
+        """(size,) one of a transposed weight's matrices as the model has it."""
+        if self._whole is None or self._whole[:2] != (name, index):
+            stored = self._files.read(key, index * size, (index + 1) * size).view(self._files.entries[key].shape[-2:])
+            self._whole = (name, index, stored.T.contiguous().view(-1))
+        return self._whole[2]
 
     def packed(self, name: str) -> dict[str, Tensor] | None:
         """absmax, quant_map, ... of a weight that is stored in 4 bits."""
@@ -198,7 +210,8 @@ def _writes_residual(name: str) -> bool:
 def open_files(name: str, revision: str | None = None) -> WeightFiles:
     """The safetensors files of a hub model or folder. Raises UserError when there are none or one is damaged."""
     try:
-        return WeightFiles(weight_paths(name, revision))
+        form, paths = decoded_form(name, revision), weight_paths(name, revision)
+        return WeightFiles(paths) if form is None else DecodedFiles(paths, form)
     except (OSError, BadFile) as error:
         raise UserError(f"model.name {name}: weights cannot be read ({first_line(error)})") from None
 

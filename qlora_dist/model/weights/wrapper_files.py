@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from ...errors import UserError
 from ..pretrained import expanded, where_to_read
+from .decoded_files import DecodedFiles
 from .safetensors_files import WeightFiles
 from .sources import match_names, open_files
 
@@ -32,9 +34,10 @@ def write_wrapper(model: PreTrainedModel, name: str, revision: str | None, folde
     files = open_files(name, revision)
     changed = _changed(model, name, files)
     total = 0
+    dtype = model.config.dtype
     for path in files.paths:
         tensors = {
-            key: changed[key].contiguous() if key in changed else files.read(key).view(entry.shape)
+            key: changed[key].contiguous() if key in changed else _kept(files, key, dtype)
             for key, entry in files.entries.items()
             if entry.path == path
         }
@@ -45,6 +48,12 @@ def write_wrapper(model: PreTrainedModel, name: str, revision: str | None, folde
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     _write_config(model, name, revision, folder)
+
+
+def _kept(files: WeightFiles, key: str, dtype: torch.dtype) -> Tensor:
+    """A tensor of the other towers as it is stored; decoded, if the files are."""
+    stored = files.read(key).view(files.entries[key].shape)
+    return stored.to(dtype) if isinstance(files, DecodedFiles) and key in files.decoded else stored
 
 
 def _changed(model: PreTrainedModel, name: str, files: WeightFiles) -> dict[str, Tensor]:
@@ -72,6 +81,7 @@ def _write_config(model: PreTrainedModel, name: str, revision: str | None, folde
     config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
     for part in (config, config.get("text_config") or {}):
         part.pop("torch_dtype", None)
+        part.pop("quantization_config", None)  # of files that were decoded
         part["dtype"] = str(model.config.dtype).removeprefix("torch.")
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if model.generation_config is not None:
