@@ -255,7 +255,9 @@ def _has_known_form(module: Any) -> bool:
     if any(own[name].ndim != 3 for name in MATRICES):
         return False
     up, down = (linear_shape(own[name], bool(getattr(module, "is_transposed", False))) for name in MATRICES)
-    are_biases = not has_bias or all(own[bias].shape == shape[:2] for bias, shape in zip(BIASES, (up, down), strict=True))
+    are_biases = not has_bias or all(
+        own[bias].shape == shape[:2] for bias, shape in zip(BIASES, (up, down), strict=True)
+    )
     return are_biases and up == (down[0], 2 * down[2], down[1])
 
 

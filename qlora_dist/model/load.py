@@ -152,9 +152,7 @@ def _requantized(
     return said
 
 
-def _check_convertible(
-    name: str, model: PreTrainedModel, part: TextPart | None, form: dict[str, Any] | None
-) -> None:
+def _check_convertible(name: str, model: PreTrainedModel, part: TextPart | None, form: dict[str, Any] | None) -> None:
     """Raises UserError for what transformers, which converts files while it reads them, would load otherwise than here:
     wrappers with all towers, experts in 16 bits, files that are decoded."""
     reason = ""

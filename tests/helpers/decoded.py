@@ -28,7 +28,11 @@ def fp8(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def save_fp8(
-    folder: Path, family: str = "llama", block: tuple[int, int] = (32, 32), scale_type: Any = torch.float32, **changes: Any
+    folder: Path,
+    family: str = "llama",
+    block: tuple[int, int] = (32, 32),
+    scale_type: Any = torch.float32,
+    **changes: Any,
 ) -> Path:
     """A random model whose linear layers and experts, stored one by one, are fp8; scales in one file, weights in another."""
     save_model(folder, tiny_model(family, attention=None, **changes))
@@ -37,7 +41,9 @@ def save_fp8(
     for name in [key for key in weights if key.endswith("proj.weight")]:
         codes, scale = fp8(weights[name], block)
         weights[name], scales[f"{name}_scale_inv"] = codes, scale.to(scale_type)
-    rest = {name: value.to(torch.bfloat16) if value.dtype == torch.float32 else value for name, value in weights.items()}
+    rest = {
+        name: value.to(torch.bfloat16) if value.dtype == torch.float32 else value for name, value in weights.items()
+    }
     return write(folder, [rest, scales], {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
                                           "weight_block_size": list(block)})  # fmt: skip
 
