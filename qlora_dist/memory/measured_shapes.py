@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UserError
-from ..model.experts import expert_matrices, linear_shape
 from ..model import decoder_layers, is_conv1d, is_linear, load_config, stacked_experts
 from ..model.check_config import build_on_meta
+from ..model.experts import expert_matrices, linear_shape
 from .shapes import Experts, LayerKind, Linear, ModelShapes
 
 

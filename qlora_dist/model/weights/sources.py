@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,7 +69,7 @@ class FileSource:
         self._key_of = key_of
         self._stacked = stacked or {}
         self._transposed = transposed
-        self._whole: tuple[str, int, Tensor] | None = None  # the transposed matrix being read: of a name, its index
+        self._turned = Turned()
         self.names = frozenset(key_of) | frozenset(self._stacked)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -87,23 +88,8 @@ class FileSource:
             return self._files.read_bytes(key, start, stop)
         if name not in self._transposed:
             return self._files.read(key, start, stop)
-        size = torch.Size(self._files.entries[key].shape[-2:]).numel()
-        pieces, position = [], start
-        while position < stop:
-            index, within = divmod(position, size)
-            end = min(size, within + stop - position)
-            pieces.append(self._matrix(name, key, index, size)[within:end])
-            position += end - within
-        if stop % size == 0:
-            self._whole = None
-        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
-
-    def _matrix(self, name: str, key: str, index: int, size: int) -> Tensor:
-        """(size,) one of a transposed weight's matrices as the model has it."""
-        if self._whole is None or self._whole[:2] != (name, index):
-            stored = self._files.read(key, index * size, (index + 1) * size).view(self._files.entries[key].shape[-2:])
-            self._whole = (name, index, stored.T.contiguous().view(-1))
-        return self._whole[2]
+        stored = self._files.entries[key].shape
+        return self._turned.read(name, stored[-2:], start, stop, lambda first, last: self._files.read(key, first, last))
 
     def packed(self, name: str) -> dict[str, Tensor] | None:
         """absmax, quant_map, ... of a weight that is stored in 4 bits."""
@@ -116,6 +102,32 @@ class FileSource:
         return {
             other.removeprefix(key): self._files.read(other).view(self._files.entries[other].shape) for other in found
         }
+
+
+class Turned:
+    """Reads parts of weights whose matrices are stored transposed. Keeps the one matrix that is being read."""
+
+    def __init__(self) -> None:
+        self._of: tuple[str, int] | None = None  # a weight and the index of its matrix
+        self._matrix = torch.empty(0)
+
+    def read(
+        self, name: str, stored: tuple[int, ...], start: int, stop: int, read: Callable[[int, int], Tensor]
+    ) -> Tensor:
+        """(stop - start,) elements in the order of the transposed matrices; `stored` is the shape of a stored one."""
+        size = torch.Size(stored).numel()
+        pieces, position = [], start
+        while position < stop:
+            index, within = divmod(position, size)
+            if self._of != (name, index):
+                self._matrix = read(index * size, (index + 1) * size).view(stored).T.contiguous().view(-1)
+                self._of = name, index
+            end = min(size, within + stop - position)
+            pieces.append(self._matrix[within:end])
+            position += end - within
+        if stop % size == 0:
+            self._of, self._matrix = None, torch.empty(0)
+        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,10 @@ class RandomSource:
     def __init__(self, model: nn.Module, config: PretrainedConfig, seed: int, device: torch.device) -> None:
         text = config.get_text_config()
         self._shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
-        self._shapes |= {name: tuple(packed.shape) for name, packed in packed_experts(model).items()}
+        packed = packed_experts(model)
+        self._shapes |= {name: tuple(one.shape) for name, one in packed.items()}
+        self._transposed = {name for name, one in packed.items() if one.is_transposed}
+        self._turned = Turned()
         self._residual = 1 / math.sqrt(2 * text.num_hidden_layers)
         self._norm = 0.0 if text.model_type.startswith("gemma") else 1.0  # Gemma's norms multiply by 1 + weight
         self._seed = seed
@@ -184,6 +199,12 @@ class RandomSource:
         if len(self._shapes[name]) < 2:
             value = 0.0 if name.endswith("bias") else self._norm
             return torch.full((stop - start,), value, device=self._device)
+        if name in self._transposed:  # the same numbers as of the model's own parameter
+            _, outputs, inputs = self._shapes[name]
+            return self._turned.read(name, (inputs, outputs), start, stop, lambda *part: self._draw(name, *part))
+        return self._draw(name, start, stop)
+
+    def _draw(self, name: str, start: int, stop: int) -> Tensor:
         std = 0.02 * (self._residual if _writes_residual(name) else 1.0)
         out = torch.empty(stop - start, device=self._device)
         first = start // RANDOM_CHUNK
