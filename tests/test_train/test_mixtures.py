@@ -1,4 +1,4 @@
-"""Runs with experts in 4 bits: ranks, strategies, resuming, the adapter in stock PEFT, the merged model."""
+"""Runs with experts in 4 bits, of gpt-oss from MXFP4: ranks, strategies, resuming, the adapter in stock PEFT, merging."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.decoded import save_mxfp4
 from helpers.ranks import on_ranks
 from helpers.tiny_models import save_model, tiny_model
 from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of
@@ -25,7 +26,10 @@ from qlora_dist.train import train
 def _inputs(folder: Path, family: str) -> dict[str, Any]:
     raw = make_inputs(folder)
     shutil.rmtree(folder / "model")
-    save_model(folder / "model", tiny_model(family, attention=None))
+    if family == "gpt_oss":
+        save_mxfp4(folder / "model")
+    else:
+        save_model(folder / "model", tiny_model(family, attention=None))
     raw["train"] = {"steps": 4, "save_every": 2}
     return raw
 
@@ -38,7 +42,7 @@ def _train(raw: dict[str, Any], **changes: Any) -> str | None:
     return None
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral", "gpt_oss"])
 def trained(request: Any, tmp_path_factory: Any) -> dict[str, Any]:
     """A run of one process."""
     raw = _inputs(tmp_path_factory.mktemp("mixture"), request.param)
@@ -97,7 +101,9 @@ def test_merged_onto_dequantized_is_what_was_trained(trained: dict[str, Any], tm
     report = merge(trained["run_dir"], tmp_path / "out", onto="dequantized", dtype=torch.float32, compare=True)
     assert report.gaps["dequantized"] <= 1e-4 * report.logit_range
     assert report.gaps["base"] > 100 * report.gaps["dequantized"]
-    assert any(".experts.0." in key for key in load_file(tmp_path / "out/model.safetensors"))
+    keys = load_file(tmp_path / "out/model.safetensors").keys()
+    is_stacked = "gpt_oss" in (tmp_path / "out/config.json").read_text()
+    assert any((".experts.gate_up_proj" if is_stacked else ".experts.0.") in key for key in keys)
 
 
 def test_the_4_bit_copy_trains_the_same_adapter(trained: dict[str, Any], tmp_path: Path) -> None:
