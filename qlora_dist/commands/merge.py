@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..cluster.world import own_device
+from ..config.model_json import method_of
 from ..errors import UserError
 from ..files import folder_aside, format_bytes
 from ..memory.read_shapes import read_shapes
@@ -47,7 +48,7 @@ from ..model import (
     write_errors,
 )
 from ..model.experts import expert_matrices
-from ..model.pretrained import find_text_part
+from ..model.pretrained import decoded_form, find_text_part
 from ..model.text_part import TextPart
 from ..model.weights.wrapper_files import write_wrapper
 from ..progress import each
@@ -81,6 +82,7 @@ class MergeReport:
     gaps: dict[str, float]  # by target; the other target only where it was measured
     logit_range: float  # largest magnitude of the trained model's logits, to compare with
     reference: str = "the trained model"  # in words
+    decoded: str = ""  # in words, of a base whose files were decoded
 
 
 def merge(
@@ -137,7 +139,16 @@ def merge(
     if compares and other not in gaps:
         del model
         gaps[other] = _gap(_merged(trained, adapter, other, dtype, device), samples, reference)
-    report = MergeReport(out, target, onto == "auto", gaps, max(float(one.abs().max()) for one in reference))
+    form = decoded_form(trained.model.name, trained.model.revision)
+    report = MergeReport(
+        out,
+        target,
+        onto == "auto",
+        gaps,
+        max(float(one.abs().max()) for one in reference),
+        decoded="" if form is None else f"the base's files are {method_of(form)}, these are decoded: "
+        f"{str(dtype).removeprefix('torch.')}",
+    )
     return report if trained.data is not None else replace(report, reference="the adapter on the base in nf4")
 
 
@@ -168,6 +179,8 @@ def describe(report: MergeReport) -> str:
         f"{report.folder}: merged onto {report.onto}{why}; its logits differ from those of {report.reference} by up to "
         f"{report.gaps[report.onto]:.4g} (their largest magnitude is {report.logit_range:.4g})"
     )
+    if report.decoded:
+        text = f"{text}; {report.decoded}"
     if other not in report.gaps:
         return text
     text = f"{text}; onto {other} it would be {report.gaps[other]:.4g}"

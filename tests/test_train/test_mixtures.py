@@ -90,7 +90,7 @@ def test_the_adapter_gives_equal_logits_in_stock_peft(trained: dict[str, Any]) -
     settings = {"double_quant": True, "compute_dtype": torch.float32, "device": torch.device("cpu")}
     base = load_base(name, quantization="none", attention=INFERENCE, **settings)
     ours = load_adapters(base, {"one": folder})(ids).logits
-    stock = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).float()
     plain = stock(ids).logits
     theirs = PeftModel.from_pretrained(stock, str(folder))(ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
