@@ -224,6 +224,8 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
     settings = trained.model
     config = load_config(settings.name, settings.revision)
     stored = getattr(config, "dtype", None) or torch.float32
+    if decoded_form(settings.name, settings.revision) is not None:
+        stored = settings.compute_dtype  # what was decoded was rounded to this before it was quantized
     model: Any = load_base(
         settings.name,
         revision=settings.revision,
