@@ -146,8 +146,9 @@ def merge(
         onto == "auto",
         gaps,
         max(float(one.abs().max()) for one in reference),
-        decoded="" if form is None else f"the base's files are {method_of(form)}, these are decoded: "
-        f"{str(dtype).removeprefix('torch.')}",
+        decoded=""
+        if form is None
+        else f"the base's files are {method_of(form)}, these are decoded: {str(dtype).removeprefix('torch.')}",
     )
     return report if trained.data is not None else replace(report, reference="the adapter on the base in nf4")
 

@@ -89,24 +89,28 @@ class PackedExperts(nn.Module):
         matrices = bitsandbytes.functional.dequantize_4bit(self.codes[first:last].view(-1, 1), state)
         return matrices.to(dtype).view(last - first, outputs, inputs)
 
-    def product(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """(S, O) from (S, I) sorted by expert: each expert's rows times its matrix, transposed."""
-        return self._product(rows, counts, is_backward=False)
+    def product(self, rows: Tensor, counts: list[int], bias: Tensor | None = None) -> Tensor:
+        """(S, O) from (S, I) sorted by expert: each expert's rows times its matrix, transposed, plus its bias (E, O)."""
+        return self._product(rows, counts, is_backward=False, bias=bias)
 
     def product_backward(self, grad: Tensor, counts: list[int]) -> Tensor:
         """(S, I) from (S, O): the gradient of `product`'s rows."""
         return self._product(grad, counts, is_backward=True)
 
-    def _product(self, rows: Tensor, counts: list[int], is_backward: bool) -> Tensor:
+    def _product(self, rows: Tensor, counts: list[int], is_backward: bool, bias: Tensor | None = None) -> Tensor:
         _, outputs, inputs = self.shape
         result = rows.new_empty(len(rows), inputs if is_backward else outputs)
         ends = list(accumulate(counts))
         for first, last in runs(counts, max(1, LARGEST_MATRIX // (outputs * inputs))):
             matrices = self.dequantized(first, last, rows.dtype)
-            for matrix, end, count in zip(matrices, ends[first:last], counts[first:last], strict=True):
-                own = slice(end - count, end)
-                torch.mm(rows[own], matrix if is_backward else matrix.t(), out=result[own])
-            del matrices, matrix  # before the next ones
+            for expert, matrix in enumerate(matrices, first):
+                own = slice(ends[expert] - counts[expert], ends[expert])
+                factor = matrix if is_backward else matrix.t()
+                if bias is None:
+                    torch.mm(rows[own], factor, out=result[own])
+                else:
+                    torch.addmm(bias[expert], rows[own], factor, out=result[own])
+            del matrices, matrix, factor  # before the next ones
         return result
 
 
@@ -126,6 +130,8 @@ class Experts4bit(nn.Module):
 
     gate_up_proj: PackedExperts
     down_proj: PackedExperts
+    gate_up_proj_bias: nn.Parameter | None  # (E, 2 F)
+    down_proj_bias: nn.Parameter | None  # (E, H)
 
     def __init__(self, experts: Any, quant_type: str, is_nested: bool) -> None:
         super().__init__()
@@ -143,14 +149,6 @@ class Experts4bit(nn.Module):
         token, grown, order, counts = _Enter.apply(hidden_states, top_k_weights, top_k_index, self)
         return _Leave.apply(token, grown, top_k_weights.detach(), order, counts, self)
 
-    def biases(self, name: str, counts: list[int]) -> Tensor | None:
-        """(S, O): for the rows of each expert its bias, if the family has them."""
-        bias: Tensor | None = getattr(self, name)
-        if bias is None:
-            return None
-        repeats = torch.tensor(counts, device=bias.device)
-        return bias.repeat_interleave(repeats, dim=0, output_size=sum(counts))
-
 
 class _Enter(torch.autograd.Function):
     """The graph node of all experts: it receives the gradient of their sum."""
@@ -158,9 +156,9 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, index: Tensor, experts: Experts4bit) -> tuple[Any, ...]:
         order, counts = _by_expert(index, experts.num_experts)
-        grown = experts.gate_up_proj.product(x[order // index.shape[1]], counts)  # (S, 2 F)
-        if (bias := experts.biases("gate_up_proj_bias", counts)) is not None:
-            grown += bias
+        rows = x[order // index.shape[1]]
+        grown = experts.gate_up_proj.product(rows, counts, experts.gate_up_proj_bias)  # (S, 2 F)
+        del rows
         ctx.save_for_backward(weights, order, grown)
         ctx.mark_non_differentiable(grown, order)
         ctx.set_materialize_grads(False)
@@ -182,8 +180,8 @@ class _Enter(torch.autograd.Function):
         grad_weights = grad_x = None
         if needs_weights:  # the router is frozen, but what it reads is not
             of_slots = torch.linalg.vecdot(grad_act, act.detach())
-            if (bias := experts.biases("down_proj_bias", counts)) is not None:
-                of_slots += torch.linalg.vecdot(grads[0][order // top_k], bias)
+            if experts.down_proj_bias is not None:
+                of_slots += (grads[0] @ experts.down_proj_bias.t())[_places(order, counts, top_k)]
             of_slots = of_slots.to(weights.dtype)
             grad_weights = torch.empty_like(of_slots).index_copy_(0, order, of_slots).view(weights.shape)
         if needs_x:
@@ -202,13 +200,15 @@ class _Leave(torch.autograd.Function):
         ctx: Any, token: Tensor, grown: Tensor, weights: Tensor, order: Tensor, counts: list[int], experts: Experts4bit
     ) -> Tensor:
         act = experts.apply_gate(grown)
-        of_slots = weights.reshape(-1)[order][:, None]
-        act = act.mul_(of_slots)  # before the product: F wide instead of H
+        act = act.mul_(weights.reshape(-1)[order][:, None])  # before the product: F wide instead of H
         rows = experts.down_proj.product(act, counts)
         del act
-        if (bias := experts.biases("down_proj_bias", counts)) is not None:
-            rows += bias * of_slots
-        return _sum_by_token(rows, order, weights.shape[1])
+        out = _sum_by_token(rows, order, weights.shape[1])
+        if experts.down_proj_bias is not None:
+            routing = weights.new_zeros(len(weights), len(counts), dtype=out.dtype)  # (T, E)
+            routing[_places(order, counts, weights.shape[1])] = weights.reshape(-1)[order].to(out.dtype)
+            out.addmm_(routing, experts.down_proj_bias)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -227,6 +227,13 @@ def _by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
     experts = torch.arange(num_experts, device=index.device)
     ends = torch.searchsorted(of_slots, experts, right=True).tolist()
     return order, [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _places(order: Tensor, counts: list[int], top_k: int) -> tuple[Tensor, Tensor]:
+    """(token, expert) of the slots sorted by expert. A token has each of its experts once."""
+    experts = torch.arange(len(counts), device=order.device)
+    repeats = torch.tensor(counts, device=order.device)
+    return order // top_k, experts.repeat_interleave(repeats, output_size=len(order))
 
 
 def _sum_by_token(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
