@@ -89,7 +89,8 @@ def _unknown(layer: Any) -> str:
     stacks = stacked_experts(layer)
     for key, parameter in layer.named_parameters():
         owner = key.rpartition(".")[0]
-        if parameter.ndim > 2 and owner not in stacks:
+        # sinks: scores are materialized where no kernel passes its check (`model.attention_sinks`)
+        if (parameter.ndim > 2 and owner not in stacks) or key.endswith(".sinks"):
             return f"{key} {tuple(parameter.shape)}"
     return "" if len(stacks) <= 1 else f"{len(stacks)} stacks of experts in one layer"
 

@@ -1,13 +1,13 @@
 """Attention with sinks by a flash kernel that knows none: packed documents on CUDA.
 
-A sink s is one more key, of every query, that absorbs probability and has no value. With L the kernel's log-sum-exp of a
-query's scores, the sum of all with the sink is M = log(exp L + exp s), so
+A sink s is one more key, of every query, that absorbs probability and has no value. With L the kernel's log-sum-exp of
+a query's scores, the sum of all with the sink is M = log(exp L + exp s), so
 
     out with sinks = out * exp(L - M)
 
-exactly. The kernel's backward pass computes probabilities again as exp(score - L), and their gradients with the row sums
-of grad * out: given M and the result with sinks in the places of L and out, it computes the gradients with sinks. That
-of s is minus the sum over queries of exp(s - M) * (grad, out with sinks).
+exactly. The kernel's backward pass computes probabilities again as exp(score - L), and their gradients with the row
+sums of grad * out: given M and the result with sinks in the places of L and out, it computes the gradients with
+sinks. That of s is minus the sum over queries of exp(s - M) * (grad, out with sinks).
 
 Nothing of this was run on a GPU: the formulas are tested with torch's flash kernel for CPUs, and `why_not` compares the
 CUDA kernel on the device with the plain formula before it is used.

@@ -2,8 +2,9 @@
 
 Each expert's matrix is quantized by itself, as bitsandbytes quantizes a linear layer. The forward pass sorts tokens by
 expert and dequantizes only the experts that have tokens, a few at a time; the backward pass does so again, and saves no
-weight. Where a family stores the matrices (I, O) (gpt-oss), they are quantized transposed, (O, I): blocks of 64 run along
-the inputs of an output, as in every linear layer. Biases stay in the compute type. It is arranged as in `lora_forward`, so that a recomputed layer stops before the last product:
+weight. Where a family stores the matrices (I, O) (gpt-oss), they are quantized transposed, (O, I): blocks of 64 run
+along the inputs of an output, as in every linear layer. Biases stay in the compute type. It is arranged as in
+`lora_forward`, so that a recomputed layer stops before the last product:
 
     _Enter    x, routing weights -> gate and up of every slot, and a token in the graph   (saves order, gate and up)
     _Leave    token -> the weighted sum of each token's experts                           (saves nothing)
@@ -90,7 +91,7 @@ class PackedExperts(nn.Module):
         return matrices.to(dtype).view(last - first, outputs, inputs)
 
     def product(self, rows: Tensor, counts: list[int], bias: Tensor | None = None) -> Tensor:
-        """(S, O) from (S, I) sorted by expert: each expert's rows times its matrix, transposed, plus its bias (E, O)."""
+        """(S, O) from (S, I) sorted by expert: each expert's rows times its matrix, transposed, plus its bias."""
         return self._product(rows, counts, is_backward=False, bias=bias)
 
     def product_backward(self, grad: Tensor, counts: list[int]) -> Tensor:

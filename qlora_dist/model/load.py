@@ -94,17 +94,8 @@ def load_base(
             _check_convertible(name, skeleton.model, part, form)
         else:
             _set_generation(model, name, revision)
-    elif weights == "random":
-        raise UserError("model.weights is random, which int8 does not support; use nf4, fp4 or none")
-    elif form is not None:
-        raise UserError(
-            f"model.name {name}: its files are {method_of(form)}, and int8 bases are read by transformers, which does "
-            "not quantize these again; use nf4, fp4 or none"
-        )
-    elif part is not None:
-        raise UserError(
-            f"model.name {name}: model.quantization int8 is read by transformers, with all towers; use nf4, fp4 or none"
-        )
+    else:
+        _check_int8(name, weights, form, part)
     if model is None and shards is not None:
         raise UserError(
             f"model.name {name}: strategy fsdp reads each rank's part of the files, which works neither for int8 nor "
@@ -137,6 +128,21 @@ def _streamed(
     return shard.load_sharded(skeleton, source, tied, shards, offload)
 
 
+def _check_int8(name: str, weights: Weights, form: dict[str, Any] | None, part: TextPart | None) -> None:
+    """Raises UserError for what transformers, which reads int8 bases, would not load as it is loaded here."""
+    if weights == "random":
+        raise UserError("model.weights is random, which int8 does not support; use nf4, fp4 or none")
+    if form is not None:
+        raise UserError(
+            f"model.name {name}: its files are {method_of(form)}, and int8 bases are read by transformers, which does "
+            "not quantize these again; use nf4, fp4 or none"
+        )
+    if part is not None:
+        raise UserError(
+            f"model.name {name}: model.quantization int8 is read by transformers, with all towers; use nf4, fp4 or none"
+        )
+
+
 def _requantized(
     name: str, losses: Losses | None, form: dict[str, Any] | None, quantization: Quantization
 ) -> str | None:
@@ -158,8 +164,8 @@ def _check_convertible(name: str, model: PreTrainedModel, part: TextPart | None,
     reason = ""
     if form is not None:
         raise UserError(
-            f"model.name {name}: its {method_of(form)} files must be converted while they are read, beyond renaming and "
-            "stacking, which is done for plain files only; use the 16-bit model instead"
+            f"model.name {name}: its {method_of(form)} files must be converted while they are read, beyond renaming "
+            "and stacking, which is done for plain files only; use the 16-bit model instead"
         )
     if part is not None:
         reason = "is not done for the text model of a wrapper"

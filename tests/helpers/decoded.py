@@ -34,7 +34,7 @@ def save_fp8(
     scale_type: Any = torch.float32,
     **changes: Any,
 ) -> Path:
-    """A random model whose linear layers and experts, stored one by one, are fp8; scales in one file, weights in another."""
+    """A random model whose linear layers and experts, stored one by one, are fp8; scales in a file of their own."""
     save_model(folder, tiny_model(family, attention=None, **changes))
     weights = load_file(folder / "model.safetensors")
     scales = {}

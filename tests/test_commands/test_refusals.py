@@ -166,7 +166,9 @@ def _other_towers(case: Case) -> int:
 
 def _experts(case: Case) -> int:
     shutil.rmtree(case.model)
-    tiny_model("aria_text", attention=None, moe_num_experts=4).save_pretrained(case.model)
+    tiny_model("llama4_text", attention=None, num_key_value_heads=2, head_dim=16, num_local_experts=4).save_pretrained(
+        case.model
+    )
     return case.train()
 
 

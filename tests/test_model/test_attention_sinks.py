@@ -1,4 +1,4 @@
-"""Attention with sinks by a flash kernel without: the formulas on torch's flash kernel for CPUs, and the check before use."""
+"""Attention with sinks by a flash kernel without: the formulas on torch's kernel for CPUs, and the check before use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fp8 and MXFP4 files: the bits of transformers' dequantization, read in pieces; quantized again, and what that changes."""
+"""fp8 and MXFP4 files: the bits of transformers' dequantization, in pieces; quantized again, and what that changes."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for wrong, block in ((scales[:1].repeat(5, 1), [32, 32]), (scales, [16, 32]), (scales, None), (scales, "odd")):
         with pytest.raises(decoded_files.BadFile, match="do not divide it into blocks"):
             one_fp8(tmp_path, codes, wrong, block)
-    with pytest.raises(decoded_files.BadFile, match="has scales but the type torch.int8"):
+    with pytest.raises(decoded_files.BadFile, match=r"has scales but the type torch\.int8"):
         one_fp8(tmp_path, torch.zeros(64, 48, dtype=torch.int8), scales, [32, 32])
     with pytest.raises(decoded_files.BadFile, match=r"scales of the type torch\.int32"):
         one_fp8(tmp_path, codes, scales.int(), [32, 32])
@@ -295,7 +295,7 @@ def test_files_that_are_not_what_the_config_says_are_refused(
 
 
 def test_int8_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="int8 bases are read by transformers.*use nf4, fp4 or none"):
+    with pytest.raises(UserError, match=r"int8 bases are read by transformers.*use nf4, fp4 or none"):
         load(folder, None, quantization="int8")
 
 

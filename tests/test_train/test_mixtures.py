@@ -1,4 +1,4 @@
-"""Runs with experts in 4 bits, of gpt-oss from MXFP4: ranks, strategies, resuming, the adapter in stock PEFT, merging."""
+"""Runs with experts in 4 bits, gpt-oss from MXFP4: ranks, strategies, resuming, the adapter in stock PEFT, merging."""
 
 from __future__ import annotations
 

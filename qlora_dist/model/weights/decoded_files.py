@@ -1,7 +1,7 @@
 """Files whose weights are 8-bit or 4-bit floats with scales, as other tools train and serve them: read as fp32.
 
     fp8     `X` float8_e4m3fn and `X_scale_inv`, one scale for each block of rows and columns (DeepSeek-V3, Qwen3-*-FP8)
-    mxfp4   `X_blocks` (E, O, I / 32, 16) uint8, two values a byte, and `X_scales` (E, O, I / 32), powers of two (gpt-oss)
+    mxfp4   `X_blocks` (E, O, I / 32, 16) uint8, two values a byte, `X_scales` (E, O, I / 32), powers of two (gpt-oss)
 
 They are decoded piece by piece in fp32, with the bits of transformers' own dequantization, and are then what any plain
 weight is: rounded to the model's type, quantized as configured. A weight has one name here, and its scales have none.

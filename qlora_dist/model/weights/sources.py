@@ -80,7 +80,7 @@ class FileSource:
         return (*shape[:-2], shape[-1], shape[-2]) if name in self._transposed and self.packed(name) is None else shape
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements of a weight; its bytes if it is stored in 4 bits, which other tools may have saved as a float type."""
+        """Elements of a weight; its bytes if it is stored in 4 bits, which other tools may save as a float type."""
         if name in self._stacked:
             return self._stacked[name].read(self._files, start, stop)
         key = self._key_of[name]
