@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..cluster.world import own_device
 from ..config import ModelConfig
+from ..config.model_json import method_of
 from ..config.run_dir import RunDir
 from ..errors import UserError
 from ..files import folder_aside, format_bytes
@@ -46,8 +47,9 @@ from ..model import (
     text_part,
     write_errors,
 )
+from ..model.experts import EXPERT_WEIGHTS
 from ..model.one_by_one import OpenBase, is_finite, open_base, run_layer_by_layer
-from ..model.pretrained import find_text_part
+from ..model.pretrained import decoded_form, find_text_part
 from ..model.reference_logits import Reference
 from ..model.text_part import TextPart
 from ..model.weights.wrapper_files import write_wrapper
@@ -82,6 +84,7 @@ class MergeReport:
     gaps: dict[str, float]  # by target; the other target only where it was measured
     logit_range: float  # largest magnitude of the trained model's logits, to compare with
     reference: str = "the trained model"  # in words
+    decoded: str = ""  # in words, of a base whose files were decoded
 
 
 def merge(
@@ -116,7 +119,10 @@ def merge(
     is_same = trained.model.quantization == "none"
     compares = compare if compare is not None else not (is_same and onto == "auto") and _is_cheap(trained)
     device = device or own_device()
-    original = open_base(trained.model.name, trained.model.revision)
+    form = decoded_form(trained.model.name, trained.model.revision)
+    # what was decoded was rounded to the compute type before it was quantized
+    stored_dtype = None if form is None else getattr(torch, trained.model.compute_dtype)
+    original = open_base(trained.model.name, trained.model.revision, stored_dtype)
     merged = {one: Merged(original, trained.model, adapter, one, dtype, device) for one in TARGETS}
     samples, reference = _reference(path, trained, device)
 
@@ -140,7 +146,10 @@ def merge(
         _export_tokenizer(aside, original.model, trained)
     if compares and other not in gaps:
         gaps[other] = _gap(original, merged[other].weight, samples, reference, dtype, device)
-    report = MergeReport(out, target, onto == "auto", gaps, max(float(one.abs().max()) for one in reference))
+    largest = max(float(one.abs().max()) for one in reference)
+    kind = str(dtype).removeprefix("torch.")
+    said = "" if form is None else f"the base's files are {method_of(form)}, these are decoded: {kind}"
+    report = MergeReport(out, target, onto == "auto", gaps, largest, decoded=said)
     return report if trained.data is not None else replace(report, reference="the adapter on the base in nf4")
 
 
@@ -171,6 +180,8 @@ def describe(report: MergeReport) -> str:
         f"{report.folder}: merged onto {report.onto}{why}; its logits differ from those of {report.reference} by up to "
         f"{report.gaps[report.onto]:.4g} (their largest magnitude is {report.logit_range:.4g})"
     )
+    if report.decoded:
+        text = f"{text}; {report.decoded}"
     if other not in report.gaps:
         return text
     text = f"{text}; onto {other} it would be {report.gaps[other]:.4g}"
@@ -234,10 +245,12 @@ class Merged:
         self.base, self._settings, self._adapter, self._onto = base, settings, adapter, onto
         self._dtype, self._device = dtype, device
         self._layers: dict[str, Any] = linear_layers(base.model)
-        self._stacks = {
-            f"{name}.{one}" for name, experts in stacked_experts(base.model).items() for one in experts._parameters
+        self._stacks = {  # name -> whether it is stored (E, I, O)
+            f"{name}.{weight}": bool(getattr(experts, "is_transposed", False))
+            for name, experts in stacked_experts(base.model).items()
+            for weight in EXPERT_WEIGHTS
         }
-        unknown = sorted(adapter.layers.keys() - self._layers.keys() - self._stacks)
+        unknown = sorted(adapter.layers.keys() - self._layers.keys() - self._stacks.keys())
         if unknown:
             raise UserError(
                 f"the adapter has weights for {unknown[0]}, which is neither a linear layer nor experts of "
@@ -281,12 +294,21 @@ class Merged:
         is_dequantized = self._onto == "dequantized" and self._settings.quantization in ("nf4", "fp4")
         if not is_dequantized and name not in self._adapter.layers:
             return stored.to(self._dtype)
+        is_transposed = self._stacks[name]
+        if is_transposed and name in self._adapter.layers:
+            raise UserError(
+                f"the adapter has weights for {name}, whose matrices are stored (inputs, outputs), which is not "
+                "supported; use PEFT's merge"
+            )
         self._adapter.check_fits(name, stored.shape, self._settings.name)
         merged = torch.empty(stored.shape, dtype=self._dtype)
-        for expert, weight in enumerate(stored):
-            weight = weight.to(self._device)
+        for expert, matrix in enumerate(stored):
+            weight = matrix.to(self._device)
+            if is_transposed:
+                weight = weight.T.contiguous()
             original = _dequantized(weight, self._settings) if is_dequantized else weight.float()
-            merged[expert].copy_(self._adapter.on_expert(name, original, expert))
+            changed = self._adapter.on_expert(name, original, expert)
+            merged[expert].copy_(changed.T if is_transposed else changed)
         return merged
 
     def write(self, folder: Path, trained: Trained, max_shard_size: str, text_only: bool) -> None:

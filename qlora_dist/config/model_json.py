@@ -30,10 +30,18 @@ def read_model_json(name: str, path: Path) -> dict[str, Any]:
     return config
 
 
+DECODED = ("fp8", "mxfp4")  # methods whose files are decoded while they are read (`model.weights.decoded_files`)
+
+
+def method_of(stored: dict[str, Any]) -> str:
+    """The method by which the weights of a file are quantized."""
+    return str(stored.get("quant_method", "unknown")).rsplit(".")[-1].lower()
+
+
 def check_quantization_method(name: str, stored: dict[str, Any]) -> None:
-    """Raises UserError for weights that are quantized by anything but bitsandbytes."""
-    method = str(stored.get("quant_method", "unknown")).rsplit(".")[-1].lower()
-    if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+    """Raises UserError for weights that are quantized by a method that is not read."""
+    method = method_of(stored)
+    if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", *DECODED):
         raise UserError(
             f"model.name {name}: the weights are quantized with {shortened(method)[1:-1]}; use the 16-bit model instead"
         )

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import UserError
 from ..model import decoder_layers, is_conv1d, is_linear, load_config, stacked_experts
 from ..model.check_config import build_on_meta
+from ..model.experts import expert_matrices, linear_shape
 from .shapes import Experts, LayerKind, Linear, ModelShapes
 
 
@@ -77,7 +78,7 @@ def _kind(layer: Any, text: Any, head: Any) -> LayerKind:
 
 
 def _experts(layer: Any, text: Any, name: str, module: Any) -> Experts:
-    num_experts, hidden, inner = module.down_proj.shape
+    num_experts, hidden, inner = linear_shape(*expert_matrices(module)[1])
     counts = (getattr(text, key, None) for key in ("num_experts_per_tok", "moe_k", "moe_top_k", "top_k_experts"))
     top_k = next((count for count in counts if isinstance(count, int)), 1)
     return Experts(name, num_experts, min(top_k, num_experts), hidden, inner)
@@ -88,7 +89,8 @@ def _unknown(layer: Any) -> str:
     stacks = stacked_experts(layer)
     for key, parameter in layer.named_parameters():
         owner = key.rpartition(".")[0]
-        if parameter.ndim > 2 and owner not in stacks:
+        # sinks: scores are materialized where no kernel passes its check (`model.attention_sinks`)
+        if (parameter.ndim > 2 and owner not in stacks) or key.endswith(".sinks"):
             return f"{key} {tuple(parameter.shape)}"
     return "" if len(stacks) <= 1 else f"{len(stacks)} stacks of experts in one layer"
 

@@ -10,7 +10,7 @@ window) comes from the documents and the layer's own keywords.
 
 Backends, all with the same result:
     flash   flash-attn, fp16 and bf16; the cute kernels of flash-attn 4 on Hopper and later when they are installed
-    varlen  torch.nn.attention.varlen on CUDA, fp16 and bf16, no softcap, no sinks
+    varlen  torch.nn.attention.varlen on CUDA, fp16 and bf16, no softcap; sinks by `attention_sinks`
     sdpa    one scaled_dot_product_attention call per document, any device and type; softcap and sinks by plain math
 
 Without `packed` (generation with a cache, padded batches) the function raises instead of guessing: a model for
@@ -37,6 +37,8 @@ from torch import Tensor
 
 from ..data.packing import Batch
 from ..errors import UserError
+from .attention_sinks import flash_with_sinks
+from .attention_sinks import why_not as sinks_cannot
 
 log = logging.getLogger(__name__)
 
@@ -115,13 +117,15 @@ def _why_not(backend: str, device: torch.device, needs: AttentionNeeds) -> str:
         return f"it supports float16 and bfloat16, the compute type is {str(needs.dtype).removeprefix('torch.')}"
     if needs.head_dim > LARGEST_HEAD or needs.head_dim % 8:
         return f"it supports multiples of 8 up to {LARGEST_HEAD} as head dimension, the model's is {needs.head_dim}"
-    if needs.has_sinks:
+    if backend == "flash" and needs.has_sinks:
         return "the model has attention sinks, which it does not support"
     if backend == "varlen":
         if needs.has_softcap:
             return "the model caps its attention scores, which it does not support"
         if needs.has_window and "window_size" not in _varlen_keywords():
             return "the model has sliding windows, which this torch's varlen attention does not support"
+        if needs.has_sinks and (reason := sinks_cannot(device, needs.dtype, needs.head_dim)):
+            return reason
         return "" if _varlen_keywords() else "this torch has no torch.nn.attention.varlen"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "flash-attn needs compute capability 8.0 (Ampere)"
@@ -172,8 +176,7 @@ def packed_attention(
     if packed.backend == "sdpa":
         out = _sdpa(query, key, value, packed, scaling, window, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
-    assert s_aux is None
-    out = _packed_kernel(query, key, value, packed, scaling, window, softcap)
+    out = _packed_kernel(query, key, value, packed, scaling, window, softcap, s_aux)
     return out[None], None
 
 
@@ -301,6 +304,7 @@ def _packed_kernel(
     scaling: float | None,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """(T, Hq, Dv) by one kernel call over all documents."""
     width = value.shape[-1]
@@ -310,7 +314,10 @@ def _packed_kernel(
         v = F.pad(v, (0, q.shape[-1] - width))
     boundaries, longest = packed.cu_seqlens, packed.max_seqlen
     left = -1 if window is None else window - 1  # the kernels do not count the token itself
-    if packed.backend == "flash":
+    if sinks is not None:
+        assert packed.backend == "varlen" and softcap is None  # `_why_not`
+        out = flash_with_sinks(q, k, v, sinks, boundaries, longest, scaling, left)
+    elif packed.backend == "flash":
         module = _flash_module(query.device, softcap is None and window is None)
         assert module is not None
         # flash-attn 4 uses None for an unbounded side of the window

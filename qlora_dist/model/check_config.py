@@ -23,7 +23,7 @@ from ..config.quantization import BLOCK, Quantization
 from ..data.tokenizer import first_line
 from ..errors import UserError
 from .attention import PROBE, Call, probing
-from .experts import stacked_experts
+from .experts import EXPERT_WEIGHTS, linear_shape, stacked_experts
 from .forward import is_conv1d, linear_layers
 from .pretrained import check_cpu_shapes, check_weight_files, load_whole_config
 from .text_part import check_wrapper, text_config_of, text_part_of
@@ -164,7 +164,8 @@ def _check_router(name: str, model: PreTrainedModel, key: str, num_experts: int)
 
 def _check_expert_shapes(name: str, key: str, experts: Any, device_type: str) -> None:
     """Raises UserError for experts whose matrices are not a whole number of blocks."""
-    shapes = {f"{key}.{part}": getattr(experts, part).shape for part in ("gate_up_proj", "down_proj")}
+    is_transposed = bool(getattr(experts, "is_transposed", False))
+    shapes = {f"{key}.{part}": linear_shape(getattr(experts, part), is_transposed) for part in EXPERT_WEIGHTS}
     for matrix, shape in shapes.items():
         if shape[1:].numel() % BLOCK:
             raise UserError(

@@ -2,7 +2,9 @@
 
 Each expert's matrix is quantized by itself, as bitsandbytes quantizes a linear layer. The forward pass sorts tokens by
 expert and dequantizes only the experts that have tokens, a few at a time; the backward pass does so again, and saves no
-weight. It is arranged as in `lora_forward`, so that a recomputed layer stops before the last product:
+weight. Where a family stores the matrices (I, O) (gpt-oss), they are quantized transposed, (O, I): blocks of 64 run
+along the inputs of an output, as in every linear layer. Biases stay in the compute type. It is arranged as in
+`lora_forward`, so that a recomputed layer stops before the last product:
 
     _Enter    x, routing weights -> gate and up of every slot, and a token in the graph   (saves order, gate and up)
     _Leave    token -> the weighted sum of each token's experts                           (saves nothing)
@@ -30,6 +32,7 @@ from .expert_updates import Update, add_products, gradients, products
 from .forward import plain_name
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # in the order in which transformers' modules hold them
+BIASES = ("gate_up_proj_bias", "down_proj_bias")
 
 
 class PackedExperts(nn.Module):
@@ -48,9 +51,10 @@ class PackedExperts(nn.Module):
     code: Tensor  # the values of the 4-bit type
     nested_code: Tensor  # ... and of the constants' 8-bit type
 
-    def __init__(self, shape: torch.Size, quant_type: str, is_nested: bool) -> None:
+    def __init__(self, shape: torch.Size, quant_type: str, is_nested: bool, is_transposed: bool = False) -> None:
+        """`shape` (E, O, I); `is_transposed`: the parameter that this replaces has (E, I, O)."""
         super().__init__()
-        self.shape, self.quant_type, self.is_nested = shape, quant_type, is_nested
+        self.shape, self.quant_type, self.is_nested, self.is_transposed = shape, quant_type, is_nested, is_transposed
         num_experts, self.num_blocks = shape[0], shape[1:].numel() // BLOCK
         widths = {"codes": shape[1:].numel() // 2, "absmax": self.num_blocks}
         if is_nested:
@@ -93,24 +97,28 @@ class PackedExperts(nn.Module):
         matrices = bitsandbytes.functional.dequantize_4bit(self.codes[first:last].view(-1, 1), state)
         return matrices.to(dtype).view(last - first, outputs, inputs)
 
-    def product(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """(S, O) from (S, I) sorted by expert: each expert's rows times its matrix, transposed."""
-        return self._product(rows, counts, is_backward=False)
+    def product(self, rows: Tensor, counts: list[int], bias: Tensor | None = None) -> Tensor:
+        """(S, O) from (S, I) sorted by expert: each expert's rows times its matrix, transposed, plus its bias."""
+        return self._product(rows, counts, is_backward=False, bias=bias)
 
     def product_backward(self, grad: Tensor, counts: list[int]) -> Tensor:
         """(S, I) from (S, O): the gradient of `product`'s rows."""
         return self._product(grad, counts, is_backward=True)
 
-    def _product(self, rows: Tensor, counts: list[int], is_backward: bool) -> Tensor:
+    def _product(self, rows: Tensor, counts: list[int], is_backward: bool, bias: Tensor | None = None) -> Tensor:
         _, outputs, inputs = self.shape
         result = rows.new_empty(len(rows), inputs if is_backward else outputs)
         ends = list(accumulate(counts))
         for first, last in runs(counts, max(1, LARGEST_MATRIX // (outputs * inputs))):
             matrices = self.dequantized(first, last, rows.dtype)
-            for matrix, end, count in zip(matrices, ends[first:last], counts[first:last], strict=True):
-                own = slice(end - count, end)
-                torch.mm(rows[own], matrix if is_backward else matrix.t(), out=result[own])
-            del matrices, matrix  # before the next ones
+            for expert, matrix in enumerate(matrices, first):
+                own = slice(ends[expert] - counts[expert], ends[expert])
+                factor = matrix if is_backward else matrix.t()
+                if bias is None:
+                    torch.mm(rows[own], factor, out=result[own])
+                else:
+                    torch.addmm(bias[expert], rows[own], factor, out=result[own])
+            del matrices, matrix, factor  # before the next ones
         return result
 
 
@@ -128,11 +136,20 @@ def runs(counts: list[int], longest: int) -> Iterator[tuple[int, int]]:
 class Experts4bit(nn.Module):
     """A layer's experts, in the place of transformers' module and called like it."""
 
+    gate_up_proj: PackedExperts
+    down_proj: PackedExperts
+    gate_up_proj_bias: nn.Parameter | None  # (E, 2 F)
+    down_proj_bias: nn.Parameter | None  # (E, H)
+
     def __init__(self, experts: Any, quant_type: str, is_nested: bool) -> None:
         super().__init__()
         self.num_experts = len(experts.gate_up_proj)
-        self.gate_up_proj = PackedExperts(experts.gate_up_proj.shape, quant_type, is_nested)
-        self.down_proj = PackedExperts(experts.down_proj.shape, quant_type, is_nested)
+        is_transposed = bool(getattr(experts, "is_transposed", False))
+        for name in EXPERT_WEIGHTS:
+            shape = linear_shape(getattr(experts, name), is_transposed)
+            setattr(self, name, PackedExperts(shape, quant_type, is_nested, is_transposed))
+        for name in BIASES:
+            self.register_parameter(name, getattr(experts, name, None))
         self.apply_gate = experts._apply_gate  # (S, 2 F) -> (S, F)
         self.num_slots = [0] * self.num_experts  # of each expert, in training since `take_slots`
 
@@ -163,11 +180,12 @@ class _Enter(torch.autograd.Function):
         order, counts = _by_expert(index, experts.num_experts)
         up, _ = _updates(factors, scales)
         rows, low = x[order // index.shape[1]], None
-        grown = experts.gate_up_proj.product(rows, counts)  # (S, 2 F)
+        grown = experts.gate_up_proj.product(rows, counts, experts.gate_up_proj_bias)  # (S, 2 F)
         if up is not None:
             a, b = up.factors(experts.num_experts, x.dtype)
             low = products(rows, a.mT, counts)  # (S, r)
             add_products(grown, low, b.mT, counts, up.scale)
+        del rows
         # the masters are saved, not their casts: saving parameters is free
         ctx.save_for_backward(weights, order, grown, None if up is None else x, low, *factors)
         ctx.mark_non_differentiable(grown, order)
@@ -198,7 +216,10 @@ class _Enter(torch.autograd.Function):
             del grad_rows, weighted
         grad_weights = grad_x = None
         if needs_weights:  # the router is frozen, but what it reads is not
-            dots = torch.linalg.vecdot(grad_act, act.detach()).to(weights.dtype)
+            dots = torch.linalg.vecdot(grad_act, act.detach())
+            if experts.down_proj_bias is not None:
+                dots += (grads[0] @ experts.down_proj_bias.t())[_places(order, counts, top_k)]
+            dots = dots.to(weights.dtype)
             grad_weights = torch.empty_like(dots).index_copy_(0, order, dots).view(weights.shape)
         if needs_x or up is not None:
             grad_act.mul_(weights.reshape(-1)[order][:, None])
@@ -255,7 +276,12 @@ class _Leave(torch.autograd.Function):
             a, b = down.factors(len(counts), act.dtype)
             add_products(rows, products(act, a.mT, counts), b.mT, counts, down.scale)
         del act
-        return _sum_by_token(rows, order, weights.shape[1])
+        out = _sum_by_token(rows, order, weights.shape[1])
+        if experts.down_proj_bias is not None:
+            routing = weights.new_zeros(len(weights), len(counts), dtype=out.dtype)  # (T, E)
+            routing[_places(order, counts, weights.shape[1])] = weights.reshape(-1)[order].to(out.dtype)
+            out.addmm_(routing, experts.down_proj_bias)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -276,6 +302,13 @@ def _by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
     return order, [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
+def _places(order: Tensor, counts: list[int], top_k: int) -> tuple[Tensor, Tensor]:
+    """(token, expert) of the slots sorted by expert. A token has each of its experts once."""
+    experts = torch.arange(len(counts), device=order.device)
+    repeats = torch.tensor(counts, device=order.device)
+    return order // top_k, experts.repeat_interleave(repeats, output_size=len(order))
+
+
 def _sum_by_token(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
     """(T, H) from the rows (S, H) of all slots sorted by expert. Not by atomic additions: they sum in any order."""
     place = torch.empty_like(order)
@@ -287,18 +320,37 @@ def _sum_by_token(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
 
 
 def stacked_experts(model: nn.Module) -> dict[str, Any]:
-    """Modules of stacked experts that `pack_experts` replaces, by name: two matrices with a gate, without biases."""
+    """Modules of stacked experts that `pack_experts` replaces, by name: two matrices with a gate, each with a bias or
+    both without."""
     return {name: module for name, module in model.named_modules() if _has_known_form(module)}
 
 
 def _has_known_form(module: Any) -> bool:
     own = dict(module.named_parameters(recurse=False))
-    if own.keys() != {"gate_up_proj", "down_proj"} or not hasattr(module, "_apply_gate"):
+    has_bias = bool(getattr(module, "has_bias", False))
+    if own.keys() != {*EXPERT_WEIGHTS, *(BIASES if has_bias else ())} or not hasattr(module, "_apply_gate"):
         return False
-    up, down = own["gate_up_proj"].shape, own["down_proj"].shape
-    others = ("has_bias", "is_transposed", "has_post_expert_norm")
-    is_plain = getattr(module, "has_gate", False) and not any(getattr(module, name, False) for name in others)
-    return is_plain and len(up) == len(down) == 3 and up == (down[0], 2 * down[2], down[1])
+    if not getattr(module, "has_gate", False) or getattr(module, "has_post_expert_norm", False):
+        return False
+    if any(own[name].ndim != 3 for name in EXPERT_WEIGHTS):
+        return False
+    up, down = (linear_shape(own[name], bool(getattr(module, "is_transposed", False))) for name in EXPERT_WEIGHTS)
+    are_biases = not has_bias or all(
+        own[bias].shape == shape[:2] for bias, shape in zip(BIASES, (up, down), strict=True)
+    )
+    return are_biases and up == (down[0], 2 * down[2], down[1])
+
+
+def expert_matrices(module: Any) -> list[tuple[nn.Parameter, bool]]:
+    """(stacked matrices, whether they are (E, I, O)) of one of `stacked_experts`."""
+    is_transposed = bool(getattr(module, "is_transposed", False))
+    return [(getattr(module, name), is_transposed) for name in EXPERT_WEIGHTS]
+
+
+def linear_shape(matrices: Tensor, is_transposed: bool) -> torch.Size:
+    """(E, O, I) of stacked matrices, as those of linear layers."""
+    num_experts, outputs, inputs = matrices.shape
+    return torch.Size((num_experts, inputs, outputs) if is_transposed else (num_experts, outputs, inputs))
 
 
 def pack_experts(model: nn.Module, quant_type: str, is_nested: bool) -> None:

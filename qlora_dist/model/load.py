@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ..cluster.shard_group import ShardGroup
+from ..config.model_json import method_of
 from ..config.quantization import Quantization
 from ..data.tokenizer import expanded, first_line, where_to_read
 from ..errors import UserError
@@ -21,6 +22,7 @@ from .pretrained import (
     INFERENCE,
     attention_needs,
     check_weight_files,
+    decoded_form,
     find_text_part,
     guard_cpu_layers,
     load_config,
@@ -30,6 +32,8 @@ from .pretrained import (
 from .rope import scale_by_document
 from .text_part import TextPart
 from .weights import shard, stream
+from .weights.cache_4bit import copied_from
+from .weights.quantize import Losses
 from .weights.sources import RandomSource, WeightSource, open_files
 
 log = logging.getLogger(__name__)
@@ -76,7 +80,8 @@ def load_base(
     settings = quantization_settings(name, config, quantization, double_quant, compute_dtype)
     implementation = PACKED if is_packed else None
     part = find_text_part(name, revision)
-    model = None
+    model = losses = None
+    form = decoded_form(name, revision) if weights == "files" else None
     if quantization != "int8":
         skeleton = stream.build_skeleton(
             config, dtype=compute_dtype, attention=implementation, four_bit=settings.get("quantization_config")
@@ -84,16 +89,13 @@ def load_base(
         skeleton.model.text_part = part  # type: ignore[assignment]
         source = open_source(name, revision, skeleton, weights, seed, device)
         model = None if source is None else _streamed(name, skeleton, source, device, shards, offload)
+        losses, skeleton.losses = skeleton.losses, None  # what is read again later does not count
         if model is None:
-            _check_convertible(name, skeleton.model, part)
+            _check_convertible(name, skeleton.model, part, form)
         else:
             set_generation(model, name, revision)
-    elif weights == "random":
-        raise UserError("model.weights is random, which int8 does not support; use nf4, fp4 or none")
-    elif part is not None:
-        raise UserError(
-            f"model.name {name}: model.quantization int8 is read by transformers, with all towers; use nf4, fp4 or none"
-        )
+    else:
+        _check_int8(name, weights, form, part)
     if model is None and shards is not None:
         raise UserError(
             f"model.name {name}: strategy fsdp reads each rank's part of the files, which works neither for int8 nor "
@@ -106,6 +108,7 @@ def load_base(
     if part is not None:
         log.info("model.name %s: %s", copy_of or name, part.describe())
     model.text_part = part  # type: ignore[assignment]
+    model.requantized = _requantized(name, losses, form, quantization)  # type: ignore[assignment]
     _require_finite(model, name, compute_dtype)
     return _finalize(model, backend, is_packed, compute_dtype, device)
 
@@ -125,10 +128,45 @@ def _streamed(
     return shard.load_sharded(skeleton, source, tied, shards, offload)
 
 
-def _check_convertible(name: str, model: PreTrainedModel, part: TextPart | None) -> None:
+def _check_int8(name: str, weights: Weights, form: dict[str, Any] | None, part: TextPart | None) -> None:
+    """Raises UserError for what transformers, which reads int8 bases, would not load as it is loaded here."""
+    if weights == "random":
+        raise UserError("model.weights is random, which int8 does not support; use nf4, fp4 or none")
+    if form is not None:
+        raise UserError(
+            f"model.name {name}: its files are {method_of(form)}, and int8 bases are read by transformers, which does "
+            "not quantize these again; use nf4, fp4 or none"
+        )
+    if part is not None:
+        raise UserError(
+            f"model.name {name}: model.quantization int8 is read by transformers, with all towers; use nf4, fp4 or none"
+        )
+
+
+def _requantized(
+    name: str, losses: Losses | None, form: dict[str, Any] | None, quantization: Quantization
+) -> str | None:
+    """What became of weights that the files hold in fp8 or MXFP4, in words; None for other files."""
+    if form is None or losses is None:
+        said = copied_from(name)
+    elif quantization == "none":
+        said = f"its {method_of(form)} files were decoded"
+    else:
+        said = losses.describe(method_of(form), quantization)
+    if said is not None:
+        log.info("model.name %s: %s", name, said)
+    return said
+
+
+def _check_convertible(name: str, model: PreTrainedModel, part: TextPart | None, form: dict[str, Any] | None) -> None:
     """Raises UserError for what transformers, which converts files while it reads them, would load otherwise than here:
-    wrappers with all towers, experts in 16 bits."""
+    wrappers with all towers, experts in 16 bits, files that are decoded."""
     reason = ""
+    if form is not None:
+        raise UserError(
+            f"model.name {name}: its {method_of(form)} files must be converted while they are read, beyond renaming "
+            "and stacking, which is done for plain files only; use the 16-bit model instead"
+        )
     if part is not None:
         reason = "is not done for the text model of a wrapper"
     elif packed_experts(model):

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, cached_file
 
-from ..config.model_json import check_quantization_method, read_model_json
+from ..config.model_json import DECODED, check_quantization_method, method_of, read_model_json
 from ..config.names import model_folder
 from ..config.quantization import BLOCK, Quantization
 from ..data.tokenizer import expanded, first_line, where_to_read
@@ -47,11 +47,9 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
 def load_whole_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """config.json of a model. Raises UserError when it is missing, odd in any way, or needs custom code."""
     source = where_to_read(name, revision)
-    options = {"revision": source["revision"], "local_files_only": source["local_files_only"]}
     try:
-        if (path := cached_file(expanded(name), CONFIG_NAME, **options)) is not None:
-            read_model_json(name, Path(path))
-        return AutoConfig.from_pretrained(expanded(name), **source)
+        read_stored_json(name, revision)
+        return _as_decoded(AutoConfig.from_pretrained(expanded(name), **source))
     except UserError:
         raise
     except Exception as error:  # a family's own checks raise anything
@@ -61,6 +59,33 @@ def load_whole_config(name: str, revision: str | None = None) -> PretrainedConfi
             else "give the name of a model on the hub, or a folder with config.json and *.safetensors"
         )
         raise UserError(f"model.name {name}: config.json cannot be read ({first_line(error)}); {hint}") from None
+
+
+def read_stored_json(name: str, revision: str | None = None, is_needed: bool = True) -> dict[str, Any]:
+    """config.json as plain data; empty where there is none and it is not needed. Raises UserError, OSError."""
+    source = where_to_read(name, revision)
+    options = {"revision": source["revision"], "local_files_only": source["local_files_only"]}
+    path = cached_file(expanded(name), CONFIG_NAME, **options, _raise_exceptions_for_missing_entries=is_needed)
+    return {} if path is None else read_model_json(name, Path(path))
+
+
+def decoded_form(name: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The quantization settings of files that are decoded while they are read; None for all others."""
+    config = read_stored_json(name, revision, is_needed=False)
+    for part in (config, config.get("text_config")):
+        stored = part.get("quantization_config") if isinstance(part, dict) else None
+        if isinstance(stored, dict) and method_of(stored) in DECODED:
+            return stored
+    return None
+
+
+def _as_decoded(config: Any) -> PretrainedConfig:
+    """The config of the plain model that the files are decoded to."""
+    for part in (config, config.get_text_config()):
+        stored = getattr(part, "quantization_config", None)
+        if stored is not None and method_of(dict(stored)) in DECODED:
+            del part.quantization_config
+    return config
 
 
 def find_text_part(name: str, revision: str | None = None) -> TextPart | None:

@@ -41,6 +41,8 @@ def begin(run: Run, model: TrainingModel, choice: str, plan: MemoryPlan) -> Trai
         "plan": plan.to_json(),
         "versions": versions(),
     }
+    if (said := getattr(unwrap(model.module), "requantized", None)) is not None:
+        of_start["base"] = said  # of fp8 and MXFP4 files: what quantizing them again changed
     run.metrics.start(state.step, run.config, **of_start)
     return state
 

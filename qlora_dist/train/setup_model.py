@@ -160,4 +160,6 @@ def check_base(config: RunConfig, world: World, model: TrainingModel) -> str:
             model.module, settings.name, revision=settings.revision, compute_dtype=dtype, seed=config.seed
         )
     model.base_checksum = base_checksum(model.module)
+    said = getattr(unwrap(model.module), "requantized", None)
+    compared = compared if said is None else f"{compared}; {said}"
     return f"base: {format_bytes(expected)} on each rank, as {strategy} promises; {compared}"

@@ -84,6 +84,26 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {**_MIXTURE, "moe_num_experts": 8, "moe_k": 2},
     "solar_open": {**_MIXTURE, "n_routed_experts": 8},
 }
+# with experts whose matrices are (inputs, outputs), biases, and attention sinks
+SINKS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        **_GROUPED,
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "swiglu_limit": 2.0,  # reached by these weights
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
+    }
+}
 
 _VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
 _PATCHES: dict[str, Any] = {**_VISION, "image_size": 16, "patch_size": 8}
@@ -158,7 +178,7 @@ OTHER_TOWERS = ("vision", "visual", "multi_modal_projector", "connector", "image
 
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
-    return AutoConfig.for_model(family, **{**(FAMILIES | MIXTURES).get(family, _COMMON), **changes})
+    return AutoConfig.for_model(family, **{**(FAMILIES | MIXTURES | SINKS).get(family, _COMMON), **changes})
 
 
 def tiny_model(family: str = "llama", attention: str | None = PACKED, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -186,7 +206,7 @@ def _randomized(model: Any, seed: int) -> PreTrainedModel:
             if parameter.ndim >= 2:
                 scale = 2.0 * parameter.shape[-1] ** -0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     model.tie_weights()
     model.packed_backend = "sdpa"

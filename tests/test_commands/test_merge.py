@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
+from helpers.decoded import save_fp8, save_mxfp4
 from helpers.tiny_models import random_batch, save_model, tiny_model
 from helpers.tiny_run import changed, make_inputs
 from safetensors import SafetensorError
@@ -33,9 +34,12 @@ IDS = random_batch((12,)).input_ids
 def make_run(
     folder: Path, family: str = "llama", variant: Any = "lora", quantization: str = "nf4", strength: float = 0.05
 ) -> Path:
-    """A run directory with an adapter that changes much, on a tiny base in fp32."""
+    """A run directory with an adapter that changes much, on a tiny base in fp32, or of files that are decoded."""
     raw = make_inputs(folder)
-    save_model(folder / "model", tiny_model(family, attention=None))
+    if family in ("fp8", "mxfp4"):
+        (save_fp8 if family == "fp8" else save_mxfp4)(folder / "model")
+    else:
+        save_model(folder / "model", tiny_model(family, attention=None))
     raw = changed(raw, model__quantization=quantization, lora__variant=variant)
     run = Path(raw["run_dir"])
     run.mkdir()
@@ -91,6 +95,25 @@ def test_merged_onto_the_base_equals_original_weights_plus_adapter(variant: str,
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     original = load_adapters(plain, {"a": run / "adapter"})
     torch.testing.assert_close(logits(merged), logits(original), atol=5e-5, rtol=1e-5)  # fp32, as above
+
+
+@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
+def test_a_base_of_fp8_or_mxfp4_is_written_decoded_and_that_is_said(form: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, form)
+    trained = logits(load_adapters(quantized(tmp_path / "model"), {"a": run / "adapter"}))
+    # decoded by transformers, which leaves in bf16 what was not fp8
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).float()
+    original = logits(load_adapters(plain, {"a": run / "adapter"}))
+    assert (trained - original).abs().max() > 0.1
+    for onto, expected in (("dequantized", trained), ("base", original)):
+        report = merge(run, tmp_path / onto, onto=onto, dtype=torch.float32, compare=False)  # type: ignore[arg-type]
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / onto, dtype=torch.float32)
+        torch.testing.assert_close(logits(merged), expected, atol=5e-5, rtol=1e-5)  # fp32, as above
+        assert f"the base's files are {form}, these are decoded: float32" in describe(report)
+        assert "quantization_config" not in json.loads((tmp_path / onto / "config.json").read_text())
+    merge(run, tmp_path / "out", onto="base", compare=False)
+    files = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    assert {value.dtype for tensors in files for value in tensors.values()} == {torch.bfloat16}
 
 
 def test_sixteen_bit_weights_are_rounded_once_from_fp32(tmp_path: Path) -> None:

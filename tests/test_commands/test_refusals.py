@@ -166,7 +166,7 @@ def _other_towers(case: Case) -> int:
 
 def _experts(case: Case) -> int:
     shutil.rmtree(case.model)
-    tiny_model("gpt_oss", attention=None, num_key_value_heads=2, head_dim=16, num_local_experts=4).save_pretrained(
+    tiny_model("llama4_text", attention=None, num_key_value_heads=2, head_dim=16, num_local_experts=4).save_pretrained(
         case.model
     )
     return case.train()

@@ -1,4 +1,4 @@
-"""Runs with experts in 4 bits: ranks, strategies, resuming, the adapter in stock PEFT, the merged model."""
+"""Runs with experts in 4 bits, gpt-oss from MXFP4: ranks, strategies, resuming, the adapter in stock PEFT, merging."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.decoded import save_mxfp4
 from helpers.ranks import on_ranks
 from helpers.tiny_models import save_model, tiny_model
 from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs, metrics_of
@@ -27,7 +28,10 @@ from qlora_dist.train import expert_load, train
 def _inputs(folder: Path, family: str, experts: str, **sizes: Any) -> dict[str, Any]:
     raw = make_inputs(folder)
     shutil.rmtree(folder / "model")
-    save_model(folder / "model", tiny_model(family, attention=None, **sizes))
+    if family == "gpt_oss":
+        save_mxfp4(folder / "model")
+    else:
+        save_model(folder / "model", tiny_model(family, attention=None, **sizes))
     raw["train"] = {"steps": 4, "save_every": 2}
     raw["lora"]["experts"] = experts
     raw["data"]["eval"] = [{"path": str(folder / "held_out.json"), "format": "input-output"}]
@@ -42,12 +46,13 @@ def _train(raw: dict[str, Any], **changes: Any) -> str | None:
     return None
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral", "gpt_oss"])
 def trained(request: Any, tmp_path_factory: Any) -> dict[str, Any]:
     """A run of one process: with adapters on all of many experts, some of which have no token; with frozen experts."""
     kinds: dict[str, Any] = {
         "qwen3_moe": {"experts": "all", "num_experts": 32, "num_experts_per_tok": 2},
         "mixtral": {"experts": "shared"},
+        "gpt_oss": {"experts": "shared"},
     }
     raw = _inputs(tmp_path_factory.mktemp("mixture"), request.param, **kinds[request.param])
     assert _train(raw) is None
@@ -106,7 +111,7 @@ def test_the_adapter_gives_equal_logits_in_stock_peft(trained: dict[str, Any]) -
     settings = {"double_quant": True, "compute_dtype": torch.float32, "device": torch.device("cpu")}
     base = load_base(name, quantization="none", attention=INFERENCE, **settings)
     ours = load_adapters(base, {"one": folder})(ids).logits
-    stock = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).float()
     plain = stock(ids).logits
     theirs = PeftModel.from_pretrained(stock, str(folder))(ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -131,7 +136,9 @@ def test_merged_onto_dequantized_is_what_was_trained(trained: dict[str, Any], tm
     report = merge(trained["run_dir"], tmp_path / "out", onto="dequantized", dtype=torch.float32, compare=True)
     assert report.gaps["dequantized"] <= 1e-4 * report.logit_range
     assert report.gaps["base"] > 100 * report.gaps["dequantized"]
-    assert any(".experts.0." in key for key in load_file(tmp_path / "out/model.safetensors"))
+    keys = load_file(tmp_path / "out/model.safetensors").keys()
+    is_stacked = "gpt_oss" in (tmp_path / "out/config.json").read_text()
+    assert any((".experts.gate_up_proj" if is_stacked else ".experts.0.") in key for key in keys)
 
 
 @torch.no_grad()

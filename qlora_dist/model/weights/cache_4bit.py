@@ -20,6 +20,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ...cluster.file_lock import build_once
+from ...config.json_file import read_json_object
+from ...config.model_json import method_of
+from ...config.names import model_folder
 from ...config.quantization import Quantization
 from ...data.tokenizer import expanded, load_tokenizer, where_to_read
 from ...errors import MachineFailed, UserError
@@ -27,7 +30,7 @@ from ...files import check_manifest, folder_aside, identity, write_manifest
 from ...progress import track
 from ..bitsandbytes_import import bitsandbytes
 from ..experts import PackedExperts, packed_experts
-from ..pretrained import find_text_part, load_config, quantization_settings
+from ..pretrained import decoded_form, find_text_part, load_config, quantization_settings
 from .quantize import Range
 from .safetensors_files import file_digest
 from .sources import WeightSource, open_files, weight_paths
@@ -52,6 +55,7 @@ log = logging.getLogger(__name__)
 SHARD_BYTES = 512 * 2**20  # per file, which is in host memory twice while safetensors serializes it
 FORMAT = 1  # part of every fingerprint: increment it when the same inputs give another result
 INDEX = "model.safetensors.index.json"
+REQUANTIZED = "requantized"  # in its metadata: what was lost, of a model whose files were decoded
 
 
 def quantize_model(
@@ -85,6 +89,8 @@ def quantize_model(
     skeleton.model.text_part = part = find_text_part(name, revision)  # type: ignore[assignment]
     if part is not None:
         log.info("%s: %s", name, part.describe())
+    form = decoded_form(name, revision)
+    decoded = None if form is None else method_of(form)
     source, reason = match_files(skeleton, open_files(name, revision))
     if source is None:
         raise UserError(
@@ -100,7 +106,7 @@ def quantize_model(
     before = [identity(path.stat()) for path in paths]
     head = _head(name, revision)
     with write_errors(f"writing {out}", "No part of the model was kept"), folder_aside(out, replaces=False) as aside:
-        size = _write_weights(skeleton, source, tied, aside, device or torch.device("cpu"), shard_bytes)
+        size = _write_weights(skeleton, source, tied, aside, device or torch.device("cpu"), shard_bytes, decoded)
         _write_rest(skeleton, name, revision, aside)
         if [identity(path.stat()) for path in paths] != before:
             raise MachineFailed(
@@ -120,7 +126,13 @@ def _head(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def _write_weights(
-    skeleton: Skeleton, source: WeightSource, tied: set[str], folder: Path, device: torch.device, shard_bytes: int
+    skeleton: Skeleton,
+    source: WeightSource,
+    tied: set[str],
+    folder: Path,
+    device: torch.device,
+    shard_bytes: int,
+    decoded: str | None,
 ) -> int:
     weight_map: dict[str, str] = {}
     total = 0
@@ -139,7 +151,11 @@ def _write_weights(
         pending.update(tensors)
         total += size
     flush()
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if skeleton.losses is not None and decoded is not None:
+        assert skeleton.four_bit is not None
+        index["metadata"][REQUANTIZED] = skeleton.losses.describe(decoded, skeleton.four_bit.bnb_4bit_quant_type)
+        log.info("%s: %s", folder, index["metadata"][REQUANTIZED])
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return total
 
@@ -181,6 +197,16 @@ def _write_rest(skeleton: Skeleton, name: str, revision: str | None, folder: Pat
         GenerationConfig.from_pretrained(expanded(name), **source).save_pretrained(folder)
     with contextlib.suppress(UserError):  # a model may have no tokenizer
         load_tokenizer(name, revision).save_pretrained(folder)
+
+
+def copied_from(name: str) -> str | None:
+    """What a 4-bit copy says of the fp8 or MXFP4 files that it was made from; None for any other model."""
+    folder = model_folder(name)
+    path = None if folder is None else folder / INDEX
+    if path is None or not path.is_file():
+        return None
+    said = (read_json_object(path, str(path)).get("metadata") or {}).get(REQUANTIZED)
+    return said if isinstance(said, str) else None
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...config.quantization import BLOCK, NESTED_BLOCK
@@ -38,13 +40,17 @@ def shard_range(numel: int, rank: int, size: int) -> Range:
     return Range(min(numel, start * BLOCK), min(numel, stop * BLOCK))
 
 
-def quantize_range(codes: Tensor, read: Read, part: Range, quant_type: str, dtype: torch.dtype) -> Tensor:
+def quantize_range(
+    codes: Tensor, read: Read, part: Range, quant_type: str, dtype: torch.dtype, losses: Losses | None = None
+) -> Tensor:
     """Writes the packed codes of a part into `codes` (weights / 2, 1) uint8; returns its constants (blocks,) fp32.
 
-    Weights are rounded to `dtype` first, as in a loader that casts, then quantizes.
+    Weights are rounded to `dtype` first, as in a loader that casts, then quantizes. `losses` gets what it needs.
     """
     size, device = part.stop - part.start, codes.device
     absmax = torch.empty(-(-size // BLOCK), dtype=torch.float32, device=device)
+    if losses is not None:
+        losses.begin()
     for start in range(0, size, PIECE):
         stop = min(size, start + PIECE)
         weights = read(part.start + start, part.start + stop).to(device).to(dtype)
@@ -53,7 +59,63 @@ def quantize_range(codes: Tensor, read: Read, part: Range, quant_type: str, dtyp
         # CUDA kernels take the maximum by fmaxf, which skips NaN: a bad block would look sound
         is_bad = weights.isfinite().all().logical_not()
         absmax[start // BLOCK : -(-stop // BLOCK)] = state.absmax.masked_fill(is_bad, torch.nan)
+        if losses is not None:
+            losses.see(weights, packed, state)
     return absmax
+
+
+class Losses:
+    """What quantization changes in all weights together: the relative root mean square of the differences.
+
+    A block's weights are w, its codes mean q, and its constant is a, known only when all of the weight's are: the sum
+    of (w - a q)^2 follows from three sums over the block, which are kept meanwhile (3/64 fp32 per weight).
+    """
+
+    def __init__(self) -> None:
+        self.error = self.power = 0.0
+        self._sums: list[Tensor] = []  # (3, blocks) of a piece: w w, w q, q q
+
+    @property
+    def relative(self) -> float:
+        """Root mean square of the errors by that of the weights."""
+        return (self.error / self.power) ** 0.5 if self.power else 0.0
+
+    def describe(self, method: str, quantization: str) -> str:
+        """In words."""
+        return (
+            f"its {method} files were decoded and quantized again to {quantization}, which changes the weights by "
+            f"{self.relative:.2%} (root mean square of the differences, relative to that of all quantized weights)"
+        )
+
+    def begin(self) -> None:
+        """A weight, or a part of one."""
+        self._sums = []
+
+    def see(self, weights: Tensor, packed: Tensor, state: Any) -> None:
+        """A piece of it, and what it was quantized to."""
+        units = bitsandbytes.functional.QuantState(
+            absmax=torch.ones_like(state.absmax), shape=weights.shape, code=state.code, blocksize=BLOCK,
+            quant_type=state.quant_type, dtype=torch.float32,
+        )  # fmt: skip
+        q = bitsandbytes.functional.dequantize_4bit(packed, units).view(-1)
+        w, q = (F.pad(one.float(), (0, -len(one) % BLOCK)).view(-1, BLOCK) for one in (weights.view(-1), q))
+        self._sums.append(torch.stack([(w * w).sum(1), (w * q).sum(1), (q * q).sum(1)]))
+
+    def end(self, constants: Tensor) -> None:
+        """`constants` (blocks,) fp32: of what was seen, as they are dequantized."""
+        if self._sums:
+            ww, wq, qq = torch.cat(self._sums, dim=1).double()
+            a = constants.double()
+            self.error += float((ww - 2 * a * wq + a * a * qq).sum())
+            self.power += float(ww.sum())
+        self._sums = []
+
+
+def constants_of(state: Any) -> Tensor:
+    """(blocks,) fp32: the first-level constants with which a weight is dequantized."""
+    if not state.nested:
+        return state.absmax
+    return bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
 
 def make_state(

@@ -32,7 +32,7 @@ from ..base_weights import own_part, same_bits
 from ..bitsandbytes_import import bitsandbytes
 from ..experts import PackedExperts
 from ..forward import decoder_layers, gathered, plain_name, unwrap
-from .quantize import Range, make_state, quantize_range, shard_range
+from .quantize import Range, constants_of, make_state, quantize_range, shard_range
 from .sources import WeightSource
 from .stream import (
     Skeleton,
@@ -126,6 +126,9 @@ def load_sharded(
                 place(buffer, skeleton, source, name, module, attribute)
             task.add(size)
         finish(skeleton, source, tied, group.device)
+    if skeleton.losses is not None:
+        parts = group.gather_objects((skeleton.losses.error, skeleton.losses.power))
+        skeleton.losses.error, skeleton.losses.power = (sum(column) for column in zip(*parts, strict=True))
     model.sharded = Sharded(group, skeleton, source)
     check_sharding(model)
     return model
@@ -267,10 +270,17 @@ def _place_codes(
         settings = skeleton.four_bit
         assert settings is not None
         own = quantize_range(
-            codes, lambda start, stop: source.read(name, start, stop), part, layer.quant_type, skeleton.dtype
+            codes,
+            lambda start, stop: source.read(name, start, stop),
+            part,
+            layer.quant_type,
+            skeleton.dtype,
+            skeleton.losses,
         )
         absmax = group.gather(own, numel // BLOCK)
         state = make_state(absmax, layer.codes_shape, layer.quant_type, skeleton.dtype, layer.is_nested)
+        if skeleton.losses is not None:
+            skeleton.losses.end(constants_of(state)[part.start // BLOCK : part.stop // BLOCK])
     constants = state.absmax[part.start // BLOCK : part.stop // BLOCK].clone().view(torch.uint8)
     for attribute, local in (("weight", codes), ("absmax", constants)):
         empty = layer._parameters[attribute]

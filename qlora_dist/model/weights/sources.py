@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,9 @@ from ...config.names import model_folder
 from ...data.tokenizer import expanded, first_line, where_to_read
 from ...errors import UserError, shortened
 from ..experts import packed_experts
+from ..pretrained import decoded_form
 from ..text_part import TextPart
+from .decoded_files import DecodedFiles
 from .download import fetch
 from .safetensors_files import BadFile, WeightFiles
 
@@ -48,7 +51,10 @@ class WeightSource(Protocol):
 
 
 class FileSource:
-    """Weights of safetensors files under the model's names."""
+    """Weights of safetensors files under the model's names.
+
+    Of a transposed weight, one matrix stays in memory whole while its parts are read.
+    """
 
     def __init__(
         self,
@@ -57,13 +63,13 @@ class FileSource:
         transposed: frozenset[str],
         stacked: dict[str, Stack] | None = None,
     ) -> None:
-        """`key_of`: the model's name -> the files' key. `transposed`: stored (inputs, outputs). `stacked`: experts that
-        are one weight in the model and many in the files."""
+        """`key_of`: the model's name -> the files' key. `transposed`: whose matrices are stored the other way round.
+        `stacked`: experts that are one weight in the model and many in the files."""
         self._files = files
         self._key_of = key_of
         self._stacked = stacked or {}
         self._transposed = transposed
-        self._whole: tuple[str, Tensor] | None = None  # the transposed weight being read
+        self._turned = Turned()
         self.names = frozenset(key_of) | frozenset(self._stacked)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -71,13 +77,10 @@ class FileSource:
         if name in self._stacked:
             return self._stacked[name].shape
         shape = self._files.entries[self._key_of[name]].shape
-        return shape[::-1] if name in self._transposed and self.packed(name) is None else shape
+        return (*shape[:-2], shape[-1], shape[-2]) if name in self._transposed and self.packed(name) is None else shape
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements of a weight; its bytes if it is stored in 4 bits, which other tools may have saved as a float type.
-
-        A transposed weight stays in memory whole while its parts are read.
-        """
+        """Elements of a weight; its bytes if it is stored in 4 bits, which other tools may save as a float type."""
         if name in self._stacked:
             return self._stacked[name].read(self._files, start, stop)
         key = self._key_of[name]
@@ -85,13 +88,8 @@ class FileSource:
             return self._files.read_bytes(key, start, stop)
         if name not in self._transposed:
             return self._files.read(key, start, stop)
-        if self._whole is None or self._whole[0] != name:
-            stored = self._files.read(key).view(self._files.entries[key].shape)
-            self._whole = (name, stored.T.contiguous().view(-1))
-        part = self._whole[1][start:stop]
-        if stop == len(self._whole[1]):
-            self._whole = None
-        return part
+        stored = self._files.entries[key].shape
+        return self._turned.read(name, stored[-2:], start, stop, lambda first, last: self._files.read(key, first, last))
 
     def packed(self, name: str) -> dict[str, Tensor] | None:
         """absmax, quant_map, ... of a weight that is stored in 4 bits."""
@@ -104,6 +102,32 @@ class FileSource:
         return {
             other.removeprefix(key): self._files.read(other).view(self._files.entries[other].shape) for other in found
         }
+
+
+class Turned:
+    """Reads parts of weights whose matrices are stored transposed. Keeps the one matrix that is being read."""
+
+    def __init__(self) -> None:
+        self._of: tuple[str, int] | None = None  # a weight and the index of its matrix
+        self._matrix = torch.empty(0)
+
+    def read(
+        self, name: str, stored: tuple[int, ...], start: int, stop: int, read: Callable[[int, int], Tensor]
+    ) -> Tensor:
+        """(stop - start,) elements in the order of the transposed matrices; `stored` is the shape of a stored one."""
+        size = torch.Size(stored).numel()
+        pieces, position = [], start
+        while position < stop:
+            index, within = divmod(position, size)
+            if self._of != (name, index):
+                self._matrix = read(index * size, (index + 1) * size).view(stored).T.contiguous().view(-1)
+                self._of = name, index
+            end = min(size, within + stop - position)
+            pieces.append(self._matrix[within:end])
+            position += end - within
+        if stop % size == 0:
+            self._of, self._matrix = None, torch.empty(0)
+        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
 
 
 @dataclass(frozen=True)
@@ -152,7 +176,10 @@ class RandomSource:
     def __init__(self, model: nn.Module, config: PretrainedConfig, seed: int, device: torch.device) -> None:
         text = config.get_text_config()
         self._shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
-        self._shapes |= {name: tuple(packed.shape) for name, packed in packed_experts(model).items()}
+        packed = packed_experts(model)
+        self._shapes |= {name: tuple(one.shape) for name, one in packed.items()}
+        self._transposed = {name for name, one in packed.items() if one.is_transposed}
+        self._turned = Turned()
         self._residual = 1 / math.sqrt(2 * text.num_hidden_layers)
         self._norm = 0.0 if text.model_type.startswith("gemma") else 1.0  # Gemma's norms multiply by 1 + weight
         self._seed = seed
@@ -172,6 +199,12 @@ class RandomSource:
         if len(self._shapes[name]) < 2:
             value = 0.0 if name.endswith("bias") else self._norm
             return torch.full((stop - start,), value, device=self._device)
+        if name in self._transposed:  # the same numbers as of the model's own parameter
+            _, outputs, inputs = self._shapes[name]
+            return self._turned.read(name, (inputs, outputs), start, stop, lambda *part: self._draw(name, *part))
+        return self._draw(name, start, stop)
+
+    def _draw(self, name: str, start: int, stop: int) -> Tensor:
         std = 0.02 * (self._residual if _writes_residual(name) else 1.0)
         out = torch.empty(stop - start, device=self._device)
         first = start // RANDOM_CHUNK
@@ -198,7 +231,8 @@ def _writes_residual(name: str) -> bool:
 def open_files(name: str, revision: str | None = None) -> WeightFiles:
     """The safetensors files of a hub model or folder. Raises UserError when there are none or one is damaged."""
     try:
-        return WeightFiles(weight_paths(name, revision))
+        form, paths = decoded_form(name, revision), weight_paths(name, revision)
+        return WeightFiles(paths) if form is None else DecodedFiles(paths, form)
     except (OSError, BadFile) as error:
         raise UserError(f"model.name {name}: weights cannot be read ({first_line(error)})") from None
 

@@ -22,8 +22,9 @@ from transformers.quantizers import AutoHfQuantizer
 from ...errors import UserError
 from ...progress import track
 from ..bitsandbytes_import import bitsandbytes
-from ..experts import PackedExperts, pack_experts
-from .quantize import PIECE, Range, make_state, quantize_range
+from ..experts import PackedExperts, pack_experts, packed_experts
+from .decoded_files import DecodedFiles
+from .quantize import PIECE, Losses, Range, constants_of, make_state, quantize_range
 from .sources import FileSource, Stack, WeightSource, match_names, same_in_source
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Skeleton:
     model: PreTrainedModel
     quantizer: Any  # transformers' own; None for a plain base
     dtype: torch.dtype
+    losses: Losses | None = None  # where files are decoded: what quantizing them again changes
 
     @property
     def four_bit(self) -> BitsAndBytesConfig | None:
@@ -97,11 +99,16 @@ def match_files(skeleton: Skeleton, files: Any) -> tuple[FileSource | None, str 
     for target, origin in model.all_tied_weights_keys.items():
         if target in key_of and origin not in key_of:  # stored under the other name of a tied weight
             key_of[origin] = key_of.pop(target)
-    transposed = frozenset(
+    # the model's way round, unlike the files'
+    transposed = {
         f"{name}.weight" for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D
-    )
+    }
+    transposed |= {name for name, experts in packed_experts(model).items() if experts.is_transposed}
+    if isinstance(files, DecodedFiles):
+        transposed ^= {name for name, key in key_of.items() if key in files.transposed}
+        skeleton.losses = Losses()
     stacked = {name: stack for name, keys in names.stacks.items() if (stack := Stack.of(keys, files)) is not None}
-    return FileSource(files, key_of, transposed, stacked), None
+    return FileSource(files, key_of, frozenset(transposed), stacked), None
 
 
 def resolve_ties(model: PreTrainedModel, source: WeightSource) -> set[str]:
@@ -167,8 +174,12 @@ def read_4bit(codes: Tensor, source: WeightSource, name: str, layer: Any, skelet
         Range(0, torch.Size(shape).numel()),
         settings.bnb_4bit_quant_type,
         skeleton.dtype,
+        skeleton.losses,
     )
-    return make_state(absmax, shape, settings.bnb_4bit_quant_type, skeleton.dtype, settings.bnb_4bit_use_double_quant)
+    state = make_state(absmax, shape, settings.bnb_4bit_quant_type, skeleton.dtype, settings.bnb_4bit_use_double_quant)
+    if skeleton.losses is not None:
+        skeleton.losses.end(constants_of(state))
+    return state
 
 
 def read_experts(
@@ -200,8 +211,10 @@ def read_experts(
         def read(start: int, stop: int, first: int = expert * size) -> Tensor:
             return source.read(name, first + start, first + stop)
 
-        absmax = quantize_range(codes[row].view(-1, 1), read, Range(0, size), kind, skeleton.dtype)
+        absmax = quantize_range(codes[row].view(-1, 1), read, Range(0, size), kind, skeleton.dtype, skeleton.losses)
         state = make_state(absmax, shape, kind, skeleton.dtype, is_nested)
+        if skeleton.losses is not None:
+            skeleton.losses.end(constants_of(state))
         parts["absmax"][row] = state.absmax
         if is_nested:
             parts["nested_absmax"][row], parts["offset"][row] = state.state2.absmax, state.offset

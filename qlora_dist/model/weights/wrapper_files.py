@@ -20,6 +20,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from ...errors import UserError
 from ...progress import track
 from ..pretrained import expanded, where_to_read
+from .decoded_files import DecodedFiles
 from .safetensors_files import WeightFiles
 from .sources import match_names, open_files
 from .write_model import write_index, write_tensors
@@ -44,24 +45,26 @@ def write_wrapper(
     """
     files = open_files(name, revision)
     parts = _parts(model, name, files)
+    decoded = files.decoded if isinstance(files, DecodedFiles) else set()
     made: tuple[str, Tensor] | None = None  # the weight that parts are being taken from
 
     def tensor(key: str) -> Tensor:
         nonlocal made
         if key not in parts:
-            return files.read(key).view(files.entries[key].shape)
+            stored = files.read(key).view(files.entries[key].shape)
+            return stored.to(dtype) if key in decoded else stored
         part = parts[key]
         if made is None or made[0] != part.weight:
             made = None  # freed before the next is made
             made = part.weight, weight(part.weight)
         return made[1] if part.expert is None else made[1][part.expert].narrow(0, part.row, part.num_rows)
 
-    empty_of = {
-        key: torch.empty(
-            entry.shape, dtype=dtype if key in parts and entry.dtype.is_floating_point else entry.dtype, device="meta"
-        )
+    changed = parts.keys() | decoded
+    types = {
+        key: dtype if key in changed and entry.dtype.is_floating_point else entry.dtype
         for key, entry in files.entries.items()
     }
+    empty_of = {key: torch.empty(entry.shape, dtype=types[key], device="meta") for key, entry in files.entries.items()}
     with track("writing tensor", len(empty_of)) as task:
         for path in files.paths:
             empty = {key: empty_of[key] for key, entry in files.entries.items() if entry.path == path}
@@ -111,6 +114,7 @@ def _write_config(model: PreTrainedModel, name: str, revision: str | None, folde
     config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
     for part in (config, config.get("text_config") or {}):
         part.pop("torch_dtype", None)
+        part.pop("quantization_config", None)  # of files that were decoded
         part["dtype"] = str(dtype).removeprefix("torch.")
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if model.generation_config is not None:

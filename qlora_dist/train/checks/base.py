@@ -26,6 +26,7 @@ from ...model import (
     unwrap,
 )
 from ...model.check_config import build_on_meta
+from ...model.experts import expert_matrices
 from ...model.weights.original import (
     has_quantized_files,
     read_source_expert,
@@ -81,7 +82,7 @@ def promised_base_bytes(
     stacked = {  # id of a weight of stacked experts -> their number
         id(parameter): len(parameter)
         for experts in stacked_experts(model).values()
-        for parameter in experts.parameters(recurse=False)
+        for parameter, _ in expert_matrices(experts)
         if quantization in ("nf4", "fp4")
     }
     matrices = constants = vectors = nested = 0
