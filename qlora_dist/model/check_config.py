@@ -23,7 +23,7 @@ from ..config.quantization import BLOCK, Quantization
 from ..data.tokenizer import first_line
 from ..errors import UserError
 from .attention import PROBE, Call, probing
-from .experts import EXPERT_WEIGHTS, linear_shape, stacked_experts
+from .experts import EXPERT_WEIGHTS, expert_matrices, linear_shape, stacked_experts
 from .forward import is_conv1d, linear_layers
 from .pretrained import check_cpu_shapes, check_weight_files, load_whole_config
 from .text_part import check_wrapper, text_config_of, text_part_of
@@ -72,6 +72,13 @@ def check_config(
         raise UserError(
             f"model.name {name}: lora.experts is all, but {config.model_type} has no stacked experts of the form "
             "that is held in 4 bits; set lora.experts=shared"
+        )
+    if experts == "all" and any(
+        is_transposed for one in stacked_experts(model).values() for _, is_transposed in expert_matrices(one)
+    ):
+        raise UserError(
+            f"model.name {name}: lora.experts is all, but {config.model_type} stores its experts' matrices (inputs, "
+            "outputs), on which adapters are not supported; set lora.experts=shared"
         )
     if quantization != "none":
         _check_experts(name, model, quantization, device_type)
