@@ -209,18 +209,19 @@ class _Enter(torch.autograd.Function):
         with torch.enable_grad():
             inner = grown.detach().requires_grad_()
             act = experts.apply_gate(inner)
-        of_down = of_up = (None, None)
+        of_down: tuple[Tensor | None, Tensor | None] = (None, None)
+        of_up: tuple[Tensor | None, Tensor | None] = (None, None)
         if down is not None:
             weighted = act.detach() * weights.reshape(-1)[order][:, None]
             of_down = _through_down(down, weighted, grad_rows, grad_act, counts)
             del grad_rows, weighted
         grad_weights = grad_x = None
         if needs_weights:  # the router is frozen, but what it reads is not
-            dots = torch.linalg.vecdot(grad_act, act.detach())
+            of_slots = torch.linalg.vecdot(grad_act, act.detach())
             if experts.down_proj_bias is not None:
-                dots += (grads[0] @ experts.down_proj_bias.t())[_places(order, counts, top_k)]
-            dots = dots.to(weights.dtype)
-            grad_weights = torch.empty_like(dots).index_copy_(0, order, dots).view(weights.shape)
+                of_slots += (grads[0] @ experts.down_proj_bias.t())[_places(order, counts, top_k)]
+            of_slots = of_slots.to(weights.dtype)
+            grad_weights = torch.empty_like(of_slots).index_copy_(0, order, of_slots).view(weights.shape)
         if needs_x or up is not None:
             grad_act.mul_(weights.reshape(-1)[order][:, None])
             (grad_grown,) = torch.autograd.grad(act, inner, grad_act)

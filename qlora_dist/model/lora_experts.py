@@ -66,7 +66,7 @@ def wrappable_experts(model: nn.Module) -> Iterator[None]:
         _replace(model, _StandIn, lambda one: one.real[0])
         for module in model.modules():
             if isinstance(module, ParamWrapper) and isinstance(_innermost(module), Experts4bit):
-                module.forward = MethodType(_forward, module)
+                module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
 
 
 def _replace(model: nn.Module, kind: type, other: Any) -> None:

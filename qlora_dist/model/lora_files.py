@@ -151,7 +151,8 @@ def read_adapter(folder: str | Path, part: TextPart | None = None) -> tuple[Lora
         a, b, magnitude = (own.get(kind) for kind in ("A", "B", "magnitude_vector"))
         shapes = {f"lora_{kind}": tuple(tensor.shape) for kind, tensor in own.items()}
         is_whole = a is not None and b is not None and a.ndim == b.ndim == 2 and len(a) == b.shape[1]
-        is_whole = is_whole and (len(a) % config.r == 0 if name in of_experts else len(a) == config.r)
+        if a is not None and is_whole:
+            is_whole = len(a) % config.r == 0 if name in of_experts else len(a) == config.r
         if not is_whole or (magnitude is not None) != bool(config.use_dora):
             r = f"{config.r} x experts" if name in of_experts else f"{config.r}"
             raise UserError(

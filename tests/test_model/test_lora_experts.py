@@ -173,6 +173,8 @@ def test_keys_and_shapes_are_pefts_and_the_file_is_read_back(folder: Path, tmp_p
     assert len(weights) == 2 * 2 + 4
     _, layers = read_adapter(tmp_path)
     assert {name.rpartition(".")[2] for name in layers} == {"q_proj", *EXPERT_WEIGHTS}
+    outputs = {name.rpartition(".")[2]: len(factors.b) for name, factors in layers.items()}
+    assert [outputs[name] for name in EXPERT_WEIGHTS] == [getattr(experts, name).shape[1] for name in EXPERT_WEIGHTS]
     batch = random_batch((9, 6))
     with torch.no_grad():
         again = load_adapters(base_of(folder), {"one": tmp_path, "two": tmp_path})

@@ -133,7 +133,7 @@ def check_storage(
     """
     base = unwrap(model)
     skipped = _skipped_modules(load_config(name, revision))
-    narrow = {  # name -> (kind, weight, bytes of an element that are allowed)
+    narrow: dict[str, tuple[str, Any, int]] = {  # name -> (kind, weight, bytes of an element that are allowed)
         f"{key}.weight": ("linear layer", layer.weight, 1)
         for key, layer in linear_layers(base).items()
         if quantization != "none" and "lora_" not in key and not any(part in key for part in skipped)
