@@ -34,7 +34,7 @@ def write_wrapper(model: PreTrainedModel, name: str, revision: str | None, folde
     files = open_files(name, revision)
     changed = _changed(model, name, files)
     total = 0
-    dtype = model.config.dtype
+    dtype: Any = model.config.dtype
     for path in files.paths:
         tensors = {
             key: changed[key].contiguous() if key in changed else _kept(files, key, dtype)
