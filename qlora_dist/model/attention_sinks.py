@@ -107,7 +107,9 @@ def largest_gap(device: torch.device, dtype: torch.dtype, head_dim: int) -> floa
     for left in (-1, 15):
         found = []
         for is_plain in (False, True):
-            inputs = [one.detach().to(torch.float32 if is_plain else dtype).requires_grad_() for one in (*drawn, sinks)]
+            inputs: Any = [
+                one.detach().to(torch.float32 if is_plain else dtype).requires_grad_() for one in (*drawn, sinks)
+            ]
             if is_plain:
                 out = plain_math(*inputs, lengths, head_dim**-0.5, left)
             else:
