@@ -148,7 +148,7 @@ def adapted_linears(shapes: ModelShapes, target_modules: str | tuple[str, ...]) 
     names = [
         [f"{shapes.layer_prefix}.{index}.{linear.name}" for linear in layer] for index, layer in enumerate(linears)
     ]
-    chosen = set(resolve_targets([name for layer in names for name in layer], target_modules))
+    chosen = set(resolve_targets([name for layer in names for name in layer], target_modules, shapes.family))
     return [
         frozenset(linear.name for name, linear in zip(own, layer) if name in chosen)
         for own, layer in zip(names, linears)

@@ -68,7 +68,7 @@ def check_config(
     text_part_of(name, whole)
     model = build_on_meta(name, config)
     layers = linear_layers(model)
-    resolve_targets(tuple(layers), target_modules)
+    resolve_targets(tuple(layers), target_modules, config.model_type)
     if quantization != "none":
         _check_experts(name, model, quantization, device_type)
     if quantization in ("nf4", "fp4") and device_type == "cpu":

@@ -58,7 +58,7 @@ def attach_lora(
     `device` is where adapters live; None: where their layers' weights are, which may be host memory (offloaded bases).
     Raises UserError when a name in target_modules matches nothing or init_from does not fit.
     """
-    names = resolve_targets(tuple(linear_layers(model)), target_modules)
+    names = resolve_targets(tuple(linear_layers(model)), target_modules, unwrap(model).config.model_type)
     config = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]

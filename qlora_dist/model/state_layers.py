@@ -186,7 +186,8 @@ def _with_gradients(function: Callable[..., Any], args: Any, keywords: dict[str,
         weights = torch.linspace(-1, 1, first.numel(), device=first.device).view(first.shape)
         inputs = [one for one in copies if isinstance(one, Tensor) and one.requires_grad]
         gradients = torch.autograd.grad((first.float() * weights).sum(), inputs, allow_unused=True)
-    return [first.detach(), *(one for one in gradients if one is not None)]
+    zeros = (torch.zeros_like(one) if gradient is None else gradient for one, gradient in zip(inputs, gradients))
+    return [first.detach(), *zeros]
 
 
 def _gap(found: Tensor, expected: Tensor) -> float:
