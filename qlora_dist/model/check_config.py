@@ -215,7 +215,7 @@ def _check_packing(name: str, model: PreTrainedModel, text: PretrainedConfig) ->
             f"model.name {name}: {text.model_type} puts more into its attention mask than boundaries and windows can "
             f"express (transformers has no flash attention for it); {advice}"
         )
-    calls = _probe(model)
+    calls = _probe(name, model)
     if calls is None:
         return  # part of it cannot run without storage: `check_head` repeats the test on the loaded model
     # "hybrid" layers have attention beside a layer with state
@@ -250,7 +250,7 @@ def _carriers(model: PreTrainedModel, kinds: list[str]) -> list[str]:
     return sorted(unknown)
 
 
-def _probe(model: PreTrainedModel) -> list[Call] | None:
+def _probe(name: str, model: PreTrainedModel) -> list[Call] | None:
     tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     keywords: dict[str, Any] = {
         "input_ids": tokens,
@@ -258,7 +258,7 @@ def _probe(model: PreTrainedModel) -> list[Call] | None:
         "use_cache": False,
         "packed": PackedDocuments("sdpa", (2, 2), torch.zeros(3, dtype=torch.int32, device="meta"), 2),
     }
-    with probing() as calls, requires_calls(model), torch.no_grad():
+    with probing() as calls, requires_calls(model, f"model.name {name}"), torch.no_grad():
         try:
             model.base_model(**keywords)
         except (RuntimeError, NotImplementedError) as error:

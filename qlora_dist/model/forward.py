@@ -159,12 +159,12 @@ def _check_state(base: PreTrainedModel, model: nn.Module) -> None:
     tokens = (7 + 13 * torch.arange(sum(lengths), device=computing_device(base))) % vocabulary
     both = packed_documents(tokens, lengths)
     parts = [packed_documents(part, (len(part),)) for part in tokens.split(lengths)]
-    with evaluation_mode(model), requires_calls(base):
+    family, tolerance = type(base).__name__, rounding(base)
+    with evaluation_mode(model), requires_calls(base, family):
         hidden = hidden_states(model, both).float()
         alone = torch.cat([hidden_states(model, part) for part in parts]).float()
-    with training_mode(model), requires_calls(base):
+    with training_mode(model), requires_calls(base, family):
         trained = hidden_states(model, both).float()
-    family, tolerance = type(base).__name__, rounding(alone, base)
     if differ(hidden, alone, tolerance):
         raise UserError(
             f"{family} lets the state of a layer pass from a packed document into the next (hidden states differ by "
@@ -177,7 +177,7 @@ def _check_state(base: PreTrainedModel, model: nn.Module) -> None:
         )
 
 
-def rounding(values: Tensor, base: PreTrainedModel) -> float:
+def rounding(base: PreTrainedModel) -> float:
     """How far two orders of summation may differ, as a part of the largest value: the rounding error of sums of as many
     terms as the state and hidden sizes have, through all layers; at most that of 16 bits."""
     dtype = next(one.dtype for one in base.parameters() if one.is_floating_point())

@@ -255,7 +255,7 @@ def lengths_to_check(model: nn.Module) -> tuple[int, int] | None:
 
 
 @contextmanager
-def requires_calls(model: nn.Module) -> Iterator[None]:
+def requires_calls(model: nn.Module, what: str) -> Iterator[None]:
     """Raises UserError if inside a mixer's projection is not called as a module: its 4-bit form and its adapter live in
     that call."""
     expected = {
@@ -274,7 +274,7 @@ def requires_calls(model: nn.Module) -> Iterator[None]:
     passed_over = [name for name, module in expected.items() if id(module) not in called]
     if passed_over:
         raise UserError(
-            f"{passed_over[0]} is not called as a module ({len(passed_over)} of {len(expected)} projections of layers "
+            f"{what}: {passed_over[0]} is not called as a module ({len(passed_over)} of {len(expected)} projections of layers "
             "with state): its weight is read directly, which works neither in 4 bits nor with an adapter; use another "
             "base model"
         )

@@ -189,6 +189,14 @@ WRAPPED_ALSO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"vision_config": _PATCHES, "image_token_id": 99, "pad_token_id": 0},
     ),
 }
+_QWEN3_5: dict[str, Any] = {
+    "vision_config": {**_QWEN_VISION, **_VISION, "out_hidden_size": 64, "num_position_embeddings": 16},
+}
+# ... whose text model has layers with state
+WRAPPED_HYBRIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen3_5": (HYBRIDS["qwen3_5_text"], _QWEN3_5),
+    "qwen3_5_moe": (HYBRIDS["qwen3_5_moe_text"], _QWEN3_5),
+}
 # in the names of their weights outside of the text model
 OTHER_TOWERS = ("vision", "visual", "multi_modal_projector", "connector", "image_newline")
 
@@ -207,7 +215,7 @@ def tiny_model(family: str = "llama", attention: str | None = PACKED, seed: int 
 
 def tiny_wrapper(family: str, seed: int = 0, tied: bool | None = None, **changes: Any) -> PreTrainedModel:
     """A random fp32 model around a text model, in eval mode. `changes` are of the text model; `tied` of the whole."""
-    text, rest = (WRAPPED | WRAPPED_ALSO)[family]
+    text, rest = (WRAPPED | WRAPPED_ALSO | WRAPPED_HYBRIDS)[family]
     config = AutoConfig.for_model(family, text_config={**text, **changes}, **rest)
     if tied is not None:
         config.tie_word_embeddings = tied
