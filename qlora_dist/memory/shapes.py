@@ -43,6 +43,15 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Traced:
+    """Where a layer is whose bytes are traced, for want of a tape."""
+
+    name: str
+    revision: str | None
+    index: int  # the first layer of its kind
+
+
+@dataclass(frozen=True)
 class LayerKind:
     """What differs between the decoder layers of some models."""
 
@@ -52,6 +61,7 @@ class LayerKind:
     num_heads: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0
+    traced: Traced | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,7 @@ class ModelShapes:
     is_exact: bool = True  # False: measured on the meta device, layers assumed to work like Llama's
     unknown: str = ""  # what of a layer is not planned at all, in words
     experts: Experts | None = None  # of one layer, beside `linears`
+    traced: Traced | None = None  # of one layer, where its bytes are traced
     layers: tuple[LayerKind, ...] = ()  # of each layer, where they differ; the first is also in the fields above
 
     def at(self, index: int) -> ModelShapes:

@@ -8,8 +8,8 @@ as they are and see the whole row at once: each weight is dequantized once, each
 
     kernel   on CUDA, where flash-linear-attention, causal-conv1d or mamba-ssm are installed, one call with borders;
              used when it gave, on the first row, what one call for each group of documents gave, gradients included
-    groups   anywhere: documents whose lengths round up to the same multiple of STEP share one call as a batch. What is
-             appended to the shorter ones comes after their last token, where no result of theirs can depend on it
+    groups   anywhere: documents of like length share one call as a batch. What is appended to the shorter ones comes
+             after their last token, where no result of theirs can depend on it, and less than doubles them
 
 Nothing is taken on trust here: `check_head` compares packed documents with documents alone on the loaded model.
 """
@@ -34,7 +34,8 @@ from .attention import PackedDocuments
 
 log = logging.getLogger(__name__)
 
-STEP = 64  # tokens: the chunk of the gated delta rule, which pads each document to a multiple of it by itself
+CHUNK = 64  # tokens: of the gated delta rule, which does not name it
+LEAST_CHUNK = 16  # of matrix products in kernels
 TOLERANCE = 0.03  # of a kernel against the groups: what 16-bit rounding explains, as a part of the largest value
 
 
@@ -107,6 +108,7 @@ class _Apart:
 
     def __init__(self, function: Callable[..., Any], name: str, mixer: nn.Module, current: _Current) -> None:
         self.function, self.name, self.mixer, self.current = function, name, mixer, current
+        self.takes_chunk = "chunk_size" in inspect.signature(function).parameters
         self.axis = 2 if "conv1d" in name else 1  # of time: convolutions take (1, C, T), scans (1, T, ...)
 
     def __call__(self, *args: Any, packed: object = None, **keywords: Any) -> Any:
@@ -135,9 +137,11 @@ class _Apart:
         num_tokens = sum(documents.lengths)
         split = [self._split(value, num_tokens, groups, order) for value in [*args, *keywords.values()]]
         results = []
-        for own in zip(*split, strict=True):
-            result = self.function(*own[: len(args)], **dict(zip(keywords, own[len(args) :], strict=True)))
-            results.append(result)
+        for (_, longest), own in zip(groups, zip(*split, strict=True), strict=True):
+            named = dict(zip(keywords, own[len(args) :], strict=True))
+            if self.takes_chunk:  # a scan appends to whole chunks, by itself
+                named["chunk_size"] = min(named.get("chunk_size", CHUNK), max(LEAST_CHUNK, _power(longest)))
+            results.append(self.function(*own[: len(args)], **named))
         firsts = [result[0] if isinstance(result, tuple) else result for result in results]
         flat = [first.transpose(self.axis, 1).flatten(0, 1) for first in firsts]
         whole = (flat[0] if len(flat) == 1 else torch.cat(flat))[None]
@@ -217,15 +221,21 @@ def _groups(documents: PackedDocuments, device: torch.device) -> tuple[_Shapes, 
     return groups, documents.windows["order"], documents.windows["inverse"]
 
 
+def _power(length: int) -> int:
+    """The next power of two."""
+    return 1 << (length - 1).bit_length()
+
+
 @lru_cache(maxsize=32)
 def _grouped(lengths: tuple[int, ...]) -> tuple[_Shapes, Tensor | None, Tensor | None]:
-    by_steps: dict[int, list[int]] = {}
+    alike: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
-        by_steps.setdefault(-(-length // STEP), []).append(index)
+        whole = _power(length) if length < CHUNK else -(-length // CHUNK) * CHUNK
+        alike.setdefault(whole, []).append(index)
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
     inverse = torch.empty(sum(lengths), dtype=torch.int64)
     groups, parts, offset = [], [], 0
-    for _, members in sorted(by_steps.items()):
+    for _, members in sorted(alike.items()):
         longest = max(lengths[index] for index in members)
         for index in members:
             own = torch.arange(longest).clamp(max=lengths[index] - 1) + starts[index]
@@ -247,7 +257,7 @@ def lengths_to_check(model: nn.Module) -> tuple[int, int] | None:
     mixers = state_mixers(model)
     if not mixers:
         return None
-    sizes = [STEP]
+    sizes = [CHUNK]
     for mixer in mixers.values():
         sizes += [value for name, value in vars(mixer).items() if "chunk_size" in name and isinstance(value, int)]
         sizes += [child.kernel_size[0] for child in mixer.children() if isinstance(child, nn.Conv1d)]

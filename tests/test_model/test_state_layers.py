@@ -159,7 +159,11 @@ def test_the_config_alone_admits_the_family(family: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("lengths", "groups"),
-    [((5, 64, 65), ((2, 64), (1, 65))), ((70, 70), ((2, 70),)), ((3, 200, 3, 220), ((2, 3), (2, 220)))],
+    [
+        ((5, 6, 64, 65, 100), ((2, 6), (1, 64), (2, 100))),
+        ((70, 70), ((2, 70),)),
+        ((3, 200, 4, 1, 220), ((1, 1), (2, 4), (2, 220))),
+    ],
 )
 def test_documents_of_like_length_share_a_call(lengths: tuple[int, ...], groups: Any) -> None:
     found, order, inverse = state_layers._grouped(lengths)
@@ -168,6 +172,7 @@ def test_documents_of_like_length_share_a_call(lengths: tuple[int, ...], groups:
         assert len(set(lengths)) == 1
     else:
         assert torch.equal(order[inverse], torch.arange(sum(lengths)))
+        assert len(order) < 2 * sum(lengths)
 
 
 @pytest.mark.parametrize("lengths", [(9,), (3, 3, 3), (1, 2, 65, 64, 1)])
