@@ -3,10 +3,10 @@
 For families with state layers, whose functions over time are many small operations. The layer is the one that
 training runs: 4-bit base, adapters with their forward pass, packed attention, documents apart; its row is one document.
 
-A scan runs the same operations for every chunk of a row, so a trace of thousands of tokens takes minutes. Two short rows
-are traced instead, SHORT and LONG. An operation of one that is also in the other (counted from the start or from the
-end: the longer row has more turns of a loop in between) leaves a + b T bytes alive, and a longer row's peak is the
-largest of these.
+A scan runs the same operations for every chunk of a row, so a trace of thousands of tokens takes minutes. Three short
+rows are traced instead. An operation of one that is also in the others (counted from the start or from the end: longer
+rows have more turns of a loop in between) leaves a + b T + c T^2 bytes alive (a scan may relate each chunk to each), and
+the peak of a longer row is the largest of these. Of N rows it is a + N (b T + c T^2).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .tape import Live
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
-SHORT, LONG = 256, 512  # tokens: whole chunks of every family
+ROWS = (256, 512, 768)  # tokens: whole chunks of every family
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class _Trace:
     forward: list[tuple[str, int]]  # (operation, bytes alive after it, without the input)
     num_needed: int  # operations until all that is saved is there: where a recomputation stops
     backward: list[tuple[str, int]]  # ... with what is saved, and the gradient of the output
+    early: int  # gradients beside the output's when the backward pass first asks for what is saved: then it recomputes
     saved: int
     sizes: tuple[int, ...]
     keeps_input: bool
@@ -52,36 +53,45 @@ class _Trace:
 @lru_cache(maxsize=1024)
 def traced_bytes(traced: Traced, settings: LayerSettings, has_grad_input: bool) -> LayerBytes:
     """Bytes of one layer."""
+    length = min(settings.longest or settings.tokens, settings.tokens)
+    num_rows = settings.tokens / length
     alike = replace(settings, tokens=0, longest=0)
-    if settings.tokens <= LONG:
-        one = other = _trace(traced, alike, has_grad_input, settings.tokens)
-    else:
-        one, other = (_trace(traced, alike, has_grad_input, tokens) for tokens in (SHORT, LONG))
+    is_short = num_rows == 1 and length <= ROWS[-1]
+    one, two, three = (_trace(traced, alike, has_grad_input, length if is_short else tokens) for tokens in ROWS)
 
-    def at(first: int, second: int) -> int:
-        return second + (second - first) * (settings.tokens - LONG) // (LONG - SHORT) if one is not other else second
+    def at(first: int, second: int, third: int) -> int:
+        """The value for these rows of a quantity of the traced ones."""
+        if is_short:
+            return first
+        step = ROWS[1] - ROWS[0]
+        bend = (third - 2 * second + first) / (2 * step**2)
+        slope = (second - first) / step - bend * (ROWS[0] + ROWS[1])
+        fixed = first - slope * ROWS[0] - bend * ROWS[0] ** 2
+        return round(fixed + num_rows * (slope * length + bend * length**2))
 
-    saved = at(one.saved, other.saved)
-    backward = _peak(one.backward, other.backward, at)
+    def peak(*rows: list[tuple[str, int]]) -> int:
+        """The largest value of all operations that all rows have."""
+        found = []
+        for alike in (rows, [row[::-1] for row in rows]):
+            for operations in zip(*alike, strict=False):
+                if len({name for name, _ in operations}) > 1:
+                    break
+                found.append(at(*(size for _, size in operations)))
+        return max(found, default=0)
+
+    traces = (one, two, three)
+    saved = at(*(trace.saved for trace in traces))
+    backward = peak(*(trace.backward for trace in traces))
     return LayerBytes(
         saved=Live(saved),
-        saved_sizes=tuple(size * saved // max(1, other.saved) for size in other.sizes),
-        kept_input=settings.tokens * _width(traced) * settings.compute_size if other.keeps_input else 0,
-        forward_peak=Live(_peak(one.forward, other.forward, at)),
-        recompute_peak=Live(_peak(one.forward[: one.num_needed], other.forward[: other.num_needed], at)),
+        saved_sizes=tuple(size * saved // max(1, three.saved) for size in three.sizes),
+        kept_input=settings.tokens * _width(traced) * settings.compute_size if three.keeps_input else 0,
+        forward_peak=Live(peak(*(trace.forward for trace in traces))),
+        recompute_peak=Live(
+            peak(*(trace.forward[: trace.num_needed] for trace in traces)), at(*(trace.early for trace in traces))
+        ),
         backward_peak=Live(saved, max(0, backward - saved)),
     )
-
-
-def _peak(one: list[tuple[str, int]], other: list[tuple[str, int]], at: Callable[[int, int], int]) -> int:
-    """The largest value of all operations that both rows have, at the tokens of `at`."""
-    peaks = []
-    for first, second in ((one, other), (one[::-1], other[::-1])):
-        for (name, size), (same, more) in zip(first, second, strict=False):
-            if name != same:
-                break
-            peaks.append(at(size, more))
-    return max(peaks, default=0)
 
 
 def _width(traced: Traced) -> int:
@@ -179,8 +189,14 @@ def _measure(layer: Callable[[Tensor], Tensor], x: Tensor, live: LiveBytes, toke
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
+    alive_at_first: list[int] = []
+
+    def hand_out(tensor: Tensor) -> Tensor:
+        alive_at_first.append(live.total)
+        return tensor
+
     live.timeline = forward
-    with saved_tensors_hooks(note, lambda tensor: tensor):
+    with saved_tensors_hooks(note, hand_out):
         y = layer(x)
     saved = live.total - start - y.nbytes
     live.timeline = backward = []
@@ -193,6 +209,7 @@ def _measure(layer: Callable[[Tensor], Tensor], x: Tensor, live: LiveBytes, toke
         forward=[(name, size - start) for name, size in forward],
         num_needed=num_needed,
         backward=[(name, size - start - y.nbytes) for name, size in backward],
+        early=max(0, alive_at_first[0] - start - y.nbytes - saved - x.nbytes) if alive_at_first else 0,
         saved=saved,
         sizes=(*sizes, max(0, saved - sum(sizes))),
         keeps_input=x.untyped_storage()._cdata in kept,
