@@ -15,7 +15,7 @@ from .shapes import Experts, LayerKind, Linear, ModelShapes, Traced
 
 def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
     """Exact weight counts, summed over kinds of layers; a layer is assumed to save the input and output of each linear
-    layer, and to run its experts as `model.experts` does. Families with state layers are traced (`memory.traced_layer`).
+    layer, and to run its experts as `model.experts` does. Those of families with state are traced (`traced_layer`).
 
     `unknown` names what is in a layer besides linear layers, experts and vectors: its activations are not planned.
     Raises UserError for what is not a decoder-only causal language model.
@@ -62,7 +62,9 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
     )
 
 
-def _traced(name: str, revision: str | None, kinds: tuple[LayerKind, ...], types: Sequence[str]) -> tuple[LayerKind, ...]:
+def _traced(
+    name: str, revision: str | None, kinds: tuple[LayerKind, ...], types: Sequence[str]
+) -> tuple[LayerKind, ...]:
     """Each layer's kind with the first layer of that kind, from which its bytes are traced."""
     first: dict[tuple[LayerKind, str], int] = {}
     for index, kind in enumerate(kinds):

@@ -5,7 +5,7 @@ training runs: 4-bit base, adapters with their forward pass, packed attention, d
 
 A scan runs the same operations for every chunk of a row, so a trace of thousands of tokens takes minutes. Three short
 rows are traced instead. An operation of one that is also in the others (counted from the start or from the end: longer
-rows have more turns of a loop in between) leaves a + b T + c T^2 bytes alive (a scan may relate each chunk to each), and
+rows have more turns of a loop in between) leaves a + b T + c T^2 bytes alive (a scan may relate each chunk to all), and
 the peak of a longer row is the largest of these. Of N rows it is a + N (b T + c T^2).
 """
 
@@ -23,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..data.packing import Batch
 from ..model import decoder_layers, hidden_states, load_config
+from ..model.dropout import dropout_rows
 from ..model.lora import attach_lora
 from ..model.meta import empty_base, fill_empty
 from .layers import LayerBytes, LayerSettings
@@ -107,6 +108,7 @@ def _trace(traced: Traced, settings: LayerSettings, has_grad_input: bool, tokens
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
+        dropout_rows(model).rows = ((tokens, 0),)
         x, layer = _input_of(model, tokens, has_grad_input)
         with torch.no_grad():
             layer(x)  # for what the first call leaves behind: masks, indices
@@ -199,7 +201,8 @@ def _measure(layer: Callable[[Tensor], Tensor], x: Tensor, live: LiveBytes, toke
     with saved_tensors_hooks(note, hand_out):
         y = layer(x)
     saved = live.total - start - y.nbytes
-    live.timeline = backward = []
+    backward: list[tuple[str, int]] = []
+    live.timeline = backward
     if y.requires_grad:
         torch.autograd.backward([y], [torch.empty_like(y)])
     live.timeline = None

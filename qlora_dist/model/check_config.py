@@ -232,7 +232,9 @@ def _check_packing(name: str, model: PreTrainedModel, text: PretrainedConfig) ->
             f"model.name {name}: only {num_apart(model)} of {len(state_mixers(model))} layers of {text.model_type} "
             f"with state call functions that can be given borders of documents; {advice}"
         )
-    if kinds and [kind == "sliding_attention" for kind in attending] != [call.sliding_window is not None for call in good]:
+    if kinds and [kind == "sliding_attention" for kind in attending] != [
+        call.sliding_window is not None for call in good
+    ]:
         raise UserError(
             f"model.name {name}: {text.model_type} does not pass its sliding windows to attention; {advice}"
         )

@@ -94,7 +94,7 @@ def _bind(mixer: nn.Module, current: _Current) -> None:
         forward.__closure__,
     )
     own.__kwdefaults__ = forward.__kwdefaults__
-    mixer.forward = MethodType(own, mixer)  # type: ignore[method-assign]
+    mixer.forward = MethodType(own, mixer)
 
 
 def num_apart(model: Any) -> int:
@@ -156,9 +156,7 @@ class _Apart:
         row = value.transpose(self.axis, 1)
         row = (row if order is None else row.index_select(1, order)).squeeze(0)
         parts = row.split([count * longest for count, longest in groups])
-        return [
-            part.unflatten(0, group).transpose(self.axis, 1) for part, group in zip(parts, groups, strict=True)
-        ]
+        return [part.unflatten(0, group).transpose(self.axis, 1) for part, group in zip(parts, groups, strict=True)]
 
     def _is_kernel_exact(self, args: Any, keywords: dict[str, Any], documents: PackedDocuments) -> bool:
         """Whether one call with borders gives what the groups give, forward and backward. The answer is logged."""
@@ -284,7 +282,7 @@ def requires_calls(model: nn.Module, what: str) -> Iterator[None]:
     passed_over = [name for name, module in expected.items() if id(module) not in called]
     if passed_over:
         raise UserError(
-            f"{what}: {passed_over[0]} is not called as a module ({len(passed_over)} of {len(expected)} projections of layers "
-            "with state): its weight is read directly, which works neither in 4 bits nor with an adapter; use another "
+            f"{what}: {passed_over[0]} is not called as a module ({len(passed_over)} of {len(expected)} projections of "
+            "layers with state): its weight is read directly, which works neither in 4 bits nor with an adapter; use another "
             "base model"
         )

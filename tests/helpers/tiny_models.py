@@ -94,7 +94,13 @@ _DELTA: dict[str, Any] = {
     "linear_value_head_dim": 16,
 }
 _DELTA_MIXTURE = {**_MIXTURE, **_DELTA, "num_experts": 4, "shared_expert_intermediate_size": 64}
-_MAMBA: dict[str, Any] = {**_GROUPED, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
+_MAMBA: dict[str, Any] = {
+    **_GROUPED,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+}
 HYBRIDS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {**_GROUPED, **_DELTA},
     "qwen3_next": _DELTA_MIXTURE,

@@ -236,7 +236,9 @@ def test_files_of_every_form_of_names_give_the_same_base(each: Path, form: str, 
     (tmp_path / "config.json").write_text((each / "config.json").read_text())
     model = base_of(tmp_path, "nf4")
     assert base_checksum(model) == base_checksum(base_of(each, "nf4"))
-    assert "is bit-equal to its quantized source" in check_source_bits(model, str(tmp_path), compute_dtype=torch.float32)
+    assert "is bit-equal to its quantized source" in check_source_bits(
+        model, str(tmp_path), compute_dtype=torch.float32
+    )
 
 
 @pytest.mark.parametrize(("quantization", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)])
@@ -265,9 +267,13 @@ def test_codes_are_those_of_bitsandbytes_on_the_wrappers_weights(
 
 
 def test_the_plan_is_of_the_text_model_and_of_a_known_family(each: Path) -> None:
-    shapes = shapes_from_config(read_config_json(str(each)))
     measured, model = measure_shapes(str(each)), base_of(each)
-    assert shapes is not None and shapes.is_exact
+    shapes = shapes_from_config(read_config_json(str(each)))
+    if family_of(each) in WRAPPED_HYBRIDS:  # whose layers are traced
+        assert shapes is None and not measured.unknown
+        shapes = measured
+    else:
+        assert shapes is not None and shapes.is_exact
     for field in ("num_layers", "hidden", "vocabulary", "num_heads", "num_kv_heads", "head_dim", "linears",
                   "norm_weights", "embedding_weights", "head_weights", "final_weights", "layer_prefix"):  # fmt: skip
         assert getattr(shapes, field) == getattr(measured, field), field
