@@ -283,6 +283,6 @@ def requires_calls(model: nn.Module, what: str) -> Iterator[None]:
     if passed_over:
         raise UserError(
             f"{what}: {passed_over[0]} is not called as a module ({len(passed_over)} of {len(expected)} projections of "
-            "layers with state): its weight is read directly, which works neither in 4 bits nor with an adapter; use another "
-            "base model"
+            "layers with state): its weight is read directly, which works neither in 4 bits nor with an adapter; use "
+            "another base model"
         )
