@@ -30,12 +30,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
 from qlora_dist.commands.plan.launches import KINDS
-from qlora_dist.commands.plan.live_bytes import LiveBytes
 from qlora_dist.commands.plan.roofline import RATES, Rates, Roofline, Sums, trace_micro_step
-from qlora_dist.commands.plan.simulate import create_tables, full_rows
+from qlora_dist.commands.plan.simulate import full_rows
 from qlora_dist.config import parse_config
 from qlora_dist.errors import UserError
 from qlora_dist.memory import plan_memory, shapes_from_config
+from qlora_dist.memory.live_bytes import LiveBytes, create_tables
 from qlora_dist.model.attention import documents_of
 from qlora_dist.model.meta import empty_base, fill_empty
 

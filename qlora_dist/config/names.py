@@ -51,15 +51,26 @@ def model_folder(name: str) -> Path | None:
     return None
 
 
-def resolve_targets(linear_names: Sequence[str], target_modules: str | Sequence[str]) -> list[str]:
-    """Full names of the linear layers that get adapters: all, or those that equal or end in a requested name.
+# What PEFT 0.21, by which adapters are saved and loaded everywhere, does not adapt, by model_type: projections that
+# Mamba's fused kernels read directly, and shared experts, whose names it takes for those of stacked ones.
+NOT_FOR_PEFT = {
+    "falcon_h1": ("out_proj",),
+    "nemotron_h": ("out_proj",),
+    "qwen3_next": ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"),
+}
+
+
+def resolve_targets(linear_names: Sequence[str], target_modules: str | Sequence[str], family: str = "") -> list[str]:
+    """Full names of the linear layers that get adapters: all that PEFT adapts in this family (model_type), or those
+    that equal or end in a requested name.
 
     Raises UserError listing the names that matched nothing and the available ones.
     """
+    refused = [name for name in linear_names if _ends_in(name, NOT_FOR_PEFT.get(family, ()))]
     if target_modules == "all-linear":
-        return list(linear_names)
+        return [name for name in linear_names if name not in refused]
     requested = (target_modules,) if isinstance(target_modules, str) else target_modules
-    matches = {one: [name for name in linear_names if f".{name}".endswith(f".{one}")] for one in requested}
+    matches = {one: [name for name in linear_names if _ends_in(name, (one,))] for one in requested}
     missing = [one for one, found in matches.items() if not found]
     if missing or not requested:
         available = sorted({name.rsplit(".", 1)[-1] for name in linear_names})
@@ -68,14 +79,23 @@ def resolve_targets(linear_names: Sequence[str], target_modules: str | Sequence[
             f"{', '.join(available)}, or all-linear (the output head and embeddings are never adapted)"
         )
     chosen = {name for found in matches.values() for name in found}
+    if both := [name for name in refused if name in chosen]:
+        raise UserError(
+            f"lora.target_modules selects {both[0]} ({len(both)} such layers), which PEFT does not adapt in {family}; "
+            "name the others, or set all-linear, which leaves these out"
+        )
     return [name for name in linear_names if name in chosen]
 
 
+def _ends_in(name: str, endings: Sequence[str]) -> bool:
+    return any(f".{name}".endswith(f".{one}") for one in endings)
+
+
 def adapted_names(
-    linear_names: Sequence[str], target_modules: str | Sequence[str], experts: AdaptedExperts
+    linear_names: Sequence[str], target_modules: str | Sequence[str], experts: AdaptedExperts, family: str = ""
 ) -> list[str]:
     """That, under `lora.experts` none without the linear layers of shared experts. Raises UserError if none is left."""
-    chosen = resolve_targets(linear_names, target_modules)
+    chosen = resolve_targets(linear_names, target_modules, family)
     if experts != "none":
         return chosen
     outside = [name for name in chosen if re.search(r"\bshared_(expert|mlp)", name) is None]

@@ -25,6 +25,8 @@ WRAPPERS = {
     "qwen2_vl": Wrapper("qwen2_vl_text", is_tied=False, stand_in="qwen2"),
     "qwen2_5_vl": Wrapper("qwen2_5_vl_text", is_tied=False, stand_in="qwen2"),
     "qwen3_vl": Wrapper("qwen3_vl_text", is_tied=False, stand_in="qwen3"),
+    "qwen3_5": Wrapper("qwen3_5_text", is_tied=False),
+    "qwen3_5_moe": Wrapper("qwen3_5_moe_text", is_tied=False),
     "llava": Wrapper("llama", is_tied=False),
     "llava_next": Wrapper("llama", is_tied=False),
     "llava_onevision": Wrapper("qwen2", is_tied=False),

@@ -220,6 +220,10 @@ class BlockTape(LayerTape):
 
 def layer_bytes(shapes: ModelShapes, settings: LayerSettings, has_grad_input: bool = True) -> LayerBytes:
     """Bytes of one decoder layer, as training computes it."""
+    if shapes.traced is not None and settings.quantization != "int8":
+        from .traced_layer import traced_bytes  # torch, which listed families do without
+
+        return traced_bytes(shapes.traced, settings, has_grad_input)
     plain = LayerTape if shapes.experts is None else ExpertTape
     kind = BlockTape if is_block(shapes, settings) else plain
     return kind(shapes, settings, has_grad_input).measure()

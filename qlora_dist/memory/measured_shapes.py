@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import UserError
 from ..model import decoder_layers, is_conv1d, is_linear, load_config, stacked_experts
 from ..model.check_config import build_on_meta
 from ..model.experts import expert_matrices, linear_shape
-from .shapes import Experts, LayerKind, Linear, ModelShapes
+from ..model.state_layers import state_mixers
+from .shapes import Experts, LayerKind, Linear, ModelShapes, Traced
 
 
 def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
     """Exact weight counts, summed over kinds of layers; a layer is assumed to save the input and output of each linear
-    layer, and to run its experts as `model.experts` does.
+    layer, and to run its experts as `model.experts` does. Those of families with state are traced (`traced_layer`).
 
     `unknown` names what is in a layer besides linear layers, experts and vectors: its activations are not planned.
     Raises UserError for what is not a decoder-only causal language model.
@@ -27,7 +30,10 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
     prefix = next(key for key, module in model.named_modules() if module is layers[0]).rpartition(".")[0]
     head = model.get_output_embeddings()
     kinds = tuple(_kind(layer, text, head) for layer in layers)
-    unknown = next((found for layer in layers if (found := _unknown(layer))), "")
+    is_traced = bool(state_mixers(model))
+    if is_traced:
+        kinds = _traced(name, revision, kinds, getattr(text, "layer_types", None) or ())
+    unknown = "" if is_traced else next((found for layer in layers if (found := _unknown(layer))), "")
     total = sum(parameter.numel() for parameter in model.parameters())
     in_layers = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
     tables = {id(model.get_input_embeddings().weight), id(head.weight)}
@@ -45,6 +51,7 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
         linears=first.linears,
         norm_weights=first.norm_weights,
         experts=first.experts,
+        traced=first.traced,
         layers=kinds if len(set(kinds)) > 1 else (),
         embedding_weights=embedding,
         head_weights=embedding if len(tables) == 2 else 0,
@@ -53,6 +60,19 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
         rotary_dim=first.head_dim,
         is_exact=False,
         unknown=unknown,
+    )
+
+
+def _traced(
+    name: str, revision: str | None, kinds: tuple[LayerKind, ...], types: Sequence[str]
+) -> tuple[LayerKind, ...]:
+    """Each layer's kind with the first layer of that kind, from which its bytes are traced."""
+    first: dict[tuple[LayerKind, str], int] = {}
+    for index, kind in enumerate(kinds):
+        first.setdefault((kind, types[index] if types else ""), index)
+    return tuple(
+        replace(kind, traced=Traced(name, revision, first[kind, types[index] if types else ""]))
+        for index, kind in enumerate(kinds)
     )
 
 

@@ -44,6 +44,15 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Traced:
+    """Where a layer is whose bytes are traced, for want of a tape."""
+
+    name: str
+    revision: str | None
+    index: int  # the first layer of its kind
+
+
+@dataclass(frozen=True)
 class LayerKind:
     """What differs between the decoder layers of some models."""
 
@@ -53,6 +62,7 @@ class LayerKind:
     num_heads: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0
+    traced: Traced | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class ModelShapes:
     is_exact: bool = True  # False: measured on the meta device, layers assumed to work like Llama's
     unknown: str = ""  # what of a layer is not planned at all, in words
     experts: Experts | None = None  # of one layer, beside `linears`
+    traced: Traced | None = None  # of one layer, where its bytes are traced
     layers: tuple[LayerKind, ...] = ()  # of each layer, where they differ; the first is also in the fields above
 
     def at(self, index: int) -> ModelShapes:
@@ -152,7 +163,7 @@ def adapted_parts(
     names = [
         [f"{shapes.layer_prefix}.{index}.{linear.name}" for linear in kind.linears] for index, kind in enumerate(kinds)
     ]
-    chosen = set(adapted_names([name for layer in names for name in layer], target_modules, experts))
+    chosen = set(adapted_names([name for layer in names for name in layer], target_modules, experts, shapes.family))
     if experts == "all" and not shapes.expert_weights:
         raise UserError(
             f"lora.experts is all, but {shapes.family} has no stacked experts that are held in 4 bits; set shared"

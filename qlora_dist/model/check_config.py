@@ -22,15 +22,17 @@ from ..config.names import AdaptedExperts, adapted_names
 from ..config.quantization import BLOCK, Quantization
 from ..data.tokenizer import first_line
 from ..errors import UserError
-from .attention import PROBE, Call, probing
+from .attention import PROBE, Call, PackedDocuments, probing
 from .experts import EXPERT_WEIGHTS, expert_matrices, linear_shape, stacked_experts
-from .forward import is_conv1d, linear_layers
+from .forward import decoder_layers, is_conv1d, linear_layers
 from .pretrained import check_cpu_shapes, check_weight_files, load_whole_config
+from .state_layers import num_apart, requires_calls, separate_documents, state_mixers
 from .text_part import check_wrapper, text_config_of, text_part_of
 
 log = logging.getLogger(__name__)
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+STATELESS_LAYERS = {"mlp", "moe"}  # each token by itself
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def check_config(
     text_part_of(name, whole)
     model = build_on_meta(name, config)
     layers = linear_layers(model)
-    adapted_names(tuple(layers), target_modules, experts)
+    adapted_names(tuple(layers), target_modules, experts, config.model_type)
     if experts == "all" and not stacked_experts(model):
         raise UserError(
             f"model.name {name}: lora.experts is all, but {config.model_type} has no stacked experts of the form "
@@ -215,43 +217,64 @@ def _check_packing(name: str, model: PreTrainedModel, text: PretrainedConfig) ->
             f"model.name {name}: {text.model_type} has layers with settings of their own (per_layer_config: other head "
             "sizes), which are not supported; use another base model"
         )
-    kinds = set(getattr(text, "layer_types", None) or PACKABLE_LAYERS)
-    if kinds - PACKABLE_LAYERS:
+    separate_documents(model)
+    kinds = list(getattr(text, "layer_types", None) or ())
+    if strange := _carriers(model, kinds):
         raise UserError(
-            f"model.name {name}: {text.model_type} has layers of type {', '.join(sorted(kinds - PACKABLE_LAYERS))}, "
-            f"which carry state from one packed document into the next; {advice}"
+            f"model.name {name}: {text.model_type} has layers of type {', '.join(strange)}, which carry state from one "
+            f"packed document into the next by code that is not known here; {advice}"
         )
     if not model._supports_flash_attn:
         raise UserError(
             f"model.name {name}: {text.model_type} puts more into its attention mask than boundaries and windows can "
             f"express (transformers has no flash attention for it); {advice}"
         )
-    num_layers = text.num_hidden_layers
-    calls = _probe(model)
+    calls = _probe(name, model)
     if calls is None:
         return  # part of it cannot run without storage: `check_head` repeats the test on the loaded model
+    # "hybrid" layers have attention beside a layer with state
+    attending = [kind for kind in kinds if kind in PACKABLE_LAYERS or kind.startswith("hybrid")]
+    num_layers = len(attending) if kinds else text.num_hidden_layers
     good = [call for call in calls if call.has_documents and not call.has_mask]
     if len(good) != num_layers:
         raise UserError(
             f"model.name {name}: {len(good)} of {num_layers} layers of {text.model_type} use the boundaries of packed "
             f"documents; {advice}"
         )
-    expected = [kind == "sliding_attention" for kind in getattr(text, "layer_types", None) or []]
-    if expected and expected != [call.sliding_window is not None for call in good]:
+    if num_apart(model) < len(state_mixers(model)):
+        raise UserError(
+            f"model.name {name}: only {num_apart(model)} of {len(state_mixers(model))} layers of {text.model_type} "
+            f"with state call functions that can be given borders of documents; {advice}"
+        )
+    if kinds and [kind == "sliding_attention" for kind in attending] != [
+        call.sliding_window is not None for call in good
+    ]:
         raise UserError(
             f"model.name {name}: {text.model_type} does not pass its sliding windows to attention; {advice}"
         )
 
 
-def _probe(model: PreTrainedModel) -> list[Call] | None:
+def _carriers(model: PreTrainedModel, kinds: list[str]) -> list[str]:
+    """Kinds of layers beside attention in which no mixer was found whose functions can be given borders."""
+    layers = decoder_layers(model)
+    unknown = {
+        kind
+        for index, kind in enumerate(kinds)
+        if kind not in PACKABLE_LAYERS | STATELESS_LAYERS
+        and (len(layers) != len(kinds) or not state_mixers(layers[index]))
+    }
+    return sorted(unknown)
+
+
+def _probe(name: str, model: PreTrainedModel) -> list[Call] | None:
     tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     keywords: dict[str, Any] = {
         "input_ids": tokens,
         "position_ids": tokens,
         "use_cache": False,
-        "packed": object(),
+        "packed": PackedDocuments("sdpa", (2, 2), torch.zeros(3, dtype=torch.int32, device="meta"), 2),
     }
-    with probing() as calls, torch.no_grad():
+    with probing() as calls, requires_calls(model, f"model.name {name}"), torch.no_grad():
         try:
             model.base_model(**keywords)
         except (RuntimeError, NotImplementedError) as error:

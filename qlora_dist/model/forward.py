@@ -27,6 +27,7 @@ from .bitsandbytes_import import bitsandbytes
 from .dropout import RowDropout
 from .loss import OutputHead
 from .rope import scaled_beyond
+from .state_layers import lengths_to_check, requires_calls
 from .text_part import TextPart
 
 WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -147,6 +148,43 @@ def check_head(model: nn.Module) -> None:
             f"{family} is random in training (dropout, jitter or sampling), and it cannot be switched off without "
             "another result; the frozen base must always compute the same; use another base model"
         )
+    _check_state(base, model)
+
+
+def _check_state(base: PreTrainedModel, model: nn.Module) -> None:
+    """Documents longer than every convolution and chunk: packed = alone, in training as in evaluation, by projections
+    that are called as modules. Raises UserError."""
+    lengths = lengths_to_check(base)
+    if lengths is None:
+        return
+    vocabulary = base.config.get_text_config().vocab_size
+    tokens = (7 + 13 * torch.arange(sum(lengths), device=computing_device(base))) % vocabulary
+    both = packed_documents(tokens, lengths)
+    parts = [packed_documents(part, (len(part),)) for part in tokens.split(lengths)]
+    family, tolerance = type(base).__name__, rounding(base)
+    with evaluation_mode(model), requires_calls(base, family):
+        hidden = hidden_states(model, both).float()
+        alone = torch.cat([hidden_states(model, part) for part in parts]).float()
+    with training_mode(model), requires_calls(base, family):
+        trained = hidden_states(model, both).float()
+    if differ(hidden, alone, tolerance):
+        raise UserError(
+            f"{family} lets the state of a layer pass from a packed document into the next (hidden states differ by "
+            f"up to {(hidden - alone).abs().max():.3g}); this family cannot be trained on packed rows"
+        )
+    if differ(trained, hidden, tolerance):
+        raise UserError(
+            f"{family} computes otherwise in training than in evaluation (hidden states differ by up to "
+            f"{(trained - hidden).abs().max():.3g}), which cannot be switched off; use another base model"
+        )
+
+
+def rounding(base: PreTrainedModel) -> float:
+    """How far two orders of summation may differ, as a part of the largest value: the rounding error of sums of as many
+    terms as the state and hidden sizes have, through all layers; at most that of 16 bits."""
+    dtype = next(one.dtype for one in base.parameters() if one.is_floating_point())
+    text = base.config.get_text_config()
+    return min(0.03, 16 * torch.finfo(dtype).eps * text.hidden_size**0.5 * text.num_hidden_layers)
 
 
 @contextmanager

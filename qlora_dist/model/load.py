@@ -30,6 +30,7 @@ from .pretrained import (
     switch_dropout_off,
 )
 from .rope import scale_by_document
+from .state_layers import separate_documents
 from .text_part import TextPart
 from .weights import shard, stream
 from .weights.cache_4bit import copied_from
@@ -245,6 +246,7 @@ def _finalize(
     if is_packed:
         model.switched_off = switch_dropout_off(model)
         scale_by_document(model, model.base_model)
+        separate_documents(model)
     else:
         model.eval()
     if device.type == "cpu":

@@ -63,7 +63,7 @@ def attach_lora(
     `device` is where adapters live; None: where their layers' weights are, which may be host memory (offloaded bases).
     Raises UserError when a name in target_modules matches nothing or init_from does not fit.
     """
-    names = adapted_names(tuple(linear_layers(model)), target_modules, experts)
+    names = adapted_names(tuple(linear_layers(model)), target_modules, experts, unwrap(model).config.model_type)
     parameters = expert_targets(unwrap(model)) if experts == "all" else None
     config = LoraConfig(
         r=rank,

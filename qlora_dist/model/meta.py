@@ -19,6 +19,7 @@ from .bitsandbytes_import import bitsandbytes
 from .experts import pack_experts
 from .forward import linear_layers
 from .pretrained import switch_dropout_off
+from .state_layers import separate_documents
 
 
 def empty_base(
@@ -53,6 +54,7 @@ def empty_base(
     model.config.use_cache = False
     model.packed_backend = backend
     switch_dropout_off(model)
+    separate_documents(model)
     return model
 
 

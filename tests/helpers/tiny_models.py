@@ -105,6 +105,48 @@ SINKS: dict[str, dict[str, Any]] = {
     }
 }
 
+# with layers that carry state along the row: linear attention, short convolutions, Mamba 2
+_DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_DELTA_MIXTURE = {**_MIXTURE, **_DELTA, "num_experts": 4, "shared_expert_intermediate_size": 64}
+_MAMBA: dict[str, Any] = {
+    **_GROUPED,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {**_GROUPED, **_DELTA},
+    "qwen3_next": _DELTA_MIXTURE,
+    "qwen3_5_moe_text": _DELTA_MIXTURE,
+    "lfm2": {**_GROUPED, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "granitemoehybrid": {
+        **_MAMBA,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64,
+    },
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "nemotron_h": {
+        **_GROUPED,
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "chunk_size": 16,
+        "n_groups": 2,
+    },
+}
+
 _VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
 _PATCHES: dict[str, Any] = {**_VISION, "image_size": 16, "patch_size": 8}
 _QWEN_VISION: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
@@ -173,12 +215,21 @@ WRAPPED_ALSO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"vision_config": _PATCHES, "image_token_id": 99, "pad_token_id": 0},
     ),
 }
+_QWEN3_5: dict[str, Any] = {
+    "vision_config": {**_QWEN_VISION, **_VISION, "out_hidden_size": 64, "num_position_embeddings": 16},
+}
+# ... whose text model has layers with state
+WRAPPED_HYBRIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen3_5": (HYBRIDS["qwen3_5_text"], _QWEN3_5),
+    "qwen3_5_moe": (HYBRIDS["qwen3_5_moe_text"], _QWEN3_5),
+}
 # in the names of their weights outside of the text model
 OTHER_TOWERS = ("vision", "visual", "multi_modal_projector", "connector", "image_newline")
 
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
-    return AutoConfig.for_model(family, **{**(FAMILIES | MIXTURES | SINKS).get(family, _COMMON), **changes})
+    kinds = FAMILIES | MIXTURES | SINKS | HYBRIDS
+    return AutoConfig.for_model(family, **{**kinds.get(family, _COMMON), **changes})
 
 
 def tiny_model(family: str = "llama", attention: str | None = PACKED, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -191,7 +242,7 @@ def tiny_model(family: str = "llama", attention: str | None = PACKED, seed: int 
 
 def tiny_wrapper(family: str, seed: int = 0, tied: bool | None = None, **changes: Any) -> PreTrainedModel:
     """A random fp32 model around a text model, in eval mode. `changes` are of the text model; `tied` of the whole."""
-    text, rest = (WRAPPED | WRAPPED_ALSO)[family]
+    text, rest = (WRAPPED | WRAPPED_ALSO | WRAPPED_HYBRIDS)[family]
     config = AutoConfig.for_model(family, text_config={**text, **changes}, **rest)
     if tied is not None:
         config.tie_word_embeddings = tied

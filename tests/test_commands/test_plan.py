@@ -19,11 +19,11 @@ from transformers import AutoConfig
 from qlora_dist import model as base_model
 from qlora_dist.commands import invoke
 from qlora_dist.commands.plan import simulate as simulation
-from qlora_dist.commands.plan.live_bytes import LiveBytes
 from qlora_dist.commands.plan.simulate import measure, simulate
 from qlora_dist.config import RunConfig, parse_config
 from qlora_dist.memory import plan_memory, shapes_from_config
 from qlora_dist.memory.gpus import GPUS
+from qlora_dist.memory.live_bytes import LiveBytes
 from qlora_dist.memory.read_shapes import read_shapes
 from qlora_dist.model.lora import attach_lora, count_parameters
 from qlora_dist.train.checks.base import promised_base_bytes

@@ -12,7 +12,16 @@ import pytest
 import torch
 from helpers.ranks import on_ranks
 from helpers.shards import load, world_and_shards
-from helpers.tiny_models import OTHER_TOWERS, WRAPPED, WRAPPED_ALSO, alone, random_batch, save_model, tiny_wrapper
+from helpers.tiny_models import (
+    OTHER_TOWERS,
+    WRAPPED,
+    WRAPPED_ALSO,
+    WRAPPED_HYBRIDS,
+    alone,
+    random_batch,
+    save_model,
+    tiny_wrapper,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -59,7 +68,7 @@ def folder(request: Any, tmp_path_factory: Any) -> Path:
     return save_model(tmp_path_factory.mktemp(request.param), tiny_wrapper(request.param))
 
 
-@pytest.fixture(scope="module", params=WRAPPED | WRAPPED_ALSO)
+@pytest.fixture(scope="module", params=WRAPPED | WRAPPED_ALSO | WRAPPED_HYBRIDS)
 def each(request: Any, tmp_path_factory: Any) -> Path:
     return save_model(tmp_path_factory.mktemp(request.param), tiny_wrapper(request.param))
 
@@ -95,7 +104,7 @@ def our_loss(model: Any, batch: Any) -> Tensor:
 
 
 def test_every_wrapper_that_is_accepted_is_tested() -> None:
-    assert WRAPPED.keys() | WRAPPED_ALSO.keys() == WRAPPERS.keys()
+    assert WRAPPED.keys() | WRAPPED_ALSO.keys() | WRAPPED_HYBRIDS.keys() == WRAPPERS.keys()
 
 
 # --- the same mathematics ---------------------------------------------------------------------------------------------
@@ -202,7 +211,9 @@ def test_no_byte_of_another_tower_is_read_and_one_line_says_what_is_left_out(
         model = base_of(each, "nf4")
     stored = load_file(each / "model.safetensors")
     rest = {key for key in stored if any(tower in key for tower in OTHER_TOWERS)}
-    assert read == stored.keys() - rest and len(read) == len(list(model.parameters())) and len(rest) > 10
+    assert read == stored.keys() - rest and len(rest) > 10
+    if not any("experts" in name for name in read):  # which are stored one by one and held as one
+        assert len(read) == len(list(model.parameters()))
     weights = sum(stored[key].numel() for key in rest)
     (line,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert f"the {len(rest)} tensors of " in line and f"({weights:,} parameters) are left out: text only" in line
@@ -225,7 +236,9 @@ def test_files_of_every_form_of_names_give_the_same_base(each: Path, form: str, 
     (tmp_path / "config.json").write_text((each / "config.json").read_text())
     model = base_of(tmp_path, "nf4")
     assert base_checksum(model) == base_checksum(base_of(each, "nf4"))
-    assert check_source_bits(model, str(tmp_path), compute_dtype=torch.float32).endswith("its quantized source")
+    assert "is bit-equal to its quantized source" in check_source_bits(
+        model, str(tmp_path), compute_dtype=torch.float32
+    )
 
 
 @pytest.mark.parametrize(("quantization", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)])
@@ -254,9 +267,13 @@ def test_codes_are_those_of_bitsandbytes_on_the_wrappers_weights(
 
 
 def test_the_plan_is_of_the_text_model_and_of_a_known_family(each: Path) -> None:
-    shapes = shapes_from_config(read_config_json(str(each)))
     measured, model = measure_shapes(str(each)), base_of(each)
-    assert shapes is not None and shapes.is_exact
+    shapes = shapes_from_config(read_config_json(str(each)))
+    if family_of(each) in WRAPPED_HYBRIDS:  # whose layers are traced
+        assert shapes is None and not measured.unknown
+        shapes = measured
+    else:
+        assert shapes is not None and shapes.is_exact
     for field in ("num_layers", "hidden", "vocabulary", "num_heads", "num_kv_heads", "head_dim", "linears",
                   "norm_weights", "embedding_weights", "head_weights", "final_weights", "layer_prefix"):  # fmt: skip
         assert getattr(shapes, field) == getattr(measured, field), field
@@ -325,7 +342,6 @@ def test_a_text_model_that_differs_from_its_wrapper_is_refused(
     [
         ("gemma4", r"gemma4 is made of several models \(audio_config, text_config, vision_config\); that its text"),
         ("paligemma", "has been shown only for gemma3, .*use another base model, or the text model's own files"),
-        ("qwen3_5", "layers of type linear_attention"),
         ("llama4", "stacked experts .* of an unsupported form"),
     ],
 )

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from qlora_dist.commands.plan.live_bytes import LiveBytes
+from qlora_dist.memory.live_bytes import LiveBytes
 from qlora_dist.optim.adamw import build_optimizer, decays, load_optimizer_state, lr_at, optimizer_state, step_optimizer
 from qlora_dist.optim.flat import FlatParameters, digest_of
 

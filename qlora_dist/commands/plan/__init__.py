@@ -2,7 +2,6 @@
 
     command     the plan of a config, as text or JSON
     simulate    the same step run by the real code under fake tensors
-    live_bytes  live bytes by category
     roofline    predicted time of such a step: its kernels (`launches`) at the rates of a card
 
 Imports torch only for `--simulate` and for families that `memory.families` does not list.

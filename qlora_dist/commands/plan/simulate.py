@@ -7,7 +7,7 @@ tensors here (autograd on fake CUDA tensors needs a CUDA build); what differs on
 
 - attention runs torch's varlen operator, whose fake kernel has the outputs of the flash kernel, not SDPA on a CPU;
 - the loss uses the chunk size of a GPU;
-- memory that kernels allocate outside tensors is in `_workspaces`.
+- memory that kernels allocate outside tensors is in `memory.live_bytes`.
 
 Not simulated: several ranks, activation offload, CUDA context, allocator.
 """
@@ -15,7 +15,6 @@ Not simulated: several ranks, activation offload, CUDA context, allocator.
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,18 +24,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ...config import RunConfig
-from ...config.quantization import BLOCK, Quantization
 from ...data.packing import Batch
 from ...errors import UserError
 from ...memory import MemoryPlan
-from ...model import hidden_states, output_head, quantized_and_back, set_recompute
+from ...memory.live_bytes import LiveBytes, create_tables, gpu_workspaces
+from ...model import hidden_states, output_head, set_recompute
 from ...model.dropout import dropout_rows
 from ...model.lora import attach_lora, trainable_parameters
 from ...model.loss import CHUNK_BYTES, OutputHead, nll_sum
 from ...model.meta import empty_base, fill_empty
 from ...optim.adamw import build_optimizer, decays, step_optimizer
 from ...optim.flat import FlatParameters
-from .live_bytes import LiveBytes, Workspace
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def simulate(
         raise UserError("memory.offload_activations cannot be simulated; plan without --simulate")
     create_tables(config.model.quantization)
     model = meta_model(config, plan, pretrained)
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(_workspaces()) as live:
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(gpu_workspaces()) as live:
         _run_step(config, plan, model, live, watching=watching)
     return Trace(live.peak_bytes, live.peak_at, dict(live.peak), simulated_bytes(plan))
 
@@ -88,7 +86,7 @@ def measure(config: RunConfig, plan: MemoryPlan, pretrained: Any, device: torch.
     is_cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if is_cuda else 0
     model = meta_model(config, plan, pretrained)
-    with torch.device(device), LiveBytes({} if is_cuda else _workspaces()) as live:
+    with torch.device(device), LiveBytes({} if is_cuda else gpu_workspaces()) as live:
         _run_step(config, plan, model, live, torch.cuda.reset_peak_memory_stats if is_cuda else lambda: None)
     if is_cuda:
         return Trace(torch.cuda.max_memory_allocated(device) - before, live.peak_at, dict(live.peak), plan.tensor_bytes)
@@ -185,38 +183,3 @@ def full_rows(rows: int, row_tokens: int, live: LiveBytes) -> Batch:
 def _dtype(config: RunConfig) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, config.model.compute_dtype)
     return dtype
-
-
-def create_tables(quantization: Quantization) -> None:
-    """bitsandbytes creates its tables of values at first use, which must not be under fake tensors."""
-    if quantization != "none":
-        quantized_and_back(torch.ones(BLOCK, BLOCK), quantization, True, torch.float32)
-
-
-# --- what differs on a GPU --------------------------------------------------------------------------------------------
-
-
-def _workspaces() -> dict[str, Workspace]:
-    """Bytes that a kernel allocates internally and frees before it returns."""
-
-    def of_logsumexp(args: Any, kwargs: Any, result: Any) -> int:
-        return int(args[0].nbytes)  # exp(x - max)
-
-    def of_product(args: Any, kwargs: Any, result: Any) -> int:
-        a, shape = args[0], args[2]
-        weights = math.prod(shape)
-        nested = kwargs.get("absmax_8bit", args[7] if len(args) > 7 else None) is not None
-        # the matrix, and its constants if they are quantized themselves
-        return int(weights * a.element_size() + (4 * -(-weights // BLOCK) if nested else 0))
-
-    def of_attention_backward(args: Any, kwargs: Any, result: Any) -> int:
-        q, k = args[1], args[2]
-        summed = 4 * q.numel() + 4 * q.shape[0] * q.shape[1]  # gradient of the queries in fp32; rows of out * grad
-        grouped = 2 * q.nbytes if k.shape[1] != q.shape[1] else 0  # of keys and values, for every query head
-        return int(summed + grouped)
-
-    return {
-        "aten.logsumexp": of_logsumexp,
-        "bitsandbytes.gemm_4bit": of_product,
-        "torch_attn._varlen_attn_backward": of_attention_backward,
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ..config.quantization import BLOCK, Quantization
+from ..model import quantized_and_back
 
 Workspace = Callable[[tuple[Any, ...], dict[str, Any], Any], int]
 
@@ -28,8 +32,9 @@ class LiveBytes(TorchDispatchMode):
         self.peak_bytes = 0
         self.peak_at = ""
         self.total = 0
+        self.timeline: list[tuple[str, int]] | None = None  # (operation, bytes alive after it), if it is a list
         self._category = "temporaries"
-        self._counted: set[int] = set()
+        self.counted: set[int] = set()
         self._workspaces = workspaces or {}
 
     @contextmanager
@@ -45,10 +50,10 @@ class LiveBytes(TorchDispatchMode):
         """Counts a tensor's storage from now on, unless it is counted already."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._counted or size == 0:
+        if key in self.counted or size == 0:
             return
         category = category or self._category
-        self._counted.add(key)
+        self.counted.add(key)
         self.live[category] += size
         self.total += size
         weakref.finalize(storage, self._forget, key, category, size)
@@ -58,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak, self.peak_bytes = Counter(), 0
 
     def _forget(self, key: int, category: str, size: int) -> None:
-        self._counted.discard(key)
+        self.counted.discard(key)
         self.live[category] -= size
         self.total -= size
 
@@ -72,6 +77,8 @@ class LiveBytes(TorchDispatchMode):
                 self.count(leaf)
         name = str(function).removesuffix(".default")
         workspace = self._workspaces[name](args, kwargs, result) if name in self._workspaces else 0
+        if self.timeline is not None:
+            self.timeline.append((name, self.total + workspace))
         if self.total + workspace > self.peak_bytes:
             self.peak_bytes = self.total + workspace
             self.peak = Counter({key: size for key, size in self.live.items() if size})
@@ -79,3 +86,35 @@ class LiveBytes(TorchDispatchMode):
                 self.peak["kernel workspace"] = workspace
             self.peak_at = f"{self._category}: {name}"
         return result
+
+
+def create_tables(quantization: Quantization) -> None:
+    """bitsandbytes creates its tables of values at first use, which must not be under fake tensors."""
+    if quantization != "none":
+        quantized_and_back(torch.ones(BLOCK, BLOCK), quantization, True, torch.float32)
+
+
+def gpu_workspaces() -> dict[str, Workspace]:
+    """Bytes that a kernel allocates internally and frees before it returns."""
+
+    def of_logsumexp(args: Any, kwargs: Any, result: Any) -> int:
+        return int(args[0].nbytes)  # exp(x - max)
+
+    def of_product(args: Any, kwargs: Any, result: Any) -> int:
+        a, shape = args[0], args[2]
+        weights = math.prod(shape)
+        nested = kwargs.get("absmax_8bit", args[7] if len(args) > 7 else None) is not None
+        # the matrix, and its constants if they are quantized themselves
+        return int(weights * a.element_size() + (4 * -(-weights // BLOCK) if nested else 0))
+
+    def of_attention_backward(args: Any, kwargs: Any, result: Any) -> int:
+        q, k = args[1], args[2]
+        summed = 4 * q.numel() + 4 * q.shape[0] * q.shape[1]  # gradient of the queries in fp32; rows of out * grad
+        grouped = 2 * q.nbytes if k.shape[1] != q.shape[1] else 0  # of keys and values, for every query head
+        return int(summed + grouped)
+
+    return {
+        "aten.logsumexp": of_logsumexp,
+        "bitsandbytes.gemm_4bit": of_product,
+        "torch_attn._varlen_attn_backward": of_attention_backward,
+    }
