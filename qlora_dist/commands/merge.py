@@ -46,6 +46,7 @@ from ..model import (
     text_part,
     write_errors,
 )
+from ..model.precision import cast
 from ..model.pretrained import find_text_part
 from ..model.text_part import TextPart
 from ..model.weights.wrapper_files import write_wrapper
@@ -241,7 +242,7 @@ def _merged(trained: Trained, adapter: Adapter, onto: Target, dtype: torch.dtype
                 for matrix, stored_matrix in zip(matrices, parameter.data, strict=True):
                     matrix.copy_(_dequantized(stored_matrix.to(device), settings))
                 parameter.data = matrices
-    model.to(dtype)
+    cast(model, dtype)
     model.config.dtype = dtype
     if (bad := non_finite_tensor(model)) is not None:
         raise UserError(

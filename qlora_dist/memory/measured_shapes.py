@@ -25,7 +25,8 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
         raise UserError(f"model.name {name}: {type(model).__name__} has no known decoder layers")
     prefix = next(key for key, module in model.named_modules() if module is layers[0]).rpartition(".")[0]
     head = model.get_output_embeddings()
-    kinds = tuple(_kind(layer, text, head) for layer in layers)
+    own = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * len(layers)
+    kinds = tuple(_kind(layer, one, head) for layer, one in zip(layers, own, strict=True))
     unknown = next((found for layer in layers if (found := _unknown(layer))), "")
     total = sum(parameter.numel() for parameter in model.parameters())
     in_layers = sum(parameter.numel() for layer in layers for parameter in layer.parameters())

@@ -196,16 +196,16 @@ def _check_packing(name: str, model: PreTrainedModel, text: PretrainedConfig) ->
             f"model.name {name}: its config sets use_bidirectional_attention: tokens see what follows them, and the "
             "next token cannot be learned; use a causal language model"
         )
-    if getattr(text, "is_heterogeneous", False):
-        raise UserError(
-            f"model.name {name}: {text.model_type} has layers with settings of their own (per_layer_config: other head "
-            "sizes), which are not supported; use another base model"
-        )
     kinds = set(getattr(text, "layer_types", None) or PACKABLE_LAYERS)
-    if kinds - PACKABLE_LAYERS:
+    if others := kinds - PACKABLE_LAYERS:
+        # what is chosen by blocks or by content could be packed, what is recurrent carries state across documents
+        chooses = any(part in kind for kind in others for part in ("chunked", "sparse", "index", "compressed"))
+        why = "choose the tokens that they attend to in a way that packed attention does not" if chooses else (
+            "carry state from one packed document into the next"
+        )  # fmt: skip
         raise UserError(
-            f"model.name {name}: {text.model_type} has layers of type {', '.join(sorted(kinds - PACKABLE_LAYERS))}, "
-            f"which carry state from one packed document into the next; {advice}"
+            f"model.name {name}: {text.model_type} has layers of type {', '.join(sorted(others))}, which {why}; "
+            f"{advice}"
         )
     if not model._supports_flash_attn:
         raise UserError(
@@ -213,9 +213,21 @@ def _check_packing(name: str, model: PreTrainedModel, text: PretrainedConfig) ->
             f"express (transformers has no flash attention for it); {advice}"
         )
     num_layers = text.num_hidden_layers
-    calls = _probe(model)
+    within = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    idle = {key for key in linear_layers(model) if key.startswith(within)}
+    calls = _probe(model, idle)
     if calls is None:
         return  # part of it cannot run without storage: `check_head` repeats the test on the loaded model
+    if not all(call.is_causal for call in calls):
+        raise UserError(
+            f"model.name {name}: {text.model_type} is not causal: in its attention tokens see what follows them, and "
+            "the next token cannot be learned; use a causal language model"
+        )
+    if idle:
+        raise UserError(
+            f"model.name {name}: {len(idle)} linear layers of {text.model_type} take no part in reading text (such as "
+            f"{min(idle)}): it is made to be run with another model beside it; use a causal language model"
+        )
     good = [call for call in calls if call.has_documents and not call.has_mask]
     if len(good) != num_layers:
         raise UserError(
@@ -229,7 +241,9 @@ def _check_packing(name: str, model: PreTrainedModel, text: PretrainedConfig) ->
         )
 
 
-def _probe(model: PreTrainedModel) -> list[Call] | None:
+def _probe(model: PreTrainedModel, idle: set[str]) -> list[Call] | None:
+    """How attention was called; None where the model does not run without storage. Takes the linear layers that were
+    called out of `idle`."""
     tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     keywords: dict[str, Any] = {
         "input_ids": tokens,
@@ -237,10 +251,17 @@ def _probe(model: PreTrainedModel) -> list[Call] | None:
         "use_cache": False,
         "packed": object(),
     }
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, key=key: idle.discard(key))
+        for key, layer in linear_layers(model).items()
+    ]
     with probing() as calls, torch.no_grad():
         try:
             model.base_model(**keywords)
         except (RuntimeError, NotImplementedError) as error:
             log.debug("packing of %s was not probed: %s", type(model).__name__, error)
             return None
+        finally:
+            for hook in hooks:
+                hook.remove()
     return calls
