@@ -261,6 +261,10 @@ def _probe(model: PreTrainedModel, idle: set[str]) -> list[Call] | None:
         except (RuntimeError, NotImplementedError) as error:
             log.debug("packing of %s was not probed: %s", type(model).__name__, error)
             return None
+        except Exception as error:  # a family that needs more than tokens
+            raise UserError(
+                f"{type(model).__name__} does not read text alone ({first_line(error)[:200]}); use another base model"
+            ) from None
         finally:
             for hook in hooks:
                 hook.remove()
