@@ -5,8 +5,8 @@ export TOKENIZERS_PARALLELISM := false
 # DeepSpeed's kernels are not used: without this its installation may look for a compiler and CUDA
 export DS_BUILD_OPS := 0
 
-.PHONY: env dist test test-launched test-dist test-hour test-hosts test-oldest test-oldest-fast test-null lint format docs demo \
-  notebooks bench bench-ratios bench-gpu clean
+.PHONY: env dist test test-launched test-dist test-hour test-hosts test-oldest test-oldest-fast test-null lint format \
+  docs demo notebooks bench bench-ratios bench-gpu support clean
 
 env: .venv/ready
 
@@ -149,6 +149,12 @@ bench-ratios: env
 bench-gpu: OUT ?= build/gpu
 bench-gpu:
 	bash benchmarks/gpu/queue.sh $(OUT) $(SECONDS_LEFT)
+
+# Proves every family of models of this transformers anew, and writes docs/support.md: half an hour on two idle cores.
+# ARGS="llama gemma3" proves these only, ARGS="--only ddp fsdp" only these columns.
+support: env
+	PYTHONPATH=.:tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m support $(ARGS)
+	$(BIN)/python -m docs.generate
 
 clean:
 	rm -rf .venv build runs/demo *.egg-info

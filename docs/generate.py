@@ -15,6 +15,7 @@ from docs.parts.commands import commands, exit_codes
 from docs.parts.config import config
 from docs.parts.foreign import defaults, left_out, translated
 from docs.parts.memory import fits_on_one, fits_sharded
+from docs.parts.support import proofs, refused, supported
 from qlora_dist.config.foreign.left_out import _NOT_HERE, _NOT_NEEDED
 from qlora_dist.config.foreign.trainers import NAMES
 
@@ -25,6 +26,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "exit codes": exit_codes,
     "fits on one": fits_on_one,
     "fits sharded": fits_sharded,
+    "proofs": proofs,
+    "supported": supported,
+    "refused": refused,
     "not needed": lambda: left_out(_NOT_NEEDED),
     "not here": lambda: left_out(_NOT_HERE),
     **{f"translated {name}": lambda name=name: translated(name) for name in NAMES},  # type: ignore[misc]

@@ -49,6 +49,7 @@ from ..model import (
 )
 from ..model.experts import EXPERT_WEIGHTS
 from ..model.one_by_one import OpenBase, is_finite, open_base, run_layer_by_layer
+from ..model.precision import float32_names
 from ..model.pretrained import decoded_form, find_text_part
 from ..model.reference_logits import Reference
 from ..model.text_part import TextPart
@@ -245,6 +246,7 @@ class Merged:
         self.base, self._settings, self._adapter, self._onto = base, settings, adapter, onto
         self._dtype, self._device = dtype, device
         self._layers: dict[str, Any] = linear_layers(base.model)
+        self._kept = float32_names(base.model, dtype)
         self._stacks = {  # name -> whether it is stored (E, I, O)
             f"{name}.{weight}": bool(getattr(experts, "is_transposed", False))
             for name, experts in stacked_experts(base.model).items()
@@ -268,7 +270,7 @@ class Merged:
         elif name in self._stacks:
             merged = self._stacked(name, stored)
         else:
-            merged = stored.to(self._dtype)
+            merged = stored.to(torch.float32 if name in self._kept else self._dtype)
         if not is_finite(merged, is_buffer=name not in self.base.parameters):
             raise UserError(
                 f"{name} is not finite when it is merged in {self._dtype}, though base and adapter are: its values are "

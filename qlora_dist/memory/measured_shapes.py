@@ -29,7 +29,8 @@ def measure_shapes(name: str, revision: str | None = None) -> ModelShapes:
         raise UserError(f"model.name {name}: {type(model).__name__} has no known decoder layers")
     prefix = next(key for key, module in model.named_modules() if module is layers[0]).rpartition(".")[0]
     head = model.get_output_embeddings()
-    kinds = tuple(_kind(layer, text, head) for layer in layers)
+    own = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * len(layers)
+    kinds = tuple(_kind(layer, one, head) for layer, one in zip(layers, own, strict=True))
     is_traced = bool(state_mixers(model))
     if is_traced:
         kinds = _traced(name, revision, kinds, getattr(text, "layer_types", None) or ())

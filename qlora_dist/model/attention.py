@@ -161,7 +161,7 @@ def packed_attention(
             "packed attention was called without document boundaries; run the model through "
             "model.hidden_states(model, batch), or load it with attention 'sdpa' for generation"
         )
-    if attention_mask is not None or unused.get("position_bias") is not None or is_causal is False:
+    if attention_mask is not None or unused.get("position_bias") is not None or not _is_causal(module, is_causal):
         raise RuntimeError(
             f"{type(module).__name__} needs an attention mask, a position bias or non-causal attention; "
             "packed attention computes causal attention within documents only"
@@ -193,7 +193,8 @@ class Call:
     """How one layer called its attention function."""
 
     has_documents: bool
-    has_mask: bool  # or a position bias, or not causal: what PACKED cannot compute
+    has_mask: bool  # or a position bias: what PACKED cannot compute
+    is_causal: bool
     sliding_window: int | None
 
 
@@ -218,9 +219,14 @@ def _probe_attention(
     packed: object = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    has_mask = attention_mask is not None or keywords.get("position_bias") is not None or is_causal is False
-    _calls.append(Call(packed is not None, has_mask, sliding_window))
+    has_mask = attention_mask is not None or keywords.get("position_bias") is not None
+    _calls.append(Call(packed is not None, has_mask, _is_causal(module, is_causal), sliding_window))
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+def _is_causal(module: torch.nn.Module, said: bool | None) -> bool:
+    """As transformers' own functions decide: by the call, else by the layer (encoders say no there)."""
+    return bool(getattr(module, "is_causal", True)) if said is None else said
 
 
 # --- sdpa: a loop over documents --------------------------------------------------------------------------------------

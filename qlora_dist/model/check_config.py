@@ -212,26 +212,39 @@ def _check_packing(name: str, model: PreTrainedModel, text: PretrainedConfig) ->
             f"model.name {name}: its config sets use_bidirectional_attention: tokens see what follows them, and the "
             "next token cannot be learned; use a causal language model"
         )
-    if getattr(text, "is_heterogeneous", False):
-        raise UserError(
-            f"model.name {name}: {text.model_type} has layers with settings of their own (per_layer_config: other head "
-            "sizes), which are not supported; use another base model"
-        )
     separate_documents(model)
     kinds = list(getattr(text, "layer_types", None) or ())
     if strange := _carriers(model, kinds):
+        # what is chosen by blocks or by content could be packed, what is recurrent carries state across documents
+        chooses = any(part in kind for kind in strange for part in ("chunked", "sparse", "index", "compressed"))
+        why = (
+            "choose the tokens that they attend to in a way that packed attention does not"
+            if chooses
+            else "carry state from one packed document into the next by code that is not known here"
+        )
         raise UserError(
-            f"model.name {name}: {text.model_type} has layers of type {', '.join(strange)}, which carry state from one "
-            f"packed document into the next by code that is not known here; {advice}"
+            f"model.name {name}: {text.model_type} has layers of type {', '.join(strange)}, which {why}; {advice}"
         )
     if not model._supports_flash_attn:
         raise UserError(
             f"model.name {name}: {text.model_type} puts more into its attention mask than boundaries and windows can "
             f"express (transformers has no flash attention for it); {advice}"
         )
-    calls = _probe(name, model)
+    within = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    idle = {key for key in linear_layers(model) if key.startswith(within)}
+    calls = _probe(name, model, idle)
     if calls is None:
         return  # part of it cannot run without storage: `check_head` repeats the test on the loaded model
+    if not all(call.is_causal for call in calls):
+        raise UserError(
+            f"model.name {name}: {text.model_type} is not causal: in its attention tokens see what follows them, and "
+            "the next token cannot be learned; use a causal language model"
+        )
+    if idle:
+        raise UserError(
+            f"model.name {name}: {len(idle)} linear layers of {text.model_type} take no part in reading text (such as "
+            f"{min(idle)}): it is made to be run with another model beside it; use a causal language model"
+        )
     # "hybrid" layers have attention beside a layer with state
     attending = [kind for kind in kinds if kind in PACKABLE_LAYERS or kind.startswith("hybrid")]
     num_layers = len(attending) if kinds else text.num_hidden_layers
@@ -266,7 +279,9 @@ def _carriers(model: PreTrainedModel, kinds: list[str]) -> list[str]:
     return sorted(unknown)
 
 
-def _probe(name: str, model: PreTrainedModel) -> list[Call] | None:
+def _probe(name: str, model: PreTrainedModel, idle: set[str]) -> list[Call] | None:
+    """How attention was called; None where the model does not run without storage. Takes the linear layers that were
+    called out of `idle`."""
     tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     keywords: dict[str, Any] = {
         "input_ids": tokens,
@@ -274,10 +289,21 @@ def _probe(name: str, model: PreTrainedModel) -> list[Call] | None:
         "use_cache": False,
         "packed": PackedDocuments("sdpa", (2, 2), torch.zeros(3, dtype=torch.int32, device="meta"), 2),
     }
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, key=key: idle.discard(key))
+        for key, layer in linear_layers(model).items()
+    ]
     with probing() as calls, requires_calls(model, f"model.name {name}"), torch.no_grad():
         try:
             model.base_model(**keywords)
         except (RuntimeError, NotImplementedError) as error:
             log.debug("packing of %s was not probed: %s", type(model).__name__, error)
             return None
+        except Exception as error:  # a family that needs more than tokens
+            raise UserError(
+                f"{type(model).__name__} does not read text alone ({first_line(error)[:200]}); use another base model"
+            ) from None
+        finally:
+            for hook in hooks:
+                hook.remove()
     return calls

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 
 from ..config.names import AdaptedExperts, adapted_names
@@ -78,10 +79,14 @@ def attach_lora(
     )
     with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, then moves the result: the device does not matter
         torch.manual_seed(seed)
-        with _without_deprecation_warning(), wrappable_experts(unwrap(model)):
-            adapted = get_peft_model(unwrap(model), config, autocast_adapter_dtype=True)
+        try:
+            with _without_deprecation_warning(), wrappable_experts(unwrap(model)):
+                adapted = get_peft_model(unwrap(model), config, autocast_adapter_dtype=True)
+        except ValueError as error:  # of a mixture: it takes names of dense layers for those of experts
+            raise UserError(f"lora.target_modules: PEFT does not accept these layers ({first_line(error)})") from None
     stacked = {name for name in packed_experts(model) if experts == "all"}
     _check_adapted({*names, *stacked}, adapted, "lora.target_modules")
+    _check_renamed(adapted)
     for name, parameter in trainable_parameters(adapted).items():
         assert "lora_" in name and parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
         if device is not None:
@@ -261,3 +266,19 @@ def _check_same_shape(found: LoraConfig, expected: LoraConfig, folder: Path) -> 
             raise UserError(
                 f"lora.init_from {folder}: the adapter has {key} {theirs}, the config has {ours}; make them equal"
             )
+
+
+def _check_renamed(model: PeftModel) -> None:
+    """Raises UserError for weights that PEFT would not find again: of some model types it renames what it loads, as
+    transformers renames the base's weights, and leaves an adapter that it does not recognize at random in silence."""
+    if text_part(model) is not None:
+        return  # saved under other names
+    keys = {key.replace(f".{ADAPTER}", ""): torch.zeros(1, 1) for key in trainable_parameters(model)}
+    config = model.peft_config[ADAPTER]
+    found = convert_peft_adapter_state_dict_for_transformers(model, config, keys).keys()
+    if lost := sorted(keys.keys() - {key.replace(f".{ADAPTER}", "") for key in found}):
+        parts = sorted({key.removeprefix("base_model.model.").partition(".lora_")[0] for key in lost})
+        raise UserError(
+            f"lora.target_modules: PEFT would not load the adapters of {len(parts)} layers again, whose names it "
+            f"changes while it reads them ({', '.join(parts[:3])}); leave them out"
+        )

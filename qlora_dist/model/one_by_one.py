@@ -136,13 +136,13 @@ def run_layer_by_layer(
                     continue
                 name = base.tied.get(prefixes[module] + attribute, prefixes[module] + attribute)
                 if name not in placed:
-                    placed[name] = nn.Parameter(weight(name).to(device, dtype), requires_grad=False)
+                    placed[name] = nn.Parameter(weight(name).to(device, parameter.dtype), requires_grad=False)
                 module._parameters[attribute] = placed[name]
             for attribute, buffer in module._buffers.items():
                 if buffer is None:
                     continue
                 if attribute not in module._non_persistent_buffers_set:
-                    buffer = weight(prefixes[module] + attribute)
+                    buffer = weight(prefixes[module] + attribute).to(buffer.dtype)
                 module._buffers[attribute] = buffer.to(device)
 
     def drop(modules: Iterable[nn.Module]) -> None:

@@ -155,8 +155,10 @@ def _check_stored_quantization(name: str, stored: dict[str, Any], quantization: 
 def attention_needs(config: PretrainedConfig, dtype: torch.dtype) -> AttentionNeeds:
     """What this model's attention requires of a backend."""
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 1)
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    width = max(
+        getattr(one, "head_dim", None) or one.hidden_size // getattr(one, "num_attention_heads", 1) for one in layers
+    )
     has_sinks = text.model_type == "gpt_oss" or bool(getattr(text, "attention_sink", False))
     return AttentionNeeds(
         dtype,

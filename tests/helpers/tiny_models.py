@@ -235,7 +235,7 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
 def tiny_model(family: str = "llama", attention: str | None = PACKED, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random fp32 model in eval mode. With attention PACKED it runs packed batches with the sdpa backend."""
     torch.manual_seed(seed)
-    return _randomized(
+    return randomized(
         AutoModelForCausalLM.from_config(tiny_config(family, **changes), attn_implementation=attention), seed
     )
 
@@ -247,10 +247,11 @@ def tiny_wrapper(family: str, seed: int = 0, tied: bool | None = None, **changes
     if tied is not None:
         config.tie_word_embeddings = tied
     torch.manual_seed(seed)
-    return _randomized(AutoModelForMultimodalLM.from_config(config), seed)
+    return randomized(AutoModelForMultimodalLM.from_config(config), seed)
 
 
-def _randomized(model: Any, seed: int) -> PreTrainedModel:
+def randomized(model: Any, seed: int) -> PreTrainedModel:
+    """The same model with random weights, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

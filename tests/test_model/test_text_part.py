@@ -362,13 +362,6 @@ def test_a_wrapper_around_other_layers_is_refused(tmp_path: Path, monkeypatch: p
         check_config(str(tmp_path), device_type="cpu")
 
 
-def test_layers_with_settings_of_their_own_are_refused(tmp_path: Path) -> None:
-    AutoConfig.for_model("gemma4_text").save_pretrained(tmp_path)
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="gemma4_text has layers with settings of their own"):
-        check_config(str(tmp_path), quantization="none", device_type="cpu")
-
-
 def test_a_missing_weight_of_the_text_model_is_an_error(folder: Path, tmp_path: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     key = next(key for key in sorted(stored) if key.endswith(".layers.0.self_attn.q_proj.weight") and "vis" not in key)

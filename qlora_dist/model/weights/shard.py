@@ -41,6 +41,7 @@ from .stream import (
     finish,
     is_4bit_weight,
     place,
+    plain_dtype,
     read_4bit,
     read_experts,
     read_plain,
@@ -139,6 +140,11 @@ def wrap(model: PreTrainedModel, group: ShardGroup, offload: bool) -> None:
     layers = decoder_layers(model)
     if not layers:
         raise UserError(f"strategy fsdp: {type(model).__name__} has no decoder layers that can be gathered one by one")
+    if getattr(model.config.get_text_config(), "is_heterogeneous", False):
+        raise UserError(
+            f"strategy fsdp: {type(model).__name__} has layers with settings of their own, and tables and keys that "
+            "they share; that these are gathered right has not been shown; use strategy ddp or zero2"
+        )
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             _to_bytes(name, module)
@@ -232,7 +238,9 @@ def _place_rows(
     whole: Any = module._parameters[attribute]
     width = whole.shape.numel() // len(whole)
     first, last = _local_rows(len(whole), group)
-    local = torch.empty((last - first, *whole.shape[1:]), dtype=skeleton.dtype, device=shard_device)
+    local = torch.empty(
+        (last - first, *whole.shape[1:]), dtype=plain_dtype(skeleton, module, attribute), device=shard_device
+    )
     read_plain(local.view(-1), source, name, Range(first * width, last * width))
     module._parameters[attribute] = _filled(whole, local)
 

@@ -23,6 +23,7 @@ from ...errors import UserError
 from ...progress import track
 from ..bitsandbytes_import import bitsandbytes
 from ..experts import PackedExperts, pack_experts, packed_experts
+from ..precision import keep_float32
 from .decoded_files import DecodedFiles
 from .quantize import PIECE, Losses, Range, constants_of, make_state, quantize_range
 from .sources import FileSource, Stack, WeightSource, match_names, same_in_source
@@ -55,6 +56,7 @@ def build_skeleton(
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, dtype=dtype, trust_remote_code=False
         )
+    keep_float32(model, dtype)
     quantizer = None
     if stored is not None:
         quantizer = AutoHfQuantizer.from_config(stored, pre_quantized=True)
@@ -90,8 +92,6 @@ def _parameters_on_meta() -> Iterator[None]:
 def match_files(skeleton: Skeleton, files: Any) -> tuple[FileSource | None, str | None]:
     """(the files under the model's names, the reason why they cannot be streamed): exactly one is None."""
     model = skeleton.model
-    if model._get_dtype_plan(skeleton.dtype):
-        return None, f"{type(model).__name__} keeps some weights in float32"
     names, reason = match_names(model, list(files.entries))
     if reason is not None:
         return None, reason
@@ -229,7 +229,17 @@ def empty_buffer(skeleton: Skeleton, module: Any, attribute: str, device: torch.
     if is_4bit_weight(module, attribute):
         numel = module.out_features * module.in_features
         return torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8, device=device)
-    return torch.empty(module._parameters[attribute].shape, dtype=skeleton.dtype, device=device)
+    return torch.empty(
+        module._parameters[attribute].shape, dtype=plain_dtype(skeleton, module, attribute), device=device
+    )
+
+
+def plain_dtype(skeleton: Skeleton, module: nn.Module, attribute: str) -> torch.dtype:
+    """The type of a weight that is not quantized: that of the model, unless its module made it another."""
+    parameter = module._parameters[attribute]
+    assert parameter is not None
+    is_made_by_quantizer = isinstance(module, bitsandbytes.nn.Linear4bit)
+    return skeleton.dtype if is_made_by_quantizer else parameter.dtype
 
 
 def is_4bit_weight(module: nn.Module, attribute: str) -> bool:

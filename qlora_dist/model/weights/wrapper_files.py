@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from ...errors import UserError
 from ...progress import track
+from ..precision import float32_names
 from ..pretrained import expanded, where_to_read
 from .decoded_files import DecodedFiles
 from .safetensors_files import WeightFiles
@@ -59,11 +60,12 @@ def write_wrapper(
             made = part.weight, weight(part.weight)
         return made[1] if part.expert is None else made[1][part.expert].narrow(0, part.row, part.num_rows)
 
-    changed = parts.keys() | decoded
+    changed, kept = parts.keys() | decoded, float32_names(model, dtype)
     types = {
         key: dtype if key in changed and entry.dtype.is_floating_point else entry.dtype
         for key, entry in files.entries.items()
     }
+    types |= {key: torch.float32 for key, part in parts.items() if part.weight in kept}
     empty_of = {key: torch.empty(entry.shape, dtype=types[key], device="meta") for key, entry in files.entries.items()}
     with track("writing tensor", len(empty_of)) as task:
         for path in files.paths:

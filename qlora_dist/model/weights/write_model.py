@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ...progress import Task, track
+from ..precision import float32_names
 from .safetensors_files import TYPES
 
 FILE_PATTERN = "model{suffix}.safetensors"
@@ -37,8 +38,15 @@ class Piece:
 def pieces_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Piece] | None:
     """The tensors that `save_pretrained` would write, by name; None where several weights become one of them."""
     left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    kept = float32_names(model, dtype)
+
+    def type_of(name: str, value: Tensor) -> torch.dtype:
+        if not value.is_floating_point():
+            return value.dtype
+        return torch.float32 if name in kept else dtype
+
     empty = {
-        name: torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device="meta")
+        name: torch.empty(value.shape, dtype=type_of(name, value), device="meta")
         for name, value in model.state_dict().items()
         if name not in left_out
     }

@@ -15,6 +15,7 @@ from ...config.quantization import Quantization, quantized_bytes
 from ...errors import RunFailed
 from ...files import format_bytes
 from ...model import (
+    decoder_layers,
     is_4bit,
     linear_layers,
     load_config,
@@ -27,6 +28,7 @@ from ...model import (
 )
 from ...model.check_config import build_on_meta
 from ...model.experts import expert_matrices
+from ...model.precision import keep_float32
 from ...model.weights.original import (
     has_quantized_files,
     read_source_expert,
@@ -73,6 +75,7 @@ def promised_base_bytes(
     config = load_config(name, revision)
     skipped = _skipped_modules(config)
     model = build_on_meta(name, config)
+    keep_float32(model, dtype)
     layers: dict[str, Any] = linear_layers(model)
     quantized = {  # -> outputs
         id(layer.weight): getattr(layer, "out_features", None) or layer.nf
@@ -85,6 +88,8 @@ def promised_base_bytes(
         for parameter, _ in expert_matrices(experts)
         if quantization in ("nf4", "fp4")
     }
+    parts = [*decoder_layers(model), model.get_input_embeddings(), model.get_output_embeddings()]
+    sharded = {id(parameter) for part in parts for parameter in part.parameters()}  # not a table of positions
     matrices = constants = vectors = nested = 0
     for parameter in model.parameters():  # tied weights come once
         outputs = quantized.get(id(parameter))
@@ -96,10 +101,12 @@ def promised_base_bytes(
         elif outputs is not None:
             one = quantized_bytes(parameter.numel(), outputs, quantization, double_quant)
             matrices, constants, nested = matrices + one.codes, constants + one.constants, nested + one.nested
-        elif parameter.ndim > 1:
-            matrices += parameter.numel() * dtype.itemsize
         else:
-            vectors += parameter.numel() * dtype.itemsize
+            width = max(dtype.itemsize, parameter.element_size())  # more than its share: kept in fp32
+            if parameter.ndim > 1 and id(parameter) in sharded:
+                matrices += parameter.numel() * width
+            else:
+                vectors += parameter.numel() * width
     head: torch.Tensor = model.get_output_embeddings().weight
     if has_own_head and head is model.get_input_embeddings().weight:
         matrices += head.numel() * dtype.itemsize
