@@ -285,7 +285,7 @@ def test_plan_and_simulation_agree_for_every_relevant_setting(changes):
     ],
 )
 def test_plan_and_simulation_agree_to_a_tenth_of_a_percent_for_blocks(family, changes, recompute):
-    """A small vocabulary: the peak is in a layer; with few adapters, which need little, it may be elsewhere."""
+    """A small vocabulary: the peak is in a layer; with few adapters, that need little backward, it may be elsewhere."""
     trace = _compare(_medium(family, vocab_size=128), _config(512, **changes), recompute)
     assert abs(trace.error) < 0.001, trace
     assert "backward" in trace.peak_at or "lora__target_modules" in changes, trace
