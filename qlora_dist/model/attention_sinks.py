@@ -110,10 +110,11 @@ def largest_gap(device: torch.device, dtype: torch.dtype, head_dim: int) -> floa
             inputs: Any = [
                 one.detach().to(torch.float32 if is_plain else dtype).requires_grad_() for one in (*drawn, sinks)
             ]
+            q, k, v, own = inputs
             if is_plain:
-                out = plain_math(*inputs, lengths, head_dim**-0.5, left)
+                out = plain_math(q, k, v, own, lengths, head_dim**-0.5, left)
             else:
-                out = flash_with_sinks(*inputs, starts, max(lengths), None, left)
+                out = flash_with_sinks(q, k, v, own, starts, max(lengths), None, left)
             found.append([out, *torch.autograd.grad(out, inputs[:3], grad.to(out.dtype))])
         gaps += [float((one.float() - other).detach().abs().max()) for one, other in zip(*found, strict=True)]
     return max(gap if gap == gap else float("inf") for gap in gaps)
