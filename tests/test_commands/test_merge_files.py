@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_dist.commands.merge import merge
 from qlora_dist.commands.merged import Adapter
-from qlora_dist.memory.live_bytes import LiveBytes
 from qlora_dist.config.run_dir import RunDir
+from qlora_dist.memory.live_bytes import LiveBytes
 from qlora_dist.model import INFERENCE, is_conv1d, linear_layers, load_base, quantized_and_back, stacked_experts
 from qlora_dist.model.lora import attach_lora, load_adapters, trainable_parameters
 from qlora_dist.model.lora_files import save_adapter
