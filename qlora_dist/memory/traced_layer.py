@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..data.packing import Batch
-from ..model import decoder_layers, hidden_states, load_config
+from ..model import decoder_layers, hidden_states, is_linear, load_config
 from ..model.dropout import dropout_rows
 from ..model.lora import attach_lora
 from ..model.meta import empty_base, fill_empty
@@ -131,12 +131,14 @@ def _one_layer(traced: Traced, settings: LayerSettings) -> Any:
     )
     del layers[traced.index + 1 :], layers[: traced.index]
     if settings.adapted:
+        linears = tuple(sorted(name for name in settings.adapted if is_linear(chosen.get_submodule(name))))
         model = attach_lora(
             model,
             rank=settings.rank,
             alpha=1,
             dropout=settings.dropout,
-            target_modules=tuple(sorted(settings.adapted)),
+            target_modules=linears,
+            experts="all" if len(linears) < len(settings.adapted) else "shared",
             kernels="reference" if settings.is_lean else "off",
         )
     return model.train()

@@ -33,7 +33,7 @@ def config_of(folder: Path, **memory: Any) -> Any:
             "run_dir": "runs/x",
             "model": {"name": str(folder)},
             "data": {"train": [{"path": "a.json", "format": "alpaca"}], "row_tokens": 1024},
-            "lora": {"rank": 8, "alpha": 8},
+            "lora": {"rank": 8, "alpha": 8, "experts": memory.pop("experts", "shared")},
             "batch": {"rows_per_step": 4, "micro_rows": memory.pop("rows", 1)},
             "memory": memory,
             "train": {"steps": 1},
@@ -42,20 +42,21 @@ def config_of(folder: Path, **memory: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("family", "recompute", "rows", "tolerance"),
+    ("family", "memory", "tolerance"),
     [
-        ("qwen3_5_text", 1, 1, 0.005),
-        ("qwen3_next", "full", 1, 0.005),
-        ("lfm2", 0, 1, 0.005),
-        ("lfm2", 1, 2, 0.005),
-        ("bamba", "full", 1, 0.02),  # of two tiny layers; a row of hidden states is 1.2 % of it
+        ("qwen3_5_text", {"recompute": 1}, 0.005),
+        ("qwen3_next", {"recompute": "full"}, 0.005),
+        ("qwen3_next", {"recompute": "full", "experts": "all"}, 0.005),
+        ("lfm2", {"recompute": 0}, 0.005),
+        ("lfm2", {"recompute": 1, "rows": 2}, 0.005),
+        ("bamba", {"recompute": "full"}, 0.02),  # of two tiny layers; a row of hidden states is 1.2 % of it
     ],
 )
 def test_the_plan_is_what_a_simulated_step_holds(
-    family: str, recompute: Any, rows: int, tolerance: float, tmp_path: Path
+    family: str, memory: dict[str, Any], tolerance: float, tmp_path: Path
 ) -> None:
     tiny_config(family, **WIDE[family]).save_pretrained(tmp_path)
-    config, shapes = config_of(tmp_path, recompute=recompute, rows=rows), read_shapes(str(tmp_path))
+    config, shapes = config_of(tmp_path, **memory), read_shapes(str(tmp_path))
     assert not shapes.unknown and [count for _, count in shapes.each_layer()] == [1, 1]
     plan = plan_memory(config, shapes, world_size=1, device_bytes=None)
     trace = simulate(config, plan, load_config(str(tmp_path)))
