@@ -148,6 +148,7 @@ class _Reporter:
 def _work(session: pytest.Session, connection: Connection, number: int) -> None:
     """Runs the files that it is given, and does not return."""
     code = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process inherits that it is ignored
     try:
         with _own(session.config, connection, number), contextlib.suppress(KeyboardInterrupt):
             items = {item.nodeid: item for item in session.items}

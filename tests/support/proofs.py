@@ -135,7 +135,7 @@ def tiny_model_of(family: str) -> Any:
 
 @torch.no_grad()
 def logits_of(model: Any) -> Tensor:
-    return model(input_ids=IDS).logits.float()
+    return model(input_ids=IDS, use_cache=False).logits.float()
 
 
 def require(holds: Any, text: str) -> None:
@@ -156,7 +156,8 @@ def plan(one: Subject) -> None:
     shapes, model = read_shapes(one.name), one.base("none")
     count = sum(parameter.numel() for parameter in model.parameters())
     require(shapes.base_parameters == count, f"{shapes.base_parameters:,} weights planned, {count:,} built")
-    require(not shapes.unknown, f"not planned: {shapes.unknown}")
+    if shapes.unknown:
+        raise UserError(f"not planned: {shapes.unknown}")
 
 
 def nf4(one: Subject) -> None:
@@ -171,7 +172,8 @@ def nf4(one: Subject) -> None:
     for name, packed in packed_experts(model).items():
         stacked = plain.get_parameter(name).detach()
         for index, matrix in enumerate(stacked):
-            found[f"{name}.{index}"] = (matrix, packed.codes[index].view(-1), packed.absmax[index])
+            weight = matrix.T if packed.is_transposed else matrix
+            found[f"{name}.{index}"] = (weight, packed.codes[index].view(-1), packed.absmax[index])
     require(found, "nothing was quantized")
     for name, (weight, codes, absmax) in found.items():
         expected, state = bitsandbytes.functional.quantize_4bit(
@@ -216,7 +218,9 @@ def loss_and_gradient(one: Subject) -> None:
     theirs = PeftModel.from_pretrained(one.stock(), str(one.folder / "random"), is_trainable=True).eval()
     losses = [
         torch.nn.functional.cross_entropy(
-            theirs(input_ids=part.input_ids).logits[0, :-1].float(), part.input_ids[0, 1:], reduction="sum"
+            theirs(input_ids=part.input_ids, use_cache=False).logits[0, :-1].float(),
+            part.input_ids[0, 1:],
+            reduction="sum",
         )
         for part in alone(batch)
     ]

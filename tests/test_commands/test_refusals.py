@@ -229,7 +229,7 @@ PROVOKED: dict[str, Callable[[Case], int]] = {
     "tokens that the model has no row for": _ids_beyond,
     "code that comes with a model": _custom_code,
     "pickled weights": _pickled,
-    "weights that are quantized already, by anything but bitsandbytes": _foreign_quantization,
+    "weights that are quantized already, by anything but bitsandbytes, fp8 and MXFP4": _foreign_quantization,
     "a truncated or damaged file of weights": _damaged_weights,
     "weights with NaN": _nan_weights,
     "attention that cannot be packed": _own_attention,

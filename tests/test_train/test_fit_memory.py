@@ -51,6 +51,9 @@ class Card(World):
         self.rank, self.size, self.local_size, self.device = 0, size, size, torch.device("cpu")
         self.device_bytes = device_bytes
 
+    def node_ranks(self) -> int:
+        return self.local_size
+
 
 @pytest.fixture
 def settle_7b(raw, tmp_path, monkeypatch):
