@@ -169,6 +169,7 @@ def test_who_is_missing_is_told_by_two_looks(start, first, second, said):
 
 def test_one_of_those_that_wait_reports_and_the_stuck_rank_prints_its_stacks(start, exits, capfd, monkeypatch):
     monkeypatch.setattr(heartbeat, "REPORT_SECONDS", 20.0)
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 1.0)  # on a busy machine a thread may wait for its turn
     store = MemoryStore()
     ranks = [start(store, rank=rank, size=3) for rank in range(3)]
     ranks[0].set_status("step 3", limit_seconds=1000.0)
