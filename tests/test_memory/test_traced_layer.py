@@ -45,9 +45,7 @@ def config_of(folder: Path, **memory: Any) -> Any:
     ("family", "memory", "tolerance"),
     [
         ("qwen3_5_text", {"recompute": 1}, 0.005),
-        ("qwen3_next", {"recompute": "full"}, 0.005),
         ("qwen3_next", {"recompute": "full", "experts": "all"}, 0.005),
-        ("lfm2", {"recompute": 0}, 0.005),
         ("lfm2", {"recompute": 1, "rows": 2}, 0.005),
         ("bamba", {"recompute": "full"}, 0.02),  # of two tiny layers; a row of hidden states is 1.2 % of it
     ],
