@@ -30,7 +30,7 @@ LONGEST = (
     "test_hybrids", "test_mixtures", "test_stream_memory", "test_shard_training", "test_launchers", "test_traced_layer",
     "test_fit_memory", "test_kernels_compiled", "test_kernels_interpreted", "test_plan", "test_nodes_sharded",
     "test_sharded_use", "test_notebooks", "test_text_part", "test_resume", "test_checks", "test_checkpoint",
-    "test_shard", "test_shard_gather", "test_gpu_queue", "test_data_report", "test_stream", "test_screen", "test_support",
+    "test_shard", "test_shard_gather", "test_gpu_queue", "test_data_report", "test_stream", "test_support",
 )  # fmt: skip
 
 
