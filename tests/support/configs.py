@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 from helpers.tiny_models import FAMILIES as NAMED
-from helpers.tiny_models import MIXTURES, VOCABULARY, WRAPPED, WRAPPED_ALSO
+from helpers.tiny_models import HYBRIDS, MIXTURES, SINKS, VOCABULARY, WRAPPED, WRAPPED_ALSO
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
@@ -117,10 +117,11 @@ _SIZES: dict[str, Any] = {
 CHANGES: dict[str, dict[str, Any]] = {
     **NAMED,
     **MIXTURES,
+    **HYBRIDS,
+    **SINKS,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "zamba": {"num_hidden_layers": 3},
     "dots3_note_text": {"num_key_value_heads": _HEADS},
