@@ -10,11 +10,11 @@ import copy
 from typing import Any
 
 from helpers.tiny_models import FAMILIES as NAMED
-from helpers.tiny_models import HYBRIDS, MIXTURES, SINKS, VOCABULARY, WRAPPED, WRAPPED_ALSO
+from helpers.tiny_models import HYBRIDS, MIXTURES, SINKS, VOCABULARY, WRAPPED, WRAPPED_ALSO, WRAPPED_HYBRIDS
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
-WRAPPERS = WRAPPED | WRAPPED_ALSO
+WRAPPERS = WRAPPED | WRAPPED_ALSO | WRAPPED_HYBRIDS
 
 # by the key of a config, in whatever family has it: every linear layer's inputs are a multiple of the 4-bit block
 _HIDDEN, _WIDTH, _HEADS, _LAYERS, _EXPERTS = 64, 128, 4, 2, 8
