@@ -38,7 +38,6 @@ LOOK_SECONDS = 3 * BEAT_SECONDS  # between two readings of the others' heartbeat
 STORE_SECONDS = 5.0  # for one call of the store
 REPORT_SECONDS = 15.0  # for naming those that are missing, after a limit
 READ_SECONDS = 5.0  # for the others to read why this rank has failed
-LIVING_BEATS = 2  # a rank whose heartbeat pauses for longer is not waited for: it has most likely been killed
 FAILURE_BEATS = 10  # until a rank that is stuck after another's failure exits
 SILENT_SECONDS = 60.0  # a heartbeat may pause while one call holds the interpreter
 NAMED_RANKS = 8  # in a message
@@ -161,11 +160,11 @@ class Heartbeat:
             within(READ_SECONDS, publish)
 
     def _await_readers(self, store: Store) -> None:
-        """Returns when every rank that lives has read this one's failure. A killed rank never reads."""
+        """Returns when every rank whose heartbeat goes on has read this one's failure. A killed one never does."""
         waiting_for = [f"heartbeat/{rank}" for rank in range(self._size) if rank != self._rank]
         while waiting_for:
             before = self._beats_of(waiting_for)
-            until = time.monotonic() + LIVING_BEATS * BEAT_SECONDS
+            until = time.monotonic() + LOOK_SECONDS
             while not store.check([f"{sign}/has_read" for sign in waiting_for]):
                 if time.monotonic() > until:
                     break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def train_here(raw: dict[str, Any]) -> None:
     from qlora_dist.train import train
 
     train(parse_config(raw))
+
+
+def resumed_digests(raw: dict[str, Any], run_dir: Path) -> tuple[list[str], list[str]]:
+    """Digests of the last checkpoint of the finished run `raw`, and of its copy in `run_dir` that goes on from the
+    checkpoint before."""
+    shutil.copytree(raw["run_dir"], run_dir)
+    last = max((run_dir / "checkpoints").iterdir())
+    expected = digests_of(last)
+    shutil.rmtree(last)
+    (run_dir / "completed").unlink()
+    train_here(changed(raw, run_dir=str(run_dir)))
+    return expected, digests_of(last)
 
 
 def write_config(path: Path, raw: dict[str, Any], **changes: Any) -> Path:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.ranks import on_ranks
 from helpers.tiny_models import HYBRIDS, save_model, tiny_config, tiny_model
-from helpers.tiny_run import changed, config_of, digests_of, losses_of, make_inputs
+from helpers.tiny_run import changed, config_of, losses_of, make_inputs, resumed_digests
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -62,14 +62,8 @@ def test_the_loss_falls_and_two_ranks_train_as_one(trained: dict[str, Any], tmp_
 
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(trained: dict[str, Any], tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(trained["run_dir"], run_dir)
-    last = run_dir / "checkpoints/step-00000004"
-    expected = digests_of(last)
-    shutil.rmtree(last)
-    (run_dir / "completed").unlink()
-    assert _train(trained, run_dir=str(run_dir)) is None
-    assert digests_of(last) == expected
+    expected, found = resumed_digests(trained, tmp_path / "run")
+    assert found == expected
 
 
 @torch.no_grad()
